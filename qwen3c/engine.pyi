@@ -1,0 +1,100 @@
+"""The compiled engine: tokens in, logits out. It knows nothing of text (see qwen3c/model.py)."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .format import Config
+
+Logits = Literal["last", "all"]
+Activations = Literal["int8", "float32"]
+KV = Literal["f16", "f32"]
+
+ISA_NAMES: tuple[str, ...]
+"""Every instruction set compiled in, narrowest first."""
+
+OPENMP: bool
+"""Whether the module was built with OpenMP; without it everything runs on one thread."""
+
+def isa() -> str:
+    """The instruction set in use: the widest this CPU runs, or QWEN3C_ISA."""
+
+def set_isa(name: str) -> None:
+    """Switch the kernels of the whole process. ValueError if unknown or not runnable here."""
+
+def runnable_isas() -> tuple[str, ...]:
+    """The instruction sets this CPU can run, narrowest first."""
+
+def default_threads() -> int:
+    """min(affinity, floor of the cgroup CPU quota, physical cores), at least 1."""
+
+def softmax(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float32]:
+    """softmax(logits / temperature), shape (n,), with the engine's own exp: the same bits on every machine."""
+
+def log_sum_exp(logits: NDArray[np.float32]) -> float:
+    """log(sum(exp(logits))); logits[i] - log_sum_exp(logits) is the log-probability of i, in nats."""
+
+def top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.int32]:
+    """Ids of the k largest logits, largest first, ties by lower id. ValueError on NaN."""
+
+def quantize_tiles(
+    parts: Sequence[tuple[Any, str]],
+    columns: int,
+    group_size: int,
+    first_tile: int,
+    n_tiles: int,
+    out: Any,
+    threads: int = 1,
+) -> tuple[float, float, float, int]:
+    """Quantise tiles of 16 rows into `out`, the stored form of a matrix (docs/FORMAT.md).
+
+    parts: (buffer of row-major bytes, "BF16" | "F16" | "F32") stacked by rows; rows past the end are zero.
+    first_tile, n_tiles: which rows, in units of 16; out: writable buffer of n_tiles stored tile rows.
+    Returns (largest |w - stored|, sum (w - stored)^2, sum w^2, bad), where bad is the flat index
+    row * columns + column of the first NaN, Inf or value too large for an fp16 scale, or -1.
+    """
+
+class Model:
+    """A mapped model.bin and the buffers of its forward pass; threads may share it (calls take turns)."""
+
+    path: str
+    config: Config
+    metadata: dict[str, Any]
+    threads: int
+    kv: KV
+    activations: Activations
+
+    def __init__(
+        self, path: str, threads: int | None = None, kv: KV = "f16", activations: Activations = "int8"
+    ) -> None: ...
+    def session(self, context: int | None = None) -> Session:
+        """An empty sequence of at most `context` positions (default: the model's). Memory grows with use."""
+    def forward(
+        self, batch: Sequence[tuple[Session, ArrayLike]], logits: Logits = "last"
+    ) -> list[NDArray[np.float32]]:
+        """ONE ragged batch over any sessions of this model; a list of what Session.forward returns, in order."""
+    def weight(self, name: str) -> NDArray[np.float32]:
+        """Dequantised weights by Hugging Face name and shape. KeyError if there is no such tensor."""
+
+class Session:
+    """One sequence: its position and its KV cache."""
+
+    model: Model
+    position: int
+    context: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV cache allocated so far (blocks shared after fork() count in each session)."""
+    def forward(self, ids: ArrayLike, logits: Logits = "last") -> NDArray[np.float32]:
+        """Append ids; return (vocab_size,) logits of the last one, or (len(ids), vocab_size).
+
+        ValueError, with both numbers and the session unchanged, if ids is empty, an id is outside the
+        vocabulary or the positions would pass the context. KeyboardInterrupt leaves the session as it was.
+        """
+    def rewind(self, position: int) -> None:
+        """Forget everything from `position` on."""
+    def fork(self) -> Session:
+        """A second sequence with the same past; full cache blocks are shared until one side writes."""

@@ -1,0 +1,524 @@
+"""model.bin: the header, the metadata and the ONE ordered list of tensors.
+
+The exporter writes by this list, the engine maps by it, `info` prints it and the tests walk it.
+docs/FORMAT.md is the same contract for people who write another reader.
+
+    header      512 bytes, every number the forward pass needs
+    metadata    JSON: generation defaults, thinking kind, provenance
+    tokenizer   tokenizer.json as it came
+    template    the chat template (Jinja), may be empty
+    checksums   one CRC-32 per tensor, in list order
+    tensors     page-aligned, in the order the forward pass reads them, each 64-byte aligned
+
+Everything is little-endian. A matrix is INT8 in groups along its input dimension, stored in tiles of
+16 output rows x one group: the codes interleaved by 4 columns, then the tile's 16 fp16 scales.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import stat
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAGIC = b"QWEN3C\x1a\n"
+VERSION = 1
+HEADER_SIZE = 512
+PAGE = 16384  # the tensor region starts on a multiple of this (the largest page size in common use)
+ALIGNMENT = 64  # every section and tensor starts on a multiple of this
+TILE_ROWS = 16
+GROUP_SIZES = (32, 64, 128, 256)
+ARCHITECTURES = {1: "qwen3"}  # MoE, Qwen2 and Llama get the next numbers
+ROPE_TYPES = {0: "default"}  # all kinds reduce to the table of inverse frequencies; this one is for people
+THINKING_KINDS = ("hybrid", "always", "none")
+MAX_JSON = 1 << 20  # bytes of metadata a reader accepts
+MAX_TOKENIZER = 64 << 20
+MAX_TEMPLATE = 1 << 20
+
+
+class ModelFileError(ValueError):
+    """The file is not a model.bin that this version can run; the message is one line."""
+
+
+# ----------------------------------------------------------------------------
+# Header: the fields in file order, with the range a reader accepts
+
+_U32 = (0, 2**32 - 1)
+_U64 = (0, 2**63 - 1)
+_FLAG = (0, 1)
+
+# (name, struct code, (smallest, largest) accepted)
+HEADER_FIELDS: tuple[tuple[str, str, tuple[float, float]], ...] = (
+    ("version", "I", _U32),
+    ("header_size", "I", (HEADER_SIZE, HEADER_SIZE)),
+    ("file_size", "Q", _U64),
+    ("metadata_offset", "Q", _U64),
+    ("metadata_size", "Q", (2, MAX_JSON)),
+    ("tokenizer_offset", "Q", _U64),
+    ("tokenizer_size", "Q", (2, MAX_TOKENIZER)),
+    ("template_offset", "Q", _U64),
+    ("template_size", "Q", (0, MAX_TEMPLATE)),
+    ("checksums_offset", "Q", _U64),
+    ("checksums_size", "Q", _U64),
+    ("tensors_offset", "Q", _U64),
+    ("tensors_size", "Q", _U64),
+    ("sections_crc", "I", _U32),  # CRC-32 of the bytes from header_size to tensors_offset
+    ("architecture", "I", (1, len(ARCHITECTURES))),
+    ("dim", "I", (2, 1 << 17)),
+    ("hidden_dim", "I", (2, 1 << 18)),
+    ("n_layers", "I", (1, 1024)),
+    ("n_heads", "I", (1, 1024)),
+    ("n_kv_heads", "I", (1, 1024)),
+    ("head_dim", "I", (2, 1024)),
+    ("vocab_size", "I", (1, 1 << 22)),
+    ("n_tokens", "I", (1, 1 << 22)),  # tokens that exist; embedding rows beyond are padding
+    ("context", "I", (1, 1 << 24)),
+    ("group_size", "I", (GROUP_SIZES[0], GROUP_SIZES[-1])),
+    ("tied_embedding", "I", _FLAG),
+    ("qk_norm", "I", _FLAG),
+    ("qkv_bias", "I", _FLAG),
+    ("n_experts", "I", (0, 0)),  # mixture of experts: reserved, no reader of version 1 accepts it
+    ("n_experts_per_token", "I", (0, 0)),
+    ("expert_hidden_dim", "I", (0, 0)),
+    ("norm_topk_prob", "I", (0, 0)),
+    ("decoder_sparse_step", "I", (0, 0)),
+    ("rope_type", "I", (0, len(ROPE_TYPES) - 1)),
+    ("rms_eps", "d", (1e-12, 1.0)),
+    ("rope_theta", "d", (1.0, 1e12)),
+    ("rope_attention_scale", "d", (1e-3, 1e3)),
+)
+_STRUCT = struct.Struct("<" + "".join(code for _, code, _ in HEADER_FIELDS))
+_FIELDS_OFFSET = len(MAGIC)
+_CRC_OFFSET = HEADER_SIZE - 4  # the last four bytes: CRC-32 of all before them; zeros fill the gap
+
+
+@dataclass(frozen=True)
+class Config:
+    """The numbers of the forward pass, as stored in the header (names as in HEADER_FIELDS)."""
+
+    dim: int
+    hidden_dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    n_tokens: int
+    context: int
+    group_size: int
+    tied_embedding: bool
+    rms_eps: float
+    rope_theta: float
+    architecture: int = 1
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    rope_type: int = 0
+    rope_attention_scale: float = 1.0
+
+    @property
+    def q_dim(self) -> int:
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        return self.n_kv_heads * self.head_dim
+
+    @property
+    def n_parameters(self) -> int:
+        """Weights counted once: a tied embedding is one matrix."""
+        return sum(math.prod(t.shape) for t in tensors(self) if t.name != ROPE_TENSOR)
+
+    def kv_bytes_per_token(self, kv: str) -> int:
+        """Bytes of KV cache one position takes, kv = "f16" or "f32"."""
+        return 2 * self.n_layers * self.kv_dim * {"f16": 2, "f32": 4}[kv]
+
+
+# ----------------------------------------------------------------------------
+# Tensors: the one ordered list
+
+ROPE_TENSOR = "rope.inverse_frequencies"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A Hugging Face tensor and the rows of the stored tensor that hold it."""
+
+    name: str
+    row: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One stored tensor; `offset` counts from the start of the tensor region."""
+
+    name: str
+    shape: tuple[int, ...]  # (rows, columns) of a matrix, (n,) of a vector
+    parts: tuple[Part, ...]  # in row order; none for a tensor that is computed at export
+    quantized: bool  # matrices are INT8 tiles, vectors float32
+    offset: int
+    size: int
+
+
+def align(offset: int, alignment: int = ALIGNMENT) -> int:
+    return -(-offset // alignment) * alignment
+
+
+def matrix_size(rows: int, columns: int, group_size: int) -> int:
+    """Bytes of an INT8 matrix: ceil(rows / 16) x columns / group_size tiles of 16 x (group_size + 2)."""
+    return align(rows, TILE_ROWS) * (columns // group_size) * (group_size + 2)
+
+
+def _shapes(c: Config) -> Iterator[tuple[str, tuple[int, ...], list[tuple[str, int]]]]:
+    """(name, shape, [(Hugging Face name, rows), ...]) in the order the forward pass reads them."""
+    yield ROPE_TENSOR, (c.head_dim // 2,), []
+    embedding = "model.embed_tokens.weight"
+    if not c.tied_embedding:
+        yield embedding, (c.vocab_size, c.dim), [(embedding, c.vocab_size)]
+    for layer in range(c.n_layers):
+        # q, k and v read the same input, so do gate and up: one matrix each, one sweep each
+        p = f"model.layers.{layer}."
+        qkv = [(f"{p}self_attn.{x}_proj", n) for x, n in (("q", c.q_dim), ("k", c.kv_dim), ("v", c.kv_dim))]
+        q_k_v_rows = c.q_dim + 2 * c.kv_dim
+        yield _vector(p + "input_layernorm.weight", c.dim)
+        yield p + "self_attn.qkv_proj.weight", (q_k_v_rows, c.dim), [(n + ".weight", r) for n, r in qkv]
+        if c.qkv_bias:
+            yield p + "self_attn.qkv_proj.bias", (q_k_v_rows,), [(n + ".bias", r) for n, r in qkv]
+        if c.qk_norm:
+            yield _vector(p + "self_attn.q_norm.weight", c.head_dim)
+            yield _vector(p + "self_attn.k_norm.weight", c.head_dim)
+        o_proj = p + "self_attn.o_proj.weight"
+        yield o_proj, (c.dim, c.q_dim), [(o_proj, c.dim)]
+        yield _vector(p + "post_attention_layernorm.weight", c.dim)
+        gate_up = [(f"{p}mlp.{x}_proj.weight", c.hidden_dim) for x in ("gate", "up")]
+        yield p + "mlp.gate_up_proj.weight", (2 * c.hidden_dim, c.dim), gate_up
+        down_proj = p + "mlp.down_proj.weight"
+        yield down_proj, (c.dim, c.hidden_dim), [(down_proj, c.dim)]
+    yield _vector("model.norm.weight", c.dim)
+    head = embedding if c.tied_embedding else "lm_head.weight"
+    yield head, (c.vocab_size, c.dim), [(head, c.vocab_size)]
+
+
+def _vector(name: str, n: int) -> tuple[str, tuple[int, ...], list[tuple[str, int]]]:
+    return name, (n,), [(name, n)]
+
+
+def tensors(config: Config) -> list[Tensor]:
+    """Every tensor of the file, in file order, with its place: the only list there is."""
+    result, offset = [], 0
+    for name, shape, sources in _shapes(config):
+        parts, row = [], 0
+        for part_name, rows in sources:
+            parts.append(Part(part_name, row, rows))
+            row += rows
+        quantized = len(shape) == 2
+        size = matrix_size(*shape, config.group_size) if quantized else 4 * shape[0]
+        result.append(Tensor(name, shape, tuple(parts), quantized, offset, size))
+        offset = align(offset + size)
+    return result
+
+
+def check_config(c: Config) -> None:
+    """Raise ValueError, with the numbers, where the fields contradict each other."""
+    if c.group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size is {c.group_size}, not one of {', '.join(map(str, GROUP_SIZES))}")
+    for name, columns in (("dim", c.dim), ("hidden_dim", c.hidden_dim), ("n_heads * head_dim", c.q_dim)):
+        if columns % c.group_size:
+            raise ValueError(f"{name} = {columns} is not a multiple of group_size = {c.group_size}")
+    if c.n_heads % c.n_kv_heads:
+        raise ValueError(f"n_heads = {c.n_heads} is not a multiple of n_kv_heads = {c.n_kv_heads}")
+    if c.head_dim % 2:
+        raise ValueError(f"head_dim = {c.head_dim} is odd; rotary embedding needs pairs")
+    if c.n_tokens > c.vocab_size:
+        raise ValueError(f"n_tokens = {c.n_tokens} exceeds vocab_size = {c.vocab_size}")
+
+
+# ----------------------------------------------------------------------------
+# Reader
+
+
+class ModelFile:
+    """A checked, read-only memory map of a model.bin.
+
+    Raises ModelFileError (one line, naming the path, the field and both numbers) if anything about
+    the header, the sections or the size is wrong. Tensor bytes are only read by `verify`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        with open(self._open(), "rb") as file:
+            self.file_size = os.fstat(file.fileno()).st_size
+            header = file.read(HEADER_SIZE)
+            fields = self._read_header(header)
+            self._check_layout(fields)
+            # a size that matches was checked first, so this maps what exists and reads nothing
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._fields = fields
+        crc = zlib.crc32(memoryview(self.map)[HEADER_SIZE : fields["tensors_offset"]])
+        self._expect("sections_crc", crc, fields["sections_crc"])
+        self.metadata = self._read_metadata()
+        self.checksums = struct.unpack(f"<{len(self.tensors)}I", self._section("checksums"))
+
+    @property
+    def tensors_offset(self) -> int:
+        """Where the tensor region starts in the file."""
+        return self._fields["tensors_offset"]
+
+    @property
+    def tokenizer(self) -> bytes:
+        return self._section("tokenizer")
+
+    @property
+    def template(self) -> str:
+        return self._section("template").decode()
+
+    def fields(self) -> dict[str, Any]:
+        """Header fields by name, in file order."""
+        return dict(self._fields)
+
+    def data(self, tensor: Tensor) -> memoryview:
+        """The stored bytes of one tensor, in place."""
+        start = self.tensors_offset + tensor.offset
+        return memoryview(self.map)[start : start + tensor.size]
+
+    def verify(self) -> Iterator[tuple[Tensor, bool]]:
+        """Read every tensor; yield it with whether its bytes match the checksum (gaps must be zero)."""
+        end = self.tensors_offset
+        for tensor, checksum in zip(self.tensors, self.checksums, strict=True):
+            start = self.tensors_offset + tensor.offset
+            gap = memoryview(self.map)[end:start]
+            end = start + tensor.size
+            yield tensor, zlib.crc32(self.data(tensor)) == checksum and not any(gap)
+
+    def _open(self) -> int:
+        try:
+            # a FIFO would block and a device has no end: only regular files go further
+            descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise ModelFileError(f"{self.path}: {error.strerror}") from None
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            os.close(descriptor)
+            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+            hint = "; convert it with export.py first" if stat.S_ISDIR(mode) else ""
+            raise ModelFileError(f"{self.path}: is {kind}, not a model.bin{hint}")
+        return descriptor
+
+    def _read_header(self, header: bytes) -> dict[str, Any]:
+        if not header.startswith(MAGIC):
+            raise ModelFileError(f"{self.path}: not a model.bin: starts with {header[:8]!r}, expected {MAGIC!r}")
+        if len(header) < HEADER_SIZE:
+            raise ModelFileError(f"{self.path}: header is {len(header)} bytes, expected {HEADER_SIZE}")
+        names = [name for name, _, _ in HEADER_FIELDS]
+        fields = dict(zip(names, _STRUCT.unpack_from(header, _FIELDS_OFFSET), strict=True))
+        if fields["version"] != VERSION:
+            raise ModelFileError(f"{self.path}: format version {fields['version']}, this program reads {VERSION}")
+        self._expect("header CRC", zlib.crc32(header[:_CRC_OFFSET]), struct.unpack_from("<I", header, _CRC_OFFSET)[0])
+        if any(header[_FIELDS_OFFSET + _STRUCT.size : _CRC_OFFSET]):
+            raise ModelFileError(f"{self.path}: reserved header bytes are not zero")
+        for name, _, (low, high) in HEADER_FIELDS:
+            if not low <= fields[name] <= high:  # false for NaN too
+                raise ModelFileError(f"{self.path}: header field {name} = {fields[name]} is outside {low}..{high}")
+        return fields
+
+    def _check_layout(self, fields: dict[str, Any]) -> None:
+        """Sections and tensors follow each other without holes or overlap and end at the end of the file."""
+        self._expect("file_size", fields["file_size"], self.file_size)
+        arguments = {name: fields[name] for name in Config.__dataclass_fields__}
+        for flag in ("tied_embedding", "qk_norm", "qkv_bias"):
+            arguments[flag] = bool(arguments[flag])
+        self.config = Config(**arguments)
+        try:
+            check_config(self.config)
+        except ValueError as error:
+            raise ModelFileError(f"{self.path}: header: {error}") from None
+        self.tensors = tensors(self.config)
+        offset = HEADER_SIZE
+        for section in ("metadata", "tokenizer", "template", "checksums"):
+            self._expect(f"{section}_offset", fields[f"{section}_offset"], offset)
+            offset = align(offset + fields[f"{section}_size"])
+        self._expect("checksums_size", fields["checksums_size"], 4 * len(self.tensors))
+        self._expect("tensors_offset", fields["tensors_offset"], align(offset, PAGE))
+        last = self.tensors[-1]
+        self._expect("tensors_size", fields["tensors_size"], last.offset + last.size)
+        self._expect("file_size", self.file_size, fields["tensors_offset"] + fields["tensors_size"])
+
+    def _read_metadata(self) -> dict[str, Any]:
+        try:
+            metadata = json.loads(self._section("metadata"))
+            check_metadata(metadata, self.config)
+            self._section("template").decode()
+        except (ValueError, RecursionError) as error:
+            raise ModelFileError(f"{self.path}: metadata: {error}") from None
+        return metadata
+
+    def _section(self, name: str) -> bytes:
+        start = self._fields[f"{name}_offset"]
+        return self.map[start : start + self._fields[f"{name}_size"]]
+
+    def _expect(self, what: str, found: int, expected: int) -> None:
+        if found != expected:
+            raise ModelFileError(f"{self.path}: {what} is {found}, expected {expected} (file damaged or cut short?)")
+
+
+def check_metadata(metadata: Any, config: Config) -> None:
+    """Raise ValueError unless the keys every reader relies on are there and sound (docs/FORMAT.md)."""
+    if not isinstance(metadata, dict):
+        raise ValueError("is not a JSON object")
+    if not isinstance(metadata.get("name"), str):
+        raise ValueError("name is not a string")
+    if metadata.get("thinking") not in THINKING_KINDS:
+        raise ValueError(f"thinking is {metadata.get('thinking')!r}, not one of {', '.join(THINKING_KINDS)}")
+    eos = metadata.get("eos_token_ids")
+    if not isinstance(eos, list) or not all(type(i) is int and 0 <= i < config.n_tokens for i in eos):
+        raise ValueError(f"eos_token_ids is {eos!r}, not a list of token ids below {config.n_tokens}")
+    generation = metadata.get("generation")
+    if not isinstance(generation, dict):
+        raise ValueError("generation is not an object")
+    for key, value in generation.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"generation.{key} is {value!r}, not a finite number")
+
+
+# ----------------------------------------------------------------------------
+# Writer
+
+
+class ModelWriter:
+    """Writes a model.bin so that the target is either the old file or the whole new one.
+
+    with ModelWriter(path, config, metadata, tokenizer, template) as writer:
+        for tensor in writer.tensors:
+            writer.write(piece)                 # any number of pieces, in file order
+            writer.end_tensor()
+
+    The temporary file gets its header (and so its magic) last, is fsynced, renamed over the target,
+    and the directory fsynced. On any exception the temporary file is removed and the target untouched.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], config: Config, metadata: dict[str, Any], tokenizer: bytes, template: str
+    ) -> None:
+        check_config(config)
+        check_metadata(metadata, config)
+        self.path = Path(path)
+        self.config = config
+        self.tensors = tensors(config)
+        self._sections = {
+            "metadata": json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode(),
+            "tokenizer": tokenizer,
+            "template": template.encode(),
+        }
+        self._checksums: list[int] = []
+        self._crc = 0
+        self._written = 0  # bytes of the tensor region
+
+    def __enter__(self) -> ModelWriter:
+        self.remove_stale_temporaries()
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._fields = self._layout()
+        self._file = open(self._temporary, "xb")
+        self._file.seek(self._fields["tensors_offset"])
+        return self
+
+    def write(self, piece: bytes | memoryview) -> None:
+        """Append bytes of the current tensor."""
+        self._crc = zlib.crc32(piece, self._crc)
+        self._file.write(piece)
+        self._written += len(piece)
+
+    def end_tensor(self) -> None:
+        tensor = self.tensors[len(self._checksums)]
+        if self._written != tensor.offset + tensor.size:
+            raise ValueError(f"{tensor.name}: wrote up to {self._written}, expected {tensor.offset + tensor.size}")
+        self._checksums.append(self._crc)
+        self._crc = 0
+        if len(self._checksums) < len(self.tensors):
+            gap = self.tensors[len(self._checksums)].offset - self._written
+            self._file.write(bytes(gap))
+            self._written += gap
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+            self._file.close()
+            if kind is None:
+                os.replace(self._temporary, self.path)
+                _fsync_directory(self.path.parent)
+        finally:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def remove_stale_temporaries(self) -> None:
+        """Remove what a killed export of the same target left behind."""
+        for leftover in self.path.parent.glob(f".{self.path.name}.*.tmp"):
+            pid = leftover.name.split(".")[-2]
+            if pid.isdigit() and not _process_exists(int(pid)):
+                leftover.unlink(missing_ok=True)
+
+    def _layout(self) -> dict[str, Any]:
+        fields: dict[str, Any] = {name: 0 for name, _, _ in HEADER_FIELDS}
+        fields.update({name: getattr(self.config, name) for name in Config.__dataclass_fields__})
+        fields.update(version=VERSION, header_size=HEADER_SIZE)
+        offset = HEADER_SIZE
+        sizes = {name: len(data) for name, data in self._sections.items()}
+        for section, size in (sizes | {"checksums": 4 * len(self.tensors)}).items():
+            fields[f"{section}_offset"], fields[f"{section}_size"] = offset, size
+            offset = align(offset + size)
+        last = self.tensors[-1]
+        fields["tensors_offset"], fields["tensors_size"] = align(offset, PAGE), last.offset + last.size
+        fields["file_size"] = fields["tensors_offset"] + fields["tensors_size"]
+        return fields
+
+    def _finish(self) -> None:
+        """Everything before the tensors; the header, and with it the magic, only once the rest is on disk."""
+        if len(self._checksums) != len(self.tensors):
+            raise ValueError(f"wrote {len(self._checksums)} of {len(self.tensors)} tensors")
+        sections = self._sections | {"checksums": struct.pack(f"<{len(self._checksums)}I", *self._checksums)}
+        body = bytearray(self._fields["tensors_offset"] - HEADER_SIZE)
+        for name, data in sections.items():
+            start = self._fields[f"{name}_offset"] - HEADER_SIZE
+            body[start : start + len(data)] = data
+        self._fields["sections_crc"] = zlib.crc32(body)
+        self._file.seek(HEADER_SIZE)
+        self._file.write(body)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.seek(0)
+        self._file.write(pack_header(self._fields))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def pack_header(fields: dict[str, Any]) -> bytes:
+    """The 512 header bytes for `fields` (names as in HEADER_FIELDS), CRC included."""
+    header = MAGIC + _STRUCT.pack(*(fields[name] for name, _, _ in HEADER_FIELDS))
+    header = header.ljust(_CRC_OFFSET, b"\0")
+    return header + struct.pack("<I", zlib.crc32(header))
+
+
+def _process_exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _fsync_directory(directory: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
