@@ -1,0 +1,845 @@
+# cython: language_level=3, cdivision=True
+"""The engine: tokens in, logits out.
+
+    tokens -> embedding -> n_layers x ( x += attention(rmsnorm(x));  x += swiglu(rmsnorm(x)) ) -> rmsnorm -> logits
+
+A forward pass takes rows (token, position, sequence) of any number of sessions: a prompt is many rows of one
+session, decoding is one row, a batch is both mixed. One body serves them all.
+
+    dim, hidden_dim      width of the residual stream x, width inside the feed-forward
+    q_dim, kv_dim        n_heads * head_dim, n_kv_heads * head_dim
+    n                    rows in flight, at most MAX_ROWS; all shapes are (a, b) row-major
+
+Threads share out output rows, heads or tokens, never a sum: no thread count changes a bit. Arguments are checked
+at the Python edge; inside nogil nothing can fail. What the kernels compute is written in kernels/kernels.h.
+"""
+
+import math
+import operator
+import os
+import threading
+
+import numpy as np
+
+from .cpu import default_threads
+from .format import ROPE_TENSOR, ModelFile
+
+cimport cython
+from cython.parallel cimport prange
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uintptr_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.math cimport sqrt
+from libc.string cimport memcpy
+
+
+cdef extern from "<stdlib.h>" nogil:
+    int posix_memalign(void **p, size_t alignment, size_t size)
+
+
+cdef extern from "kernels/openmp.h" nogil:
+    int HAVE_OPENMP
+    int thread_index()
+    int team_size()
+
+
+cdef extern from "kernels/kernels.h" nogil:
+    const Py_ssize_t KV_BLOCK
+    const Py_ssize_t ATTENTION_ROWS
+    Py_ssize_t PADDED(Py_ssize_t head_dim)
+    Py_ssize_t ATTENTION_SCRATCH(Py_ssize_t head_dim)
+    Py_ssize_t TILE_BYTES(Py_ssize_t group_size)
+    ctypedef enum KVType:
+        KV_F32, KV_F16
+    ctypedef enum SourceType:
+        SOURCE_BF16, SOURCE_F16, SOURCE_F32
+    ctypedef struct Int8Rows:
+        int8_t *codes
+        float *scales
+        int32_t *sums
+    ctypedef struct Attention:
+        const float *q
+        float *out
+        size_t q_stride, out_stride, n_tokens, group, head_dim, position
+        char **blocks
+        size_t k_offset, v_offset
+        float *scratch
+    ctypedef struct QuantizationError:
+        double largest, error_square, square
+        int64_t bad
+    ctypedef struct Kernels:
+        const char *name
+        void (*rmsnorm)(float *, const float *, const float *, size_t, float) noexcept nogil
+        void (*quantize)(Int8Rows *, const float *, size_t, size_t) noexcept nogil
+        void (*matmul_int8)(float *, size_t, const Int8Rows *, size_t, const uint8_t *, size_t, size_t, size_t) noexcept nogil
+        void (*matmul_float32)(float *, size_t, const float *, size_t, const uint8_t *, size_t, size_t, size_t) noexcept nogil
+        void (*dequantize_row)(float *, const uint8_t *, size_t, size_t, size_t) noexcept nogil
+        void (*rope_angles)(float *, float *, const float *, size_t, size_t, float) noexcept nogil
+        void (*rope)(float *, const float *, const float *, size_t, float) noexcept nogil
+        void (*store_kv[2])(char *, char *, size_t, const float *, const float *, size_t) noexcept nogil
+        void (*attend[2])(const Attention *) noexcept nogil
+        void (*swiglu)(float *, const float *, const float *, size_t) noexcept nogil
+        void (*add)(float *, const float *, size_t) noexcept nogil
+        float (*exponentials)(float *, const float *, size_t, float) noexcept nogil
+        int (*top_k)(int32_t *, const float *, size_t, size_t) noexcept nogil
+        void (*quantize_tiles)(uint8_t *, const void **, SourceType, size_t, size_t, QuantizationError *) noexcept nogil
+    const Kernels *all_kernels[]
+    const Py_ssize_t n_kernels
+    int kernels_runnable(const Kernels *)
+
+
+# Rows one pass through the layers takes; longer prompts go in several. Large enough that reading a weight is
+# paid for by using it often, small enough that the buffers stay tens of megabytes.
+cdef Py_ssize_t MAX_ROWS = 256
+
+# Work below this many multiply-adds is done by one thread: waking a second costs more than it saves.
+cdef Py_ssize_t SERIAL_WORK = 400_000
+
+# Weight bytes one thread takes at a time: small enough to share evenly with a neighbour on the other core.
+cdef Py_ssize_t TASK_BYTES = 64 * 1024
+
+
+# ----------------------------------------------------------------------------
+# The instruction set: one table for the whole process
+
+cdef const Kernels *kernels = NULL
+
+ISA_NAMES = tuple([all_kernels[i].name.decode() for i in range(n_kernels)])
+OPENMP = bool(HAVE_OPENMP)
+
+
+def runnable_isas():
+    return tuple([all_kernels[i].name.decode() for i in range(n_kernels) if kernels_runnable(all_kernels[i])])
+
+
+def isa():
+    return kernels.name.decode()
+
+
+def set_isa(str name):
+    global kernels
+    if name not in runnable_isas():
+        known = "this CPU cannot run it" if name in ISA_NAMES else "there is no such instruction set"
+        raise ValueError(f"ISA {name!r}: {known} (runnable here: {', '.join(runnable_isas())})")
+    kernels = all_kernels[ISA_NAMES.index(name)]
+
+
+set_isa(runnable_isas()[-1])
+if os.environ.get("QWEN3C_ISA"):
+    try:
+        set_isa(os.environ["QWEN3C_ISA"])
+    except ValueError as error:
+        raise ImportError(f"QWEN3C_ISA: {error}") from None
+
+# After fork() the child has none of the OpenMP threads the runtime believes in and would wait for them for ever.
+cdef bint forked = False
+
+
+def _after_fork():
+    global forked
+    forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# ----------------------------------------------------------------------------
+# Weights: pointers into the mapped file
+
+cdef struct Matrix:
+    const uint8_t *tiles  # INT8 tiles of (rows, columns)
+    Py_ssize_t rows, columns
+
+
+cdef struct Layer:
+    const float *attention_norm  # (dim,)
+    Matrix qkv  # (q_dim + 2 kv_dim, dim)
+    const float *q_norm  # (head_dim,)
+    const float *k_norm  # (head_dim,)
+    Matrix o  # (dim, q_dim)
+    const float *ffn_norm  # (dim,)
+    Matrix gate_up  # (2 hidden_dim, dim)
+    Matrix down  # (dim, hidden_dim)
+
+
+cdef struct Weights:
+    const float *rope_frequencies  # (head_dim / 2,)
+    Matrix embedding  # (vocab_size, dim)
+    Layer *layers  # (n_layers,)
+    const float *final_norm  # (dim,)
+    Matrix lm_head  # (vocab_size, dim), the embedding if tied
+
+
+# ----------------------------------------------------------------------------
+# Run state: the buffers of a forward pass, sized for `capacity` rows
+
+cdef struct RunState:
+    Py_ssize_t capacity
+    float *x  # (n, dim) residual stream
+    float *xb  # (n, max(dim, q_dim)) normalised x; attention output
+    float *qkv  # (n, q_dim + 2 kv_dim)
+    float *y  # (n, dim) what a branch adds to x
+    float *h  # (n, 2 hidden_dim) gate, up
+    float *hb  # (n, hidden_dim) swiglu(gate, up)
+    float *cosine  # (n, head_dim / 2)
+    float *sine  # (n, head_dim / 2)
+    Int8Rows xq  # (n, widest input of a matrix)
+    float *scratch  # (threads, ATTENTION_SCRATCH)
+
+
+# Consecutive rows of one sequence, few enough that one attention task takes them with a group of heads.
+cdef struct Span:
+    Py_ssize_t row, n_rows
+    Py_ssize_t position  # of the first row
+    char **blocks  # KV blocks of the sequence
+
+
+# ----------------------------------------------------------------------------
+# KV cache: blocks of KV_BLOCK positions at absolute places, all layers in one block
+
+@cython.final
+cdef class KVBlock:
+    """Keys and values of KV_BLOCK positions: (n_layers, n_kv_heads, keys | values), zero where unwritten.
+
+    The memory comes untouched from the operating system, so a page costs nothing until a position uses it.
+    """
+
+    cdef char *data
+    cdef Py_ssize_t size
+    cdef int owners  # sessions that hold it; fork() shares, writing copies
+
+    def __cinit__(self, Py_ssize_t size):
+        self.data = <char *>calloc(size, 1)
+        if self.data == NULL:
+            raise MemoryError(f"KV cache: no memory for another block of {size:,} bytes")
+        self.size = size
+        self.owners = 1
+
+    def __dealloc__(self):
+        free(self.data)
+
+    cdef KVBlock copy(self):
+        cdef KVBlock block = KVBlock(self.size)
+        memcpy(block.data, self.data, self.size)
+        return block
+
+
+cdef class Session:
+    """One sequence: its position and its KV cache. Made by Model.session()."""
+
+    cdef readonly Model model
+    cdef readonly Py_ssize_t position, context
+    cdef list blocks
+    cdef char **pointers  # data of each block, for nogil code
+
+    def __cinit__(self, Model model not None, context=None):
+        limit = model.config.context
+        self.model = model
+        self.context = limit if context is None else _integer("context", context)
+        if not 1 <= self.context <= limit:
+            raise ValueError(f"context = {self.context} is outside 1..{limit}, the context of the model")
+        self.blocks = []
+        self.pointers = <char **>calloc((self.context + KV_BLOCK - 1) // KV_BLOCK, sizeof(char *))
+        if self.pointers == NULL:
+            raise MemoryError(f"no memory for a session of context {self.context}")
+
+    def __dealloc__(self):
+        cdef KVBlock block
+        if self.blocks is not None:
+            for block in self.blocks:
+                block.owners -= 1
+        free(self.pointers)
+
+    @property
+    def kv_bytes(self):
+        return len(self.blocks) * self.model.block_bytes
+
+    def forward(self, ids, logits="last"):
+        return self.model.forward([(self, ids)], logits)[0]
+
+    def rewind(self, position):
+        cdef Py_ssize_t target = _integer("position", position)
+        with self.model.lock:
+            if not 0 <= target <= self.position:
+                raise ValueError(f"cannot rewind to {target}: the session is at position {self.position}")
+            self.position = target
+            self._drop_blocks((target + KV_BLOCK - 1) // KV_BLOCK)
+
+    def fork(self):
+        cdef Session other = Session(self.model, self.context)
+        cdef KVBlock block
+        with self.model.lock:
+            other.position = self.position
+            for i, block in enumerate(self.blocks):
+                block.owners += 1
+                other.blocks.append(block)
+                other.pointers[i] = block.data
+        return other
+
+    cdef _drop_blocks(self, Py_ssize_t keep):
+        cdef KVBlock block
+        while len(self.blocks) > keep:
+            block = self.blocks.pop()
+            block.owners -= 1
+
+    cdef _make_room(self, Py_ssize_t n):
+        """Blocks for n more positions, none of those written to shared with another session."""
+        cdef Py_ssize_t i
+        cdef KVBlock block
+        for i in range(self.position // KV_BLOCK, (self.position + n + KV_BLOCK - 1) // KV_BLOCK):
+            if i == len(self.blocks):
+                self.blocks.append(KVBlock(self.model.block_bytes))
+            elif (<KVBlock>self.blocks[i]).owners > 1:
+                block = (<KVBlock>self.blocks[i]).copy()
+                (<KVBlock>self.blocks[i]).owners -= 1
+                self.blocks[i] = block
+            self.pointers[i] = (<KVBlock>self.blocks[i]).data
+
+
+# ----------------------------------------------------------------------------
+# Model: the mapped file, its weights, its run state
+
+cdef class Model:
+    """A mapped model.bin and the buffers of its forward pass; threads may share it (calls take turns)."""
+
+    cdef readonly str path, kv, activations
+    cdef readonly object config, metadata, file
+    cdef readonly int threads
+    cdef object lock
+    cdef Weights w
+    cdef RunState s
+    cdef Py_ssize_t n_layers, n_heads, n_kv_heads, head_dim, dim, hidden_dim, q_dim, kv_dim, vocab_size, group_size
+    cdef Py_ssize_t block_bytes, head_bytes  # of a KV block; of one (layer, KV head) in it
+    cdef float eps, rope_scale
+    cdef KVType kv_type
+    cdef bint int8
+
+    def __cinit__(self, path, threads=None, kv="f16", activations="int8", **_):
+        if kv not in ("f16", "f32"):
+            raise ValueError(f"kv is {kv!r}, not 'f16' or 'f32'")
+        if activations not in ("int8", "float32"):
+            raise ValueError(f"activations is {activations!r}, not 'int8' or 'float32'")
+        wanted = default_threads() if threads is None else _integer("threads", threads)
+        if not 1 <= wanted <= 1024:
+            raise ValueError(f"threads = {wanted} is outside 1..1024")
+        self.lock = threading.Lock()
+        self.file = ModelFile(path)
+        self.path, self.kv, self.activations = self.file.path, kv, activations
+        self.config, self.metadata = self.file.config, self.file.metadata
+        self.kv_type = KV_F16 if kv == "f16" else KV_F32
+        self.int8 = activations == "int8"
+        self._set_dimensions()
+        self._map_weights()
+        self.threads = _team(wanted)
+        self._reserve(1)
+
+    def __init__(self, path, threads=None, kv="f16", activations="int8"):
+        pass
+
+    def __dealloc__(self):
+        free(self.w.layers)
+        self._free_buffers()
+
+    cdef _set_dimensions(self):
+        c = self.config
+        self.n_layers, self.n_heads, self.n_kv_heads, self.head_dim = c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim
+        self.dim, self.hidden_dim, self.q_dim, self.kv_dim = c.dim, c.hidden_dim, c.q_dim, c.kv_dim
+        self.vocab_size, self.group_size = c.vocab_size, c.group_size
+        self.eps, self.rope_scale = c.rms_eps, c.rope_attention_scale
+        cdef Py_ssize_t element = 2 if self.kv_type == KV_F16 else 4
+        self.head_bytes = KV_BLOCK * (self.head_dim + PADDED(self.head_dim)) * element
+        self.block_bytes = self.n_layers * self.n_kv_heads * self.head_bytes
+
+    # ---- weights
+
+    cdef _map_weights(self):
+        places = {t.name: t for t in self.file.tensors}
+        embedding = "model.embed_tokens.weight"
+        cdef Layer *layer
+        self.w.layers = <Layer *>calloc(self.n_layers, sizeof(Layer))
+        if self.w.layers == NULL:
+            raise MemoryError(f"no memory for {self.n_layers} layers")
+        self.w.rope_frequencies = self._vector(places[ROPE_TENSOR])
+        self.w.embedding = self._matrix(places[embedding])
+        for l in range(self.n_layers):
+            layer = &self.w.layers[l]
+            p = f"model.layers.{l}."
+            layer.attention_norm = self._vector(places[p + "input_layernorm.weight"])
+            layer.qkv = self._matrix(places[p + "self_attn.qkv_proj.weight"])
+            layer.q_norm = self._vector(places[p + "self_attn.q_norm.weight"])
+            layer.k_norm = self._vector(places[p + "self_attn.k_norm.weight"])
+            layer.o = self._matrix(places[p + "self_attn.o_proj.weight"])
+            layer.ffn_norm = self._vector(places[p + "post_attention_layernorm.weight"])
+            layer.gate_up = self._matrix(places[p + "mlp.gate_up_proj.weight"])
+            layer.down = self._matrix(places[p + "mlp.down_proj.weight"])
+        self.w.final_norm = self._vector(places["model.norm.weight"])
+        self.w.lm_head = self._matrix(places[embedding if self.config.tied_embedding else "lm_head.weight"])
+
+    cdef const uint8_t *_data(self, tensor) except NULL:
+        # self.file keeps the map, and so this address, alive as long as the model
+        return <const uint8_t *><uintptr_t>np.frombuffer(self.file.data(tensor), dtype=np.uint8).ctypes.data
+
+    cdef const float *_vector(self, tensor) except NULL:
+        return <const float *>self._data(tensor)
+
+    cdef Matrix _matrix(self, tensor) except *:
+        cdef Matrix matrix
+        matrix.tiles = self._data(tensor)
+        matrix.rows, matrix.columns = tensor.shape
+        return matrix
+
+    def weight(self, str name):
+        cdef Matrix matrix
+        cdef Py_ssize_t r
+        cdef float[:, ::1] view
+        for tensor in self.file.tensors:
+            for part in tensor.parts:
+                if part.name != name:
+                    continue
+                if not tensor.quantized:
+                    return np.frombuffer(self.file.data(tensor), dtype="<f4")[part.row : part.row + part.rows].copy()
+                matrix = self._matrix(tensor)
+                result = np.empty((part.rows, matrix.columns), dtype=np.float32)
+                view = result
+                for r in range(view.shape[0]):
+                    kernels.dequantize_row(&view[r, 0], matrix.tiles, <Py_ssize_t>part.row + r, matrix.columns, self.group_size)
+                return result
+        raise KeyError(name)
+
+    # ---- run state
+
+    cdef _reserve(self, Py_ssize_t n):
+        """Buffers for n rows in flight; they only ever grow."""
+        if n <= self.s.capacity:
+            return
+        cdef Py_ssize_t widest = max(self.dim, self.q_dim, self.hidden_dim), rows = 1
+        while rows < n:
+            rows *= 2
+        self._free_buffers()
+        self.s.x = _floats(rows * self.dim)
+        self.s.xb = _floats(rows * max(self.dim, self.q_dim))
+        self.s.qkv = _floats(rows * (self.q_dim + 2 * self.kv_dim))
+        self.s.y = _floats(rows * self.dim)
+        self.s.h = _floats(rows * 2 * self.hidden_dim)
+        self.s.hb = _floats(rows * self.hidden_dim)
+        self.s.cosine = _floats(rows * self.head_dim // 2)
+        self.s.sine = _floats(rows * self.head_dim // 2)
+        self.s.xq.codes = <int8_t *>_floats((rows * widest + 3) // 4)
+        self.s.xq.scales = _floats(rows * widest // self.group_size)
+        self.s.xq.sums = <int32_t *>_floats(rows * widest // self.group_size)
+        self.s.scratch = _floats(self.threads * ATTENTION_SCRATCH(self.head_dim))
+        self.s.capacity = rows
+
+    cdef _free_buffers(self):
+        for p in (<uintptr_t>self.s.x, <uintptr_t>self.s.xb, <uintptr_t>self.s.qkv, <uintptr_t>self.s.y,
+                  <uintptr_t>self.s.h, <uintptr_t>self.s.hb, <uintptr_t>self.s.cosine, <uintptr_t>self.s.sine,
+                  <uintptr_t>self.s.xq.codes, <uintptr_t>self.s.xq.scales, <uintptr_t>self.s.xq.sums,
+                  <uintptr_t>self.s.scratch):
+            free(<void *><uintptr_t>p)
+        self.s = RunState(0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, Int8Rows(NULL, NULL, NULL), NULL)
+
+    # ---- Python surface
+
+    def session(self, context=None):
+        return Session(self, context)
+
+    def forward(self, batch, logits="last"):
+        if logits not in ("last", "all"):
+            raise ValueError(f"logits is {logits!r}, not 'last' or 'all'")
+        batch = [(session, _token_ids(ids, self.vocab_size)) for session, ids in batch]
+        if not batch:
+            raise ValueError("the batch is empty")
+        with self.lock:
+            self._check_batch(batch)
+            return self._forward_batch(batch, logits == "all")
+
+    cdef _check_batch(self, list batch):
+        seen = set()
+        for session, ids in batch:
+            if not isinstance(session, Session) or (<Session>session).model is not self:
+                raise ValueError("a session of the batch does not belong to this model")
+            if id(session) in seen:
+                raise ValueError("a session is in the batch twice; give it all its ids at once")
+            seen.add(id(session))
+            if session.position + len(ids) > session.context:
+                raise ValueError(f"{len(ids)} more ids from position {session.position} pass the context of {session.context}")
+
+    cdef _forward_batch(self, list batch, bint every):
+        """Cut the rows of the batch into passes of at most MAX_ROWS; collect the logits."""
+        cdef Py_ssize_t n_total = sum([len(ids) for _, ids in batch]), start, n, out_row = 0, i, first, last
+        cdef Session session
+        for session, ids in batch:
+            session._make_room(len(ids))
+        self._reserve(min(n_total, MAX_ROWS))
+        tokens = np.concatenate([ids for _, ids in batch])
+        ends = np.cumsum([len(ids) for _, ids in batch])
+        wanted = np.arange(n_total) if every else ends - 1  # rows whose logits are returned, ascending
+        out = np.empty((len(wanted), self.vocab_size), dtype=np.float32)
+        for start in range(0, n_total, MAX_ROWS):
+            n = min(MAX_ROWS, n_total - start)
+            segments = []
+            for i, (session, ids) in enumerate(batch):
+                first, last = max(start, ends[i] - len(ids)), min(start + n, ends[i])
+                if first < last:
+                    segments.append((session, first - start, last - first, session.position + first - (ends[i] - len(ids))))
+            rows = wanted[(wanted >= start) & (wanted < start + n)] - start
+            self._forward_rows(tokens[start : start + n], segments, rows, out[out_row : out_row + len(rows)])
+            out_row += len(rows)
+        for session, ids in batch:
+            session.position += len(ids)
+        if not every:
+            return list(out)
+        return [out[end - len(ids) : end] for end, (_, ids) in zip(ends, batch)]
+
+    cdef _forward_rows(self, const int32_t[::1] tokens, list segments, rows, float[:, ::1] out):
+        """One pass: hand plain arrays to `forward` and let go of the GIL."""
+        cdef Py_ssize_t[::1] wanted = rows.astype(np.intp)
+        cdef Py_ssize_t n = tokens.shape[0], n_wanted = wanted.shape[0], n_spans = 0, row
+        cdef Py_ssize_t tokens_per_span = max(1, ATTENTION_ROWS // (self.n_heads // self.n_kv_heads))
+        cdef Session session
+        cdef Span *spans = <Span *>malloc(n * sizeof(Span))
+        if spans == NULL:
+            raise MemoryError(f"no memory for a batch of {n} rows")
+        try:
+            for session, first, n_rows, position in segments:
+                for row in range(0, n_rows, tokens_per_span):
+                    spans[n_spans] = Span(first + row, min(tokens_per_span, n_rows - row), position + row, session.pointers)
+                    n_spans += 1
+            with nogil:
+                forward(self, &tokens[0], n, spans, n_spans, &wanted[0] if n_wanted else NULL, n_wanted,
+                        &out[0, 0] if n_wanted else NULL)
+        finally:
+            free(spans)
+
+
+# ----------------------------------------------------------------------------
+# Blocks
+
+cdef Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return (a + b - 1) // b
+
+
+cdef int check_signals() except -1 nogil:
+    with gil:
+        PyErr_CheckSignals()
+    return 0
+
+
+cdef int team(Model m, Py_ssize_t work) noexcept nogil:
+    """Threads for so many multiply-adds."""
+    return 1 if forked or work < SERIAL_WORK else m.threads
+
+
+cdef void quantize_row(Model m, const float *x, Py_ssize_t row, Py_ssize_t columns) noexcept nogil:
+    cdef Int8Rows to
+    to.codes = m.s.xq.codes + row * columns
+    to.scales = m.s.xq.scales + row * (columns // m.group_size)
+    to.sums = m.s.xq.sums + row * (columns // m.group_size)
+    kernels.quantize(&to, x + row * columns, columns, m.group_size)
+
+
+cdef void matmul_tiles(
+    Model m, float *y, const float *x, Py_ssize_t n, const Matrix *w, Py_ssize_t tile, Py_ssize_t n_tiles
+) noexcept nogil:
+    cdef Py_ssize_t row = tile * 16, rows = min(n_tiles * 16, w.rows - row)
+    cdef const uint8_t *tiles = w.tiles + tile * (w.columns // m.group_size) * TILE_BYTES(m.group_size)
+    if m.int8:
+        kernels.matmul_int8(y + row, w.rows, &m.s.xq, n, tiles, rows, w.columns, m.group_size)
+    else:
+        kernels.matmul_float32(y + row, w.rows, x, n, tiles, rows, w.columns, m.group_size)
+
+
+cdef void matmul(Model m, float *y, const float *x, Py_ssize_t n, const Matrix *w) noexcept nogil:
+    """y (n, rows) = x (n, columns) w^T, x taken as int8 or float32 as the model was opened."""
+    cdef Py_ssize_t i, n_tiles = ceil_div(w.rows, 16), per_task = max(2, TASK_BYTES // (16 * w.columns) // 2 * 2)
+    if m.int8:
+        for i in prange(n, schedule="static", num_threads=m.threads, use_threads_if=team(m, 16 * n * w.columns) > 1):
+            quantize_row(m, x, i, w.columns)
+    for i in prange(
+        ceil_div(n_tiles, per_task), schedule="dynamic", num_threads=m.threads,
+        use_threads_if=team(m, n * w.rows * w.columns) > 1,
+    ):
+        matmul_tiles(m, y, x, n, w, i * per_task, min(per_task, n_tiles - i * per_task))
+
+
+cdef void embed(Model m, const int32_t *tokens, Py_ssize_t n) noexcept nogil:
+    """x (n, dim) = the tokens' rows of the embedding."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        kernels.dequantize_row(m.s.x + i * m.dim, m.w.embedding.tiles, tokens[i], m.dim, m.group_size)
+
+
+cdef void rmsnorm(Model m, float *y, const float *x, const float *weight, Py_ssize_t n) noexcept nogil:
+    """y (n, dim) = x / rms(x) * weight, row by row (https://arxiv.org/abs/1910.07467)."""
+    cdef Py_ssize_t i
+    for i in prange(n, schedule="static", num_threads=m.threads, use_threads_if=team(m, 8 * n * m.dim) > 1):
+        kernels.rmsnorm(y + i * m.dim, x + i * m.dim, weight, m.dim, m.eps)
+
+
+cdef void rope_table(Model m, const Span *span) noexcept nogil:
+    """cosine, sine (n, head_dim / 2) of the rows of a span."""
+    cdef Py_ssize_t i, half = m.head_dim // 2
+    for i in range(span.n_rows):
+        kernels.rope_angles(m.s.cosine + (span.row + i) * half, m.s.sine + (span.row + i) * half,
+                            m.w.rope_frequencies, half, span.position + i, m.rope_scale)
+
+
+cdef char *kv_at(Model m, char *block, Py_ssize_t layer, Py_ssize_t kv_head) noexcept nogil:
+    """Where a block holds the keys of a layer and head; the values follow KV_BLOCK * head_dim elements later."""
+    return block + (layer * m.n_kv_heads + kv_head) * m.head_bytes
+
+
+cdef Py_ssize_t values_offset(Model m) noexcept nogil:
+    return KV_BLOCK * m.head_dim * (2 if m.kv_type == KV_F16 else 4)
+
+
+cdef void rotate_and_store(Model m, const Span *span, Py_ssize_t l) noexcept nogil:
+    """q and k of a span: norm per head, rotate; k and v go to the cache; q is scaled by 1 / sqrt(head_dim)."""
+    cdef const Layer *layer = &m.w.layers[l]
+    cdef Py_ssize_t i, h, row, position, half = m.head_dim // 2, stride = m.q_dim + 2 * m.kv_dim
+    cdef float *head
+    cdef float *cosine
+    cdef float *sine
+    cdef float scale = 1.0 / <float>sqrt(<double>m.head_dim)
+    cdef char *keys
+    for i in range(span.n_rows):
+        row, position = span.row + i, span.position + i
+        cosine, sine = m.s.cosine + row * half, m.s.sine + row * half
+        for h in range(m.n_heads):
+            head = m.s.qkv + row * stride + h * m.head_dim
+            kernels.rmsnorm(head, head, layer.q_norm, m.head_dim, m.eps)
+            kernels.rope(head, cosine, sine, m.head_dim, scale)
+        for h in range(m.n_kv_heads):
+            head = m.s.qkv + row * stride + m.q_dim + h * m.head_dim
+            kernels.rmsnorm(head, head, layer.k_norm, m.head_dim, m.eps)
+            kernels.rope(head, cosine, sine, m.head_dim, 1.0)
+            keys = kv_at(m, span.blocks[position // KV_BLOCK], l, h)
+            kernels.store_kv[<int>m.kv_type](keys, keys + values_offset(m), position % KV_BLOCK,
+                                        head, head + m.kv_dim, m.head_dim)
+
+
+cdef void attend(Model m, const Span *span, Py_ssize_t l, Py_ssize_t kv_head, Py_ssize_t part, Py_ssize_t heads) noexcept nogil:
+    """xb (n, q_dim) = softmax(q k^T) v for `heads` query heads of one KV head, the part-th so many of its group."""
+    cdef Py_ssize_t group = m.n_heads // m.n_kv_heads, head = kv_head * group + part * heads
+    cdef Attention task
+    task.q = m.s.qkv + span.row * (m.q_dim + 2 * m.kv_dim) + head * m.head_dim
+    task.q_stride = m.q_dim + 2 * m.kv_dim
+    task.out = m.s.xb + span.row * m.q_dim + head * m.head_dim
+    task.out_stride = m.q_dim
+    task.n_tokens = span.n_rows
+    task.group = min(heads, group - part * heads)
+    task.head_dim = m.head_dim
+    task.position = span.position
+    task.blocks = span.blocks
+    task.k_offset = (l * m.n_kv_heads + kv_head) * m.head_bytes
+    task.v_offset = task.k_offset + values_offset(m)
+    task.scratch = m.s.scratch + thread_index() * ATTENTION_SCRATCH(m.head_dim)
+    kernels.attend[<int>m.kv_type](&task)
+
+
+cdef void attention(Model m, const Span *spans, Py_ssize_t n_spans, Py_ssize_t l, Py_ssize_t work) noexcept nogil:
+    """xb (n, q_dim) for all rows: one task per span, KV head and at most ATTENTION_ROWS of its query heads."""
+    cdef Py_ssize_t i, group = m.n_heads // m.n_kv_heads, heads = min(group, ATTENTION_ROWS)
+    cdef Py_ssize_t parts = ceil_div(group, heads), per_span = m.n_kv_heads * parts
+    for i in prange(n_spans * per_span, schedule="dynamic", num_threads=m.threads, use_threads_if=team(m, work) > 1):
+        attend(m, &spans[i // per_span], l, i % per_span // parts, i % parts, heads)
+
+
+cdef void swiglu(Model m, Py_ssize_t n) noexcept nogil:
+    """hb (n, hidden_dim) = silu(gate) * up (https://arxiv.org/abs/2002.05202)."""
+    cdef Py_ssize_t i
+    for i in prange(n, schedule="static", num_threads=m.threads, use_threads_if=team(m, 16 * n * m.hidden_dim) > 1):
+        kernels.swiglu(m.s.hb + i * m.hidden_dim, m.s.h + 2 * i * m.hidden_dim,
+                       m.s.h + (2 * i + 1) * m.hidden_dim, m.hidden_dim)
+
+
+# ----------------------------------------------------------------------------
+# The forward pass
+
+cdef int forward(
+    Model m,
+    const int32_t *tokens,  # (n,)
+    Py_ssize_t n,
+    const Span *spans,  # (n_spans,), they cover the n rows in order
+    Py_ssize_t n_spans,
+    const Py_ssize_t *wanted,  # (n_wanted,) rows whose logits are asked for, ascending
+    Py_ssize_t n_wanted,
+    float *logits,  # (n_wanted, vocab_size)
+) except -1 nogil:
+    cdef RunState *s = &m.s
+    cdef Weights *w = &m.w
+    cdef Layer *layer
+    cdef Py_ssize_t l, i
+    cdef Py_ssize_t row_work = n * m.q_dim * 16  # of norms and rotations, roughly, in multiply-adds
+    cdef Py_ssize_t attention_work = 0
+    for i in range(n_spans):
+        attention_work += 2 * m.q_dim * spans[i].n_rows * (spans[i].position + spans[i].n_rows)
+
+    # the residual stream starts as the embedding of the tokens; positions become angles once for all layers
+    embed(m, tokens, n)
+    for i in range(n_spans):
+        rope_table(m, &spans[i])
+
+    for l in range(m.n_layers):
+        layer = &w.layers[l]
+        if n > 16:
+            check_signals()
+
+        # q, k, v of the normalised rows in one product
+        rmsnorm(m, s.xb, s.x, layer.attention_norm, n)
+        matmul(m, s.qkv, s.xb, n, &layer.qkv)
+
+        # norm q and k per head, rotate them by position, put k and v into the cache
+        for i in prange(n_spans, schedule="static", num_threads=m.threads, use_threads_if=team(m, row_work) > 1):
+            rotate_and_store(m, &spans[i], l)
+
+        # attention over all positions up to each row's own
+        attention(m, spans, n_spans, l, attention_work)
+
+        # x += attention output
+        matmul(m, s.y, s.xb, n, &layer.o)
+        kernels.add(s.x, s.y, n * m.dim)
+
+        # x += down(silu(gate(x)) * up(x)) of the normalised rows
+        rmsnorm(m, s.xb, s.x, layer.ffn_norm, n)
+        matmul(m, s.h, s.xb, n, &layer.gate_up)
+        swiglu(m, n)
+        matmul(m, s.y, s.hb, n, &layer.down)
+        kernels.add(s.x, s.y, n * m.dim)
+
+    # the wanted rows only: final norm, then the product with the vocabulary
+    for i in range(n_wanted):
+        kernels.rmsnorm(s.xb + i * m.dim, s.x + wanted[i] * m.dim, w.final_norm, m.dim, m.eps)
+    if n_wanted:
+        matmul(m, logits, s.xb, n_wanted, &w.lm_head)
+    return 0
+
+
+# ----------------------------------------------------------------------------
+# Helpers of the Python edge
+
+cdef float *_floats(Py_ssize_t n) except NULL:
+    """n floats, 64-byte aligned."""
+    cdef void *p = NULL
+    if posix_memalign(&p, 64, n * sizeof(float)):
+        raise MemoryError(f"no memory for a buffer of {n * sizeof(float):,} bytes")
+    return <float *>p
+
+
+cdef int _team(int wanted) noexcept:
+    """How many threads OpenMP really gives when asked for so many."""
+    cdef int i, size = 1
+    for i in prange(wanted, nogil=True, schedule="static", num_threads=wanted, use_threads_if=not forked):
+        if i == 0:
+            store_team_size(&size)
+    return size
+
+
+cdef void store_team_size(int *size) noexcept nogil:
+    size[0] = team_size()
+
+
+def _integer(str name, value):
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}, not an integer") from None
+
+
+def _token_ids(ids, Py_ssize_t vocab_size):
+    """ids as int32 (n,), n >= 1, every one a row of the embedding."""
+    array = np.asarray(ids)
+    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
+        raise ValueError(f"ids must be a non-empty one-dimensional sequence of integers, got shape {array.shape}, {array.dtype}")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"token id {low if low < 0 else high} is outside 0..{vocab_size - 1}")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+# ----------------------------------------------------------------------------
+# For the sampler: the same bits on every machine
+
+def _logits(logits):
+    array = np.ascontiguousarray(logits, dtype=np.float32)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"logits must have shape (n,), n >= 1, got {array.shape}")
+    return array
+
+
+def softmax(logits, double temperature=1.0):
+    if not temperature > 0:
+        raise ValueError(f"temperature = {temperature} is not positive")
+    cdef const float[::1] x = _logits(logits)
+    cdef float[::1] y = np.empty(x.shape[0], dtype=np.float32)
+    cdef float total = kernels.exponentials(&y[0], &x[0], x.shape[0], <float>(1.0 / temperature))
+    result = np.asarray(y)
+    result /= total
+    return result
+
+
+def log_sum_exp(logits):
+    cdef const float[::1] x = _logits(logits)
+    cdef float[::1] y = np.empty(x.shape[0], dtype=np.float32)
+    cdef float total = kernels.exponentials(&y[0], &x[0], x.shape[0], 1.0)
+    return float(np.max(x)) + math.log(total)
+
+
+def top_k(logits, Py_ssize_t k):
+    cdef const float[::1] x = _logits(logits)
+    if not 1 <= k <= x.shape[0]:
+        raise ValueError(f"k = {k} is outside 1..{x.shape[0]}")
+    cdef int32_t[::1] ids = np.empty(k, dtype=np.int32)
+    if kernels.top_k(&ids[0], &x[0], x.shape[0], k):
+        raise ValueError("the logits hold a NaN: the model file is damaged or its weights overflow")
+    return np.asarray(ids)
+
+
+# ----------------------------------------------------------------------------
+# For the exporter
+
+cdef struct TileRow:
+    const void *rows[16]  # NULL past the end of the matrix
+
+
+def quantize_tiles(parts, Py_ssize_t columns, Py_ssize_t group_size, Py_ssize_t first_tile, Py_ssize_t n_tiles, out, int threads=1):
+    cdef uintptr_t address
+    cdef Py_ssize_t i, row, rows, row_bytes, tile_size = columns // group_size * TILE_BYTES(group_size)
+    cdef uint8_t[::1] target = out
+    if columns % group_size or group_size not in (32, 64, 128, 256):
+        raise ValueError(f"{columns} columns do not divide into groups of {group_size}")
+    if target.shape[0] != n_tiles * tile_size or n_tiles < 1:
+        raise ValueError(f"out holds {target.shape[0]} bytes, expected {n_tiles * tile_size}")
+    types = {"BF16": SOURCE_BF16, "F16": SOURCE_F16, "F32": SOURCE_F32}
+    buffers = [(np.frombuffer(data, dtype=np.uint8), types[dtype], 4 if dtype == "F32" else 2) for data, dtype in parts]
+    if len({kind for _, kind, _ in buffers}) != 1:
+        raise ValueError("the parts of one matrix have different dtypes")
+    cdef SourceType kind = buffers[0][1]
+    cdef QuantizationError *errors = <QuantizationError *>calloc(n_tiles, sizeof(QuantizationError))
+    cdef TileRow *tiles = <TileRow *>calloc(n_tiles, sizeof(TileRow))
+    try:
+        if errors == NULL or tiles == NULL:
+            raise MemoryError(f"no memory for {n_tiles} tiles")
+        row = -16 * first_tile  # of the slice
+        for data, _, size in buffers:
+            address, row_bytes, rows = data.ctypes.data, columns * size, data.size // (columns * size)
+            if data.size % row_bytes:
+                raise ValueError(f"a part of {data.size} bytes is not whole rows of {row_bytes}")
+            for i in range(max(0, -row), min(rows, 16 * n_tiles - row)):
+                tiles[(row + i) // 16].rows[(row + i) % 16] = <const void *>(address + i * row_bytes)
+            row += rows
+        for i in prange(n_tiles, nogil=True, schedule="dynamic", num_threads=threads, use_threads_if=not forked):
+            errors[i].bad = -1
+            kernels.quantize_tiles(&target[i * tile_size], <const void **>tiles[i].rows, kind, columns, group_size, &errors[i])
+        largest, error_square, square, bad = 0.0, 0.0, 0.0, -1
+        for i in range(n_tiles):
+            largest = max(largest, errors[i].largest)
+            error_square += errors[i].error_square
+            square += errors[i].square
+            if bad < 0 and errors[i].bad >= 0:
+                bad = (first_tile + i) * 16 * columns + errors[i].bad
+        return largest, error_square, square, bad
+    finally:
+        free(errors)
+        free(tiles)

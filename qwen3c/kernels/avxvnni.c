@@ -1,0 +1,43 @@
+/* AVX-VNNI (Alder Lake, N100, Zen 5 and later): vpdpbusd on 256-bit registers; the sign is handled as in avx512vnni.c.
+   Built with QWEN3C_EMULATE_AVXVNNI the same code uses the AVX-512VL encoding of the instruction, which lets a
+   machine with AVX-512 test everything here but the encoding. */
+#if defined(__x86_64__)
+#if defined(QWEN3C_EMULATE_AVXVNNI)
+#define TARGET "avx2,fma,f16c,avx512f,avx512vl,avx512vnni"
+#define DPBUSD _mm256_dpbusd_epi32
+#else
+#define TARGET "avx2,fma,f16c,avxvnni"
+#define DPBUSD _mm256_dpbusd_avx_epi32
+#endif
+#define PRAGMA(text) _Pragma(#text)
+#define PUSH_TARGET(target_string) PRAGMA(clang attribute push(__attribute__((target(target_string))), apply_to = function))
+#define GCC_TARGET(target_string) PRAGMA(GCC target(target_string))
+#if defined(__clang__)
+PUSH_TARGET(TARGET)
+#else
+GCC_TARGET(TARGET)
+#endif
+#define ISA avxvnni
+#include "lanes_avx2.h"
+
+typedef struct { __m256i low, high; } i8x64;
+
+static inline i8x64 codes_load(const int8_t *p) {
+    __m256i flip = _mm256_set1_epi8(-128);
+    return (i8x64){_mm256_xor_si256(_mm256_loadu_si256((const __m256i *)p), flip),
+                   _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(p + 32)), flip)};
+}
+static inline i32x16 dot_start(int32_t sum) { return BOTH(i32x16, _mm256_set1_epi32(-sum), _mm256_set1_epi32(-sum)); }
+static inline i32x16 dot_4(i32x16 dot, i8x64 w, i8x4 x) {
+    return BOTH(i32x16, DPBUSD(dot.low, w.low, x), DPBUSD(dot.high, w.high, x));
+}
+
+#define MATMUL_TILES 1
+#define MATMUL_TOKENS 3
+#define ATTEND_QUERIES 2
+#define ATTEND_VECTORS 2
+#include "body.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,590 @@
+/* Every kernel, once, over the 16 lanes that the including <isa>.c file defines (contract: kernels.h).
+
+   An ISA file defines ISA, the types f32x16, i32x16, i8x64, i8x4, their operations, and how many
+   accumulators fit its registers: MATMUL_TILES x MATMUL_TOKENS, ATTEND_QUERIES x ATTEND_VECTORS. */
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+/* ---------------------------------------------------------------------------- */
+/* Sums over lanes, exp */
+
+/* The one tree: lane i + lane i + 8, then + 4, + 2, + 1. */
+static float sum_lanes(f32x16 a) {
+    float lane[16];
+    f32_store(lane, a);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) lane[i] += lane[i + width];
+    return lane[0];
+}
+
+static float max_lanes(f32x16 a) {
+    float lane[16];
+    f32_store(lane, a);
+    for (int i = 1; i < 16; i++) lane[0] = lane[i] > lane[0] ? lane[i] : lane[0];
+    return lane[0];
+}
+
+/* exp x = 2^n exp r, n = round(x / ln 2), |r| <= ln 2 / 2: Taylor to degree 7, error below 1e-8 of the result.
+   Below -87.7 the power of 2 has no normal exponent left and the result is exactly 0; a NaN stays one. */
+INLINE f32x16 f32_exp(f32x16 x) {
+    x = f32_min(f32_set(88.0f), f32_max(f32_set(-88.0f), x));
+    f32x16 n = f32_round(f32_mul(x, f32_set(1.44269504f)));
+    f32x16 r = f32_fma(n, f32_set(-0.693145752f), x);  /* ln 2 in two parts; n times the first is exact */
+    r = f32_fma(n, f32_set(-1.42860677e-6f), r);
+    f32x16 y = f32_set(1.0f / 5040);
+    y = f32_fma(y, r, f32_set(1.0f / 720));
+    y = f32_fma(y, r, f32_set(1.0f / 120));
+    y = f32_fma(y, r, f32_set(1.0f / 24));
+    y = f32_fma(y, r, f32_set(1.0f / 6));
+    y = f32_fma(y, r, f32_set(0.5f));
+    y = f32_fma(y, r, f32_set(1.0f));
+    y = f32_fma(y, r, f32_set(1.0f));
+    return f32_mul(y, f32_power_of_2(n));
+}
+
+/* The last vector of a row: n < 16 values, the other lanes `fill`. */
+static f32x16 load_part(const float *x, size_t n, float fill) {
+    float lane[16];
+    for (size_t i = 0; i < 16; i++) lane[i] = i < n ? x[i] : fill;
+    return f32_load(lane);
+}
+
+static void store_part(float *y, f32x16 a, size_t n) {
+    float lane[16];
+    f32_store(lane, a);
+    memcpy(y, lane, n * sizeof *y);
+}
+
+/* ---------------------------------------------------------------------------- */
+/* Rows of activations */
+
+static void rmsnorm(float *y, const float *x, const float *weight, size_t n, float eps) {
+    f32x16 squares = f32_set(0);
+    size_t whole = n / 16 * 16;
+    for (size_t i = 0; i < whole; i += 16) {
+        f32x16 v = f32_load(x + i);
+        squares = f32_fma(v, v, squares);
+    }
+    if (whole < n) {
+        f32x16 v = load_part(x + whole, n - whole, 0);
+        squares = f32_fma(v, v, squares);
+    }
+    float inverse = 1.0f / sqrtf(sum_lanes(squares) / (float)n + eps);
+    for (size_t i = 0; i < n; i++) y[i] = x[i] * inverse * weight[i];
+}
+
+static void quantize(Int8Rows *row, const float *x, size_t n, size_t group_size) {
+    for (size_t g = 0; g < n / group_size; g++, x += group_size) {
+        f32x16 largest = f32_set(0);
+        for (size_t i = 0; i < group_size; i += 16) largest = f32_max(largest, f32_abs(f32_load(x + i)));
+        float max = max_lanes(largest);
+        float inverse = max < 1e-30f ? 0.0f : 127.0f / max;
+        int8_t *codes = row->codes + g * group_size;
+        for (size_t i = 0; i < group_size; i += 16)
+            f32_store_i8(codes + i, f32_round(f32_mul(f32_load(x + i), f32_set(inverse))));
+        int32_t sum = 0;
+        for (size_t i = 0; i < group_size; i++) sum += codes[i];
+        row->scales[g] = max < 1e-30f ? 0.0f : max / 127.0f;
+        row->sums[g] = 128 * sum;
+    }
+}
+
+static void swiglu(float *y, const float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i += 16) {
+        size_t left = n - i;
+        f32x16 g = left < 16 ? load_part(gate + i, left, 0) : f32_load(gate + i);
+        f32x16 u = left < 16 ? load_part(up + i, left, 0) : f32_load(up + i);
+        f32x16 e = f32_exp(f32_sub(f32_set(0), g));
+        f32x16 h = f32_mul(f32_div(g, f32_add(f32_set(1), e)), u);
+        if (left < 16) store_part(y + i, h, left);
+        else f32_store(y + i, h);
+    }
+}
+
+static void add(float *y, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) y[i] += x[i];
+}
+
+/* ---------------------------------------------------------------------------- */
+/* Rotary embedding (RoFormer, https://arxiv.org/abs/2104.09864), rotate-half form */
+
+/* angle = k pi/2 + r, |r| <= pi/4; Taylor series of sin r and cos r, below 1e-16 in absolute error */
+static void sine_cosine(double angle, double *sine, double *cosine) {
+    double k = (angle * 0.63661977236758134308 + 6755399441055744.0) - 6755399441055744.0;
+    double r = fma(-k, 6.123233995736766036e-17, fma(-k, 1.57079632679489655800, angle));
+    double z = r * r;
+    double s = r * (1 + z * (-1.0 / 6 + z * (1.0 / 120 + z * (-1.0 / 5040 + z * (1.0 / 362880 + z * (-1.0 / 39916800
+        + z * (1.0 / 6227020800.0 + z * (-1.0 / 1307674368000.0))))))));
+    double c = 1 + z * (-1.0 / 2 + z * (1.0 / 24 + z * (-1.0 / 720 + z * (1.0 / 40320 + z * (-1.0 / 3628800
+        + z * (1.0 / 479001600 + z * (-1.0 / 87178291200.0 + z * (1.0 / 20922789888000.0))))))));
+    int quarter = (int)(long long)k & 3;
+    *sine = quarter == 0 ? s : quarter == 1 ? c : quarter == 2 ? -s : -c;
+    *cosine = quarter == 0 ? c : quarter == 1 ? -s : quarter == 2 ? -c : s;
+}
+
+static void rope_angles(float *cosine, float *sine, const float *frequency, size_t n, size_t position, float scale) {
+    for (size_t i = 0; i < n; i++) {
+        double s, c;
+        sine_cosine((double)((float)position * frequency[i]), &s, &c);
+        cosine[i] = (float)c * scale;
+        sine[i] = (float)s * scale;
+    }
+}
+
+static void rope(float *x, const float *cosine, const float *sine, size_t head_dim, float scale) {
+    size_t half = head_dim / 2;
+    for (size_t i = 0; i < half; i++) {
+        float x0 = x[i], x1 = x[half + i];
+        x[i] = fmaf(x0, cosine[i], -(x1 * sine[i])) * scale;
+        x[half + i] = fmaf(x1, cosine[i], x0 * sine[i]) * scale;
+    }
+}
+
+/* ---------------------------------------------------------------------------- */
+/* Matrix products */
+
+/* One tile row times T tokens of activations, T and R tile rows at a time (both constants after inlining). */
+INLINE void matmul_int8_block(const size_t R, const size_t T, float *y, size_t stride, const Int8Rows *x, size_t token,
+                              const uint8_t *tiles, size_t n_rows, size_t columns, size_t group_size) {
+    size_t n_groups = columns / group_size, tile_row = n_groups * TILE_BYTES(group_size);
+    f32x16 sum[R][T];
+    UNROLL for (size_t r = 0; r < R; r++) UNROLL for (size_t t = 0; t < T; t++) sum[r][t] = f32_set(0);
+    const int8_t *codes = x->codes + token * columns;
+    for (size_t g = 0; g < n_groups; g++, tiles += TILE_BYTES(group_size), codes += group_size) {
+        const float *scales = x->scales + token * n_groups + g;
+        i32x16 dot[R][T];
+        UNROLL for (size_t t = 0; t < T; t++)
+            UNROLL for (size_t r = 0; r < R; r++) dot[r][t] = dot_start(x->sums[(token + t) * n_groups + g]);
+        for (size_t c = 0; c < group_size; c += 4) {
+            i8x64 w[R];
+            UNROLL for (size_t r = 0; r < R; r++) w[r] = codes_load((const int8_t *)tiles + r * tile_row + c * 16);
+            UNROLL for (size_t t = 0; t < T; t++) {
+                i8x4 a = activations_load(codes + t * columns + c);
+                UNROLL for (size_t r = 0; r < R; r++) dot[r][t] = dot_4(dot[r][t], w[r], a);
+            }
+        }
+        UNROLL for (size_t r = 0; r < R; r++) {
+            f32x16 scale = f32_load_f16((const uint16_t *)(tiles + r * tile_row + 16 * group_size));
+            UNROLL for (size_t t = 0; t < T; t++)
+                sum[r][t] = f32_fma(f32_from_i32(dot[r][t]), f32_mul(scale, f32_set(scales[t * n_groups])), sum[r][t]);
+        }
+    }
+    UNROLL for (size_t r = 0; r < R; r++) UNROLL for (size_t t = 0; t < T; t++) {
+        float *out = y + (token + t) * stride + r * 16;
+        if (n_rows >= r * 16 + 16) f32_store(out, sum[r][t]);
+        else store_part(out, sum[r][t], n_rows - r * 16);
+    }
+}
+
+/* One token: four independent accumulators hide the latency of the dot product (integer sums may be split). */
+static void matvec_int8(float *y, const Int8Rows *x, const uint8_t *tiles, size_t n_rows, size_t columns, size_t group_size) {
+    size_t n_groups = columns / group_size;
+    for (size_t row = 0; row < n_rows; row += 16) {
+        f32x16 sum = f32_set(0);
+        const int8_t *codes = x->codes;
+        for (size_t g = 0; g < n_groups; g++, tiles += TILE_BYTES(group_size), codes += group_size) {
+            const int8_t *w = (const int8_t *)tiles;
+            i32x16 dot[4] = {dot_start(x->sums[g]), dot_start(0), dot_start(0), dot_start(0)};
+            for (size_t c = 0; c < group_size; c += 16)
+                UNROLL for (size_t j = 0; j < 4; j++)
+                    dot[j] = dot_4(dot[j], codes_load(w + (c + 4 * j) * 16), activations_load(codes + c + 4 * j));
+            i32x16 total = dot_add(dot_add(dot[0], dot[1]), dot_add(dot[2], dot[3]));
+            f32x16 scale = f32_load_f16((const uint16_t *)(tiles + 16 * group_size));
+            sum = f32_fma(f32_from_i32(total), f32_mul(scale, f32_set(x->scales[g])), sum);
+        }
+        if (n_rows >= row + 16) f32_store(y + row, sum);
+        else store_part(y + row, sum, n_rows - row);
+    }
+}
+
+/* R tile rows times all tokens: MATMUL_TOKENS at a time, then what is left. */
+INLINE void matmul_int8_rows(const size_t R, float *y, size_t stride, const Int8Rows *x, size_t n_tokens,
+                             const uint8_t *tiles, size_t n_rows, size_t columns, size_t group_size) {
+    size_t token = 0;
+#define BLOCK(T) matmul_int8_block(R, T, y, stride, x, token, tiles, n_rows, columns, group_size)
+    for (; token + MATMUL_TOKENS <= n_tokens; token += MATMUL_TOKENS) BLOCK(MATMUL_TOKENS);
+    switch (n_tokens - token) {
+        case 5: BLOCK(5); break;
+        case 4: BLOCK(4); break;
+        case 3: BLOCK(3); break;
+        case 2: BLOCK(2); break;
+        case 1: BLOCK(1); break;
+    }
+#undef BLOCK
+}
+
+static void matmul_int8(float *y, size_t stride, const Int8Rows *x, size_t n_tokens, const uint8_t *tiles,
+                        size_t n_rows, size_t columns, size_t group_size) {
+    if (n_tokens == 1) {
+        matvec_int8(y, x, tiles, n_rows, columns, group_size);
+        return;
+    }
+    size_t tile_row = columns / group_size * TILE_BYTES(group_size), row = 0;
+    for (; row + 16 * (MATMUL_TILES - 1) < n_rows; row += 16 * MATMUL_TILES)
+        matmul_int8_rows(MATMUL_TILES, y + row, stride, x, n_tokens, tiles + row / 16 * tile_row, n_rows - row, columns, group_size);
+    for (; row < n_rows; row += 16)
+        matmul_int8_rows(1, y + row, stride, x, n_tokens, tiles + row / 16 * tile_row, n_rows - row, columns, group_size);
+}
+
+/* T tokens of float activations times one tile row. */
+INLINE void matmul_float32_block(const size_t T, float *y, size_t stride, const float *x, const uint8_t *tiles,
+                                 size_t n_rows, size_t columns, size_t group_size) {
+    f32x16 sum[T];
+    UNROLL for (size_t t = 0; t < T; t++) sum[t] = f32_set(0);
+    for (size_t g = 0; g < columns / group_size; g++, tiles += TILE_BYTES(group_size)) {
+        f32x16 part[T];
+        UNROLL for (size_t t = 0; t < T; t++) part[t] = f32_set(0);
+        for (size_t c = 0; c < group_size; c++) {
+            f32x16 code = codes_column((const int8_t *)tiles + c / 4 * 64, (int)(c % 4));
+            UNROLL for (size_t t = 0; t < T; t++)
+                part[t] = f32_fma(code, f32_set(x[t * columns + g * group_size + c]), part[t]);
+        }
+        f32x16 scale = f32_load_f16((const uint16_t *)(tiles + 16 * group_size));
+        UNROLL for (size_t t = 0; t < T; t++) sum[t] = f32_fma(scale, part[t], sum[t]);
+    }
+    UNROLL for (size_t t = 0; t < T; t++) {
+        if (n_rows >= 16) f32_store(y + t * stride, sum[t]);
+        else store_part(y + t * stride, sum[t], n_rows);
+    }
+}
+
+static void matmul_float32(float *y, size_t stride, const float *x, size_t n_tokens, const uint8_t *tiles,
+                           size_t n_rows, size_t columns, size_t group_size) {
+    size_t tile_row = columns / group_size * TILE_BYTES(group_size);
+    for (size_t row = 0; row < n_rows; row += 16, tiles += tile_row) {
+        size_t t = 0, rows = n_rows - row;
+        for (; t + 4 <= n_tokens; t += 4)
+            matmul_float32_block(4, y + t * stride + row, stride, x + t * columns, tiles, rows, columns, group_size);
+        for (; t < n_tokens; t++)
+            matmul_float32_block(1, y + t * stride + row, stride, x + t * columns, tiles, rows, columns, group_size);
+    }
+}
+
+static void dequantize_row(float *y, const uint8_t *matrix, size_t row, size_t columns, size_t group_size) {
+    size_t n_groups = columns / group_size;
+    const uint8_t *tile = matrix + row / 16 * n_groups * TILE_BYTES(group_size);
+    for (size_t g = 0; g < n_groups; g++, tile += TILE_BYTES(group_size)) {
+        float scales[16];
+        f32_store(scales, f32_load_f16((const uint16_t *)(tile + 16 * group_size)));
+        const int8_t *codes = (const int8_t *)tile + row % 16 * 4;
+        for (size_t c = 0; c < group_size; c++) *y++ = scales[row % 16] * (float)codes[c / 4 * 64 + c % 4];
+    }
+}
+
+/* ---------------------------------------------------------------------------- */
+/* Attention: blocks at absolute positions, merged in order (FlashAttention, https://arxiv.org/abs/2205.14135) */
+
+INLINE f32x16 load_kv(const char *p, size_t index, KVType type) {
+    return type == KV_F16 ? f32_load_f16((const uint16_t *)p + index) : f32_load((const float *)p + index);
+}
+
+/* score[r][16 s + lane] for Q query rows and V vectors of 16 positions, from the first position of `keys` */
+INLINE void scores_block(const size_t Q, const size_t V, float *scores, const float *const *q, const char *keys,
+                         size_t vector, size_t head_dim, KVType type) {
+    f32x16 sum[Q][V];
+    UNROLL for (size_t r = 0; r < Q; r++) UNROLL for (size_t v = 0; v < V; v++) sum[r][v] = f32_set(0);
+    for (size_t d = 0; d < head_dim; d++) {
+        f32x16 k[V];
+        UNROLL for (size_t v = 0; v < V; v++) k[v] = load_kv(keys, ((vector + v) * head_dim + d) * 16, type);
+        UNROLL for (size_t r = 0; r < Q; r++) {
+            f32x16 a = f32_set(q[r][d]);
+            UNROLL for (size_t v = 0; v < V; v++) sum[r][v] = f32_fma(a, k[v], sum[r][v]);
+        }
+    }
+    UNROLL for (size_t r = 0; r < Q; r++)
+        UNROLL for (size_t v = 0; v < V; v++) f32_store(scores + r * KV_BLOCK + (vector + v) * 16, sum[r][v]);
+}
+
+/* o[r] += sum over positions [from, to) of p[r][j] v[j], for Q rows and V vectors of dimensions from `d` */
+INLINE void values_block(const size_t Q, const size_t V, float *o, const float *p, const char *values, size_t d,
+                         size_t from, size_t to, size_t width, KVType type) {
+    f32x16 sum[Q][V];
+    UNROLL for (size_t r = 0; r < Q; r++) UNROLL for (size_t v = 0; v < V; v++) sum[r][v] = f32_load(o + r * width + d + v * 16);
+    for (size_t j = from; j < to; j++) {
+        f32x16 x[V];
+        UNROLL for (size_t v = 0; v < V; v++) x[v] = load_kv(values, j * width + d + v * 16, type);
+        UNROLL for (size_t r = 0; r < Q; r++) {
+            f32x16 a = f32_set(p[r * KV_BLOCK + j]);
+            UNROLL for (size_t v = 0; v < V; v++) sum[r][v] = f32_fma(a, x[v], sum[r][v]);
+        }
+    }
+    UNROLL for (size_t r = 0; r < Q; r++) UNROLL for (size_t v = 0; v < V; v++) f32_store(o + r * width + d + v * 16, sum[r][v]);
+}
+
+INLINE void add_values(const size_t Q, float *o, const float *p, const char *values, size_t from, size_t to, size_t width, KVType type) {
+    size_t d = 0;
+    for (; d + 16 * ATTEND_VECTORS <= width; d += 16 * ATTEND_VECTORS)
+        values_block(Q, ATTEND_VECTORS, o, p, values, d, from, to, width, type);
+    for (; d < width; d += 16) values_block(Q, 1, o, p, values, d, from, to, width, type);
+}
+
+/* p = exp(score - max) in place for the first `seen` of a block's positions; returns their sum, 0 beyond them */
+static float exponentiate(float *p, size_t seen, float *max) {
+    size_t end = (seen + 15) / 16 * 16;
+    for (size_t j = seen; j < end; j++) p[j] = -INFINITY;
+    f32x16 m = f32_load(p), sum = f32_set(0);
+    for (size_t j = 16; j < end; j += 16) m = f32_max(m, f32_load(p + j));
+    *max = max_lanes(m);
+    for (size_t j = 0; j < end; j += 16) {
+        f32x16 e = f32_exp(f32_sub(f32_load(p + j), f32_set(*max)));
+        f32_store(p + j, e);
+        sum = f32_add(sum, e);
+    }
+    return sum_lanes(sum);
+}
+
+/* merge a block's (max, sum, o) into the running ones of a row */
+static void merge(float *max, float *sum, float *out, float block_max, float block_sum, const float *o, size_t n) {
+    float larger = block_max > *max ? block_max : *max;
+    float exponent[16] = {*max - larger, block_max - larger}, factor[16];
+    f32_store(factor, f32_exp(f32_load(exponent)));
+    *max = larger;
+    *sum = fmaf(*sum, factor[0], block_sum * factor[1]);
+    for (size_t d = 0; d < n; d++) out[d] = fmaf(out[d], factor[0], o[d] * factor[1]);
+}
+
+INLINE void scores_rows(const size_t Q, float *scores, const float *const *q, const char *keys, size_t n_vectors, size_t head_dim, KVType type) {
+    size_t v = 0;
+    for (; v + ATTEND_VECTORS <= n_vectors; v += ATTEND_VECTORS) scores_block(Q, ATTEND_VECTORS, scores, q, keys, v, head_dim, type);
+    for (; v < n_vectors; v++) scores_block(Q, 1, scores, q, keys, v, head_dim, type);
+}
+
+INLINE void attend(const Attention *a, KVType type) {
+    size_t rows = a->n_tokens * a->group, width = PADDED(a->head_dim);
+    size_t last = a->position + a->n_tokens - 1;
+    float *p = a->scratch, *o = p + ATTENTION_ROWS * KV_BLOCK;
+    float *max = o + ATTENTION_ROWS * width, *sum = max + ATTENTION_ROWS;
+    const float *q[ATTENTION_ROWS];
+    float *out[ATTENTION_ROWS];
+    for (size_t r = 0; r < rows; r++) {
+        size_t token = r / a->group, head = r % a->group * a->head_dim;
+        q[r] = a->q + token * a->q_stride + head;
+        out[r] = a->out + token * a->out_stride + head;
+    }
+    for (size_t block = 0; block <= last / KV_BLOCK; block++) {
+        const char *keys = a->blocks[block] + a->k_offset, *values = a->blocks[block] + a->v_offset;
+        size_t start = block * KV_BLOCK, filled = last + 1 - start < KV_BLOCK ? last + 1 - start : KV_BLOCK;
+        size_t n_vectors = (filled + 15) / 16, r = 0, seen[ATTENTION_ROWS];
+        for (; r + ATTEND_QUERIES <= rows; r += ATTEND_QUERIES)
+            scores_rows(ATTEND_QUERIES, p + r * KV_BLOCK, q + r, keys, n_vectors, a->head_dim, type);
+        for (; r < rows; r++) scores_rows(1, p + r * KV_BLOCK, q + r, keys, n_vectors, a->head_dim, type);
+
+        float block_max[ATTENTION_ROWS], block_sum[ATTENTION_ROWS];
+        for (r = 0; r < rows; r++) {
+            size_t position = a->position + r / a->group;  /* an earlier token of the task may end before this block */
+            seen[r] = position < start ? 0 : position + 1 - start < KV_BLOCK ? position + 1 - start : KV_BLOCK;
+            if (seen[r]) block_sum[r] = exponentiate(p + r * KV_BLOCK, seen[r], &block_max[r]);
+        }
+
+        memset(o, 0, rows * width * sizeof *o);
+        for (r = 0; r + ATTEND_QUERIES <= rows; r += ATTEND_QUERIES) {
+            size_t shared = seen[r];  /* rows are in order of position, so the first sees least */
+            add_values(ATTEND_QUERIES, o + r * width, p + r * KV_BLOCK, values, 0, shared, width, type);
+            for (size_t i = r; i < r + ATTEND_QUERIES; i++)
+                if (seen[i] > shared) add_values(1, o + i * width, p + i * KV_BLOCK, values, shared, seen[i], width, type);
+        }
+        for (; r < rows; r++) add_values(1, o + r * width, p + r * KV_BLOCK, values, 0, seen[r], width, type);
+
+        for (r = 0; r < rows; r++) {
+            if (block == 0) {
+                max[r] = block_max[r];
+                sum[r] = block_sum[r];
+                memcpy(out[r], o + r * width, a->head_dim * sizeof *o);
+            } else if (seen[r]) {
+                merge(&max[r], &sum[r], out[r], block_max[r], block_sum[r], o + r * width, a->head_dim);
+            }
+        }
+    }
+    for (size_t r = 0; r < rows; r++) {
+        float inverse = 1.0f / sum[r];
+        for (size_t d = 0; d < a->head_dim; d++) out[r][d] *= inverse;
+    }
+}
+
+static void attend_f32(const Attention *task) { attend(task, KV_F32); }
+static void attend_f16(const Attention *task) { attend(task, KV_F16); }
+
+static void store_kv_f32(char *keys, char *values, size_t index, const float *k, const float *v, size_t head_dim) {
+    float *key = (float *)keys + index / 16 * 16 * head_dim + index % 16;
+    for (size_t d = 0; d < head_dim; d++) key[d * 16] = k[d];
+    memcpy((float *)values + index * PADDED(head_dim), v, head_dim * sizeof *v);
+}
+
+static void store_kv_f16(char *keys, char *values, size_t index, const float *k, const float *v, size_t head_dim) {
+    uint16_t *key = (uint16_t *)keys + index / 16 * 16 * head_dim + index % 16;
+    uint16_t *value = (uint16_t *)values + index * PADDED(head_dim);
+    for (size_t d = 0; d < head_dim; d += 16) {
+        uint16_t half[16];
+        size_t n = head_dim - d < 16 ? head_dim - d : 16;
+        f32_store_f16(half, n < 16 ? load_part(k + d, n, 0) : f32_load(k + d));
+        for (size_t i = 0; i < n; i++) key[(d + i) * 16] = half[i];
+        f32_store_f16(value + d, n < 16 ? load_part(v + d, n, 0) : f32_load(v + d));
+    }
+}
+
+/* ---------------------------------------------------------------------------- */
+/* For the sampler */
+
+static float exponentials(float *y, const float *x, size_t n, float inverse_temperature) {
+    f32x16 largest = f32_set(-INFINITY), sum = f32_set(0);
+    for (size_t i = 0; i < n; i += 16)
+        largest = f32_max(largest, n - i < 16 ? load_part(x + i, n - i, -INFINITY) : f32_load(x + i));
+    f32x16 max = f32_set(max_lanes(largest)), factor = f32_set(inverse_temperature);
+    for (size_t i = 0; i < n; i += 16) {
+        f32x16 v = n - i < 16 ? load_part(x + i, n - i, -INFINITY) : f32_load(x + i);
+        f32x16 e = f32_exp(f32_mul(f32_sub(v, max), factor));
+        if (n - i < 16) store_part(y + i, e, n - i);
+        else f32_store(y + i, e);
+        sum = f32_add(sum, e);
+    }
+    return sum_lanes(sum);
+}
+
+INLINE int ranks_before(const float *x, int32_t a, int32_t b) { return x[a] > x[b] || (x[a] == x[b] && a < b); }
+
+/* heap[0] is the worst of the best; restore that below `parent` */
+static void sift_down(int32_t *heap, size_t n, size_t parent, const float *x) {
+    for (size_t child; (child = 2 * parent + 1) < n; parent = child) {
+        if (child + 1 < n && ranks_before(x, heap[child], heap[child + 1])) child++;
+        if (!ranks_before(x, heap[parent], heap[child])) return;
+        int32_t swap = heap[parent];
+        heap[parent] = heap[child];
+        heap[child] = swap;
+    }
+}
+
+static int top_k(int32_t *ids, const float *x, size_t n, size_t k) {
+    int nan = 0;
+    for (size_t i = 0; i < n; i++) nan |= x[i] != x[i];
+    if (nan) return 1;
+    for (size_t i = 0; i < k; i++) ids[i] = (int32_t)i;
+    for (size_t parent = k / 2; parent-- > 0;) sift_down(ids, k, parent, x);
+    for (size_t i = k; i < n;) {
+        if (n - i >= 64) {  /* most blocks of 64 hold nothing large enough */
+            f32x16 m = f32_max(f32_max(f32_load(x + i), f32_load(x + i + 16)), f32_max(f32_load(x + i + 32), f32_load(x + i + 48)));
+            if (max_lanes(m) <= x[ids[0]]) {
+                i += 64;
+                continue;
+            }
+        }
+        for (size_t end = n - i < 64 ? n : i + 64; i < end; i++) {
+            if (x[i] <= x[ids[0]]) continue;
+            ids[0] = (int32_t)i;
+            sift_down(ids, k, 0, x);
+        }
+    }
+    for (size_t left = k; left > 1; left--) {  /* heap sort: the worst goes last */
+        int32_t worst = ids[0];
+        ids[0] = ids[left - 1];
+        ids[left - 1] = worst;
+        sift_down(ids, left - 1, 0, x);
+    }
+    return 0;
+}
+
+/* ---------------------------------------------------------------------------- */
+/* For the exporter */
+
+static void load_source(float *w, const void *row, SourceType type, size_t offset, size_t n) {
+    if (row == NULL) memset(w, 0, n * sizeof *w);
+    else if (type == SOURCE_F32) memcpy(w, (const float *)row + offset, n * sizeof *w);
+    else if (type == SOURCE_F16)
+        for (size_t i = 0; i < n; i += 16) f32_store(w + i, f32_load_f16((const uint16_t *)row + offset + i));
+    else
+        for (size_t i = 0; i < n; i++) {
+            uint16_t half;
+            memcpy(&half, (const uint16_t *)row + offset + i, 2);
+            uint32_t bits = (uint32_t)half << 16;
+            memcpy(w + i, &bits, 4);
+        }
+}
+
+/* largest |w| of a group, or a negative number if a value is NaN, infinite or too large for an fp16 scale */
+static float largest_magnitude(const float *w, size_t n) {
+    f32x16 largest = f32_set(0), zero = f32_set(0);
+    for (size_t i = 0; i < n; i += 16) {
+        f32x16 v = f32_load(w + i);
+        largest = f32_max(largest, f32_abs(v));
+        zero = f32_fma(v, f32_set(0), zero);  /* NaN if v is NaN or infinite */
+    }
+    float max = max_lanes(largest);
+    return sum_lanes(zero) == 0 && max <= 127.0f * 65504.0f ? max : -1.0f;
+}
+
+static int64_t first_bad(const float *w, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (!(fabsf(w[i]) <= 127.0f * 65504.0f)) return (int64_t)i;
+    return 0;
+}
+
+/* codes of one row of one group, and how far they are off */
+static void quantize_group(int8_t *codes, const float *w, float scale, size_t n, QuantizationError *error) {
+    f32x16 largest = f32_set(0), errors = f32_set(0), squares = f32_set(0);
+    for (size_t i = 0; i < n; i += 16) {
+        f32x16 v = f32_load(w + i), code = f32_set(0);
+        if (scale > 0) code = f32_round(f32_div(v, f32_set(scale)));
+        code = f32_max(f32_set(-127), f32_min(f32_set(127), code));
+        f32_store_i8(codes + i, code);
+        f32x16 off = f32_sub(v, f32_mul(code, f32_set(scale)));
+        largest = f32_max(largest, f32_abs(off));
+        errors = f32_fma(off, off, errors);
+        squares = f32_fma(v, v, squares);
+    }
+    float max = max_lanes(largest);
+    if (max > error->largest) error->largest = max;
+    error->error_square += sum_lanes(errors);
+    error->square += sum_lanes(squares);
+}
+
+static void quantize_tiles(uint8_t *tiles, const void *const rows[TILE_ROWS], SourceType type, size_t columns,
+                           size_t group_size, QuantizationError *error) {
+    float w[16][256], max[16], scales[16], back[16];
+    int8_t codes[16][256];
+    uint16_t halves[16];
+    for (size_t g = 0; g < columns / group_size; g++, tiles += TILE_BYTES(group_size)) {
+        for (size_t r = 0; r < 16; r++) {
+            load_source(w[r], rows[r], type, g * group_size, group_size);
+            max[r] = largest_magnitude(w[r], group_size);
+            if (max[r] < 0) {
+                if (error->bad < 0) error->bad = (int64_t)(r * columns + g * group_size) + first_bad(w[r], group_size);
+                max[r] = 0;
+            }
+            scales[r] = max[r] / 127.0f;
+        }
+        f32_store_f16(halves, f32_load(scales));
+        f32_store(back, f32_load_f16(halves));
+        for (size_t r = 0; r < 16; r++)
+            if (max[r] > 127.5f * back[r]) halves[r]++;
+        f32_store(back, f32_load_f16(halves));
+        for (size_t r = 0; r < 16; r++) {
+            quantize_group(codes[r], w[r], back[r], group_size, error);
+            for (size_t c = 0; c < group_size; c += 4) memcpy(tiles + c * 16 + r * 4, &codes[r][c], 4);
+        }
+        memcpy(tiles + 16 * group_size, halves, sizeof halves);
+    }
+}
+
+/* ---------------------------------------------------------------------------- */
+
+#define TEXT_OF(x) #x
+#define TEXT(x) TEXT_OF(x)
+#define JOIN_OF(a, b) a##b
+#define JOIN(a, b) JOIN_OF(a, b)
+
+const Kernels JOIN(kernels_, ISA) = {
+    .name = TEXT(ISA),
+    .rmsnorm = rmsnorm,
+    .quantize = quantize,
+    .matmul_int8 = matmul_int8,
+    .matmul_float32 = matmul_float32,
+    .dequantize_row = dequantize_row,
+    .rope_angles = rope_angles,
+    .rope = rope,
+    .store_kv = {store_kv_f32, store_kv_f16},
+    .attend = {attend_f32, attend_f16},
+    .swiglu = swiglu,
+    .add = add,
+    .exponentials = exponentials,
+    .top_k = top_k,
+    .quantize_tiles = quantize_tiles,
+};

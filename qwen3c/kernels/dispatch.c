@@ -1,0 +1,50 @@
+/* Which kernels this build holds and which of them this CPU runs. */
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+extern const Kernels kernels_scalar, kernels_avx2, kernels_avxvnni, kernels_avx512vnni, kernels_neon, kernels_neon_dotprod;
+
+const Kernels *const all_kernels[] = {
+    &kernels_scalar,
+#if defined(__x86_64__)
+    &kernels_avx2, &kernels_avxvnni, &kernels_avx512vnni,
+#elif defined(__aarch64__)
+    &kernels_neon, &kernels_neon_dotprod,
+#endif
+};
+const size_t n_kernels = sizeof all_kernels / sizeof *all_kernels;
+
+#if defined(__x86_64__)
+/* gcc before 11 and clang before 12 know the instruction but not its name in __builtin_cpu_supports */
+static int cpu_has_avxvnni(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
+int kernels_runnable(const Kernels *kernels) {
+    if (kernels == &kernels_scalar) return 1;
+#if defined(__x86_64__)
+    /* these also ask the operating system whether it saves the wide registers */
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (kernels == &kernels_avx2) return avx2;
+    if (kernels == &kernels_avxvnni) return avx2 && cpu_has_avxvnni();
+    if (kernels == &kernels_avx512vnni)
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#elif defined(__aarch64__)
+    if (kernels == &kernels_neon) return 1;
+#if defined(__linux__)
+    if (kernels == &kernels_neon_dotprod) return (getauxval(AT_HWCAP) & (1 << 20)) != 0;  /* HWCAP_ASIMDDP */
+#else
+    if (kernels == &kernels_neon_dotprod) return 1;  /* every Mac with an ARM CPU */
+#endif
+#endif
+    return 0;
+}

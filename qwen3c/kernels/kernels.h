@@ -1,0 +1,128 @@
+/* The contract of the kernels: what is computed, on which shapes, in which order.
+
+   Every instruction set fills one Kernels table with the same functions. They are written once, in body.h,
+   over a vector of 16 lanes; an <isa>.c file says what the lanes are made of. scalar.c is the spec.
+
+   The same inputs give the same bits in every table. Three rules make it so:
+     - a lane is an output (a row, a position, a column): no sum is ever split between lanes,
+       except the sums over 16 lanes named below, which have one fixed tree;
+     - float operations are single IEEE operations or one fmaf, in the order written here;
+     - int8 dot products are exact in int32: |sum| <= group_size * 127 * 128 < 2^23.
+
+   All arrays are row-major; (a, b) is a rows of b. Pointers need no alignment. A kernel cannot fail. */
+#ifndef QWEN3C_KERNELS_H
+#define QWEN3C_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define TILE_ROWS 16       /* output rows of a weight tile = lanes of a vector */
+#define KV_BLOCK 256       /* positions in a KV block: block b holds positions [256 b, 256 (b + 1)) */
+#define ATTENTION_ROWS 16  /* query rows (tokens x grouped heads) that one attend() call takes at most */
+
+typedef enum { KV_F32, KV_F16 } KVType;
+typedef enum { SOURCE_BF16, SOURCE_F16, SOURCE_F32 } SourceType;
+
+/* A matrix of model.bin, (rows, columns), as tiles of 16 rows x group_size columns; tile (R, G) starts at
+   byte (R * columns / group_size + G) * TILE_BYTES(group_size):
+     int8 codes   (group_size / 4, 16, 4)    row 16 R + r, column group_size G + 4 c + j at [c][r][j]
+     fp16 scales  (16)                       weight = scale[r] * code                                */
+#define TILE_BYTES(group_size) (16 * (size_t)(group_size) + 32)
+
+/* Rows of activations as int8: value = scale * code, per group of group_size columns. */
+typedef struct {
+    int8_t *codes;   /* (n, columns), -127..127 */
+    float *scales;   /* (n, columns / group_size) */
+    int32_t *sums;   /* (n, columns / group_size), 128 * sum of the group's codes */
+} Int8Rows;
+
+/* The queries of one KV head for some consecutive tokens of one sequence, and where its KV lies.
+   In a block, from k_offset:  keys    (KV_BLOCK / 16, head_dim, 16)    position 16 s + i, dimension d at [s][d][i]
+            from v_offset:     values  (KV_BLOCK, head_dim rounded up to 16) */
+typedef struct {
+    const float *q;             /* (n_tokens, group, head_dim), tokens q_stride floats apart, scaled by 1 / sqrt(head_dim) */
+    float *out;                 /* (n_tokens, group, head_dim), tokens out_stride floats apart */
+    size_t q_stride, out_stride, n_tokens, group, head_dim;
+    size_t position;            /* of the first token; token t sees positions 0..position + t */
+    char *const *blocks;        /* the sequence's KV blocks */
+    size_t k_offset, v_offset;  /* bytes */
+    float *scratch;             /* ATTENTION_SCRATCH(head_dim) floats */
+} Attention;
+
+#define PADDED(head_dim) (((head_dim) + 15) / 16 * 16)
+#define ATTENTION_SCRATCH(head_dim) (ATTENTION_ROWS * (KV_BLOCK + (size_t)PADDED(head_dim) + 2))
+
+/* How far the stored weights are from the source (quantize_tiles). */
+typedef struct {
+    double largest;       /* max |w - stored| */
+    double error_square;  /* sum (w - stored)^2 */
+    double square;        /* sum w^2 */
+    int64_t bad;          /* row * columns + column of the first value that cannot be stored, or -1 */
+} QuantizationError;
+
+typedef struct {
+    const char *name;
+
+    /* y[i] = (x[i] * (1 / sqrt(mean(x^2) + eps))) * weight[i]; the sum of squares runs in 16 lanes, then the tree. */
+    void (*rmsnorm)(float *y, const float *x, const float *weight, size_t n, float eps);
+
+    /* Per group: scale = max|x| / 127, code = round to nearest even(x * (127 / max|x|)); all zero below 1e-30. */
+    void (*quantize)(Int8Rows *row, const float *x, size_t n, size_t group_size);
+
+    /* y[t][r] = sum over groups, in order, of fmaf((float)dot, weight scale * activation scale, sum)
+       for rows 0..n_rows of consecutive tile rows; y rows are `stride` floats apart. */
+    void (*matmul_int8)(float *y, size_t stride, const Int8Rows *x, size_t n_tokens, const uint8_t *tiles,
+                        size_t n_rows, size_t columns, size_t group_size);
+
+    /* The same with float activations x (n_tokens, columns): per group part = fmaf(code, x, part) over columns in
+       order, then y = fmaf(scale, part, y). */
+    void (*matmul_float32)(float *y, size_t stride, const float *x, size_t n_tokens, const uint8_t *tiles,
+                           size_t n_rows, size_t columns, size_t group_size);
+
+    /* y[c] = scale * code of one row of a matrix (exact: 11 + 7 bits fit in a float). */
+    void (*dequantize_row)(float *y, const uint8_t *matrix, size_t row, size_t columns, size_t group_size);
+
+    /* cosine[i], sine[i] of the float32 product position * frequency[i], times scale; argument reduced and
+       evaluated in double, so that no libm decides a bit. */
+    void (*rope_angles)(float *cosine, float *sine, const float *frequency, size_t n, size_t position, float scale);
+
+    /* In place, rotate-half: x0' = fmaf(x0, cos, -(x1 * sin)), x1' = fmaf(x1, cos, x0 * sin), then * scale. */
+    void (*rope)(float *x, const float *cosine, const float *sine, size_t head_dim, float scale);
+
+    /* Put k and v (head_dim) of position `index` of a block in their places, rounded to nearest even in fp16. */
+    void (*store_kv[2])(char *keys, char *values, size_t index, const float *k, const float *v, size_t head_dim);
+
+    /* out = softmax(q . k) v, by KVType. Per block, from absolute position 0:
+         score = fmaf chain over dimensions in order;  m_b = max;  p = exp(score - m_b);
+         l_b = sum p (16 lanes, then the tree);  o_b = fmaf chain over positions in order;
+       blocks are merged in order: m' = max(m, m_b), a = exp(m - m'), b = exp(m_b - m'),
+         l = fmaf(l, a, l_b * b), o = fmaf(o, a, o_b * b);  at the end out = o * (1 / l). */
+    void (*attend[2])(const Attention *task);
+
+    /* y[i] = (gate[i] / (1 + exp(-gate[i]))) * up[i] */
+    void (*swiglu)(float *y, const float *gate, const float *up, size_t n);
+
+    /* y[i] += x[i] */
+    void (*add)(float *y, const float *x, size_t n);
+
+    /* y[i] = exp((x[i] - max x) * inverse_temperature); returns the sum of y (16 lanes, then the tree). */
+    float (*exponentials)(float *y, const float *x, size_t n, float inverse_temperature);
+
+    /* Ids of the k largest of x, largest first, equal ones by lower id; k <= n. Returns 0, or 1 if x holds a NaN. */
+    int (*top_k)(int32_t *ids, const float *x, size_t n, size_t k);
+
+    /* Stored form of one tile row (16 rows) from rows of `type`, NULL for padding. Per group:
+         scale = fp16(max|w| / 127), the next fp16 up if max|w| > 127.5 scale;
+         code = w / scale rounded to nearest even, clamped to -127..127. */
+    void (*quantize_tiles)(uint8_t *tiles, const void *const rows[TILE_ROWS], SourceType type, size_t columns,
+                           size_t group_size, QuantizationError *error);
+} Kernels;
+
+/* Every table compiled in, narrowest first, and how many. */
+extern const Kernels *const all_kernels[];
+extern const size_t n_kernels;
+
+/* Whether this CPU (and operating system) runs that table. */
+int kernels_runnable(const Kernels *kernels);
+
+#endif
