@@ -16,17 +16,26 @@ Everything is little-endian. A matrix is INT8 in groups along its input dimensio
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import mmap
 import os
+import re
+import secrets
 import stat
 import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 MAGIC = b"QWEN3C\x1a\n"
 VERSION = 1
@@ -94,6 +103,7 @@ HEADER_FIELDS: tuple[tuple[str, str, tuple[float, float]], ...] = (
     ("rope_theta", "d", (1.0, 1e12)),
     ("rope_attention_scale", "d", (1e-3, 1e3)),
 )
+_RANGES = {name: limits for name, _, limits in HEADER_FIELDS}
 _STRUCT = struct.Struct("<" + "".join(code for _, code, _ in HEADER_FIELDS))
 _FIELDS_OFFSET = len(MAGIC)
 _CRC_OFFSET = HEADER_SIZE - 4  # the last four bytes: CRC-32 of all before them; zeros fill the gap
@@ -225,8 +235,17 @@ def tensors(config: Config) -> list[Tensor]:
     return result
 
 
+def check_range(field: str, value: float) -> None:
+    """Raise ValueError unless header field `field` may have this value."""
+    low, high = _RANGES[field]
+    if not low <= value <= high:  # false for NaN too
+        raise ValueError(f"{field} = {value} is outside {low}..{high}")
+
+
 def check_config(c: Config) -> None:
-    """Raise ValueError, with the numbers, where the fields contradict each other."""
+    """Raise ValueError, with the numbers, where a field is out of range or fields contradict each other."""
+    for field in Config.__dataclass_fields__:
+        check_range(field, getattr(c, field))
     if c.group_size not in GROUP_SIZES:
         raise ValueError(f"group_size is {c.group_size}, not one of {', '.join(map(str, GROUP_SIZES))}")
     for name, columns in (("dim", c.dim), ("hidden_dim", c.hidden_dim), ("n_heads * head_dim", c.q_dim)):
@@ -298,9 +317,10 @@ class ModelFile:
             yield tensor, zlib.crc32(self.data(tensor)) == checksum and not any(gap)
 
     def _open(self) -> int:
+        # a FIFO would block and a device has no end: only regular files go further
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
         try:
-            # a FIFO would block and a device has no end: only regular files go further
-            descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+            descriptor = os.open(self.path, flags)
         except OSError as error:
             raise ModelFileError(f"{self.path}: {error.strerror}") from None
         mode = os.fstat(descriptor).st_mode
@@ -313,19 +333,24 @@ class ModelFile:
 
     def _read_header(self, header: bytes) -> dict[str, Any]:
         if not header.startswith(MAGIC):
-            raise ModelFileError(f"{self.path}: not a model.bin: starts with {header[:8]!r}, expected {MAGIC!r}")
+            start = header[: len(MAGIC)]
+            raise ModelFileError(f"{self.path}: not a model.bin: starts with {start!r}, expected {MAGIC!r}")
         if len(header) < HEADER_SIZE:
             raise ModelFileError(f"{self.path}: header is {len(header)} bytes, expected {HEADER_SIZE}")
         names = [name for name, _, _ in HEADER_FIELDS]
         fields = dict(zip(names, _STRUCT.unpack_from(header, _FIELDS_OFFSET), strict=True))
-        if fields["version"] != VERSION:
-            raise ModelFileError(f"{self.path}: format version {fields['version']}, this program reads {VERSION}")
-        self._expect("header CRC", zlib.crc32(header[:_CRC_OFFSET]), struct.unpack_from("<I", header, _CRC_OFFSET)[0])
+        version = fields["version"]
+        if version != VERSION:
+            raise ModelFileError(f"{self.path}: format version {version}, this program reads {VERSION}")
+        (stored_crc,) = struct.unpack_from("<I", header, _CRC_OFFSET)
+        self._expect("header CRC", zlib.crc32(header[:_CRC_OFFSET]), stored_crc)
         if any(header[_FIELDS_OFFSET + _STRUCT.size : _CRC_OFFSET]):
             raise ModelFileError(f"{self.path}: reserved header bytes are not zero")
-        for name, _, (low, high) in HEADER_FIELDS:
-            if not low <= fields[name] <= high:  # false for NaN too
-                raise ModelFileError(f"{self.path}: header field {name} = {fields[name]} is outside {low}..{high}")
+        try:
+            for name, value in fields.items():
+                check_range(name, value)
+        except ValueError as error:
+            raise ModelFileError(f"{self.path}: header field {error}") from None
         return fields
 
     def _check_layout(self, fields: dict[str, Any]) -> None:
@@ -351,12 +376,14 @@ class ModelFile:
         self._expect("file_size", self.file_size, fields["tensors_offset"] + fields["tensors_size"])
 
     def _read_metadata(self) -> dict[str, Any]:
+        section = "template"
         try:
+            self._section("template").decode()
+            section = "metadata"
             metadata = json.loads(self._section("metadata"))
             check_metadata(metadata, self.config)
-            self._section("template").decode()
         except (ValueError, RecursionError) as error:
-            raise ModelFileError(f"{self.path}: metadata: {error}") from None
+            raise ModelFileError(f"{self.path}: {section}: {error}") from None
         return metadata
 
     def _section(self, name: str) -> bytes:
@@ -365,7 +392,8 @@ class ModelFile:
 
     def _expect(self, what: str, found: int, expected: int) -> None:
         if found != expected:
-            raise ModelFileError(f"{self.path}: {what} is {found}, expected {expected} (file damaged or cut short?)")
+            expectation = f"{what} is {found}, expected {expected}"
+            raise ModelFileError(f"{self.path}: {expectation} (file damaged or cut short?)")
 
 
 def check_metadata(metadata: Any, config: Config) -> None:
@@ -401,10 +429,16 @@ class ModelWriter:
 
     The temporary file gets its header (and so its magic) last, is fsynced, renamed over the target,
     and the directory fsynced. On any exception the temporary file is removed and the target untouched.
+    Raises ValueError, before anything is written, if a section or number is one that no reader accepts.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], config: Config, metadata: dict[str, Any], tokenizer: bytes, template: str
+        self,
+        path: str | os.PathLike[str],
+        config: Config,
+        metadata: dict[str, Any],
+        tokenizer: bytes,
+        template: str,
     ) -> None:
         check_config(config)
         check_metadata(metadata, config)
@@ -412,20 +446,28 @@ class ModelWriter:
         self.config = config
         self.tensors = tensors(config)
         self._sections = {
-            "metadata": json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode(),
+            "metadata": json.dumps(metadata, ensure_ascii=False, sort_keys=True, allow_nan=False).encode(),
             "tokenizer": tokenizer,
             "template": template.encode(),
         }
+        self._fields = self._layout()
         self._checksums: list[int] = []
         self._crc = 0
         self._written = 0  # bytes of the tensor region
 
+    @property
+    def file_size(self) -> int:
+        """Bytes of the file once it is whole."""
+        return self._fields["file_size"]
+
     def __enter__(self) -> ModelWriter:
-        self.remove_stale_temporaries()
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self._fields = self._layout()
-        self._file = open(self._temporary, "xb")
-        self._file.seek(self._fields["tensors_offset"])
+        self._remove_leftovers()
+        try:
+            self._create_temporary()
+            self._file.seek(self._fields["tensors_offset"])
+        except BaseException:
+            self._temporary.unlink(missing_ok=True)
+            raise
         return self
 
     def write(self, piece: bytes | memoryview) -> None:
@@ -436,8 +478,9 @@ class ModelWriter:
 
     def end_tensor(self) -> None:
         tensor = self.tensors[len(self._checksums)]
-        if self._written != tensor.offset + tensor.size:
-            raise ValueError(f"{tensor.name}: wrote up to {self._written}, expected {tensor.offset + tensor.size}")
+        end = tensor.offset + tensor.size
+        if self._written != end:
+            raise ValueError(f"{tensor.name}: wrote up to {self._written}, expected {end}")
         self._checksums.append(self._crc)
         self._crc = 0
         if len(self._checksums) < len(self.tensors):
@@ -449,20 +492,35 @@ class ModelWriter:
         try:
             if kind is None:
                 self._finish()
-            self._file.close()
-            if kind is None:
+                if (
+                    fcntl is None
+                ):  # Windows renames no open file; elsewhere the lock is kept until it has its name
+                    self._file.close()
                 os.replace(self._temporary, self.path)
                 _fsync_directory(self.path.parent)
         finally:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+            try:
+                self._file.close()
+            finally:
+                self._temporary.unlink(missing_ok=True)
 
-    def remove_stale_temporaries(self) -> None:
-        """Remove what a killed export of the same target left behind."""
-        for leftover in self.path.parent.glob(f".{self.path.name}.*.tmp"):
-            pid = leftover.name.split(".")[-2]
-            if pid.isdigit() and not _process_exists(int(pid)):
-                leftover.unlink(missing_ok=True)
+    def _create_temporary(self) -> None:
+        """Open a locked file beside the target: the lock tells it from what a killed writer left behind."""
+        while True:
+            self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
+            self._file = open(self._temporary, "xb")
+            _lock(self._file, wait=True)
+            if os.fstat(self._file.fileno()).st_nlink:
+                return
+            self._file.close()  # another writer found it before it was locked, and removed it
+
+    def _remove_leftovers(self) -> None:
+        pattern = re.compile(rf"\.{re.escape(self.path.name)}\.[0-9a-f]{{8}}\.tmp")
+        for leftover in self.path.parent.iterdir():
+            if pattern.fullmatch(leftover.name):
+                with contextlib.suppress(OSError), open(leftover, "rb") as file:
+                    _lock(file, wait=False)
+                    leftover.unlink()
 
     def _layout(self) -> dict[str, Any]:
         fields: dict[str, Any] = {name: 0 for name, _, _ in HEADER_FIELDS}
@@ -476,6 +534,8 @@ class ModelWriter:
         last = self.tensors[-1]
         fields["tensors_offset"], fields["tensors_size"] = align(offset, PAGE), last.offset + last.size
         fields["file_size"] = fields["tensors_offset"] + fields["tensors_size"]
+        for name, value in fields.items():
+            check_range(name, value)
         return fields
 
     def _finish(self) -> None:
@@ -505,14 +565,10 @@ def pack_header(fields: dict[str, Any]) -> bytes:
     return header + struct.pack("<I", zlib.crc32(header))
 
 
-def _process_exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+def _lock(file: BinaryIO, wait: bool) -> None:
+    """Lock an open file until it is closed. OSError if another process holds the lock and wait is false."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def _fsync_directory(directory: Path) -> None:
@@ -520,5 +576,11 @@ def _fsync_directory(directory: Path) -> None:
         descriptor = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (
+                errno.EINVAL,
+                errno.ENOTSUP,
+            ):  # some network file systems have no such call
+                raise
         finally:
             os.close(descriptor)

@@ -1,0 +1,594 @@
+"""A Hugging Face directory, read and checked: everything the exporter needs and nothing it has to guess.
+
+    config.json (transformers 4 and 5 dialects)    -> format.Config
+    generation_config.json, tokenizer_config.json  -> metadata: where a text ends, sampling defaults, origin
+    tokenizer.json, chat template                  -> stored as they are
+    *.safetensors                                  -> the bytes of each tensor, read a few rows at a time
+
+Opening a Checkpoint reads no weights, yet finds every fault that does not sit in a weight itself. A key that
+the forward pass needs and config.json lacks is an error, never a default; so is a key or a tensor that means
+something this engine would not do. Nothing from the directory is executed: no pickle, no Python.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import format
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class SourceError(ValueError):
+    """The directory cannot be exported; the message is one line naming the file and the key or tensor."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the name of an architecture says and its config.json does not."""
+
+    number: int  # in format.ARCHITECTURES
+    qk_norm: bool
+    qkv_bias: bool
+
+
+# Qwen3MoeForCausalLM, Qwen2ForCausalLM (qkv_bias) and LlamaForCausalLM go here
+ARCHITECTURES = {"Qwen3ForCausalLM": Architecture(number=1, qk_norm=True, qkv_bias=False)}
+
+# Config field -> key of config.json; all required
+_KEY_OF = {
+    "dim": "hidden_size",
+    "hidden_dim": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "context": "max_position_embeddings",
+    "rms_eps": "rms_norm_eps",
+}
+
+# Keys that change the forward pass, with the only value this engine runs; absent or null means that value
+_FIXED_KEYS = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+}
+
+_GENERATION_KEYS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+
+ITEM_SIZES = {"BF16": 2, "F16": 2, "F32": 4}
+_QUANTIZED_DTYPE = re.compile(r"[IU]\d+$|F[468](_|$)|BOOL$")
+_TAKE_UNQUANTIZED = "already quantised; take the model's original BF16, F16 or F32 repository instead"
+_MAX_SAFETENSORS_HEADER = 100_000_000  # the limit of the safetensors library
+MAX_TEXT = 16 << 20  # bytes accepted of any text file other than tokenizer.json
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+class Checkpoint:
+    """A checked Hugging Face directory: its numbers, its texts and where its tensors are.
+
+    config     format.Config, group size included
+    rope       what inverse_frequencies needs
+    metadata   what the metadata section of model.bin holds (docs/FORMAT.md)
+    tokenizer  the bytes of tokenizer.json
+    template   the chat template, "" if there is none
+    tensors    Hugging Face name -> StoredTensor, exactly those of format.tensors(config)
+
+    Raises SourceError, before any weight is read, if anything is missing, contradictory or unsupported.
+    """
+
+    def __init__(self, files: Files, group_size: int = 64, name: str | None = None) -> None:
+        self.files = files
+        keys = files.keys("config.json")
+        architecture = _supported_architecture(keys)
+        self.tokenizer, n_tokens = _read_tokenizer(files, keys.integer("vocab_size"))
+        self.rope = read_rope(keys, keys.integer("head_dim"))
+        self.config = _read_config(keys, ARCHITECTURES[architecture], self.rope, n_tokens, group_size)
+        self.template = _read_template(files)
+        self.tensors = _open_tensors(files, self.config)
+        generation = files.keys("generation_config.json", optional=True)
+        self.metadata = {
+            "name": name or _base_name(keys.values) or _describe_size(self.config),
+            "thinking": thinking_kind(self.template),
+            "eos_token_ids": _eos_token_ids(keys, generation, n_tokens),
+            "generation": generation.numbers(_GENERATION_KEYS),
+            "special_tokens": _special_tokens(files.keys("tokenizer_config.json", optional=True)),
+            "source": self._provenance(architecture, keys.values),
+        }
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.size for tensor in self.tensors.values())
+
+    def _provenance(self, architecture: str, config: dict[str, Any]) -> dict[str, Any]:
+        """A function of the files' contents, never of their names, their split or the date."""
+        from . import __version__
+
+        source = {
+            "architecture": architecture,
+            "dtypes": sorted({tensor.dtype for tensor in self.tensors.values()}),
+            "exporter": f"qwen3c {__version__}",
+            "licence": _licence(self.files),
+            "transformers_version": config.get("transformers_version"),
+            "config": config,
+        }
+        return {key: value for key, value in source.items() if value is not None}
+
+
+# ----------------------------------------------------------------------------
+# Files
+
+
+class Files:
+    """The files of a directory; leaving the `with` block closes those that were opened."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = directory = Path(directory)
+        self.opened: list[FileIO] = []
+        if not directory.is_dir():
+            problem = "is not a directory" if directory.exists() else "no such directory"
+            raise SourceError(f"{directory}: {problem}; expected one with config.json and *.safetensors")
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.opened:
+            file.close()
+
+    def path(self, name: str) -> Path:
+        return self.directory / name
+
+    def exists(self, name: str) -> bool:
+        return os.path.lexists(self.path(name))
+
+    def open(self, name: str) -> FileIO:
+        """A regular file, unbuffered."""
+        path = self.path(name)
+        try:
+            # a FIFO would block and a device has no end: only regular files are opened
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise SourceError(f"{path}: is not a regular file")
+            file = open(path, "rb", buffering=0)
+        except OSError as error:
+            raise SourceError(f"{path}: {error.strerror}") from None
+        self.opened.append(file)
+        return file
+
+    def bytes(self, name: str, limit: int = MAX_TEXT) -> bytes:
+        file = self.open(name)
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise SourceError(f"{self.path(name)}: {size} bytes, at most {limit} are accepted")
+        return file.readall()
+
+    def text(self, name: str) -> str:
+        try:
+            return self.bytes(name).decode()
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{self.path(name)}: is not UTF-8: byte {error.start}") from None
+
+    def keys(self, name: str, optional: bool = False) -> Keys:
+        """The JSON object in a file; a file that may be missing is then an empty object."""
+        path = self.path(name)
+        return Keys(path, {} if optional and not self.exists(name) else parse_json(path, self.bytes(name)))
+
+
+class Keys:
+    """The object in a JSON file, read key by key with errors that name both."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self.path = path
+        self.values = values
+
+    def require(self, key: str) -> Any:
+        if key not in self.values:
+            raise SourceError(f"{self.path}: required key {key!r} is missing")
+        return self.values[key]
+
+    def integer(self, key: str) -> int:
+        value = self.require(key)
+        if type(value) is not int:
+            raise SourceError(f"{self.path}: {key} is {value!r}, expected an integer")
+        return value
+
+    def number(self, key: str) -> float:
+        value = self.require(key)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise SourceError(f"{self.path}: {key} is {value!r}, expected a finite number")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.require(key)
+        if type(value) is not bool:
+            raise SourceError(f"{self.path}: {key} is {value!r}, expected true or false")
+        return value
+
+    def numbers(self, keys: tuple[str, ...]) -> dict[str, int | float]:
+        """Those of `keys` that are present and not null, each a finite number."""
+        present = [key for key in keys if self.values.get(key) is not None]
+        for key in present:
+            self.number(key)
+        return {key: self.values[key] for key in present}
+
+
+def parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    """The object in `data`. A key given twice, NaN and Infinity are errors: readers differ on them."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise ValueError(f"key {key!r} is given twice")
+            result[key] = value
+        return result
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not a JSON number")
+
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise SourceError(f"{path}: is a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+# ----------------------------------------------------------------------------
+# config.json
+
+
+def _supported_architecture(keys: Keys) -> str:
+    """The architecture's name, if it and every key that would change the forward pass are supported."""
+    for key in ("quantization_config", "compression_config"):
+        quantization = keys.values.get(key)
+        if quantization is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            raise SourceError(f"{keys.path}: {key} says {method!r}: {_TAKE_UNQUANTIZED}")
+    names = keys.require("architectures")
+    if not isinstance(names, list) or len(names) != 1 or str(names[0]) not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise SourceError(f"{keys.path}: architectures is {names!r}, supported: {supported}")
+    if keys.require("hidden_act") != "silu":
+        raise SourceError(f"{keys.path}: hidden_act is {keys.values['hidden_act']!r}, supported: 'silu'")
+    for key, only in _FIXED_KEYS.items():
+        value = keys.values.get(key)
+        if value is not None and value != only:
+            raise SourceError(f"{keys.path}: {key} is {value!r}, supported: {only!r}")
+    layer_types = keys.values.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        other = next((kind for kind in layer_types if kind != "full_attention"), layer_types)
+        raise SourceError(f"{keys.path}: layer_types has {other!r}, supported: 'full_attention'")
+    return str(names[0])
+
+
+def _read_config(
+    keys: Keys, architecture: Architecture, rope: Rope, n_tokens: int, group_size: int
+) -> format.Config:
+    values: dict[str, Any] = {}
+    for field, key in _KEY_OF.items():
+        values[field] = keys.number(key) if field == "rms_eps" else keys.integer(key)
+        try:
+            format.check_range(field, values[field])
+        except ValueError as error:
+            raise SourceError(f"{keys.path}: {key}: {error}") from None
+    config = format.Config(
+        **values,
+        rope_theta=rope.theta,
+        n_tokens=n_tokens,
+        group_size=group_size,
+        tied_embedding=keys.flag("tie_word_embeddings"),
+        rope_attention_scale=rope.attention_scale,
+        rope_type=rope.number,
+        architecture=architecture.number,
+        qk_norm=architecture.qk_norm,
+        qkv_bias=architecture.qkv_bias,
+    )
+    try:
+        format.check_config(config)  # also that rope_theta is in range
+    except ValueError as error:
+        raise SourceError(f"{keys.path}: {error}") from None
+    return config
+
+
+# ----------------------------------------------------------------------------
+# Rotary embedding
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Everything config.json says about the rotary embedding."""
+
+    type: str
+    theta: float
+    head_dim: int
+    attention_scale: float = 1.0  # factor on cos and sin
+
+    @property
+    def number(self) -> int:
+        return next(n for n, name in format.ROPE_TYPES.items() if name == self.type)
+
+
+def _default_frequencies(rope: Rope) -> NDArray[np.float64]:
+    """theta^(-2i / head_dim), i = 0 .. head_dim / 2 - 1 (Su et al. 2021, equation 15)."""
+    import numpy as np
+
+    return rope.theta ** (-2.0 * np.arange(rope.head_dim // 2) / rope.head_dim)
+
+
+# linear, yarn and llama3 go here, each with the keys of its dict
+_FREQUENCIES: dict[str, Callable[[Rope], NDArray[np.float64]]] = {"default": _default_frequencies}
+_ROPE_KEYS = {"default": {"rope_type", "type", "rope_theta", "partial_rotary_factor"}}
+
+
+def read_rope(keys: Keys, head_dim: int) -> Rope:
+    """rope_parameters (transformers 5) or rope_scaling and rope_theta (transformers 4)."""
+    found = [key for key in ("rope_parameters", "rope_scaling") if keys.values.get(key)]
+    if len(found) == 2 and keys.values[found[0]] != keys.values[found[1]]:
+        raise SourceError(f"{keys.path}: rope_parameters and rope_scaling contradict each other")
+    values = keys.values[found[0]] if found else {}
+    if not isinstance(values, dict):
+        raise SourceError(f"{keys.path}: {found[0]} is {values!r}, expected an object")
+    if values.keys() == {"full_attention"}:  # transformers 5 may nest by layer type
+        values = values["full_attention"]
+    rope_type = values.get("rope_type", values.get("type", "default"))
+    if not isinstance(rope_type, str) or rope_type not in _FREQUENCIES:
+        supported = ", ".join(_FREQUENCIES)
+        raise SourceError(f"{keys.path}: rope type {rope_type!r} is not supported (supported: {supported})")
+    unknown = sorted(values.keys() - _ROPE_KEYS[rope_type])
+    if unknown:
+        raise SourceError(f"{keys.path}: unknown key {unknown[0]!r} beside rope type {rope_type!r}")
+    if values.get("partial_rotary_factor") not in (None, 1.0):
+        factor = values["partial_rotary_factor"]
+        raise SourceError(f"{keys.path}: partial_rotary_factor is {factor!r}, supported: 1.0")
+    nested = Keys(keys.path, values)
+    theta = nested.number("rope_theta") if "rope_theta" in values else keys.number("rope_theta")
+    if keys.values.get("rope_theta") is not None and keys.number("rope_theta") != theta:
+        other = keys.values["rope_theta"]
+        raise SourceError(f"{keys.path}: rope_theta is {other!r} and, in {found[0]}, {theta!r}")
+    return Rope(rope_type, theta, head_dim)
+
+
+def inverse_frequencies(rope: Rope) -> NDArray[np.float32]:
+    """Radians per position of each pair, shape (head_dim / 2,): float64 rounded once to float32."""
+    import numpy as np
+
+    return _FREQUENCIES[rope.type](rope).astype(np.float32)
+
+
+# ----------------------------------------------------------------------------
+# Tokenizer, template, metadata
+
+
+def _read_tokenizer(files: Files, vocab_size: int) -> tuple[bytes, int]:
+    """tokenizer.json and the number of tokens: the highest id + 1."""
+    from tokenizers import Tokenizer
+
+    path, data = files.path("tokenizer.json"), files.bytes("tokenizer.json", format.MAX_TOKENIZER)
+    try:
+        vocabulary = Tokenizer.from_buffer(data).get_vocab(with_added_tokens=True)
+    except Exception as error:
+        raise SourceError(f"{path}: {error}") from None
+    if not vocabulary:
+        raise SourceError(f"{path}: has no tokens")
+    token, highest = max(vocabulary.items(), key=lambda item: item[1])
+    if highest >= vocab_size:
+        raise SourceError(f"{path}: token {token!r} has id {highest}, but vocab_size is {vocab_size}")
+    return data, highest + 1
+
+
+def _read_template(files: Files) -> str:
+    """The chat template: chat_template.jinja, else tokenizer_config.json, else chat_template.json."""
+    if files.exists("chat_template.jinja"):
+        return files.text("chat_template.jinja")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        keys = files.keys(name, optional=True)
+        template = keys.values.get("chat_template")
+        if isinstance(template, list):  # several templates by name; "default" is the one for chat
+            named = [t["template"] for t in template if isinstance(t, dict) and t.get("name") == "default"]
+            template = named[0] if named else template
+        if isinstance(template, str):
+            return template
+        if template is not None:
+            raise SourceError(f"{keys.path}: chat_template is not text, nor a list with an entry 'default'")
+    return ""
+
+
+def thinking_kind(template: str) -> str:
+    """One of format.THINKING_KINDS, read off the chat template.
+
+    hybrid  the template has a switch (`enable_thinking`)
+    always  the generation prompt itself opens <think> and leaves it open
+    none    neither
+    """
+    if "enable_thinking" in template:
+        return "hybrid"
+    generation_prompt = template.rpartition("add_generation_prompt")[2]
+    opened, closed = generation_prompt.rfind("<think>"), generation_prompt.rfind("</think>")
+    return "always" if opened > closed else "none"
+
+
+def _eos_token_ids(config: Keys, generation: Keys, n_tokens: int) -> list[int]:
+    """The union of both files' eos_token_id: Qwen3 ends on ids that only one of them names."""
+    found = []
+    for keys in (config, generation):
+        value = keys.values.get("eos_token_id")
+        for token in value if isinstance(value, list) else [] if value is None else [value]:
+            if type(token) is not int or not 0 <= token < n_tokens:
+                raise SourceError(f"{keys.path}: eos_token_id {token!r} is not a token id below {n_tokens}")
+            found.append(token)
+    if "eos_token_id" not in generation.values:
+        config.require("eos_token_id")
+    return list(dict.fromkeys(found))
+
+
+def _special_tokens(tokenizer_config: Keys) -> dict[str, str]:
+    """bos_token, eos_token, ... for templates that print them; in the file, text or {"content": text}."""
+    result = {}
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = tokenizer_config.values.get(key)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            result[key] = text
+    return result
+
+
+def _licence(files: Files) -> str | None:
+    """`license:` in the front matter of the model card."""
+    if not files.path("README.md").is_file():
+        return None
+    card = files.bytes("README.md").decode(errors="replace")
+    front_matter = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
+    line = re.search(r"^license:[ \t]*(\S.*)$", front_matter[1], re.MULTILINE) if front_matter else None
+    return line[1].strip() if line else None
+
+
+def _base_name(config: dict[str, Any]) -> str:
+    path = config.get("_name_or_path")
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] if isinstance(path, str) else ""
+
+
+def _describe_size(config: format.Config) -> str:
+    """Such as "Qwen3 596M"."""
+    n = config.n_parameters
+    size = next((f"{n / unit:.3g}{letter}" for unit, letter in ((1e9, "B"), (1e6, "M")) if n >= unit), f"{n}")
+    return f"{format.ARCHITECTURES[config.architecture].capitalize()} {size}"
+
+
+# ----------------------------------------------------------------------------
+# Safetensors
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in an open safetensors file: row-major, little-endian."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    file: FileIO
+    offset: int  # of its first byte in the file
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+    def read(self, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of the tensor from byte `start` on."""
+        self.file.seek(self.offset + start)
+        while len(out):
+            n = self.file.readinto(out)
+            if not n:
+                raise SourceError(f"{self.path}: ended inside {self.name}; did the file change?")
+            out = out[n:]
+
+
+def _open_tensors(files: Files, config: format.Config) -> dict[str, StoredTensor]:
+    """The tensors of format.tensors(config), no fewer and no more, each with its shape and a known dtype."""
+    stored: dict[str, StoredTensor] = {}
+    for file_name, names in _shards(files).items():
+        found = _open_shard(files, file_name)
+        path = files.path(file_name)
+        for name in sorted(found.keys() & stored.keys()):
+            raise SourceError(f"{path}: {name} is also in {stored[name].path.name}")
+        for name in sorted(set() if names is None else found.keys() ^ names):
+            fault = "is missing, but" if name in names else "is not where"
+            raise SourceError(f"{path}: {name} {fault} {INDEX_NAME} says")
+        stored |= found
+    for tensor in stored.values():
+        if tensor.dtype not in ITEM_SIZES:
+            fault = _TAKE_UNQUANTIZED if _QUANTIZED_DTYPE.match(tensor.dtype) else "expected BF16, F16 or F32"
+            raise SourceError(f"{tensor.path}: {tensor.name} is {tensor.dtype}: {fault}")
+    expected = {part.name: (part.rows, *t.shape[1:]) for t in format.tensors(config) for part in t.parts}
+    for name, shape in expected.items():
+        if name not in stored:
+            raise SourceError(f"{files.directory}: tensor {name} {list(shape)} is missing")
+        if stored[name].shape != shape:
+            found_shape = list(stored[name].shape)
+            raise SourceError(f"{stored[name].path}: {name} has shape {found_shape}, expected {list(shape)}")
+    for name in sorted(stored.keys() - expected.keys()):
+        if not _is_redundant(name, config):
+            raise SourceError(f"{stored[name].path}: unexpected tensor {name}")
+    return {name: stored[name] for name in expected}
+
+
+def _is_redundant(name: str, config: format.Config) -> bool:
+    """A tied head is a copy of the embedding; inverse frequencies follow from rope_theta."""
+    return (name == "lm_head.weight" and config.tied_embedding) or name.endswith("rotary_emb.inv_freq")
+
+
+def _shards(files: Files) -> dict[str, set[str] | None]:
+    """Safetensors file -> the tensors the index places there; None if there is one file and no index."""
+    if files.exists(SINGLE_NAME):
+        return {SINGLE_NAME: None}
+    if not files.exists(INDEX_NAME):
+        pickles = sorted([*files.directory.glob("*.bin"), *files.directory.glob("*.pt*")])
+        hint = f" ({pickles[0].name} is never opened: only safetensors are read)" if pickles else ""
+        raise SourceError(f"{files.directory}: has neither {SINGLE_NAME} nor {INDEX_NAME}{hint}")
+    index = files.keys(INDEX_NAME)
+    weight_map = index.require("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{index.path}: weight_map is not an object that names tensors")
+    shards: dict[str, set[str] | None] = {}
+    for name, file_name in sorted(weight_map.items()):
+        # only files beside the index: no path, no drive
+        if not isinstance(file_name, str) or not re.fullmatch(r"[^/\\:\0]+\.safetensors", file_name):
+            raise SourceError(f"{index.path}: {name}: {file_name!r} is not the name of a safetensors file")
+        shards[file_name] = (shards.get(file_name) or set()) | {name}
+    return shards
+
+
+def _open_shard(files: Files, file_name: str) -> dict[str, StoredTensor]:
+    """The tensors of one file: u64 header length, JSON header, tensor bytes without holes."""
+    from safetensors import SafetensorError, safe_open
+
+    path, file = files.path(file_name), files.open(file_name)
+    file_size = os.fstat(file.fileno()).st_size
+    header_size = int.from_bytes(file.read(8), "little")
+    if header_size > min(file_size - 8, _MAX_SAFETENSORS_HEADER):
+        raise SourceError(f"{path}: header of {header_size} bytes in a file of {file_size} (cut short?)")
+    header = parse_json(path, file.read(header_size))
+    header.pop("__metadata__", None)
+    start = 8 + header_size
+    tensors, end = {}, start
+    for name, entry in header.items():
+        try:
+            first, last = (start + offset for offset in entry["data_offsets"])
+            tensors[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path, file, first)
+            end = max(end, last)
+        except (TypeError, KeyError, ValueError):
+            raise SourceError(f"{path}: {name}: dtype, shape or data_offsets is wrong") from None
+    if end != file_size:
+        raise SourceError(f"{path}: {file_size} bytes, its header describes {end} (cut short?)")
+    try:
+        # the library's own checks: overlap, holes, sizes that do not follow from dtype and shape
+        with safe_open(path, "numpy"):
+            return tensors
+    except SafetensorError as error:
+        raise SourceError(f"{path}: {error}") from None
