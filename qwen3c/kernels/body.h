@@ -147,16 +147,16 @@ static void rope(float *x, const float *cosine, const float *sine, size_t head_d
 INLINE void matmul_int8_block(const size_t R, const size_t T, float *y, size_t stride, const Int8Rows *x, size_t token,
                               const uint8_t *tiles, size_t n_rows, size_t columns, size_t group_size) {
     size_t n_groups = columns / group_size, tile_row = n_groups * TILE_BYTES(group_size);
-    f32x16 sum[R][T];
+    f32x16 sum[MATMUL_TILES][MATMUL_TOKENS];
     UNROLL for (size_t r = 0; r < R; r++) UNROLL for (size_t t = 0; t < T; t++) sum[r][t] = f32_set(0);
     const int8_t *codes = x->codes + token * columns;
     for (size_t g = 0; g < n_groups; g++, tiles += TILE_BYTES(group_size), codes += group_size) {
         const float *scales = x->scales + token * n_groups + g;
-        i32x16 dot[R][T];
+        i32x16 dot[MATMUL_TILES][MATMUL_TOKENS];
         UNROLL for (size_t t = 0; t < T; t++)
             UNROLL for (size_t r = 0; r < R; r++) dot[r][t] = dot_start(x->sums[(token + t) * n_groups + g]);
         for (size_t c = 0; c < group_size; c += 4) {
-            i8x64 w[R];
+            i8x64 w[MATMUL_TILES];
             UNROLL for (size_t r = 0; r < R; r++) w[r] = codes_load((const int8_t *)tiles + r * tile_row + c * 16);
             UNROLL for (size_t t = 0; t < T; t++) {
                 i8x4 a = activations_load(codes + t * columns + c);
@@ -229,10 +229,10 @@ static void matmul_int8(float *y, size_t stride, const Int8Rows *x, size_t n_tok
 /* T tokens of float activations times one tile row. */
 INLINE void matmul_float32_block(const size_t T, float *y, size_t stride, const float *x, const uint8_t *tiles,
                                  size_t n_rows, size_t columns, size_t group_size) {
-    f32x16 sum[T];
+    f32x16 sum[4];
     UNROLL for (size_t t = 0; t < T; t++) sum[t] = f32_set(0);
     for (size_t g = 0; g < columns / group_size; g++, tiles += TILE_BYTES(group_size)) {
-        f32x16 part[T];
+        f32x16 part[4];
         UNROLL for (size_t t = 0; t < T; t++) part[t] = f32_set(0);
         for (size_t c = 0; c < group_size; c++) {
             f32x16 code = codes_column((const int8_t *)tiles + c / 4 * 64, (int)(c % 4));
@@ -281,10 +281,10 @@ INLINE f32x16 load_kv(const char *p, size_t index, KVType type) {
 /* score[r][16 s + lane] for Q query rows and V vectors of 16 positions, from the first position of `keys` */
 INLINE void scores_block(const size_t Q, const size_t V, float *scores, const float *const *q, const char *keys,
                          size_t vector, size_t head_dim, KVType type) {
-    f32x16 sum[Q][V];
+    f32x16 sum[ATTEND_QUERIES][ATTEND_VECTORS];
     UNROLL for (size_t r = 0; r < Q; r++) UNROLL for (size_t v = 0; v < V; v++) sum[r][v] = f32_set(0);
     for (size_t d = 0; d < head_dim; d++) {
-        f32x16 k[V];
+        f32x16 k[ATTEND_VECTORS];
         UNROLL for (size_t v = 0; v < V; v++) k[v] = load_kv(keys, ((vector + v) * head_dim + d) * 16, type);
         UNROLL for (size_t r = 0; r < Q; r++) {
             f32x16 a = f32_set(q[r][d]);
@@ -298,10 +298,10 @@ INLINE void scores_block(const size_t Q, const size_t V, float *scores, const fl
 /* o[r] += sum over positions [from, to) of p[r][j] v[j], for Q rows and V vectors of dimensions from `d` */
 INLINE void values_block(const size_t Q, const size_t V, float *o, const float *p, const char *values, size_t d,
                          size_t from, size_t to, size_t width, KVType type) {
-    f32x16 sum[Q][V];
+    f32x16 sum[ATTEND_QUERIES][ATTEND_VECTORS];
     UNROLL for (size_t r = 0; r < Q; r++) UNROLL for (size_t v = 0; v < V; v++) sum[r][v] = f32_load(o + r * width + d + v * 16);
     for (size_t j = from; j < to; j++) {
-        f32x16 x[V];
+        f32x16 x[ATTEND_VECTORS];
         UNROLL for (size_t v = 0; v < V; v++) x[v] = load_kv(values, j * width + d + v * 16, type);
         UNROLL for (size_t r = 0; r < Q; r++) {
             f32x16 a = f32_set(p[r * KV_BLOCK + j]);

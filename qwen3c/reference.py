@@ -1,0 +1,143 @@
+"""Read this first: the whole model in plain NumPy, float32, from a model.bin.
+
+    python -m qwen3c.reference model.bin "def fibonacci(n):"
+
+This is what the engine computes, without its speed: no cache, no threads, no integers. Every step is a few lines
+of array code with its shapes beside it; tests hold the engine to it. n is the number of tokens, and a weight
+matrix is (outputs, inputs), so that a linear layer is x @ w.T.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .format import ROPE_TENSOR, TILE_ROWS, Config, ModelFile, Tensor
+
+Array = NDArray[np.float32]
+
+
+# ----------------------------------------------------------------------------
+# Weights: from tiles of int8 codes and fp16 scales to float32 matrices
+
+
+def load_weights(file: ModelFile) -> dict[str, Array]:
+    """Every weight by its Hugging Face name, dequantised; the rotary frequencies under ROPE_TENSOR."""
+    weights = {}
+    for tensor in file.tensors:
+        data = dequantize(file, tensor) if tensor.quantized else np.frombuffer(file.data(tensor), "<f4")
+        weights[tensor.name] = data
+        for part in tensor.parts:  # q, k and v are stored as one matrix, gate and up as another
+            weights[part.name] = data[part.row : part.row + part.rows]
+    return weights
+
+
+def dequantize(file: ModelFile, tensor: Tensor) -> Array:
+    """A stored matrix as float32 (rows, columns): weight = scale of its group * code."""
+    (rows, columns), group_size = tensor.shape, file.config.group_size
+    groups = columns // group_size
+    # a tile: 16 rows x one group, its codes in blocks of 4 columns, then one scale per row
+    tile = np.dtype([("codes", "i1", (group_size // 4, TILE_ROWS, 4)), ("scales", "<f2", TILE_ROWS)])
+    tiles = np.frombuffer(file.data(tensor), tile).reshape(-1, groups)
+    codes = tiles["codes"].transpose(0, 3, 1, 2, 4)  # (tile rows, 16, groups, blocks, 4)
+    scales = tiles["scales"].transpose(0, 2, 1)  # (tile rows, 16, groups)
+    codes = codes.reshape(-1, groups, group_size)
+    weights = scales.reshape(-1, groups, 1).astype(np.float32) * codes
+    return weights.reshape(-1, columns)[:rows]  # the last tiles may be padded with zero rows
+
+
+# ----------------------------------------------------------------------------
+# Blocks
+
+
+def rmsnorm(x: Array, weight: Array, eps: float) -> Array:
+    """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019)."""
+    mean_square = np.mean(x * x, axis=-1, keepdims=True)
+    return x / np.sqrt(mean_square + np.float32(eps)) * weight
+
+
+def rotate(x: Array, frequencies: Array, scale: float) -> Array:
+    """Rotary embedding (Su et al. 2021): turn the pair (x[i], x[i + half]) by position * frequency[i].
+
+    x (n, heads, head_dim), frequencies (head_dim / 2,) in radians per position.
+    """
+    positions = np.arange(len(x), dtype=np.float32)
+    angles = np.outer(positions, frequencies)[:, None, :]  # (n, 1, half)
+    cosine, sine = np.cos(angles) * np.float32(scale), np.sin(angles) * np.float32(scale)
+    x0, x1 = np.split(x, 2, axis=-1)
+    return np.concatenate([x0 * cosine - x1 * sine, x1 * cosine + x0 * sine], axis=-1)
+
+
+def softmax(x: Array) -> Array:
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def attention(x: Array, c: Config, w: dict[str, Array], prefix: str) -> Array:
+    """Causal self-attention with grouped queries: n_heads / n_kv_heads query heads share a KV head. x (n, dim)."""
+    n = len(x)
+    q = (x @ w[prefix + "q_proj.weight"].T).reshape(n, c.n_heads, c.head_dim)
+    k = (x @ w[prefix + "k_proj.weight"].T).reshape(n, c.n_kv_heads, c.head_dim)
+    v = (x @ w[prefix + "v_proj.weight"].T).reshape(n, c.n_kv_heads, c.head_dim)
+
+    # Qwen3 normalises every head of q and k before it rotates them by position
+    q = rmsnorm(q, w[prefix + "q_norm.weight"], c.rms_eps)
+    k = rmsnorm(k, w[prefix + "k_norm.weight"], c.rms_eps)
+    q = rotate(q, w[ROPE_TENSOR], c.rope_attention_scale)
+    k = rotate(k, w[ROPE_TENSOR], c.rope_attention_scale)
+
+    group = c.n_heads // c.n_kv_heads
+    future = np.triu(np.full((n, n), -np.inf, np.float32), 1)  # token t sees positions 0..t
+    out = np.empty_like(q)  # (n, n_heads, head_dim)
+    for head in range(c.n_heads):
+        keys, values = k[:, head // group], v[:, head // group]  # (n, head_dim)
+        scores = q[:, head] @ keys.T / np.sqrt(np.float32(c.head_dim))  # (n, n)
+        out[:, head] = softmax(scores + future) @ values
+    return out.reshape(n, c.q_dim) @ w[prefix + "o_proj.weight"].T
+
+
+def feed_forward(x: Array, w: dict[str, Array], prefix: str) -> Array:
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)). x (n, dim)."""
+    gate = x @ w[prefix + "gate_proj.weight"].T  # (n, hidden_dim)
+    up = x @ w[prefix + "up_proj.weight"].T
+    silu = gate / (1 + np.exp(-gate))
+    return (silu * up) @ w[prefix + "down_proj.weight"].T
+
+
+# ----------------------------------------------------------------------------
+# The forward pass
+
+
+def forward(c: Config, w: dict[str, Array], ids: Sequence[int]) -> Array:
+    """Logits (n, vocab_size) of every token: row t says what may come after ids[: t + 1]."""
+    x = w["model.embed_tokens.weight"][np.asarray(ids)]  # (n, dim), the residual stream
+    for layer in range(c.n_layers):
+        prefix = f"model.layers.{layer}."
+        h = rmsnorm(x, w[prefix + "input_layernorm.weight"], c.rms_eps)
+        x = x + attention(h, c, w, prefix + "self_attn.")
+        h = rmsnorm(x, w[prefix + "post_attention_layernorm.weight"], c.rms_eps)
+        x = x + feed_forward(h, w, prefix + "mlp.")
+    x = rmsnorm(x, w["model.norm.weight"], c.rms_eps)
+    head = "model.embed_tokens.weight" if c.tied_embedding else "lm_head.weight"
+    return x @ w[head].T
+
+
+def main() -> None:
+    """Greedy completion, the whole text recomputed for every token: slow, and nothing hidden."""
+    from .tokenizer import Tokenizer
+
+    path, prompt = sys.argv[1:3]
+    file = ModelFile(path)
+    weights, tokenizer = load_weights(file), Tokenizer(file.tokenizer)
+    ids = list(tokenizer.encode(prompt))
+    for _ in range(32):
+        logits = forward(file.config, weights, ids)
+        ids.append(int(logits[-1, : file.config.n_tokens].argmax()))
+    print(tokenizer.decode(ids))
+
+
+if __name__ == "__main__":
+    main()
