@@ -1,0 +1,206 @@
+"""Logits -> token.
+
+The order is that of `transformers`, which also is vLLM's but for min-p:
+
+    logit bias, repetition penalty, presence and frequency penalties     on the logits
+    temperature, softmax
+    top-k, then top-p of what top-k left, then min-p                     which tokens remain
+    one uniform number picks among them
+
+Everything that decides a token is the same on every machine: the engine's own exp, sums in a fixed
+order, and PCG64's bits turned into a number here. So a seed gives the same text everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import engine
+
+GREEDY_BELOW = 1e-5  # a lower temperature picks the largest logit: dividing by it would overflow
+
+# What the makers of Qwen3 recommend (its README): with thinking, without
+RECOMMENDED = {
+    True: {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
+    False: {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens. ValueError with the accepted range if a number is outside it."""
+
+    temperature: float = 1.0  # 0 picks the largest logit, the lowest id among equals
+    top_k: int = 0  # only the k most likely; 0: all
+    top_p: float = 1.0  # only the fewest most likely that together have probability top_p
+    min_p: float = 0.0  # only those at least min_p times as likely as the most likely
+    presence_penalty: float = 0.0  # subtracted from the logit of each token of the reply so far
+    frequency_penalty: float = 0.0  # ... times how often it came
+    repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of prompt and reply
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit
+    seed: int | None = None  # None: a fresh one, see Sampler.seed
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, 0, 100)
+        _check("top_k", self.top_k, 0, 1 << 31, int)
+        _check("top_p", self.top_p, 0, 1)
+        _check("min_p", self.min_p, 0, 1)
+        _check("presence_penalty", self.presence_penalty, -100, 100)
+        _check("frequency_penalty", self.frequency_penalty, -100, 100)
+        _check("repetition_penalty", self.repetition_penalty, 0.01, 100)
+        for id, bias in self.logit_bias.items():
+            _check("logit_bias token id", id, 0, (1 << 32) - 1, int)
+            _check(f"logit_bias of token {id}", bias, -1e4, 1e4)
+        if self.seed is not None:
+            _check("seed", self.seed, 0, (1 << 64) - 1, int)
+
+
+def _check(name: str, value: Any, low: float, high: float, kind: type = float) -> None:
+    # bool is an int to Python, but never meant as a number
+    number = isinstance(value, (int, np.integer) if kind is int else (int, float, np.integer, np.floating))
+    if not number or isinstance(value, bool) or not low <= value <= high:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} = {value!r} is not {what} from {low} to {high}")
+
+
+def default_sampling(metadata: Mapping[str, Any], thinking: bool) -> dict[str, float]:
+    """The model's own defaults, where it has any, over the recommended ones.
+
+    metadata: of a model.bin. thinking: whether the reply may think. The generation_config of a model
+    that can do both describes thinking alone, so it does not count when thinking is off.
+    """
+    own = metadata["generation"] if thinking or metadata["thinking"] != "hybrid" else {}
+    names = {f.name for f in fields(Sampling)}
+    # a JSON writer may have made 20 of top_k into 20.0
+    own = {name: int(value) if value == int(value) else value for name, value in own.items() if name in names}
+    return {**RECOMMENDED[thinking], **own}
+
+
+class Sampler:
+    """Chooses the tokens of one reply, one after the other.
+
+    prompt: its token ids, which the repetition penalty covers. n_tokens: only ids below it exist.
+    undefined: ids below it that stand for no token. `seed` is the seed in use.
+    """
+
+    def __init__(
+        self, sampling: Sampling, prompt: Iterable[int], n_tokens: int, undefined: Iterable[int] = ()
+    ) -> None:
+        beyond = [id for id in sampling.logit_bias if id >= n_tokens]
+        if beyond:
+            raise ValueError(f"logit_bias: token {beyond[0]} does not exist, the vocabulary has {n_tokens} tokens")
+        self.sampling = sampling
+        self.seed = secrets.randbits(32) if sampling.seed is None else int(sampling.seed)
+        self._random = np.random.PCG64(self.seed)
+        self._n_tokens = n_tokens
+        self._undefined = np.fromiter(undefined, dtype=np.int64)
+        self._bias_ids = np.array(list(sampling.logit_bias), dtype=np.int64)
+        self._bias = np.array(list(sampling.logit_bias.values()), dtype=np.float32)
+        self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
+        self._counts: Counter[int] = Counter()
+
+    def sample(self, logits: NDArray[np.float32]) -> int:
+        """The next token for `logits`, shape (vocab_size,). ValueError if they hold a NaN or infinity."""
+        token = self._choose(self._adjusted(self._existing(logits)))
+        self._counts[token] += 1
+        if self.sampling.repetition_penalty != 1:
+            self._seen.add(token)
+        return token
+
+    def logprobs(self, logits: NDArray[np.float32], token: int, n: int) -> tuple[float, list[tuple[int, float]]]:
+        """(log-probability of `token`, the n most likely tokens with theirs), in nats.
+
+        Of the model's own distribution over the tokens that exist, before penalties and temperature.
+        """
+        logits = self._existing(logits)
+        total = engine.log_sum_exp(logits)
+        top = engine.top_k(logits, min(n, len(logits))) if n else ()
+        return float(logits[token]) - total, [(int(id), float(logits[id]) - total) for id in top]
+
+    def _existing(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Without the rows that stand for no token, which must never be chosen nor take probability."""
+        logits = logits[: self._n_tokens]
+        if len(self._undefined):
+            logits = logits.copy()
+            logits[self._undefined] = -np.inf
+        return logits
+
+    def _adjusted(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        s = self.sampling
+        counts = self._counts if s.presence_penalty or s.frequency_penalty else {}
+        if not (len(self._bias_ids) or self._seen or counts):
+            return logits
+        logits = logits.copy()
+        logits[self._bias_ids] += self._bias
+        if self._seen:
+            ids = np.fromiter(self._seen, dtype=np.int64)
+            penalty = np.float32(s.repetition_penalty)
+            logits[ids] = np.where(logits[ids] > 0, logits[ids] / penalty, logits[ids] * penalty)
+        if counts:
+            ids = np.fromiter(counts, dtype=np.int64)
+            times = np.fromiter(counts.values(), dtype=np.float32)
+            logits[ids] -= np.float32(s.frequency_penalty) * times + np.float32(s.presence_penalty)
+        return logits
+
+    def _choose(self, logits: NDArray[np.float32]) -> int:
+        s = self.sampling
+        if s.temperature < GREEDY_BELOW:
+            token = int(np.argmax(logits))  # the first NaN, if there is one
+            _check_finite(logits[token])
+            return token
+        if s.top_k and s.top_k < len(logits):
+            ids = engine.top_k(logits, s.top_k)
+            _check_finite(logits[ids[0]])
+            p = engine.softmax(logits[ids], s.temperature)
+        else:
+            _check_finite(logits[np.argmax(logits)])
+            p = engine.softmax(logits, s.temperature)
+            ids = _most_likely(p, s.top_p)
+            p = p[ids]
+        keep = kept(p, s.top_p, s.min_p)
+        return int(ids[keep][self._pick(p[keep])])
+
+    def _pick(self, p: NDArray[np.float32]) -> int:
+        """An index drawn with probability proportional to `p`."""
+        cumulative = np.cumsum(p, dtype=np.float64)  # one after the other, unlike np.sum
+        uniform = (int(self._random.random_raw()) >> 11) * 2.0**-53  # in [0, 1)
+        below = math.nextafter(cumulative[-1], 0.0)
+        return int(np.searchsorted(cumulative, min(uniform * cumulative[-1], below), side="right"))
+
+
+def kept(p: NDArray[np.float32], top_p: float, min_p: float) -> NDArray[np.bool_]:
+    """Which of the probabilities `p`, largest first where top_p < 1, the two filters keep: always the first.
+
+    top-p keeps a token while those before it sum to less than top_p; min-p compares with the largest.
+    """
+    keep = np.ones(len(p), dtype=bool)
+    if top_p < 1:
+        before = np.cumsum(p, dtype=np.float64)[:-1]
+        keep[1:] = before < top_p
+    if min_p > 0:
+        keep &= p >= p.max() * min_p
+    return keep
+
+
+def _most_likely(p: NDArray[np.float32], top_p: float) -> NDArray[np.int32]:
+    """Ids, largest probability first, enough of them to reach top_p; all in any order if that is 1."""
+    n = 64
+    while top_p < 1 and n < len(p):
+        ids = engine.top_k(p, n)
+        if np.cumsum(p[ids], dtype=np.float64)[-1] >= top_p:
+            return ids
+        n *= 8
+    return engine.top_k(p, len(p)) if top_p < 1 else np.arange(len(p), dtype=np.int32)
+
+
+def _check_finite(largest: np.float32) -> None:
+    if not math.isfinite(largest):
+        raise ValueError(f"the largest logit is {largest}: the model file is damaged or its weights overflow")
