@@ -3,11 +3,10 @@
     python export.py path/to/Qwen3-0.6B model.bin
 
     check      everything but the weights themselves, before any file is created
-    read       some million weights of a tensor at a time   (one thread)
-    quantise   INT8 groups in tiles of 16 rows              (all threads, in C)
-    write      beside the target; renamed when whole        (one thread)
+    convert    a million weights at a time to INT8 groups in tiles of 16 rows; each thread its own, in C
+    write      in order, beside the target; renamed when whole
 
-The three steps overlap. The bytes depend on the source's contents and the group size alone.
+The bytes depend on the contents of the source and the group size alone.
 """
 
 from __future__ import annotations
@@ -20,11 +19,12 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
 from . import format
 
@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from .huggingface import Checkpoint, Files
+    from .huggingface import Checkpoint, Files, StoredTensor
 
-SLICE_BYTES = 16 << 20  # of weights as float32 in one slice; at most four slices are held
+SLICE_WEIGHTS = 1 << 20  # read, quantised and written at a time: source and result fit in a core's cache
+MAX_WORKERS = 32  # 34 slices of 8 MB is all the memory they take
 MAX_WEIGHT = 127.5 * 65504  # more than this no fp16 scale can express
 
 ProgressCallback = Callable[[int, int], None]  # bytes of the source done, and all
@@ -67,14 +68,17 @@ class Report:
     anonymous_bytes: int = 0  # most seen at once; 0 where the system does not tell
     errors: dict[str, KindError] = field(default_factory=dict)
 
-    def add(self, piece: Slice, worst: float, squared_error: float, squared_weight: float) -> None:
-        """Add the quantisation error of a slice to its kind."""
+    def add(self, piece: Slice, converted: _Converted) -> None:
+        """Add a slice's error to its kind, and look how much memory is in use."""
+        self.anonymous_bytes = max(self.anonymous_bytes, anonymous_bytes())
+        if not piece.tensor.quantized:
+            return
         kind = re.sub(r"^model\.layers\.\d+\.", "", piece.tensor.name).removesuffix(".weight")
         error = self.errors.setdefault(kind, KindError())
         error.tensors += piece.row == 0
-        error.worst = max(error.worst, worst)
-        error.squared_error += squared_error
-        error.squared_weight += squared_weight
+        error.worst = max(error.worst, converted.worst)
+        error.squared_error += converted.squared_error
+        error.squared_weight += converted.squared_weight
 
     def lines(self) -> Iterator[str]:
         """A table of errors, then what was written and what it took."""
@@ -110,9 +114,10 @@ def export(
     with Files(source) as files:
         checkpoint = Checkpoint(files, group_size, name)
         path = _check_target(target, files)
-        texts = checkpoint.metadata, checkpoint.tokenizer, checkpoint.template
         try:
-            writer = format.ModelWriter(path, checkpoint.config, *texts)
+            writer = format.ModelWriter(
+                path, checkpoint.config, checkpoint.metadata, checkpoint.tokenizer, checkpoint.template
+            )
         except ValueError as error:
             raise SourceError(f"{files.directory}: {error}") from None
         _check_space(path, writer.file_size)
@@ -156,21 +161,54 @@ def _check_space(path: Path, needed: int) -> None:
 
 @dataclass(frozen=True)
 class Slice:
-    """Consecutive rows of one tensor; a vector is one slice of n rows of one number."""
+    """Consecutive rows of one tensor; a vector is one slice, its numbers rows of one column."""
 
     tensor: format.Tensor
     row: int
     rows: int
 
+    @property
+    def columns(self) -> int:
+        return math.prod(self.tensor.shape[1:])
+
+    @property
+    def is_last(self) -> bool:
+        return self.row + self.rows == self.tensor.shape[0]
+
 
 def slices(tensor: format.Tensor) -> Iterator[Slice]:
-    """The tensor in pieces of whole tiles, each at most SLICE_BYTES of float32 or one tile of rows."""
-    rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
-    step = rows
+    """The tensor in slices of whole tiles with at most SLICE_WEIGHTS weights, or of one tile of rows."""
+    step = tensor.shape[0]
     if tensor.quantized:
-        step = max(SLICE_BYTES // (4 * columns) // format.TILE_ROWS, 1) * format.TILE_ROWS
-    for row in range(0, rows, step):
-        yield Slice(tensor, row, min(step, rows - row))
+        step = max(SLICE_WEIGHTS // tensor.shape[1] // format.TILE_ROWS, 1) * format.TILE_ROWS
+    for row in range(0, tensor.shape[0], step):
+        yield Slice(tensor, row, min(step, tensor.shape[0] - row))
+
+
+class _Part(NamedTuple):
+    """Rows of one Hugging Face tensor that lie in a slice."""
+
+    stored: StoredTensor
+    first_row: int
+    data: memoryview
+
+    def to_float32(self) -> NDArray[np.float32]:
+        """Shape (n,); exact."""
+        import numpy as np
+
+        if self.stored.dtype == "BF16":  # the upper half of a float32
+            return (np.frombuffer(self.data, "<u2").astype(np.uint32) << 16).view(np.float32)
+        return np.frombuffer(self.data, {"F16": "<f2", "F32": "<f4"}[self.stored.dtype]).astype(np.float32)
+
+
+class _Converted(NamedTuple):
+    """A slice as it is stored, and how far that is from the source."""
+
+    data: memoryview
+    source_size: int
+    worst: float = 0.0
+    squared_error: float = 0.0
+    squared_weight: float = 0.0
 
 
 def _stream(
@@ -180,36 +218,47 @@ def _stream(
     report: Report,
     progress: ProgressCallback | None,
 ) -> None:
-    """Three steps at once on two buffers each: read a slice, quantise the one before, write the one before it."""
-    import numpy as np
-
+    """Workers read and quantise slices; this thread writes them in order and lets the next ones start."""
     work = [piece for tensor in writer.tensors for piece in slices(tensor)]
-    size = 4 * max(piece.rows * math.prod(piece.tensor.shape[1:]) for piece in work)
-    inputs, outputs = ([memoryview(np.empty(size, np.uint8)) for _ in range(2)] for _ in range(2))
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writing:
-        ahead = reader.submit(_read, checkpoint, work[0], inputs[0])
-        written: Future[None] | None = None
-        done = 0
+    size = 4 * max(piece.rows * piece.columns for piece in work)
+    workers = min(threads, MAX_WORKERS)
+    window = workers + 2  # slices in flight: each worker's, and two that are ready when their turn comes
+    sources, targets = ([_buffer(size) for _ in range(window)] for _ in range(2))
+    done = 0
+    with ThreadPoolExecutor(workers) as pool:
+
+        def start(i: int) -> Future[_Converted]:
+            return pool.submit(_convert, checkpoint, work[i], sources[i % window], targets[i % window])
+
+        started = deque(start(i) for i in range(min(window, len(work))))
         for i, piece in enumerate(work):
-            parts = ahead.result()
-            if i + 1 < len(work):
-                ahead = reader.submit(_read, checkpoint, work[i + 1], inputs[(i + 1) % 2])
-            stored = _convert(checkpoint, piece, parts, outputs[i % 2], threads, report)
-            if written:
-                written.result()
-            written = writing.submit(_write, writer, piece, stored)
-            done += sum(len(data) for _, data in parts)
-            report.anonymous_bytes = max(report.anonymous_bytes, anonymous_bytes())
+            converted = started.popleft().result()
+            writer.write(converted.data)
+            if piece.is_last:
+                writer.end_tensor()
+            if i + window < len(work):
+                started.append(start(i + window))
+            report.add(piece, converted)
+            done += converted.source_size
             if progress:
                 progress(done, report.source_size)
-        if written:
-            written.result()
 
 
-SourcePart = tuple[format.Part, memoryview]
+def _convert(checkpoint: Checkpoint, piece: Slice, source: memoryview, target: memoryview) -> _Converted:
+    """Read a slice into `source` and turn it into its stored form, in `target` if it is a matrix."""
+    from .huggingface import inverse_frequencies
+
+    if not piece.tensor.parts:
+        return _Converted(_float32_bytes(inverse_frequencies(checkpoint.rope)), 0)
+    parts = _read(checkpoint, piece, source)
+    size = sum(len(part.data) for part in parts)
+    if not piece.tensor.quantized:
+        return _Converted(_float32_bytes(_finite(piece, parts)), size)
+    target = target[: format.matrix_size(piece.rows, piece.columns, checkpoint.config.group_size)]
+    return _Converted(target, size, *_quantize(piece, parts, checkpoint.config.group_size, target))
 
 
-def _read(checkpoint: Checkpoint, piece: Slice, buffer: memoryview) -> list[SourcePart]:
+def _read(checkpoint: Checkpoint, piece: Slice, buffer: memoryview) -> list[_Part]:
     """The source bytes of a slice, in `buffer`, by the Hugging Face tensor they come from."""
     parts = []
     for part in piece.tensor.parts:
@@ -219,78 +268,62 @@ def _read(checkpoint: Checkpoint, piece: Slice, buffer: memoryview) -> list[Sour
             row_size = stored.size // part.rows
             data, buffer = buffer[: (last - first) * row_size], buffer[(last - first) * row_size :]
             stored.read((first - part.row) * row_size, data)
-            parts.append((part, data))
+            parts.append(_Part(stored, first - part.row, data))
     return parts
 
 
-def _convert(
-    checkpoint: Checkpoint,
-    piece: Slice,
-    parts: list[SourcePart],
-    out: memoryview,
-    threads: int,
-    report: Report,
-) -> memoryview:
-    """The stored bytes of a slice; a matrix is quantised into `out` and its error added to the report."""
+def _finite(piece: Slice, parts: list[_Part]) -> NDArray[np.float32]:
     import numpy as np
 
+    vector = np.concatenate([part.to_float32() for part in parts])
+    finite = np.isfinite(vector)
+    if not finite.all():
+        _refuse(piece, parts, int(np.argmin(finite)))
+    return vector
+
+
+def _quantize(
+    piece: Slice, parts: list[_Part], group_size: int, out: memoryview
+) -> tuple[float, float, float]:
+    """Fill `out`; return the largest error, the sum of squared errors and of squared weights."""
     from . import engine
-    from .huggingface import inverse_frequencies
 
-    if not parts:
-        return memoryview(inverse_frequencies(checkpoint.rope).astype("<f4").tobytes())
-    dtypes = [checkpoint.tensors[part.name].dtype for part, _ in parts]
-    if not piece.tensor.quantized:
-        values = [to_float32(data, dtype) for (_, data), dtype in zip(parts, dtypes, strict=True)]
-        vector = np.concatenate(values)
-        if not np.isfinite(vector).all():
-            _refuse(checkpoint, piece, parts, int(np.argmin(np.isfinite(vector))))
-        return memoryview(vector.astype("<f4").tobytes())
-    columns, group_size = piece.tensor.shape[1], checkpoint.config.group_size
-    sources = [(data, dtype) for (_, data), dtype in zip(parts, dtypes, strict=True)]
-    if len(set(dtypes)) > 1:  # of q, k and v, or gate and up; widening is exact
-        sources = [(memoryview(to_float32(*source)).cast("B"), "F32") for source in sources]
-    out = out[: format.matrix_size(piece.rows, columns, group_size)]
+    sources: list[tuple[Any, str]] = [(part.data, part.stored.dtype) for part in parts]
+    if len({dtype for _, dtype in sources}) > 1:  # of q, k and v, or of gate and up; widening is exact
+        sources = [(part.to_float32().view("u1"), "F32") for part in parts]
     n_tiles = -(-piece.rows // format.TILE_ROWS)
-    worst, squared_error, squared_weight, bad = engine.quantize_tiles(
-        sources, columns, group_size, 0, n_tiles, out, threads
-    )
+    *errors, bad = engine.quantize_tiles(sources, piece.columns, group_size, 0, n_tiles, out)
     if bad >= 0:
-        _refuse(checkpoint, piece, parts, bad)
-    report.add(piece, worst, squared_error, squared_weight)
-    return out
+        _refuse(piece, parts, bad)
+    return errors[0], errors[1], errors[2]
 
 
-def _refuse(checkpoint: Checkpoint, piece: Slice, parts: list[SourcePart], index: int) -> NoReturn:
+def _refuse(piece: Slice, parts: list[_Part], index: int) -> NoReturn:
     """Raise SourceError for the weight at flat `index` of the slice."""
     from .huggingface import SourceError
 
-    columns = math.prod(piece.tensor.shape[1:])
-    row, column = piece.row + index // columns, index % columns
-    for part, data in parts:
-        if part.row <= row < part.row + part.rows:
-            stored = checkpoint.tensors[part.name]
-            skipped = max(piece.row - part.row, 0)
-            value = to_float32(data, stored.dtype)[(row - part.row - skipped) * columns + column]
-            place = ", ".join(map(str, (row - part.row, column)[: len(stored.shape)]))
-            largest = f"finite numbers up to {MAX_WEIGHT:g}" if piece.tensor.quantized else "finite numbers"
-            raise SourceError(f"{stored.path}: {part.name}[{place}] is {value}, only {largest} can be stored")
-    raise AssertionError(f"{piece.tensor.name}: no part has row {row}")
+    values = [part.to_float32() for part in parts]
+    which = 0
+    while index >= len(values[which]):
+        index -= len(values[which])
+        which += 1
+    stored, first_row, _ = parts[which]
+    row, column = divmod(index, piece.columns)
+    place = f"{first_row + row}, {column}" if piece.tensor.quantized else f"{first_row + row}"
+    limit = f" up to {MAX_WEIGHT:.7g}" if piece.tensor.quantized else ""
+    value = f"{stored.name}[{place}] is {values[which][index]:g}"
+    raise SourceError(f"{stored.path}: {value}; only finite weights{limit} can be stored")
 
 
-def _write(writer: format.ModelWriter, piece: Slice, stored: memoryview) -> None:
-    writer.write(stored)
-    if piece.row + piece.rows == piece.tensor.shape[0]:
-        writer.end_tensor()
+def _float32_bytes(vector: NDArray[np.float32]) -> memoryview:
+    return memoryview(vector.astype("<f4").tobytes())
 
 
-def to_float32(data: memoryview, dtype: str) -> NDArray[np.float32]:
-    """The numbers in little-endian BF16, F16 or F32 bytes, shape (n,); exact."""
+def _buffer(size: int) -> memoryview:
+    """Writable bytes that take no memory until they are used."""
     import numpy as np
 
-    if dtype == "BF16":  # the upper half of a float32
-        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-    return np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float32)
+    return np.empty(size, np.uint8).data
 
 
 # ----------------------------------------------------------------------------
@@ -300,11 +333,10 @@ def to_float32(data: memoryview, dtype: str) -> NDArray[np.float32]:
 def anonymous_bytes() -> int:
     """Memory of this process that no file backs; 0 where the system does not tell."""
     try:
-        status = Path("/proc/self/status").read_text()
+        resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
     except OSError:
         return 0
-    found = re.search(r"^RssAnon:\s*(\d+) kB", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_bytes() -> int:
@@ -353,7 +385,7 @@ class _Terminated(BaseException):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command `export.py SRC OUT`: 0 done, 2 refused, 130 and 143 interrupted; it never shows a traceback."""
+    """The command `export.py SRC OUT`: 0 done, 2 refused, 130 or 143 interrupted; no traceback."""
     args = _parse(argv)
     progress = None if args.quiet else Progress(sys.stderr)
 

@@ -229,7 +229,7 @@ def tensors(config: Config) -> list[Tensor]:
             parts.append(Part(part_name, row, rows))
             row += rows
         quantized = len(shape) == 2
-        size = matrix_size(*shape, config.group_size) if quantized else 4 * shape[0]
+        size = matrix_size(shape[0], shape[-1], config.group_size) if quantized else 4 * shape[0]
         result.append(Tensor(name, shape, tuple(parts), quantized, offset, size))
         offset = align(offset + size)
     return result
@@ -288,7 +288,7 @@ class ModelFile:
     @property
     def tensors_offset(self) -> int:
         """Where the tensor region starts in the file."""
-        return self._fields["tensors_offset"]
+        return int(self._fields["tensors_offset"])
 
     @property
     def tokenizer(self) -> bytes:
@@ -380,7 +380,7 @@ class ModelFile:
         try:
             self._section("template").decode()
             section = "metadata"
-            metadata = json.loads(self._section("metadata"))
+            metadata: dict[str, Any] = json.loads(self._section("metadata"))
             check_metadata(metadata, self.config)
         except (ValueError, RecursionError) as error:
             raise ModelFileError(f"{self.path}: {section}: {error}") from None
@@ -458,7 +458,7 @@ class ModelWriter:
     @property
     def file_size(self) -> int:
         """Bytes of the file once it is whole."""
-        return self._fields["file_size"]
+        return int(self._fields["file_size"])
 
     def __enter__(self) -> ModelWriter:
         self._remove_leftovers()

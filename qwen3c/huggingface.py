@@ -17,6 +17,7 @@ import math
 import os
 import re
 import stat
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import FileIO
@@ -110,7 +111,7 @@ class Checkpoint:
         self.template = _read_template(files)
         self.tensors = _open_tensors(files, self.config)
         generation = files.keys("generation_config.json", optional=True)
-        self.metadata = {
+        self.metadata: dict[str, Any] = {
             "name": name or _base_name(keys.values) or _describe_size(self.config),
             "thinking": thinking_kind(self.template),
             "eos_token_ids": _eos_token_ids(keys, generation, n_tokens),
@@ -493,6 +494,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     path: Path
     file: FileIO
+    lock: threading.Lock  # of the file's position
     offset: int  # of its first byte in the file
 
     @property
@@ -501,12 +503,13 @@ class StoredTensor:
 
     def read(self, start: int, out: memoryview) -> None:
         """Fill `out` with the bytes of the tensor from byte `start` on."""
-        self.file.seek(self.offset + start)
-        while len(out):
-            n = self.file.readinto(out)
-            if not n:
-                raise SourceError(f"{self.path}: ended inside {self.name}; did the file change?")
-            out = out[n:]
+        with self.lock:
+            self.file.seek(self.offset + start)
+            while len(out):
+                n = self.file.readinto(out)
+                if not n:
+                    raise SourceError(f"{self.path}: ended inside {self.name}; did the file change?")
+                out = out[n:]
 
 
 def _open_tensors(files: Files, config: format.Config) -> dict[str, StoredTensor]:
@@ -517,9 +520,9 @@ def _open_tensors(files: Files, config: format.Config) -> dict[str, StoredTensor
         path = files.path(file_name)
         for name in sorted(found.keys() & stored.keys()):
             raise SourceError(f"{path}: {name} is also in {stored[name].path.name}")
-        for name in sorted(set() if names is None else found.keys() ^ names):
-            fault = "is missing, but" if name in names else "is not where"
-            raise SourceError(f"{path}: {name} {fault} {INDEX_NAME} says")
+        for name in sorted(found.keys() ^ names) if names is not None else ():
+            fault = "is here, but not by" if name in found else "is missing, though here by"
+            raise SourceError(f"{path}: {name} {fault} {INDEX_NAME}")
         stored |= found
     for tensor in stored.values():
         if tensor.dtype not in ITEM_SIZES:
@@ -568,7 +571,7 @@ def _open_shard(files: Files, file_name: str) -> dict[str, StoredTensor]:
     """The tensors of one file: u64 header length, JSON header, tensor bytes without holes."""
     from safetensors import SafetensorError, safe_open
 
-    path, file = files.path(file_name), files.open(file_name)
+    path, file, lock = files.path(file_name), files.open(file_name), threading.Lock()
     file_size = os.fstat(file.fileno()).st_size
     header_size = int.from_bytes(file.read(8), "little")
     if header_size > min(file_size - 8, _MAX_SAFETENSORS_HEADER):
@@ -580,7 +583,7 @@ def _open_shard(files: Files, file_name: str) -> dict[str, StoredTensor]:
     for name, entry in header.items():
         try:
             first, last = (start + offset for offset in entry["data_offsets"])
-            tensors[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path, file, first)
+            tensors[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path, file, lock, first)
             end = max(end, last)
         except (TypeError, KeyError, ValueError):
             raise SourceError(f"{path}: {name}: dtype, shape or data_offsets is wrong") from None
