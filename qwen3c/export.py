@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SLICE_WEIGHTS = 1 << 20  # read, quantised and written at a time: source and result fit in a core's cache
 MAX_WORKERS = 32  # 34 slices of 8 MB is all the memory they take
-MAX_WEIGHT = 127.5 * 65504  # more than this no fp16 scale can express
+MAX_WEIGHT = 127 * 65504  # more than this no fp16 scale can express
 
 ProgressCallback = Callable[[int, int], None]  # bytes of the source done, and all
 

@@ -63,7 +63,7 @@ _U32 = (0, 2**32 - 1)
 _U64 = (0, 2**63 - 1)
 _FLAG = (0, 1)
 
-# (name, struct code, (smallest, largest) accepted)
+# (name, struct code, (smallest, largest) accepted); 8-byte fields first, so that each is aligned
 HEADER_FIELDS: tuple[tuple[str, str, tuple[float, float]], ...] = (
     ("version", "I", _U32),
     ("header_size", "I", (HEADER_SIZE, HEADER_SIZE)),
@@ -78,6 +78,9 @@ HEADER_FIELDS: tuple[tuple[str, str, tuple[float, float]], ...] = (
     ("checksums_size", "Q", _U64),
     ("tensors_offset", "Q", _U64),
     ("tensors_size", "Q", _U64),
+    ("rms_eps", "d", (1e-12, 1.0)),
+    ("rope_theta", "d", (1.0, 1e12)),
+    ("rope_attention_scale", "d", (1e-3, 1e3)),  # factor on cos and sin
     ("sections_crc", "I", _U32),  # CRC-32 of the bytes from header_size to tensors_offset
     ("architecture", "I", (1, len(ARCHITECTURES))),
     ("dim", "I", (2, 1 << 17)),
@@ -99,9 +102,6 @@ HEADER_FIELDS: tuple[tuple[str, str, tuple[float, float]], ...] = (
     ("norm_topk_prob", "I", (0, 0)),
     ("decoder_sparse_step", "I", (0, 0)),
     ("rope_type", "I", (0, len(ROPE_TYPES) - 1)),
-    ("rms_eps", "d", (1e-12, 1.0)),
-    ("rope_theta", "d", (1.0, 1e12)),
-    ("rope_attention_scale", "d", (1e-3, 1e3)),
 )
 _RANGES = {name: limits for name, _, limits in HEADER_FIELDS}
 _STRUCT = struct.Struct("<" + "".join(code for _, code, _ in HEADER_FIELDS))
