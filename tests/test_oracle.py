@@ -1,0 +1,151 @@
+"""The engine against transformers (torch, float32) as the independent oracle.
+
+The dequantised weights of a model.bin are loaded into Qwen3ForCausalLM, so quantisation drops out: with
+float32 activations and cache only the order of summation may differ, and a wrong constant shows at once.
+INT8 activations are then measured by what they do to the probabilities, on the model in the box.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from small_models import config_json, export_small_model
+
+from qwen3c import Model, engine
+
+torch = pytest.importorskip("torch", reason="needs torch; `make oracles` installs it")
+transformers = pytest.importorskip("transformers", reason="needs transformers; `make oracles` installs it")
+
+# A rearranged float32 sum gives 1e-12 to 4e-12 on these shapes (measured); another theta or eps gives
+# more than this bound, as the test of the bound shows
+NMSE_BOUND = 1e-10
+
+MODEL_IN_THE_BOX = Path(engine.__file__).parent / "data" / "model.bin"
+
+
+def case(name: str, length: int, **shape: Any) -> Any:
+    """One shape to compare and the length of its prompt; a block of the KV cache holds 256 positions."""
+    return pytest.param(length, {"context": 1024, **shape}, id=name)
+
+
+SHAPES = [
+    case("1 query per kv head, tied", 330, n_heads=4, n_kv_heads=4),
+    case("2 queries, untied, float32", 150, group_size=32, n_heads=4, n_kv_heads=2, tied=False, dtype="F32"),
+    case("4 queries, dialect 5, theta 5e6", 330, n_heads=8, n_kv_heads=2, dialect=5, rope_theta=5e6),
+    case("8 queries, 3 layers, untied", 600, group_size=32, n_heads=8, n_kv_heads=1, n_layers=3, tied=False),
+    case("head_dim over dim / n_heads", 150, group_size=128, dim=128, hidden_dim=384, head_dim=64),
+    case("head_dim under dim / n_heads", 150, dim=256, n_heads=4, n_kv_heads=1, head_dim=16),
+    case("4 shards, 5 layers, float16", 330, group_size=32, n_layers=5, shards=4, dtype="F16", tied=False),
+    case("group 256", 330, group_size=256, dim=256, hidden_dim=768, n_heads=8, dialect=5),
+    case("head_dim 128, 1 layer, eps 1e-5", 330, group_size=32, head_dim=128, n_layers=1, rms_eps=1e-5),
+    case("dialect 5, sharded, untied", 600, dialect=5, shards=3, tied=False, rope_theta=5e6, n_layers=3),
+    case("odd sizes", 150, group_size=32, dim=96, hidden_dim=160, n_heads=6, n_kv_heads=3, vocab_size=501),
+    case("head_dim 48", 330, group_size=32, n_heads=4, n_kv_heads=1, head_dim=48, n_layers=3),
+]
+
+
+def oracle(model: engine.Model, config: Any) -> Any:
+    """transformers' Qwen3 in float32 with the dequantised weights of `model`."""
+    config._attn_implementation = "eager"
+    hf = transformers.Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in hf.named_parameters():  # a tied lm_head is not listed
+            parameter.copy_(torch.from_numpy(model.weight(name)))
+    return hf
+
+
+def oracle_config(model: engine.Model) -> Any:
+    """The transformers configuration of a model.bin, from its header."""
+    c = model.config
+    return transformers.Qwen3Config(
+        hidden_size=c.dim,
+        intermediate_size=c.hidden_dim,
+        num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads,
+        head_dim=c.head_dim,
+        vocab_size=c.vocab_size,
+        max_position_embeddings=c.context,
+        rms_norm_eps=c.rms_eps,
+        rope_parameters={"rope_theta": c.rope_theta, "rope_type": "default"},
+        tie_word_embeddings=c.tied_embedding,
+    )
+
+
+def oracle_logits(hf: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """(len(ids), vocab_size)"""
+    with torch.no_grad():
+        return hf(torch.from_numpy(ids)[None]).logits[0].numpy()
+
+
+def nmse(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Squared error over squared size, in float64."""
+    difference = found.astype(np.float64) - expected
+    return float(np.square(difference).sum() / np.square(expected.astype(np.float64)).sum())
+
+
+@pytest.mark.parametrize(("length", "shape"), SHAPES)
+def test_float32_logits_equal_those_of_transformers(length: int, shape: dict[str, Any], tmp_path: Path):
+    model = engine.Model(str(export_small_model(tmp_path, **shape)), kv="f32", activations="float32")
+    # the oracle takes its numbers from the source's config.json, not from ours
+    hf = oracle(model, transformers.Qwen3Config.from_pretrained(tmp_path / "source"))
+    ids = np.random.default_rng(1).integers(0, model.config.vocab_size, length)
+    assert nmse(model.session().forward(ids, logits="all"), oracle_logits(hf, ids)) <= NMSE_BOUND
+
+
+def test_float32_logits_of_the_model_in_the_box_equal_those_of_transformers():
+    model = engine.Model(str(MODEL_IN_THE_BOX), kv="f32", activations="float32")
+    ids = python_source(1000)
+    expected = oracle_logits(oracle(model, oracle_config(model)), ids)
+    assert nmse(model.session().forward(ids, logits="all"), expected) <= NMSE_BOUND
+
+
+@pytest.mark.parametrize("wrong", [{"rope_theta": 1.001e6}, {"rms_eps": 2e-6}], ids=str)
+def test_the_bound_notices_a_slightly_wrong_constant(wrong: dict[str, float], tmp_path: Path):
+    model = engine.Model(str(export_small_model(tmp_path)), kv="f32", activations="float32")
+    ids = np.random.default_rng(1).integers(0, model.config.vocab_size, 200)
+    expected = oracle_logits(oracle(model, transformers.Qwen3Config(**config_json(**wrong))), ids)
+    assert nmse(model.session().forward(ids, logits="all"), expected) > NMSE_BOUND
+
+
+# ----------------------------------------------------------------------------
+# INT8 activations: what they do to the probabilities
+
+# Against the same dequantised weights, on 4096 tokens each of three modules of the standard library, measured:
+# KL divergence 3.6e-4 to 4.0e-4 nats, same top token 98.5 to 98.8 %, perplexity 1.0001 to 1.0012 times as high.
+# benchmarks/fidelity.py measures the whole loss, against the original weights.
+
+
+@pytest.mark.parametrize("kv", ["f16", "f32"])
+def test_int8_activations_keep_the_probabilities_of_the_model_in_the_box(kv: engine.KV):
+    model = engine.Model(str(MODEL_IN_THE_BOX), kv=kv)
+    hf = oracle(model, oracle_config(model))
+    divergence, same_top, loss, expected_loss = [], [], [], []
+    for ids in np.split(python_source(4096), 4):
+        expected = log_softmax(oracle_logits(hf, ids))
+        found = log_softmax(model.session().forward(ids, logits="all"))
+        divergence.append((np.exp(expected) * (expected - found)).sum(-1))
+        same_top.append(expected.argmax(-1) == found.argmax(-1))
+        loss.append(-found[np.arange(len(ids) - 1), ids[1:]])
+        expected_loss.append(-expected[np.arange(len(ids) - 1), ids[1:]])
+    assert np.mean(divergence) <= 1e-3
+    assert np.mean(same_top) >= 0.975
+    assert abs(np.exp(np.mean(loss) - np.mean(expected_loss)) - 1) <= 0.005
+
+
+def python_source(n: int) -> NDArray[np.int64]:
+    """n tokens of Python source, which is what the model in the box was trained on."""
+    ids = np.array(Model(str(MODEL_IN_THE_BOX)).tokenizer.encode(inspect.getsource(argparse))[:n])
+    assert len(ids) == n
+    return ids
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
