@@ -204,10 +204,16 @@ INLINE void matmul_int8_rows(const size_t R, float *y, size_t stride, const Int8
 #define BLOCK(T) matmul_int8_block(R, T, y, stride, x, token, tiles, n_rows, columns, group_size)
     for (; token + MATMUL_TOKENS <= n_tokens; token += MATMUL_TOKENS) BLOCK(MATMUL_TOKENS);
     switch (n_tokens - token) {
+#if MATMUL_TOKENS > 4
         case 5: BLOCK(5); break;
         case 4: BLOCK(4); break;
+#endif
+#if MATMUL_TOKENS > 3
         case 3: BLOCK(3); break;
+#endif
+#if MATMUL_TOKENS > 2
         case 2: BLOCK(2); break;
+#endif
         case 1: BLOCK(1); break;
     }
 #undef BLOCK

@@ -19,7 +19,9 @@ const Kernels *const all_kernels[] = {
 };
 const size_t n_kernels = sizeof all_kernels / sizeof *all_kernels;
 
-#if defined(__x86_64__)
+#if defined(QWEN3C_EMULATE_AVXVNNI)
+static int cpu_has_avxvnni(void) { return kernels_runnable(&kernels_avx512vnni); }
+#elif defined(__x86_64__)
 /* gcc before 11 and clang before 12 know the instruction but not its name in __builtin_cpu_supports */
 static int cpu_has_avxvnni(void) {
     unsigned a, b, c, d;

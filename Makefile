@@ -1,0 +1,67 @@
+# Two commands set everything up: `make run` ends in a conversation with the model in the box, `make test` in
+# passing tests. Both build the engine into a virtual environment, once; nothing outside this folder changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(wildcard qwen3c/*.pyx qwen3c/*.pxd qwen3c/kernels/*)
+
+.PHONY: help run test oracles test-arm asan bench lint clean
+
+help:
+	@grep -E '^## ' Makefile | cut -c4-
+
+## make run        talk to the model in the box (without a terminal: a short completion)
+run: $(VENV)/ready
+	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/python run.py; \
+	else $(BIN)/python run.py -m generate -i 'def ' -n 48 -t 0; fi
+
+## make test       all tests; those that need torch and transformers run after `make oracles`
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+## make oracles    torch and transformers, to compare with (about 1 GB)
+oracles: $(VENV)/ready
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -e '.[oracles]'
+
+## make test-arm   the NEON kernels under qemu-user (Debian: qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross)
+ARM_CC ?= aarch64-linux-gnu-gcc
+KERNEL_TEST := -O2 -std=c11 -ffp-contract=off -Iqwen3c/kernels tests/kernels.c $(wildcard qwen3c/kernels/*.c) -lm
+test-arm:
+	@mkdir -p build/arm
+	$(CC) $(KERNEL_TEST) -o build/arm/here
+	$(ARM_CC) -static $(KERNEL_TEST) -o build/arm/arm
+	build/arm/here | grep ' scalar ' | sort > build/arm/here.txt
+	qemu-aarch64 build/arm/arm | sort > build/arm/arm.txt
+	@for isa in scalar neon neon_dotprod; do \
+	    grep " $$isa " build/arm/arm.txt | sed "s/ $$isa / scalar /" | diff build/arm/here.txt - \
+	    && echo "$$isa: the same bits as here" || exit 1; done
+
+## make asan       all tests with the engine under the address and undefined-behaviour sanitizers (gcc)
+asan: $(VENV)/ready
+	@rm -rf build/asan && mkdir -p build/asan
+	QWEN3C_CFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1' \
+	    $(BIN)/python -m pip install -q --no-deps --target build/asan .
+	cd build/asan && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	    ../../$(BIN)/python -m pytest -p no:cacheprovider ../../tests/test_engine.py ../../tests/test_reference.py ../../tests/test_export.py
+
+## make bench      side by side with llama.cpp on a random model of Qwen3-0.6B's shape (needs the extra `bench`)
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/compare.py
+
+## make lint       style and types of the Python sources
+lint: $(VENV)/ready
+	$(BIN)/python -m pip install -q ruff mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+## make clean      remove everything that was built
+clean:
+	rm -rf $(VENV) build dist *.egg-info qwen3c/engine.c qwen3c/*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/ready: $(SOURCES)
+	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) is not installed; Python 3.10 or later is needed" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	@touch $@

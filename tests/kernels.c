@@ -1,0 +1,396 @@
+/* Runs every kernel of every table this CPU runs and prints one digest per kernel and table.
+
+   The digests must be equal between tables, and between machines: `make test-arm` compares ARM under emulation
+   with this machine. Inputs end at a page that must not be touched, so reading past them is a crash. Before that the
+   scalar table, the spec, is held to plain loops in int64 and double. Exit status 1 if anything is off. */
+#define _GNU_SOURCE
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "kernels.h"
+
+static int failures = 0;
+
+#define CHECK(condition, ...) \
+    do { if (!(condition)) { failures++; printf("FAILED %s: ", #condition); printf(__VA_ARGS__); printf("\n"); } } while (0)
+
+/* ---- memory that ends at a forbidden page, random contents, digests */
+
+static void *guarded(size_t size) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), whole = (size + page - 1) / page * page;
+    char *p = mmap(NULL, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED || mprotect(p + whole, page, PROT_NONE)) { perror("mmap"); exit(2); }
+    return p + whole - size;
+}
+
+static void release(void *p, size_t size) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), whole = (size + page - 1) / page * page;
+    munmap((char *)p + size - whole, whole + page);
+}
+
+static uint64_t state;
+static uint32_t next(void) {  /* xorshift64* */
+    state ^= state >> 12;
+    state ^= state << 25;
+    state ^= state >> 27;
+    return (uint32_t)((state * 2685821657736338717ull) >> 32);
+}
+static float uniform(float scale) { return ((float)(next() >> 8) / 8388608.0f - 1.0f) * scale; }
+
+static float *floats(size_t n, float scale) {
+    float *p = guarded(n * sizeof *p);
+    for (size_t i = 0; i < n; i++) p[i] = uniform(scale);
+    return p;
+}
+
+static uint64_t digest;
+static void add_digest(const void *data, size_t size) {  /* FNV-1a */
+    for (size_t i = 0; i < size; i++) digest = (digest ^ ((const uint8_t *)data)[i]) * 1099511628211ull;
+}
+static void begin(uint64_t seed) {
+    state = seed * 0x9e3779b97f4a7c15ull + 1;
+    digest = 14695981039346656037ull;
+}
+static void end(const Kernels *k, const char *kernel) { printf("%s %s %016llx\n", kernel, k->name, (unsigned long long)digest); }
+
+/* ---- inputs with structure */
+
+static uint8_t *random_matrix(size_t rows, size_t columns, size_t group_size) {
+    size_t tiles = (rows + 15) / 16 * (columns / group_size);
+    uint8_t *matrix = guarded(tiles * TILE_BYTES(group_size)), *tile = matrix;
+    for (size_t t = 0; t < tiles; t++, tile += TILE_BYTES(group_size)) {
+        for (size_t i = 0; i < 16 * group_size; i++) tile[i] = (uint8_t)next();  /* -128 too: a damaged file may hold it */
+        for (size_t r = 0; r < 16; r++) {
+            uint16_t half = (uint16_t)(0x2000 + next() % 0x0c00);  /* 2^-7 .. 2^-4 */
+            memcpy(tile + 16 * group_size + 2 * r, &half, 2);
+        }
+    }
+    return matrix;
+}
+static int8_t code_at(const uint8_t *matrix, size_t r, size_t c, size_t columns, size_t group_size) {
+    const uint8_t *tile = matrix + (r / 16 * (columns / group_size) + c / group_size) * TILE_BYTES(group_size);
+    return (int8_t)tile[c % group_size / 4 * 64 + r % 16 * 4 + c % 4];
+}
+static float scale_at(const uint8_t *matrix, size_t r, size_t g, size_t columns, size_t group_size) {
+    uint16_t half;
+    memcpy(&half, matrix + (r / 16 * (columns / group_size) + g) * TILE_BYTES(group_size) + 16 * group_size + r % 16 * 2, 2);
+    return ldexpf((float)(1024 + (half & 1023)), (half >> 10) - 25);  /* normal and positive: random_matrix makes no other */
+}
+static Int8Rows int8_rows(size_t n, size_t columns, size_t group_size) {
+    size_t groups = columns / group_size;
+    return (Int8Rows){guarded(n * columns), guarded(n * groups * 4), guarded(n * groups * 4)};
+}
+static void quantize_all(const Kernels *k, Int8Rows *to, const float *x, size_t n, size_t columns, size_t group_size) {
+    for (size_t t = 0; t < n; t++) {
+        Int8Rows row = {to->codes + t * columns, to->scales + t * (columns / group_size), to->sums + t * (columns / group_size)};
+        k->quantize(&row, x + t * columns, columns, group_size);
+    }
+}
+static void release_rows(Int8Rows rows, size_t n, size_t columns, size_t group_size) {
+    release(rows.codes, n * columns);
+    release(rows.scales, n * (columns / group_size) * 4);
+    release(rows.sums, n * (columns / group_size) * 4);
+}
+
+/* ---- matrix products */
+
+static const size_t group_sizes[] = {32, 64, 128, 256};
+
+static void matmuls(const Kernels *k, int spec) {
+    begin(1);
+    for (size_t gi = 0; gi < 4; gi++)
+        for (size_t n = 1; n <= 13; n++) {
+            size_t group_size = group_sizes[gi], columns = 3 * group_size, rows = 16 * (n % 4 + 1) - (n % 3 ? 0 : 5);
+            uint8_t *w = random_matrix(rows, columns, group_size);
+            float *x = floats(n * columns, 3), *y = guarded(n * rows * 4), *z = guarded(n * rows * 4);
+            for (size_t c = 0; c < group_size; c++) x[c] = 0;  /* a group of zeros */
+            for (size_t c = group_size; c < 2 * group_size; c++) x[c] = c % 2 ? 3 : -3;  /* codes of +-127 only */
+            Int8Rows xq = int8_rows(n, columns, group_size);
+            quantize_all(k, &xq, x, n, columns, group_size);
+            k->matmul_int8(y, rows, &xq, n, w, rows, columns, group_size);
+            k->matmul_float32(z, rows, x, n, w, rows, columns, group_size);
+            for (size_t i = 0; spec && i < n * rows; i++) {
+                size_t t = i / rows, r = i % rows;
+                float sum = 0, sum32 = 0;
+                for (size_t g = 0; g < columns / group_size; g++) {
+                    int64_t dot = 0;
+                    float part = 0, scale = scale_at(w, r, g, columns, group_size);
+                    for (size_t c = g * group_size; c < (g + 1) * group_size; c++) {
+                        dot += code_at(w, r, c, columns, group_size) * xq.codes[t * columns + c];
+                        part = fmaf(code_at(w, r, c, columns, group_size), x[t * columns + c], part);
+                    }
+                    sum = fmaf((float)dot, scale * xq.scales[t * (columns / group_size) + g], sum);
+                    sum32 = fmaf(scale, part, sum32);
+                }
+                CHECK(y[i] == sum && z[i] == sum32, "matmul n %zu row %zu: %g %g, %g %g", n, r, y[i], sum, z[i], sum32);
+            }
+            add_digest(xq.codes, n * columns);
+            add_digest(xq.scales, n * (columns / group_size) * 4);
+            add_digest(xq.sums, n * (columns / group_size) * 4);
+            add_digest(y, n * rows * 4);
+            add_digest(z, n * rows * 4);
+            for (size_t r = 0; r < rows; r++) {
+                k->dequantize_row(x, w, r, columns, group_size);
+                add_digest(x, columns * 4);
+                for (size_t c = 0; spec && c < columns; c++)
+                    CHECK(x[c] == scale_at(w, r, c / group_size, columns, group_size) * code_at(w, r, c, columns, group_size), "dequantize %zu", c);
+            }
+            release(w, (rows + 15) / 16 * (columns / group_size) * TILE_BYTES(group_size));
+            release(x, n * columns * 4);
+            release(y, n * rows * 4);
+            release(z, n * rows * 4);
+            release_rows(xq, n, columns, group_size);
+        }
+    end(k, "matmul");
+}
+
+/* every pair of a weight code and an activation code, in every lane and column of a block */
+static void products(const Kernels *k) {
+    enum { GROUP = 32, COLUMNS = 256 };
+    begin(2);
+    uint8_t *w = random_matrix(16, COLUMNS, GROUP);
+    Int8Rows x = int8_rows(2, COLUMNS, GROUP);
+    float y[32];
+    for (int a = -127; a <= 127; a++)
+        for (int shift = 0; shift < 256; shift++) {
+            for (size_t c = 0; c < 2 * COLUMNS; c++) x.codes[c] = (int8_t)a;
+            for (size_t g = 0; g < 2 * COLUMNS / GROUP; g++) {
+                x.scales[g] = 1;
+                x.sums[g] = 128 * GROUP * a;
+            }
+            int64_t expected[16] = {0};
+            for (size_t g = 0; g < COLUMNS / GROUP; g++)
+                for (size_t i = 0; i < 16 * GROUP; i++) {
+                    int8_t code = (int8_t)(i / 4 * 4 + g * 32 + (size_t)shift);
+                    w[g * TILE_BYTES(GROUP) + i] = (uint8_t)code;
+                    expected[i / 4 % 16] += code * a;
+                }
+            for (size_t g = 0; g < COLUMNS / GROUP; g++)
+                for (size_t r = 0; r < 16; r++) memcpy(w + g * TILE_BYTES(GROUP) + 16 * GROUP + 2 * r, "\0\x3c", 2);  /* 1.0 */
+            for (size_t n = 1; n <= 2; n++) {
+                k->matmul_int8(y, 16, &x, n, w, 16, COLUMNS, GROUP);
+                for (size_t i = 0; i < 16 * n; i++)
+                    CHECK(y[i] == (float)expected[i % 16], "%s: code product %d, shift %d: %g not %lld", k->name, a, shift, y[i], (long long)expected[i % 16]);
+            }
+        }
+    release(w, COLUMNS / GROUP * TILE_BYTES(GROUP));
+    release_rows(x, 2, COLUMNS, GROUP);
+}
+
+/* ---- rows */
+
+static void rows(const Kernels *k, int spec) {
+    begin(3);
+    for (size_t n = 1; n <= 300; n += n < 40 ? 1 : 37) {
+        float *x = floats(n, 4), *w = floats(n, 2), *y = guarded(n * 4), *z = guarded(n * 4);
+        k->rmsnorm(y, x, w, n, 1e-6f);
+        k->swiglu(z, x, w, n);
+        double squares = 0;
+        for (size_t i = 0; i < n; i++) squares += (double)x[i] * x[i];
+        for (size_t i = 0; spec && i < n; i++) {
+            double norm = x[i] / sqrt(squares / (double)n + 1e-6) * w[i], silu = x[i] / (1 + exp(-(double)x[i])) * w[i];
+            CHECK(fabs(y[i] - norm) <= 1e-6 * fabs(norm) + 1e-12, "rmsnorm %zu: %g %g", i, y[i], norm);
+            CHECK(fabs(z[i] - silu) <= 5e-7 * fabs(silu) + 1e-12, "swiglu %zu: %g %g", i, z[i], silu);
+        }
+        add_digest(y, n * 4);
+        add_digest(z, n * 4);
+        k->add(y, x, n);
+        add_digest(y, n * 4);
+        float total = k->exponentials(y, x, n, 3);
+        add_digest(&total, 4);
+        add_digest(y, n * 4);
+        release(x, n * 4); release(w, n * 4); release(y, n * 4); release(z, n * 4);
+    }
+    float wild[48] = {0, -0.0f, 1e-40f, -87.6f, -87.8f, -100, -1e30f, -INFINITY, 50, 87, 88, 100, 1e30f, -88.5f, 1e-8f}, out[48], ones[48];
+    for (size_t i = 0; i < 48; i++) ones[i] = 1;
+    k->swiglu(out, wild, ones, 15);
+    add_digest(out, 15 * 4);
+    float total = k->exponentials(out, wild, 11, 1);
+    CHECK(out[7] == 0 && out[6] == 0 && total > 0, "%s: exp of -inf is %g", k->name, out[7]);
+    add_digest(out, 11 * 4);
+    end(k, "rows");
+}
+
+static void ropes(const Kernels *k, int spec) {
+    begin(4);
+    for (size_t half = 1; half <= 64; half += 7) {
+        float *f = guarded(half * 4), *c = guarded(half * 4), *s = guarded(half * 4), *x = floats(2 * half, 2);
+        for (size_t i = 0; i < half; i++) f[i] = (float)pow(1e6, -(double)i / (double)half);
+        for (size_t position = 0; position < 16000000; position = position * 3 + 1) {
+            k->rope_angles(c, s, f, half, position, 1);
+            for (size_t i = 0; spec && i < half; i++) {
+                double angle = (float)position * f[i];
+                CHECK(fabs(c[i] - cos(angle)) < 6e-8 && fabs(s[i] - sin(angle)) < 6e-8, "angle %g: %g %g", angle, c[i], s[i]);
+            }
+            add_digest(c, half * 4);
+            add_digest(s, half * 4);
+            k->rope(x, c, s, 2 * half, 1.5f);
+            k->rope(x, c, s, 2 * half, 1 / 1.5f);
+            add_digest(x, 2 * half * 4);
+        }
+        release(f, half * 4); release(c, half * 4); release(s, half * 4); release(x, 2 * half * 4);
+    }
+    end(k, "rope");
+}
+
+/* ---- attention */
+
+static float cached(float x, KVType type) {  /* what the cache keeps of x: |x| < 2^16, not subnormal here */
+    if (type == KV_F32 || x == 0) return x;
+    int exponent;
+    frexpf(x, &exponent);
+    return ldexpf(nearbyintf(ldexpf(x, 11 - exponent)), exponent - 11);
+}
+
+static void attention_case(const Kernels *k, int spec, size_t head_dim, size_t group, size_t n, size_t position, KVType type) {
+    size_t element = type == KV_F16 ? 2 : 4, total = position + n, n_blocks = (total + KV_BLOCK - 1) / KV_BLOCK;
+    size_t keys = KV_BLOCK * head_dim * element, block = keys + KV_BLOCK * PADDED(head_dim) * element;
+    char **blocks = malloc(n_blocks * sizeof *blocks);
+    float *k_rows = floats(total * head_dim, 2), *v_rows = floats(total * head_dim, 2);
+    for (size_t b = 0; b < n_blocks; b++) blocks[b] = guarded(block);
+    for (size_t p = 0; p < total; p++) {
+        char *at = blocks[p / KV_BLOCK];
+        k->store_kv[type](at, at + keys, p % KV_BLOCK, k_rows + p * head_dim, v_rows + p * head_dim, head_dim);
+    }
+    size_t size = n * group * head_dim;
+    float *q = floats(size, 1 / sqrtf((float)head_dim)), *out = guarded(size * 4), *scratch = guarded(ATTENTION_SCRATCH(head_dim) * 4);
+    Attention task = {q, out, group * head_dim, group * head_dim, n, group, head_dim, position, blocks, 0, keys, scratch};
+    k->attend[type](&task);
+    add_digest(out, size * 4);
+    for (size_t row = 0; spec && row < n * group; row++) {
+        size_t seen = position + row / group + 1;
+        double sum = 0, *o = calloc(head_dim, sizeof *o), largest = 0;
+        for (size_t j = 0; j < seen; j++) {
+            double score = 0;
+            for (size_t d = 0; d < head_dim; d++) score += (double)q[row * head_dim + d] * cached(k_rows[j * head_dim + d], type);
+            sum += exp(score);
+            for (size_t d = 0; d < head_dim; d++) o[d] += exp(score) * cached(v_rows[j * head_dim + d], type);
+        }
+        for (size_t d = 0; d < head_dim; d++) largest = fmax(largest, fabs(o[d] / sum));
+        for (size_t d = 0; d < head_dim; d++)
+            CHECK(fabs(out[row * head_dim + d] - o[d] / sum) < 1e-6 * largest + 1e-6, "attention head_dim %zu group %zu row %zu: %g %g",
+                  head_dim, group, row, out[row * head_dim + d], o[d] / sum);
+        free(o);
+    }
+    for (size_t b = 0; b < n_blocks; b++) release(blocks[b], block);
+    release(k_rows, total * head_dim * 4); release(v_rows, total * head_dim * 4);
+    release(q, size * 4); release(out, size * 4); release(scratch, ATTENTION_SCRATCH(head_dim) * 4);
+    free(blocks);
+}
+
+static void attentions(const Kernels *k, int spec) {
+    static const size_t head_dims[] = {2, 8, 16, 24, 64, 80, 128}, groups[] = {1, 2, 3, 5, 8, 16};
+    static const size_t positions[] = {0, 1, 14, 15, 16, 100, 253, 255, 256, 511, 700};
+    begin(5);
+    for (size_t h = 0; h < 7; h++)
+        for (size_t g = 0; g < 6; g++)
+            for (size_t p = 0; p < 11; p++)
+                attention_case(k, spec, head_dims[h], groups[g], 1 + p % (ATTENTION_ROWS / groups[g]), positions[p], (h + g + p) % 2 ? KV_F16 : KV_F32);
+    end(k, "attention");
+}
+
+/* every fp16 value, what lies halfway to the next, and a little to either side */
+static void halves(const Kernels *k) {
+    enum { HEAD = 16 };
+    begin(6);
+    char *keys = guarded(KV_BLOCK * HEAD * 2), *values = guarded(KV_BLOCK * HEAD * 2);
+    for (uint32_t half = 0; half < 0x7c00; half++)
+        for (int sign = 0; sign < 2; sign++) {
+            double value = half < 0x400 ? ldexp(half, -24) : ldexp(1024 + (half & 1023), (int)(half >> 10) - 25);
+            double up = half + 1 < 0x400 ? ldexp(half + 1, -24) : ldexp(1024 + ((half + 1) & 1023), (int)((half + 1) >> 10) - 25);
+            float x = (float)value, middle = (float)((value + up) / 2), row[HEAD] = {0};
+            row[0] = x;
+            row[1] = middle;
+            row[2] = nextafterf(middle, 1e9f);
+            row[3] = nextafterf(middle, 0);
+            for (int i = 0; i < 4 && sign; i++) row[i] = -row[i];
+            k->store_kv[KV_F16](keys, values, half % KV_BLOCK, row, row, HEAD);
+            uint16_t got[4];
+            memcpy(got, values + half % KV_BLOCK * HEAD * 2, 8);
+            uint16_t s = (uint16_t)(sign << 15), even = (uint16_t)(half + (half & 1));
+            CHECK(got[0] == (s | half) && got[1] == (s | even) && got[2] == (s | (half + 1)) && got[3] == (s | half),
+                  "%s: fp16 of %g: %04x %04x %04x %04x", k->name, x, got[0], got[1], got[2], got[3]);
+        }
+    release(keys, KV_BLOCK * HEAD * 2);
+    release(values, KV_BLOCK * HEAD * 2);
+}
+
+/* ---- sampler and exporter */
+
+static void top_ks(const Kernels *k, int spec) {
+    begin(7);
+    for (size_t n = 1; n < 3000; n = n * 2 + 3)
+        for (size_t best = 1; best <= n; best = best * 3 + 1) {
+            float *x = floats(n, 5);
+            for (size_t i = 0; i < n; i += 3) x[i] = roundf(x[i]);  /* ties */
+            int32_t *ids = guarded(best * 4);
+            CHECK(k->top_k(ids, x, n, best) == 0, "%s: top_k saw a NaN", k->name);
+            for (size_t i = 0; spec && i < best; i++) {
+                size_t before = 0;
+                for (size_t j = 0; j < n; j++) before += x[j] > x[ids[i]] || (x[j] == x[ids[i]] && (int32_t)j < ids[i]);
+                CHECK(before == i, "top_k %zu of %zu: rank %zu", i, n, before);
+            }
+            add_digest(ids, best * 4);
+            x[n / 2] = NAN;
+            CHECK(k->top_k(ids, x, n, best) == 1, "%s: top_k missed a NaN at %zu of %zu", k->name, n / 2, n);
+            release(x, n * 4);
+            release(ids, best * 4);
+        }
+    end(k, "top_k");
+}
+
+static void quantized_tiles(const Kernels *k) {
+    begin(8);
+    for (int type = SOURCE_BF16; type <= SOURCE_F32; type++)
+        for (size_t gi = 0; gi < 4; gi++) {
+            size_t group_size = group_sizes[gi], columns = 2 * group_size, size = columns * (type == SOURCE_F32 ? 4 : 2);
+            const void *source[16] = {0};
+            for (int r = 0; r < 15; r++) {  /* the last row is padding */
+                uint8_t *row = guarded(size);
+                source[r] = row;
+                for (size_t c = 0; c < columns; c++) {
+                    float value = r == 3 ? 0 : uniform(ldexpf(1, -4 * r));
+                    uint32_t bits;
+                    memcpy(&bits, &value, 4);
+                    uint16_t bf16 = (uint16_t)(bits >> 16), f16 = (uint16_t)(next() % 0x6000);
+                    if (type == SOURCE_F32) memcpy(row + 4 * c, &value, 4);
+                    else memcpy(row + 2 * c, type == SOURCE_BF16 ? &bf16 : &f16, 2);
+                }
+            }
+            uint8_t *tiles = guarded(2 * TILE_BYTES(group_size));
+            QuantizationError error = {0, 0, 0, -1};
+            k->quantize_tiles(tiles, source, type, columns, group_size, &error);
+            CHECK(error.bad == -1 && error.largest > 0, "%s: bad %lld", k->name, (long long)error.bad);
+            add_digest(tiles, 2 * TILE_BYTES(group_size));
+            for (size_t i = 0; i < 16 * group_size; i++) CHECK((int8_t)tiles[i] != -128, "%s: code -128", k->name);
+            memcpy((uint8_t *)source[5] + size / 2, type == SOURCE_F32 ? "\0\0\x80\x7f" : type == SOURCE_BF16 ? "\x80\x7f" : "\0\x7c", type == SOURCE_F32 ? 4 : 2);
+            k->quantize_tiles(tiles, source, type, columns, group_size, &error);
+            CHECK(error.bad == (int64_t)(5 * columns + columns / 2), "%s: infinity found at %lld", k->name, (long long)error.bad);
+            for (int r = 0; r < 15; r++) release((void *)source[r], size);
+            release(tiles, 2 * TILE_BYTES(group_size));
+        }
+    end(k, "quantize_tiles");
+}
+
+static void kernels_named(const char *name, const Kernels *k, int spec) {
+    int all = name == NULL;
+    if (all || !strcmp(name, "matmul")) matmuls(k, spec);
+    if (all || !strcmp(name, "products")) products(k);
+    if (all || !strcmp(name, "rows")) rows(k, spec);
+    if (all || !strcmp(name, "rope")) ropes(k, spec);
+    if (all || !strcmp(name, "attention")) attentions(k, spec);
+    if (all || !strcmp(name, "halves")) halves(k);
+    if (all || !strcmp(name, "top_k")) top_ks(k, spec);
+    if (all || !strcmp(name, "quantize_tiles")) quantized_tiles(k);
+}
+
+int main(int n_arguments, char **arguments) {  /* the name of a kernel, or nothing for all */
+    for (size_t i = 0; i < n_kernels; i++)
+        if (kernels_runnable(all_kernels[i])) kernels_named(n_arguments > 1 ? arguments[1] : NULL, all_kernels[i], i == 0);
+    if (failures) printf("%d failures\n", failures);
+    return failures > 0;
+}

@@ -1,0 +1,375 @@
+"""The same tokens give the same bits: whatever the ISA, threads, chunks, batch, cache or history of a session."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_models import export_small_model
+
+from qwen3c import engine
+from qwen3c.engine import Model, Session
+
+SHAPE = {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "group_size": 32}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_small_model(tmp_path_factory.mktemp("engine"), context=2048, **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> Model:
+    return Model(path, threads=2)
+
+
+@pytest.fixture(autouse=True)
+def widest_isa() -> Iterator[None]:
+    before = engine.isa()
+    yield
+    engine.set_isa(before)
+
+
+@pytest.fixture(scope="module")
+def ids() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 500, 600)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Model, ids: np.ndarray) -> np.ndarray:
+    """Logits of every position, from one call."""
+    return model.session().forward(ids, logits="all")
+
+
+# ----------------------------------------------------------------------------
+# Bit equality
+
+
+@pytest.mark.parametrize("activations", ["int8", "float32"])
+@pytest.mark.parametrize("kv", ["f16", "f32"])
+def test_isa_and_threads_do_not_change_a_bit(path: Path, ids: np.ndarray, kv: str, activations: str) -> None:
+    results = []
+    for isa in engine.runnable_isas():
+        engine.set_isa(isa)
+        for threads in (1, 2, 3, 4):
+            model = Model(path, threads=threads, kv=kv, activations=activations)
+            results.append(model.session().forward(ids[:300], logits="all"))
+    assert all(np.array_equal(results[0], other) for other in results[1:])
+
+
+def test_every_split_of_a_short_prompt(model: Model, ids: np.ndarray, whole: np.ndarray) -> None:
+    for cut in range(1, 17):
+        session = model.session()
+        first = session.forward(ids[:cut], logits="all")
+        second = session.forward(ids[cut:17], logits="all")
+        assert np.array_equal(np.concatenate([first, second]), whole[:17])
+
+
+def test_random_splits_of_a_long_prompt(model: Model, ids: np.ndarray, whole: np.ndarray) -> None:
+    random = np.random.default_rng(2)
+    for _ in range(100):
+        cuts = np.unique(random.integers(1, 512, random.integers(1, 12)))
+        session = model.session()
+        for piece in np.split(ids[:512], cuts):
+            last = session.forward(piece)
+        assert np.array_equal(last, whole[511])
+
+
+def test_batches_do_not_change_a_bit(model: Model, ids: np.ndarray, whole: np.ndarray) -> None:
+    random = np.random.default_rng(3)
+    for n in range(1, 9):
+        sessions, starts, batch = [], [], []
+        for _ in range(n):
+            start, length = int(random.integers(0, 280)), int(random.choice([1, 1, 3, 40, 270]))
+            session = model.session()
+            if start:
+                session.forward(ids[:start])
+            sessions.append(session)
+            starts.append(start)
+            batch.append((session, ids[start : start + length]))
+        for logits in ("last", "all"):
+            forks = [(session.fork(), tokens) for session, tokens in batch]
+            for (_, tokens), start, out in zip(batch, starts, model.forward(forks, logits=logits), strict=True):
+                end = start + len(tokens)
+                assert np.array_equal(out, whole[end - 1] if logits == "last" else whole[start:end])
+
+
+def test_rewind_and_fork_leave_no_trace(model: Model, ids: np.ndarray, whole: np.ndarray) -> None:
+    session = model.session()
+    session.forward(ids[:300])
+    session.forward(ids[100:200])  # a different continuation
+    session.rewind(290)
+    other = session.fork()
+    session.forward(ids[:40])
+    session.rewind(290)
+    other.rewind(10)
+    assert np.array_equal(other.forward(ids[10:400], logits="all"), whole[10:400])
+    assert np.array_equal(session.forward(ids[290:400], logits="all"), whole[290:400])
+
+
+# ----------------------------------------------------------------------------
+# Random histories
+
+SWITCHES = [0, 5, 100, 255, 256, 257, 300]  # where one text may give way to the other: around a KV block
+LENGTH = 330
+
+
+class Histories:
+    """Random operations on sessions, checked against logits computed in one piece."""
+
+    def __init__(self, path: Path, kv: str = "f16", oracle_kv: str = "f16") -> None:
+        random = np.random.default_rng(4)
+        self.texts = random.integers(0, 500, (2, LENGTH))
+        oracle = Model(path, threads=1, kv=oracle_kv)
+        # (first text, position of the switch) -> (LENGTH, vocab_size)
+        self.expected = {
+            (text, switch): oracle.session().forward(self.tokens(text, switch), logits="all")
+            for text in (0, 1)
+            for switch in SWITCHES
+        }
+        self.models = [Model(path, threads=threads, kv=kv) for threads in (1, 2, 3)]
+        self.differences = self.comparisons = 0
+
+    def tokens(self, text: int, switch: int) -> np.ndarray:
+        return np.concatenate([self.texts[text][:switch], self.texts[1 - text][switch:]])
+
+    def run(self, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        model = self.models[seed % len(self.models)]
+        engine.set_isa(engine.runnable_isas()[-1 - int(random.integers(0, min(2, len(engine.runnable_isas()))))])
+        states = [[model.session(), int(random.integers(0, 2)), int(random.choice(SWITCHES))]]
+        for _ in range(int(random.integers(2, 7))):
+            operation = random.choice(["append", "append", "append", "rewind", "fork", "batch"])
+            session, text, switch = state = states[int(random.integers(0, len(states)))]
+            if operation == "append":
+                self.append(model, [state], random)
+            elif operation == "batch":
+                self.append(model, states, random)
+            elif operation == "fork":
+                states.append([session.fork(), text, switch])
+            else:
+                session.rewind(int(random.integers(0, session.position + 1)))
+                # the future is open again: any switch not before the new position may be chosen
+                later = [s for s in SWITCHES if s >= session.position]
+                if later and session.position <= switch:
+                    state[2] = int(random.choice(later))
+
+    def append(self, model: Model, states: list, random: np.random.Generator) -> None:
+        batch, checks = [], []
+        for session, text, switch in states:
+            room = LENGTH - session.position
+            n = min(room, int(random.choice([1, 2, 7, 30, 120, 300], p=[0.3, 0.2, 0.2, 0.15, 0.1, 0.05])))
+            if n:
+                batch.append((session, self.tokens(text, switch)[session.position : session.position + n]))
+                checks.append(self.expected[text, switch][session.position + n - 1])
+        for logits, expected in zip(model.forward(batch) if batch else [], checks, strict=True):
+            self.comparisons += 1
+            self.differences += not np.array_equal(logits, expected)
+
+
+@pytest.fixture(scope="module")
+def nano_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = {"dim": 32, "hidden_dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "group_size": 32}
+    return export_small_model(tmp_path_factory.mktemp("nano"), context=512, **shape)
+
+
+def test_ten_thousand_random_histories_differ_nowhere(nano_path: Path) -> None:
+    histories = Histories(nano_path)
+    for seed in range(10_000):
+        histories.run(seed)
+    assert histories.differences == 0
+    assert histories.comparisons > 20_000
+
+
+def test_random_histories_notice_a_cache_of_other_precision(nano_path: Path) -> None:
+    histories = Histories(nano_path, oracle_kv="f32")
+    for seed in range(100):
+        histories.run(seed)
+    assert histories.differences > histories.comparisons / 2
+
+
+# ----------------------------------------------------------------------------
+# Sessions, errors, interruption
+
+
+def test_kv_memory_grows_with_use(tmp_path: Path) -> None:
+    model = Model(export_small_model(tmp_path, context=262_144, **SHAPE))
+    session = model.session()
+    assert session.context == 262_144 and session.kv_bytes == 0
+    session.forward([1, 2, 3])
+    one_block = session.kv_bytes
+    assert one_block == 256 * model.config.kv_bytes_per_token("f16")
+    session.forward(np.ones(254, int))
+    assert session.kv_bytes == 2 * one_block
+    session.rewind(1)
+    assert session.kv_bytes == one_block
+
+
+def test_positions_beyond_the_context_raise(model: Model, ids: np.ndarray, whole: np.ndarray) -> None:
+    session = model.session(context=100)
+    session.forward(ids[:90])
+    with pytest.raises(ValueError, match=r"11 more ids from position 90 .* context of 100"):
+        session.forward(ids[90:101])
+    assert session.position == 90
+    assert np.array_equal(session.forward(ids[90:100]), whole[99])  # an exact fit, and the error left no trace
+    with pytest.raises(ValueError, match="context of 100"):
+        session.forward([1])
+
+
+BAD_IDS = [[], [[1, 2]], [-1], [512], [1.5], ["a"], None, [True], [2**40], np.zeros((2, 2), int)]
+
+
+@pytest.mark.parametrize("bad", BAD_IDS, ids=repr)
+def test_bad_ids_raise_and_leave_the_session_alone(model: Model, bad: object) -> None:
+    session = model.session()
+    with pytest.raises(ValueError, match="ids|token id"):
+        session.forward(bad)
+    assert session.position == 0 and session.kv_bytes == 0
+
+
+def test_bad_arguments_raise(model: Model, path: Path) -> None:
+    session = model.session()
+    session.forward([1, 2])
+    for call in (
+        lambda: session.rewind(3),
+        lambda: session.rewind(-1),
+        lambda: session.rewind("0"),
+        lambda: session.forward([1], logits="some"),
+        lambda: model.session(context=0),
+        lambda: model.session(context=4096),
+        lambda: model.forward([]),
+        lambda: model.forward([(session, [1]), (session, [2])]),
+        lambda: model.forward([(Model(path).session(), [1])]),
+        lambda: model.forward([(None, [1])]),
+        lambda: Model(path, threads=0),
+        lambda: Model(path, threads="two"),
+        lambda: Model(path, kv="f8"),
+        lambda: Model(path, activations="int4"),
+        lambda: engine.set_isa("pentium"),
+        lambda: engine.top_k(np.array([1.0, np.nan, 2.0]), 1),
+        lambda: engine.top_k(np.ones(3), 4),
+        lambda: engine.softmax(np.ones(3), 0.0),
+    ):
+        with pytest.raises(ValueError):
+            call()
+    assert session.position == 2
+
+
+def test_an_interrupt_leaves_the_session_as_it_was(tmp_path: Path) -> None:
+    model = Model(export_small_model(tmp_path, context=4096, **(SHAPE | {"n_layers": 8})), threads=1)
+    ids = np.random.default_rng(5).integers(0, 500, 3000)
+    session = model.session()
+    session.forward(ids[:100])
+    engine.set_isa("scalar")  # slow enough to be caught in the middle
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for delay in (0.01, 0.05, 0.1):
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            started = time.monotonic()
+            with pytest.raises(KeyboardInterrupt):
+                session.forward(ids[100:])
+            assert time.monotonic() - started < 5
+            assert session.position == 100
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    engine.set_isa(engine.runnable_isas()[-1])
+    assert np.array_equal(session.forward(ids[100:400]), model.session().forward(ids[:400]))
+
+
+def test_threads_sharing_a_model_take_turns(model: Model, ids: np.ndarray, whole: np.ndarray) -> None:
+    wrong: list[int] = []
+
+    def decode() -> None:
+        session = model.session()
+        for i in range(60):
+            if not np.array_equal(session.forward(ids[i : i + 1]), whole[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=decode) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_gil_is_released(model: Model, ids: np.ndarray) -> None:
+    engine.set_isa("scalar")
+    ticks: list[float] = []
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.is_set():
+            ticks.append(time.monotonic())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    started = time.monotonic()
+    model.session().forward(ids[:16])
+    elapsed = time.monotonic() - started
+    done.set()
+    thread.join()
+    during = [t for t in ticks if started < t < started + elapsed]
+    assert elapsed < 0.005 or during
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
+def test_a_forked_child_can_run_a_model_its_parent_used(path: Path, ids: np.ndarray, whole: np.ndarray) -> None:
+    model = Model(path, threads=2)
+    model.session().forward(ids)  # the parent's OpenMP threads exist now
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=lambda: queue.put(model.session().forward(ids[:300]).tobytes()))
+    child.start()
+    result = queue.get(timeout=30)
+    child.join(10)
+    assert result == whole[299].tobytes()
+
+
+def test_a_session_keeps_its_model_and_the_model_its_file(path: Path, ids: np.ndarray, whole: np.ndarray) -> None:
+    session: Session = Model(path, threads=1).session()
+    assert np.array_equal(session.forward(ids[:20]), whole[19])
+
+
+def test_threads_and_isa_can_be_asked_for(path: Path) -> None:
+    model = Model(path, threads=3)
+    assert model.threads == (3 if engine.OPENMP else 1)
+    assert Model(path).threads == (engine.default_threads() if engine.OPENMP else 1)
+    assert engine.isa() in engine.runnable_isas() and set(engine.runnable_isas()) <= set(engine.ISA_NAMES)
+    assert engine.runnable_isas()[0] == "scalar"
+
+
+# ----------------------------------------------------------------------------
+# For the sampler
+
+
+def test_softmax_agrees_with_float64(model: Model) -> None:
+    logits = np.random.default_rng(6).normal(0, 5, 1001).astype(np.float32)
+    for temperature in (0.3, 1.0, 2.0):
+        scaled = logits.astype(np.float64) / temperature
+        exact = np.exp(scaled - scaled.max()) / np.exp(scaled - scaled.max()).sum()
+        # the argument is rounded to float32: |x| * 2^-24 of relative error in exp
+        assert np.allclose(engine.softmax(logits, temperature), exact, rtol=2e-5, atol=1e-12)
+    assert np.isclose(engine.log_sum_exp(logits), np.log(np.exp(logits.astype(np.float64)).sum()), atol=1e-6)
+
+
+def test_softmax_gives_a_forbidden_token_no_chance() -> None:
+    probabilities = engine.softmax(np.array([0.0, -np.inf, 1.0, -1e9], np.float32))
+    assert probabilities[1] == 0 and probabilities[3] == 0
+
+
+def test_top_k_orders_by_value_then_id() -> None:
+    random = np.random.default_rng(7)
+    for n in (1, 5, 64, 65, 1000, 151_936):
+        logits = np.round(random.normal(0, 3, n), 2).astype(np.float32)
+        order = np.lexsort((np.arange(n), -logits))
+        for k in {1, min(20, n), min(64, n)}:
+            assert np.array_equal(engine.top_k(logits, k), order[:k])

@@ -1,0 +1,92 @@
+"""Every kernel gives the same bits on every instruction set, the spec is right, and a broken kernel is noticed.
+
+The work is done by kernels.c, compiled here with the system's C compiler. AVX-VNNI is run through the AVX-512
+encoding of its instruction where the CPU has only that; `make test-arm` runs the NEON files under emulation.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "qwen3c" / "kernels"
+COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+FLAGS = ["-O2", "-std=c11", "-ffp-contract=off", "-DQWEN3C_EMULATE_AVXVNNI"]
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler on the PATH")
+
+
+def compile_object(source: Path, target: Path) -> None:
+    headers = source.parent if source.parent.name == "kernels" else KERNELS
+    subprocess.run([COMPILER, *FLAGS, f"-I{headers}", "-c", str(source), "-o", str(target)], check=True)
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels and the test program as object files, unlinked."""
+    directory = tmp_path_factory.mktemp("objects")
+    for source in [*KERNELS.glob("*.c"), ROOT / "tests/kernels.c"]:
+        compile_object(source, directory / f"{source.stem}.o")
+    return directory
+
+
+def run(objects: Path, program: Path, *arguments: str) -> tuple[int, dict[str, dict[str, str]], str]:
+    """Link and run: (exit status, kernel -> instruction set -> digest, output)."""
+    subprocess.run([COMPILER, *map(str, sorted(objects.glob("*.o"))), "-lm", "-o", str(program)], check=True)
+    result = subprocess.run([str(program), *arguments], capture_output=True, text=True)
+    digests: dict[str, dict[str, str]] = defaultdict(dict)
+    for line in result.stdout.splitlines():
+        if len(fields := line.split()) == 3:
+            digests[fields[0]][fields[1]] = fields[2]
+    return result.returncode, digests, result.stdout
+
+
+def test_every_instruction_set_gives_the_same_bits_as_the_spec(objects: Path, tmp_path: Path) -> None:
+    status, digests, output = run(objects, tmp_path / "program")
+    assert status == 0, output
+    assert set(digests) == {"matmul", "rows", "rope", "attention", "top_k", "quantize_tiles"}
+    for kernel, by_isa in digests.items():
+        assert "scalar" in by_isa and len(set(by_isa.values())) == 1, f"{kernel}: {by_isa}"
+
+
+# (kernel, file, what is right, what is wrong); a change in body.h is compiled into the scalar table alone
+MUTATIONS = {
+    "a dot product starts one off": ("products", "avx2.c", "_mm256_setzero_si256(), _mm256", "_mm256_set1_epi32(1), _mm256"),
+    "AVX2 ignores the sign": ("products", "avx2.c", "_mm256_sign_epi8(x, w)", "x"),
+    "half of the rows use other weights": ("matmul", "avx2.c", "w.high, w.high_abs, x)", "w.low, w.low_abs, x)"),
+    "the activation scale is forgotten": ("matmul", "body.h", "f32_mul(scale, f32_set(scales[t * n_groups]))", "scale"),
+    "float products skip a group": ("matmul", "body.h", "size_t g = 0; g < columns / group_size; g++, tiles", "size_t g = 1; g < columns / group_size; g++, tiles"),
+    "rounding cuts": ("matmul", "scalar.c", "(a.lane[i] + 12582912.0f) - 12582912.0f", "truncf(a.lane[i])"),
+    "rmsnorm forgets the tail": ("rows", "body.h", "if (whole < n) {", "if (0) {"),
+    "exp lacks a term": ("rows", "body.h", "f32_set(1.0f / 6)", "f32_set(1.0f / 7)"),
+    "rotation turns the other way": ("rope", "body.h", "fmaf(x0, cosine[i], -(x1 * sine[i]))", "fmaf(x0, cosine[i], x1 * sine[i])"),
+    "angles use a short pi": ("rope", "body.h", "1.57079632679489655800", "1.5707963267"),
+    "a token sees the next position": ("attention", "body.h", "position + 1 - start : KV_BLOCK;", "position + 2 - start : KV_BLOCK;"),
+    "blocks are merged unscaled": ("attention", "body.h", "fmaf(out[d], factor[0], o[d] * factor[1])", "out[d] + o[d]"),
+    "fp16 rounds half up": ("halves", "scalar.c", "0xfff + (bits >> 13 & 1)", "0x1000"),
+    "a read passes the end": ("attention", "body.h", "n < 16 ? load_part(k + d, n, 0) : f32_load(k + d)", "f32_load(k + d)"),
+    "top-k orders ties backwards": ("top_k", "body.h", "(x[a] == x[b] && a < b)", "(x[a] == x[b] && a > b)"),
+    "weights get the next scale": ("quantize_tiles", "body.h", "if (max[r] > 127.5f * back[r]) halves[r]++;", "halves[r]++;"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_broken_kernel_is_noticed(objects: Path, tmp_path: Path, mutation: str) -> None:
+    kernel, file, right, wrong = MUTATIONS[mutation]
+    if file.startswith("avx") and platform.machine() != "x86_64":
+        pytest.skip(f"{file} is for x86-64")
+    sources, mutated = tmp_path / "kernels", tmp_path / "objects"
+    shutil.copytree(KERNELS, sources)
+    shutil.copytree(objects, mutated)
+    text = (sources / file).read_text()
+    assert right in text, f"{file} no longer holds {right!r}"
+    (sources / file).write_text(text.replace(right, wrong))
+    changed = "scalar" if file == "body.h" else Path(file).stem
+    compile_object(sources / f"{changed}.c", mutated / f"{changed}.o")
+    status, digests, _ = run(mutated, tmp_path / "program", kernel)
+    assert status != 0 or any(len(set(by_isa.values())) > 1 for by_isa in digests.values())
