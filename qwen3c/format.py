@@ -47,6 +47,8 @@ GROUP_SIZES = (32, 64, 128, 256)
 ARCHITECTURES = {1: "qwen3"}  # MoE, Qwen2 and Llama get the next numbers
 ROPE_TYPES = {0: "default"}  # all kinds reduce to the table of inverse frequencies; this one is for people
 THINKING_KINDS = ("hybrid", "always", "none")
+TEXTS = ("metadata", "tokenizer", "template")
+SECTIONS = (*TEXTS, "checksums")
 MAX_JSON = 1 << 20  # bytes of metadata a reader accepts
 MAX_TOKENIZER = 64 << 20
 MAX_TEMPLATE = 1 << 20
@@ -63,7 +65,7 @@ _U32 = (0, 2**32 - 1)
 _U64 = (0, 2**63 - 1)
 _FLAG = (0, 1)
 
-# (name, struct code, (smallest, largest) accepted); 8-byte fields first, so that each is aligned
+# (name, struct code, (smallest, largest) accepted); every 8-byte field is aligned
 HEADER_FIELDS: tuple[tuple[str, str, tuple[float, float]], ...] = (
     ("version", "I", _U32),
     ("header_size", "I", (HEADER_SIZE, HEADER_SIZE)),
@@ -81,7 +83,6 @@ HEADER_FIELDS: tuple[tuple[str, str, tuple[float, float]], ...] = (
     ("rms_eps", "d", (1e-12, 1.0)),
     ("rope_theta", "d", (1.0, 1e12)),
     ("rope_attention_scale", "d", (1e-3, 1e3)),  # factor on cos and sin
-    ("sections_crc", "I", _U32),  # CRC-32 of the bytes from header_size to tensors_offset
     ("architecture", "I", (1, len(ARCHITECTURES))),
     ("dim", "I", (2, 1 << 17)),
     ("hidden_dim", "I", (2, 1 << 18)),
@@ -102,10 +103,12 @@ HEADER_FIELDS: tuple[tuple[str, str, tuple[float, float]], ...] = (
     ("norm_topk_prob", "I", (0, 0)),
     ("decoder_sparse_step", "I", (0, 0)),
     ("rope_type", "I", (0, len(ROPE_TYPES) - 1)),
+    ("sections_crc", "I", _U32),  # CRC-32 of the fields above, then of header_size .. tensors_offset
 )
 _RANGES = {name: limits for name, _, limits in HEADER_FIELDS}
 _STRUCT = struct.Struct("<" + "".join(code for _, code, _ in HEADER_FIELDS))
 _FIELDS_OFFSET = len(MAGIC)
+_SECTIONS_CRC_OFFSET = _FIELDS_OFFSET + _STRUCT.size - 4
 _CRC_OFFSET = HEADER_SIZE - 4  # the last four bytes: CRC-32 of all before them; zeros fill the gap
 
 
@@ -280,8 +283,9 @@ class ModelFile:
             # a size that matches was checked first, so this maps what exists and reads nothing
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._fields = fields
-        crc = zlib.crc32(memoryview(self.map)[HEADER_SIZE : fields["tensors_offset"]])
+        crc = sections_crc(header, memoryview(self.map)[HEADER_SIZE : fields["tensors_offset"]])
         self._expect("sections_crc", crc, fields["sections_crc"])
+        self._check_gaps()
         self.metadata = self._read_metadata()
         self.checksums = struct.unpack(f"<{len(self.tensors)}I", self._section("checksums"))
 
@@ -308,13 +312,33 @@ class ModelFile:
         return memoryview(self.map)[start : start + tensor.size]
 
     def verify(self) -> Iterator[tuple[Tensor, bool]]:
-        """Read every tensor; yield it with whether its bytes match the checksum (gaps must be zero)."""
+        """Read every tensor; yield it with whether it is sound.
+
+        Its bytes match the checksum, the gap before it is zero, no code is -128, every scale is finite and
+        not negative, every number of a vector is finite.
+        """
         end = self.tensors_offset
         for tensor, checksum in zip(self.tensors, self.checksums, strict=True):
             start = self.tensors_offset + tensor.offset
             gap = memoryview(self.map)[end:start]
             end = start + tensor.size
-            yield tensor, zlib.crc32(self.data(tensor)) == checksum and not any(gap)
+            intact = zlib.crc32(self.data(tensor)) == checksum and not any(gap)
+            yield tensor, intact and self._has_sound_values(tensor)
+
+    def _has_sound_values(self, tensor: Tensor) -> bool:
+        import numpy as np
+
+        data = np.frombuffer(self.data(tensor), np.uint8)
+        if not tensor.quantized:
+            return bool(np.isfinite(data.view("<f4")).all())
+        codes_size = TILE_ROWS * self.config.group_size
+        tiles = data.reshape(-1, codes_size + 2 * TILE_ROWS)
+        for i in range(0, len(tiles), 4096):  # bounds the memory
+            codes = tiles[i : i + 4096, :codes_size].view(np.int8)
+            scales = tiles[i : i + 4096, codes_size:].copy().view("<f2")
+            if codes.min() < -127 or not (np.isfinite(scales) & (scales >= 0)).all():
+                return False
+        return True
 
     def _open(self) -> int:
         # a FIFO would block and a device has no end: only regular files go further
@@ -366,7 +390,7 @@ class ModelFile:
             raise ModelFileError(f"{self.path}: header: {error}") from None
         self.tensors = tensors(self.config)
         offset = HEADER_SIZE
-        for section in ("metadata", "tokenizer", "template", "checksums"):
+        for section in SECTIONS:
             self._expect(f"{section}_offset", fields[f"{section}_offset"], offset)
             offset = align(offset + fields[f"{section}_size"])
         self._expect("checksums_size", fields["checksums_size"], 4 * len(self.tensors))
@@ -374,6 +398,18 @@ class ModelFile:
         last = self.tensors[-1]
         self._expect("tensors_size", fields["tensors_size"], last.offset + last.size)
         self._expect("file_size", self.file_size, fields["tensors_offset"] + fields["tensors_size"])
+
+    def _check_gaps(self) -> None:
+        """Texts have no zero bytes and the gaps nothing else, so no section's size can be off by a little."""
+        end = HEADER_SIZE
+        for part in (*SECTIONS, "tensors"):
+            start, size = self._fields[f"{part}_offset"], self._fields[f"{part}_size"]
+            if any(self.map[end:start]):
+                raise ModelFileError(f"{self.path}: bytes {end}..{start - 1} before {part} are not zero")
+            end = start + size
+            zero = self.map.find(b"\0", start, end) if part in TEXTS else -1
+            if zero >= 0:
+                raise ModelFileError(f"{self.path}: {part} is {size} bytes, but byte {zero - start} is zero")
 
     def _read_metadata(self) -> dict[str, Any]:
         section = "template"
@@ -528,14 +564,18 @@ class ModelWriter:
         fields.update(version=VERSION, header_size=HEADER_SIZE)
         offset = HEADER_SIZE
         sizes = {name: len(data) for name, data in self._sections.items()}
-        for section, size in (sizes | {"checksums": 4 * len(self.tensors)}).items():
-            fields[f"{section}_offset"], fields[f"{section}_size"] = offset, size
-            offset = align(offset + size)
+        sizes["checksums"] = 4 * len(self.tensors)
+        for section in SECTIONS:
+            fields[f"{section}_offset"], fields[f"{section}_size"] = offset, sizes[section]
+            offset = align(offset + sizes[section])
         last = self.tensors[-1]
         fields["tensors_offset"], fields["tensors_size"] = align(offset, PAGE), last.offset + last.size
         fields["file_size"] = fields["tensors_offset"] + fields["tensors_size"]
         for name, value in fields.items():
             check_range(name, value)
+        for section, text in self._sections.items():
+            if b"\0" in text:
+                raise ValueError(f"{section} has a zero byte")
         return fields
 
     def _finish(self) -> None:
@@ -547,7 +587,7 @@ class ModelWriter:
         for name, data in sections.items():
             start = self._fields[f"{name}_offset"] - HEADER_SIZE
             body[start : start + len(data)] = data
-        self._fields["sections_crc"] = zlib.crc32(body)
+        self._fields["sections_crc"] = sections_crc(pack_header(self._fields), body)
         self._file.seek(HEADER_SIZE)
         self._file.write(body)
         self._file.flush()
@@ -563,6 +603,11 @@ def pack_header(fields: dict[str, Any]) -> bytes:
     header = MAGIC + _STRUCT.pack(*(fields[name] for name, _, _ in HEADER_FIELDS))
     header = header.ljust(_CRC_OFFSET, b"\0")
     return header + struct.pack("<I", zlib.crc32(header))
+
+
+def sections_crc(header: bytes, sections: bytes | bytearray | memoryview) -> int:
+    """The CRC that ties the numbers to the texts: a patched number is noticed even under a right header CRC."""
+    return zlib.crc32(sections, zlib.crc32(header[_FIELDS_OFFSET:_SECTIONS_CRC_OFFSET]))
 
 
 def _lock(file: BinaryIO, wait: bool) -> None:

@@ -1,0 +1,680 @@
+"""model.bin: what is written can be read, what is damaged is refused, a killed writer leaves no trace.
+
+python -m pytest tests/test_format.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import struct
+import threading
+import tracemalloc
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import quantization_oracle
+
+from qwen3c import format
+from qwen3c.format import HEADER_SIZE, ModelFile, ModelFileError, ModelWriter
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "FORMAT.md"
+MAX_ALLOCATION = 64 << 20
+
+# head_dim 40 leaves gaps between tensors; 3 kv heads of 40 leave a tile row with rows of padding
+CONFIG = format.Config(
+    dim=96,
+    hidden_dim=160,
+    n_layers=2,
+    n_heads=12,
+    n_kv_heads=3,
+    head_dim=40,
+    vocab_size=90,
+    n_tokens=80,
+    context=128,
+    group_size=32,
+    tied_embedding=False,
+    rms_eps=1e-6,
+    rope_theta=1e6,
+)
+NEEDED = {"name": "small", "thinking": "none", "eos_token_ids": [79, 3], "generation": {"top_k": 20}}
+METADATA = NEEDED | {"source": "x" * 20_000}
+TOKENIZER = b'{"not": "read by the format"}' * 10
+TEMPLATE = "{{ messages }} é"
+
+
+def random_bytes(tensor: format.Tensor, group_size: int) -> bytes:
+    """A tensor as it may be stored: codes in -127..127, scales and numbers finite."""
+    random = np.random.default_rng(zlib.crc32(tensor.name.encode()))
+    if not tensor.quantized:
+        return random.standard_normal(tensor.shape).astype("<f4").tobytes()
+    codes = random.integers(-127, 128, tensor.shape, np.int8)
+    scales = random.random((tensor.shape[0], tensor.shape[1] // group_size)).astype(np.float16)
+    return quantization_oracle.tiles(codes, scales)
+
+
+def write_model(path: Path, config: format.Config = CONFIG, piece_size: int = 1000) -> dict[str, bytes]:
+    """Write random tensors in pieces; returns them by name."""
+    stored = {}
+    with ModelWriter(path, config, METADATA, TOKENIZER, TEMPLATE) as writer:
+        for tensor in writer.tensors:
+            data = stored[tensor.name] = random_bytes(tensor, config.group_size)
+            for start in range(0, len(data), piece_size):
+                writer.write(data[start : start + piece_size])
+            writer.end_tensor()
+    return stored
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("format") / "model.bin"
+    write_model(path)
+    return path
+
+
+def refusal(path: Path) -> str:
+    """The one line with which a file is refused; no more memory than MAX_ALLOCATION was asked for on the way."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ModelFileError) as caught:
+            ModelFile(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    assert peak < MAX_ALLOCATION, f"{peak} bytes were allocated: {message}"
+    return message
+
+
+# ----------------------------------------------------------------------------
+# Written and read
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("qk_norm,qkv_bias", [(True, False), (False, True)])
+def test_what_is_written_is_read(tmp_path: Path, tied: bool, qk_norm: bool, qkv_bias: bool) -> None:
+    values = vars(CONFIG) | {"tied_embedding": tied, "qk_norm": qk_norm, "qkv_bias": qkv_bias}
+    config = format.Config(**values)
+    stored = write_model(tmp_path / "model.bin", config)
+    file = ModelFile(tmp_path / "model.bin")
+    assert file.config == config
+    assert file.metadata == METADATA
+    assert file.tokenizer == TOKENIZER
+    assert file.template == TEMPLATE
+    assert [tensor.name for tensor in file.tensors] == list(stored)
+    assert all(bytes(file.data(tensor)) == stored[tensor.name] for tensor in file.tensors)
+    assert all(sound for _, sound in file.verify())
+
+
+def test_bytes_do_not_depend_on_the_pieces_they_were_written_in(tmp_path: Path, model: Path) -> None:
+    write_model(tmp_path / "other.bin", piece_size=1 << 20)
+    assert (tmp_path / "other.bin").read_bytes() == model.read_bytes()
+
+
+def test_tensors_follow_each_other_aligned(model: Path) -> None:
+    file = ModelFile(model)
+    end = 0
+    for tensor in file.tensors:
+        assert tensor.offset == format.align(end)
+        end = tensor.offset + tensor.size
+    assert any(b.offset > a.offset + a.size for a, b in itertools.pairwise(file.tensors)), "no gap is tested"
+    assert file.tensors_offset % format.PAGE == 0
+    assert file.tensors_offset + end == model.stat().st_size
+
+
+def test_sizes_beyond_four_gigabytes_are_exact() -> None:
+    """A 32B-shaped model: no offset wraps."""
+    values = vars(CONFIG) | {"dim": 5120, "hidden_dim": 25600, "n_layers": 64, "n_heads": 64, "n_kv_heads": 8}
+    config = format.Config(**values | {"head_dim": 128, "vocab_size": 151936, "group_size": 64})
+    assert config.n_parameters == 32_762_123_264
+    last = format.tensors(config)[-1]
+    weights = config.n_parameters * 66 // 64
+    assert weights < last.offset + last.size < weights * 1.001
+
+
+# ----------------------------------------------------------------------------
+# The document
+
+
+def table_after(heading: str) -> list[list[str]]:
+    """The cells of the first table after a heading of the document, header rows left out."""
+    lines = iter(DOCUMENT.read_text().partition(f"\n## {heading}\n")[2].splitlines())
+    rows = itertools.takewhile(
+        lambda line: line.startswith("|"), itertools.dropwhile(lambda x: x[:1] != "|", lines)
+    )
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows][2:]
+
+
+def test_document_has_every_header_field_at_its_offset() -> None:
+    first, *documented, reserved, crc = table_after("2. Header")
+    assert first[:3] == ["0", "8 bytes", "magic"]
+    assert bytes.fromhex(first[3].strip("`")) == format.MAGIC
+    types = {"I": "u32", "Q": "u64", "d": "f64"}
+    offset = len(format.MAGIC)
+    for row, (name, code, (low, high)) in zip(documented, format.HEADER_FIELDS, strict=True):
+        assert row[:3] == [str(offset), types[code], name]
+        assert offset % struct.calcsize(code) == 0, f"{name} is not aligned"
+        accepted = [eval(limit.replace("^", "**"), {}) for limit in row[3].split("..")]  # such as 0..2^63-1
+        expected = (
+            [format.VERSION] if name == "version" else [HEADER_SIZE] if name == "header_size" else [low, high]
+        )
+        assert accepted == expected, name
+        offset += struct.calcsize(code)
+    assert reserved[:2] == [str(offset), f"{HEADER_SIZE - 4 - offset} bytes"]
+    assert crc[:3] == [str(HEADER_SIZE - 4), "u32", "header CRC"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("qk_norm,qkv_bias", [(True, False), (False, True)])
+def test_document_has_every_tensor_in_order(tied: bool, qk_norm: bool, qkv_bias: bool) -> None:
+    values = vars(CONFIG) | {"tied_embedding": tied, "qk_norm": qk_norm, "qkv_bias": qkv_bias}
+    config = format.Config(**values)
+    sizes = {name: getattr(config, name) for name in ("dim", "hidden_dim", "head_dim", "vocab_size")}
+    sizes |= {"q_dim": config.q_dim, "kv_dim": config.kv_dim}
+    expected, block = [], []
+    for name, shape, condition, *_ in table_after("4. Tensors"):
+        flag, _, value = condition.partition(" = ")
+        if condition != "always" and int(values[flag]) != int(value):
+            continue
+        formula = re.sub(r"(\d) (\w)", r"\1 * \2", shape).replace("/", "//")
+        dims = eval(f"({formula.strip('()')},)", sizes)
+        if ".layers.N." in name:
+            block.append((name.strip("`"), dims))
+            continue
+        if block:
+            for layer, (part, part_dims) in itertools.product(range(config.n_layers), block):
+                expected.append((part.replace("N", str(layer), 1), part_dims))
+            block = []
+        expected.append((name.strip("`"), dims))
+    assert [(tensor.name, tensor.shape) for tensor in format.tensors(config)] == expected
+
+
+@pytest.mark.parametrize("rows,columns,group_size", [(16, 32, 32), (37, 192, 64), (128, 512, 256)])
+def test_code_in_the_document_finds_every_weight(rows: int, columns: int, group_size: int) -> None:
+    snippet = re.search(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    assert snippet
+    namespace: dict[str, Any] = {}
+    exec(snippet[1], namespace)
+    random = np.random.default_rng(0)
+    codes = random.integers(-127, 128, (rows, columns), np.int8)
+    scales = random.random((rows, columns // group_size)).astype(np.float16)
+    stored = quantization_oracle.tiles(codes, scales)
+    assert len(stored) == format.matrix_size(rows, columns, group_size)
+    for row, column in itertools.product(range(rows), range(columns)):
+        place = row, column, columns, group_size
+        assert struct.unpack_from("<b", stored, namespace["code_offset"](*place))[0] == codes[row, column]
+        scale = struct.unpack_from("<e", stored, namespace["scale_offset"](*place))[0]
+        assert scale == scales[row, column // group_size]
+    back = quantization_oracle.untile(stored, rows, columns, group_size)
+    assert (back[0] == codes).all()
+    assert (back[1] == scales).all()
+
+
+def test_example_in_the_document_is_right() -> None:
+    namespace: dict[str, Any] = {}
+    exec(re.search(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)[1], namespace)  # type: ignore[index]
+    text = " ".join(DOCUMENT.read_text().split())
+    assert f"+ 2 = {namespace['code_offset'](17, 70, 128, 64)}, and" in text
+    assert f"+ 2 = {namespace['scale_offset'](17, 70, 128, 64)}." in text
+
+
+# ----------------------------------------------------------------------------
+# Damaged files
+
+
+def extremes(code: str, value: float) -> list[float]:
+    """Values a header field may have been given by accident or by malice, none the one it has."""
+    if code == "d":
+        candidates = [math.nan, math.inf, -math.inf, -1.0, 0.0, -0.0, 5e-324, 1e308, -value, value * 2]
+    else:
+        largest = 2 ** (8 * struct.calcsize(code)) - 1
+        near_powers = [2**bits + change for bits in (15, 16, 31, 32, 62, 63) for change in (-1, 0, 1)]
+        candidates = [
+            0,
+            1,
+            2,
+            value - 1,
+            value + 1,
+            value * 2,
+            value // 2,
+            largest,
+            largest - 1,
+            *near_powers,
+        ]
+        candidates = [candidate for candidate in candidates if 0 <= candidate <= largest]
+    return [candidate for candidate in dict.fromkeys(candidates) if candidate != value]
+
+
+def describes_another_sound_model(name: str, value: float) -> bool:
+    """Whether a file with all CRCs right may have this value though no byte elsewhere changes."""
+    low, high = next(limits for field, _, limits in format.HEADER_FIELDS if field == name)
+    if name == "n_tokens":
+        return max(METADATA["eos_token_ids"]) < value <= CONFIG.vocab_size
+    if name == "vocab_size":  # rows within the last tile
+        return CONFIG.n_tokens <= value <= format.align(CONFIG.vocab_size, format.TILE_ROWS)
+    return name in {"context", "rms_eps", "rope_theta", "rope_attention_scale"} and low <= value <= high
+
+
+def with_header(data: bytes, fields: dict[str, Any]) -> bytes:
+    """The file under a header with a CRC that fits, but the sections_crc of `fields`."""
+    return format.pack_header(fields) + data[HEADER_SIZE:]
+
+
+def with_fitting_crcs(data: bytes, fields: dict[str, Any]) -> bytes:
+    """The file under a header with both CRCs right: what someone writes who means it."""
+    sections = data[HEADER_SIZE : fields["tensors_offset"]]
+    crc = format.sections_crc(format.pack_header(fields), sections)
+    return with_header(data, fields | {"sections_crc": crc})
+
+
+def test_every_header_field_at_extremes_is_refused(tmp_path: Path, model: Path) -> None:
+    """Under the old header CRC; under one that fits; and with all CRCs right."""
+    path, data, fields = tmp_path / "model.bin", model.read_bytes(), ModelFile(model).fields()
+    refused = 0
+    faults = [(name, x) for name, code, _ in format.HEADER_FIELDS for x in extremes(code, fields[name])]
+    for name, value in faults:
+        changed = fields | {name: value}
+        path.write_bytes(with_header(data, changed)[: HEADER_SIZE - 4] + data[HEADER_SIZE - 4 :])
+        assert "CRC" in refusal(path) or name == "version", f"{name} = {value}"
+        path.write_bytes(with_header(data, changed))
+        assert re.search(r"\d", refusal(path)), f"{name} = {value}"
+        refused += 2
+        if name != "sections_crc" and not describes_another_sound_model(name, value):
+            path.write_bytes(with_fitting_crcs(data, changed))
+            assert re.search(r"\d", refusal(path)), f"{name} = {value}"
+            refused += 1
+    assert refused > 900
+
+
+def test_pairs_of_header_fields_are_refused(tmp_path: Path, model: Path) -> None:
+    """Two lies at once, under a CRC that fits: swapped and exchanged sizes do not cancel out."""
+    path, data, fields = tmp_path / "model.bin", model.read_bytes(), ModelFile(model).fields()
+    integers = [name for name, code, _ in format.HEADER_FIELDS if code != "d" and "crc" not in name]
+    refused = 0
+    for first, second in itertools.combinations(integers, 2):
+        if fields[first] == fields[second]:
+            continue
+        path.write_bytes(with_fitting_crcs(data, fields | {first: fields[second], second: fields[first]}))
+        refusal(path)
+        refused += 1
+    assert refused > 300
+
+
+def boundaries(file: ModelFile) -> Iterator[int]:
+    """Every offset at which a part or tensor starts or ends."""
+    fields = file.fields()
+    yield from (0, len(format.MAGIC), HEADER_SIZE - 4, HEADER_SIZE)
+    for section in ("metadata", "tokenizer", "template", "checksums"):
+        yield fields[f"{section}_offset"]
+        yield fields[f"{section}_offset"] + fields[f"{section}_size"]
+    for tensor in file.tensors:
+        yield file.tensors_offset + tensor.offset
+        yield file.tensors_offset + tensor.offset + tensor.size
+
+
+def test_file_cut_at_any_boundary_is_refused(tmp_path: Path, model: Path) -> None:
+    path, data = tmp_path / "model.bin", model.read_bytes()
+    sizes = {at + change for at in boundaries(ModelFile(model)) for change in (-1, 0, 1)}
+    sizes = {size for size in sizes if 0 <= size != len(data)}
+    assert len(sizes) > 100
+    for size in sizes:
+        path.write_bytes(data[:size].ljust(size, b"\0"))
+        message = refusal(path)
+        assert size < HEADER_SIZE or str(size) in message, message
+
+
+def test_file_with_something_appended_is_refused(tmp_path: Path, model: Path) -> None:
+    path, data = tmp_path / "model.bin", model.read_bytes()
+    for extra in (b"\0", b"x" * 63, bytes(4096), data):
+        path.write_bytes(data + extra)
+        assert str(len(data) + len(extra)) in refusal(path)
+
+
+def test_flipped_bit_before_the_tensors_is_refused(tmp_path: Path, model: Path) -> None:
+    path, file = tmp_path / "model.bin", ModelFile(model)
+    damaged = bytearray(model.read_bytes())
+    fields = file.fields()
+    places = list(range(HEADER_SIZE))
+    for section in ("metadata", "tokenizer", "template", "checksums"):
+        start, size = fields[f"{section}_offset"], fields[f"{section}_size"]
+        places += range(start, start + size, max(size // 40, 1))
+        places.append(start + size)  # the gap after it
+    assert len(places) > 600
+    for place in places:
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        refusal(path)
+        damaged[place] ^= 1 << place % 8
+    path.write_bytes(damaged)
+    ModelFile(path)  # and undamaged it is accepted
+
+
+def with_section(data: bytes, fields: dict[str, Any], name: str, content: bytes) -> bytes:
+    """The file with a section replaced by one of the same length, and CRCs that fit."""
+    start, size = fields[f"{name}_offset"], fields[f"{name}_size"]
+    assert len(content) == size
+    data = data[:start] + content + data[start + size :]
+    return with_fitting_crcs(data, fields)
+
+
+BAD_METADATA = {
+    "not JSON": b"{",
+    "not UTF-8": b'{"name": "\xff"}',
+    "a list": b"[]",
+    "null": b"null",
+    "nested too deeply": b"[" * 20_000,
+    "no name": {"name": None},
+    "name a number": {"name": 5},
+    "no thinking": {"thinking": None},
+    "unknown thinking": {"thinking": "maybe"},
+    "eos beyond the tokens": {"eos_token_ids": [80]},
+    "eos negative": {"eos_token_ids": [-1]},
+    "eos true": {"eos_token_ids": [True]},
+    "eos a number": {"eos_token_ids": 3},
+    "eos a fraction": {"eos_token_ids": [1.5]},
+    "generation a list": {"generation": []},
+    "generation text": {"generation": {"top_k": "20"}},
+    "generation NaN": {"generation": {"top_p": math.nan}},
+    "generation infinite": {"generation": {"top_p": math.inf}},
+    "generation true": {"generation": {"top_k": True}},
+}
+
+
+@pytest.mark.parametrize("fault", BAD_METADATA)
+def test_metadata_is_checked(tmp_path: Path, model: Path, fault: str) -> None:
+    path, data, fields = tmp_path / "model.bin", model.read_bytes(), ModelFile(model).fields()
+    bad = BAD_METADATA[fault]
+    content = bad if isinstance(bad, bytes) else json.dumps(NEEDED | bad).encode()
+    path.write_bytes(with_section(data, fields, "metadata", content.ljust(fields["metadata_size"])))
+    assert "metadata: " in refusal(path)
+
+
+def test_template_must_be_text(tmp_path: Path, model: Path) -> None:
+    path, data, fields = tmp_path / "model.bin", model.read_bytes(), ModelFile(model).fields()
+    content = b"\xff".ljust(fields["template_size"])
+    path.write_bytes(with_section(data, fields, "template", content))
+    assert "template: " in refusal(path)
+
+
+class Canary:
+    """Unpickling this would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.write_text, (self.path, "executed")
+
+
+def test_wrong_kinds_of_file_are_refused(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    contents = {
+        "empty": b"",
+        "one byte": b"Q",
+        "magic alone": format.MAGIC,
+        "text": b"hello\n" * 1000,
+        "zeros": bytes(100_000),
+        "safetensors": (2).to_bytes(8, "little") + b"{}" + bytes(1000),
+        "gguf": b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + bytes(1000),
+        "pickle": pickle.dumps(Canary(canary)),
+        "zip": b"PK\x03\x04" + bytes(1000),
+        "llama2.c": struct.pack("<7i", 288, 768, 6, 6, 6, 32000, 256) + bytes(1000),
+        "big-endian": format.MAGIC[::-1] + bytes(1000),
+        "magic in another line-ending": format.MAGIC.replace(b"\n", b"\r\n") + bytes(1000),
+    }
+    for kind, content in contents.items():
+        path = tmp_path / f"{kind}.bin"
+        path.write_bytes(content)
+        message = refusal(path)
+        assert "not a model.bin" in message or "header is 8 bytes" in message, kind
+    assert not canary.exists()
+
+
+def test_other_versions_are_refused_by_number(tmp_path: Path, model: Path) -> None:
+    """Also one whose header this version cannot make sense of."""
+    path = tmp_path / "model.bin"
+    for version in (0, 2, 99, 2**32 - 1):
+        path.write_bytes(format.MAGIC + version.to_bytes(4, "little") + os.urandom(5000))
+        assert f"format version {version}, this program reads {format.VERSION}" in refusal(path)
+
+
+def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "fifo")
+    kinds = {
+        tmp_path: "is a directory",
+        tmp_path / "missing": "No such file",
+        tmp_path / "link": "No such file",
+        tmp_path / "loop": "symbolic links",
+        tmp_path / "fifo": "not a regular file",
+        Path("/dev/zero"): "not a regular file",
+        Path("/dev/null"): "not a regular file",
+    }
+    for path, reason in kinds.items():
+        assert reason in refusal(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_file_is_refused(tmp_path: Path, model: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(model.read_bytes())
+    path.chmod(0)
+    assert "Permission denied" in refusal(path)
+
+
+def test_huge_file_of_nothing_is_refused(tmp_path: Path, model: Path) -> None:
+    """A sparse terabyte under a header that says so: still nothing is read but the header."""
+    path, fields = tmp_path / "model.bin", ModelFile(model).fields()
+    with open(path, "wb") as file:
+        file.write(format.pack_header(fields | {"file_size": 2**40}))
+        file.truncate(2**40)
+    assert str(2**40) in refusal(path)
+
+
+# ----------------------------------------------------------------------------
+# verify
+
+
+def unsound(path: Path) -> list[str]:
+    return [tensor.name for tensor, sound in ModelFile(path).verify() if not sound]
+
+
+def test_verify_finds_a_flipped_bit_in_any_tensor(tmp_path: Path, model: Path) -> None:
+    path, file = tmp_path / "model.bin", ModelFile(model)
+    damaged = bytearray(model.read_bytes())
+    for i, tensor in enumerate(file.tensors):
+        for place in (0, tensor.size // 2 + i, tensor.size - 1):
+            place = file.tensors_offset + tensor.offset + min(place, tensor.size - 1)
+            damaged[place] ^= 1 << i % 8
+            path.write_bytes(damaged)
+            assert unsound(path) == [tensor.name]
+            damaged[place] ^= 1 << i % 8
+    path.write_bytes(damaged)
+    assert unsound(path) == []
+
+
+def test_verify_finds_bytes_hidden_between_tensors(tmp_path: Path, model: Path) -> None:
+    path, file, damaged = tmp_path / "model.bin", ModelFile(model), bytearray(model.read_bytes())
+    for before, after in itertools.pairwise(file.tensors):
+        if before.offset + before.size < after.offset:
+            damaged[file.tensors_offset + after.offset - 1] = 1
+            path.write_bytes(damaged)
+            assert unsound(path) == [after.name]
+            damaged[file.tensors_offset + after.offset - 1] = 0
+
+
+@pytest.mark.parametrize(
+    "kind,place,content",
+    [
+        ("matrix", 5, b"\x80"),  # code -128
+        ("matrix", 16 * 32, struct.pack("<e", math.nan)),
+        ("matrix", 16 * 32 + 2, struct.pack("<e", math.inf)),
+        ("matrix", 16 * 32 + 30, struct.pack("<e", -1.0)),
+        ("vector", 4, struct.pack("<f", math.nan)),
+        ("vector", 8, struct.pack("<f", -math.inf)),
+    ],
+)
+def test_verify_finds_values_no_exporter_writes(
+    tmp_path: Path, model: Path, kind: str, place: int, content: bytes
+) -> None:
+    """Under checksums that fit."""
+    path, file = tmp_path / "model.bin", ModelFile(model)
+    index = next(i for i, tensor in enumerate(file.tensors) if tensor.quantized == (kind == "matrix"))
+    tensor = file.tensors[index]
+    start = file.tensors_offset + tensor.offset
+    data = model.read_bytes()
+    data = data[: start + place] + content + data[start + place + len(content) :]
+    checksums = list(file.checksums)
+    checksums[index] = zlib.crc32(data[start : start + tensor.size])
+    packed = struct.pack(f"<{len(checksums)}I", *checksums)
+    path.write_bytes(with_section(data, file.fields(), "checksums", packed))
+    assert unsound(path) == [tensor.name]
+
+
+# ----------------------------------------------------------------------------
+# The writer
+
+
+def leftovers(directory: Path) -> list[str]:
+    return sorted(entry.name for entry in directory.iterdir() if entry.name.endswith(".tmp"))
+
+
+def test_exception_while_writing_leaves_the_target_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), ModelWriter(path, CONFIG, METADATA, TOKENIZER, TEMPLATE) as writer:
+        writer.write(b"half a tensor")
+        assert len(leftovers(tmp_path)) == 1
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    assert leftovers(tmp_path) == []
+
+
+def test_unfinished_file_is_never_loadable(tmp_path: Path) -> None:
+    """Not even just before the header is written: the magic comes last."""
+    path = tmp_path / "model.bin"
+    with pytest.raises(KeyboardInterrupt), ModelWriter(path, CONFIG, METADATA, TOKENIZER, TEMPLATE) as writer:
+        for tensor in writer.tensors:
+            writer.write(random_bytes(tensor, CONFIG.group_size))
+            writer.end_tensor()
+        writer._file.flush()
+        assert "not a model.bin" in refusal(tmp_path / leftovers(tmp_path)[0])
+        raise KeyboardInterrupt
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_tensor_of_the_wrong_size_is_an_error(tmp_path: Path, change: int) -> None:
+    with (
+        pytest.raises(ValueError, match=r"rope\.inverse_frequencies: wrote up to \d+, expected 80"),
+        ModelWriter(tmp_path / "model.bin", CONFIG, METADATA, TOKENIZER, TEMPLATE) as writer,
+    ):
+        writer.write(bytes(writer.tensors[0].size + change))
+        writer.end_tensor()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_tensor_is_an_error(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="wrote 0 of 20 tensors"),
+        ModelWriter(tmp_path / "model.bin", CONFIG, METADATA, TOKENIZER, TEMPLATE),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"group_size": 48}, "group_size is 48"),
+        ({"group_size": 64}, "dim = 96 is not a multiple of group_size = 64"),
+        ({"hidden_dim": 161}, "hidden_dim = 161 is not a multiple of group_size = 32"),
+        ({"head_dim": 42}, r"n_heads \* head_dim = 504 is not a multiple of group_size = 32"),
+        ({"n_kv_heads": 5}, "n_heads = 12 is not a multiple of n_kv_heads = 5"),
+        ({"n_kv_heads": 0}, r"n_kv_heads = 0 is outside 1\.\.1024"),
+        ({"n_layers": 1025}, r"n_layers = 1025 is outside 1\.\.1024"),
+        ({"n_heads": 32, "n_kv_heads": 1, "head_dim": 39}, "head_dim = 39 is odd"),
+        ({"n_tokens": 91}, "n_tokens = 91 exceeds vocab_size = 90"),
+        ({"rms_eps": 0.0}, "rms_eps = 0.0 is outside"),
+        ({"rope_theta": math.nan}, "rope_theta = nan is outside"),
+    ],
+)
+def test_writer_refuses_what_no_reader_accepts(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    config = format.Config(**vars(CONFIG) | changes)
+    with pytest.raises(ValueError, match=message):
+        ModelWriter(tmp_path / "model.bin", config, METADATA, TOKENIZER, TEMPLATE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_refuses_sections_no_reader_accepts(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    with pytest.raises(ValueError, match="template_size = 1048577 is outside"):
+        ModelWriter(path, CONFIG, METADATA, TOKENIZER, "x" * (format.MAX_TEMPLATE + 1))
+    with pytest.raises(ValueError, match="tokenizer_size = 0 is outside"):
+        ModelWriter(path, CONFIG, METADATA, b"", TEMPLATE)
+    with pytest.raises(ValueError, match="metadata_size = .* is outside"):
+        ModelWriter(path, CONFIG, METADATA | {"name": "x" * format.MAX_JSON}, TOKENIZER, TEMPLATE)
+    with pytest.raises(ValueError, match="tokenizer has a zero byte"):
+        ModelWriter(path, CONFIG, METADATA, TOKENIZER + b"\0", TEMPLATE)
+    with pytest.raises(ValueError, match="surrogates"):
+        ModelWriter(path, CONFIG, METADATA, TOKENIZER, "\ud800")
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    """But no one else's file, and not the temporary of a writer that is at work."""
+    path = tmp_path / "model[1].bin"
+    dead = tmp_path / f".{path.name}.0123abcd.tmp"
+    others = [
+        tmp_path / name for name in (".model1.bin.0123abcd.tmp", f".{path.name}.tmp", f"{path.name}.bak")
+    ]
+    for file in (dead, *others):
+        file.write_bytes(b"x")
+    with pytest.raises(KeyboardInterrupt), ModelWriter(path, CONFIG, METADATA, TOKENIZER, TEMPLATE) as writer:
+        alive = writer._temporary
+        assert not dead.exists()
+        write_model(path)
+        assert alive.exists()
+        raise KeyboardInterrupt
+    assert sorted(tmp_path.iterdir()) == sorted([path, *others])
+    assert unsound(path) == []
+
+
+def test_many_writers_of_one_target_leave_one_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    failures: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            for _ in range(5):
+                write_model(path)
+        except BaseException as error:
+            failures.append(error)
+
+    writers = [threading.Thread(target=write) for _ in range(4)]
+    for thread in writers:
+        thread.start()
+    for thread in writers:
+        thread.join()
+    assert failures == []
+    assert unsound(path) == []
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_replacing_a_mapped_file_changes_nothing_for_its_reader(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    write_model(path)
+    file = ModelFile(path)
+    write_model(path, format.Config(**vars(CONFIG) | {"n_layers": 1}))
+    assert all(sound for _, sound in file.verify())
+    assert len(file.tensors) > len(ModelFile(path).tensors)
