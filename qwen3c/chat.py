@@ -64,10 +64,6 @@ class ChatTemplate:
             variables["enable_thinking"] = thinking
         return self._tokenizer.encode_escaped(self._renderer.render(self.source, variables))
 
-    def start(self) -> None:
-        """Prepare for the first prompt in the background."""
-        self._renderer.start()
-
     def check_thinking(self, thinking: bool | None) -> None:
         """Raise ValueError if the model cannot do what the switch asks for."""
         if thinking is False and self.thinking == "always":
@@ -93,6 +89,11 @@ class ChatTemplate:
         if isinstance(value, (list, tuple)):
             return [self._escaped(item) for item in value]
         return value
+
+
+def may_think(kind: str, switch: bool | None) -> bool:
+    """Whether replies may think. kind: of the model; switch: what a hybrid one was told, None for nothing."""
+    return kind == "always" or (kind == "hybrid" and switch is not False)
 
 
 def normalized(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The token loop: prompt tokens in, events out. Every front end uses this one.
 
-    prefill    what the session does not hold already, piece by piece
-    decode     sample a token, turn it into text, forward it; until one of the reasons to stop
+prefill    what the session does not hold already, piece by piece
+decode     sample a token, turn it into text, forward it; until one of the reasons to stop
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -63,6 +63,34 @@ class Stats:
         return max(self.generated_tokens - 1, 0) / max(self.decode_seconds, 1e-9)
 
 
+@dataclass
+class Reply:
+    """The events of one reply, put together."""
+
+    text: str = ""
+    thinking: str = ""
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def add(self, event: Event) -> None:
+        if event.thinking:
+            self.thinking += event.text
+        else:
+            self.text += event.text
+        if event.tool_call:
+            self.tool_calls.append(event.tool_call)
+        self.finish_reason = event.finish_reason
+
+    def message(self) -> dict[str, Any]:
+        """The reply as a message, for the prompts that come after it."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.thinking:
+            message["reasoning_content"] = self.thinking
+        if self.tool_calls:
+            message["tool_calls"] = [{"type": "function", "function": call} for call in self.tool_calls]
+        return message
+
+
 class CachedSession:
     """A session that knows its tokens, so that a prompt costs only what differs from what went before.
 
@@ -95,10 +123,10 @@ class CachedSession:
 
 
 class Generation(Iterator[Event]):
-    """One reply on its way: iterate for its events. `stats` fills meanwhile.
+    """One reply on its way: iterate for its events.
 
-    See Model.generate for the arguments. Leaving the iteration early is fine at any time; the session
-    then holds what was forwarded, and `tokens` what was sampled.
+    See Model.generate for the arguments. `reply`, `tokens` (those sampled) and `stats` fill meanwhile;
+    the iteration may be left at any time.
     """
 
     def __init__(
@@ -121,18 +149,21 @@ class Generation(Iterator[Event]):
         self._sampler = Sampler(sampling, self._prompt, model.config.n_tokens, model.undefined_tokens)
         stops = [stop] if isinstance(stop, str) else stop
         in_thought = last_control_token(model.tokenizer, self._prompt) == model.tokenizer.control_id(THINK)
-        self._reply = ReplyStream(model.tokenizer, in_thought, stops)
+        self._stream = ReplyStream(model.tokenizer, in_thought, stops)
         self._end_tokens = frozenset(model.metadata["eos_token_ids"])
-        self._session = session
+        self.session = session
         self._logprobs = logprobs
         self._cancelled = cancel or (lambda: False)
         self._progress = progress or (lambda done, total: None)
         self.tokens: list[int] = []
+        self.reply = Reply()
         self.stats = Stats(seed=self._sampler.seed, prompt_tokens=len(self._prompt))
         self._events = self._run()
 
     def __next__(self) -> Event:
-        return next(self._events)
+        event = next(self._events)
+        self.reply.add(event)
+        return event
 
     def _run(self) -> Iterator[Event]:
         logits = self._prefill() if self._budget else None
@@ -144,7 +175,7 @@ class Generation(Iterator[Event]):
             if event.finish_reason:
                 return
             begin = time.perf_counter()
-            logits = self._session.forward(self.tokens[-1:])
+            logits = self.session.forward(self.tokens[-1:])
             self.stats.decode_seconds += time.perf_counter() - begin
         reason: FinishReason = "cancelled" if self._budget else "length"
         piece = self._last_piece(Piece(), reason)
@@ -152,13 +183,13 @@ class Generation(Iterator[Event]):
 
     def _prefill(self) -> NDArray[np.float32] | None:
         """The logits after the prompt, or None if cancelled on the way."""
-        done = self.stats.cached_tokens = self._session.reuse(self._prompt)
+        done = self.stats.cached_tokens = self.session.reuse(self._prompt)
         size, logits = 64, None
         while done < len(self._prompt):
             if self._cancelled():
                 return None
             begin = time.perf_counter()
-            logits = self._session.forward(self._prompt[done : done + size])
+            logits = self.session.forward(self._prompt[done : done + size])
             seconds = time.perf_counter() - begin
             done = min(done + size, len(self._prompt))
             self.stats.prefill_seconds += seconds
@@ -177,9 +208,9 @@ class Generation(Iterator[Event]):
         if self._logprobs is not None:
             logprob, top_logprobs = self._sampler.logprobs(logits, token, self._logprobs)
         ends = token in self._end_tokens
-        piece = Piece() if ends else self._reply.push(token)
+        piece = Piece() if ends else self._stream.push(token)
         reason: FinishReason | None = None
-        if ends or self._reply.stopped:
+        if ends or self._stream.stopped:
             reason = "stop"
         elif len(self.tokens) == self._budget:
             reason = "length"
@@ -190,7 +221,7 @@ class Generation(Iterator[Event]):
     def _last_piece(self, piece: Piece, reason: FinishReason) -> Piece:
         """`piece` and what was held back after it."""
         self.stats.finish_reason = reason
-        rest = self._reply.finish()
+        rest = self._stream.finish()
         return Piece(piece.text + rest.text, (piece if piece.text else rest).thinking, piece.tool_call)
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from . import engine
-from .chat import END_THINK, ChatTemplate, last_control_token
+from .chat import END_THINK, ChatTemplate, last_control_token, may_think
 from .format import ModelFileError
 from .generate import CachedSession, Generation
 from .sampler import Sampling, default_sampling
@@ -124,7 +124,6 @@ class Model(engine.Model):
         )
 
     def may_think(self, prompt: Sequence[int]) -> bool:
-        """Whether the reply to `prompt` may begin with thought: not if the prompt closes it."""
-        if self.metadata["thinking"] != "hybrid":
-            return self.metadata["thinking"] == "always"
-        return last_control_token(self.tokenizer, prompt) != self.tokenizer.control_id(END_THINK)
+        """Whether the reply to `prompt` may begin with thought; a hybrid model's may unless the prompt closes it."""
+        closed = last_control_token(self.tokenizer, prompt) == self.tokenizer.control_id(END_THINK)
+        return may_think(self.metadata["thinking"], not closed)

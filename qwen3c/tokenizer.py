@@ -74,11 +74,11 @@ class Tokenizer:
         special: whether the text of an added token ("<|im_end|>") becomes that token, as in Hugging
         Face; by default it is text like any other. ValueError if `text` holds a lone surrogate.
         """
-        source = self._full if special else self._plain
         try:
-            ids = source.encode(text, add_special_tokens=False).ids
+            text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"text holds a lone surrogate at position {error.start}") from None
+        ids = (self._full if special else self._plain).encode(text, add_special_tokens=False).ids
         if not special and not self._added.keys().isdisjoint(ids):
             # only in a vocabulary that lists a control token among the ordinary ones too
             raise ValueError("text becomes a control token in this vocabulary")
