@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .huggingface import Checkpoint, Files, StoredTensor
 
 SLICE_WEIGHTS = 1 << 20  # read, quantised and written at a time: source and result fit in a core's cache
-MAX_WORKERS = 32  # 34 slices of 8 MB is all the memory they take
+MAX_BUFFERS = 256 << 20  # bytes of all slices in flight
 MAX_WEIGHT = 127 * 65504  # more than this no fp16 scale can express
 
 ProgressCallback = Callable[[int, int], None]  # bytes of the source done, and all
@@ -89,8 +89,8 @@ class Report:
         peak = f"peak memory {peak_bytes() / 1e6:.0f} MB"
         if self.anonymous_bytes:
             peak += f" ({self.anonymous_bytes / 1e6:.0f} MB anonymous)"
-        yield f"{self.path}: {self.name}, {self.file_size:,} bytes ({self.file_size / 2**30:.2f} GiB)"
-        yield f"{self.source_size:,} bytes of weights in {self.seconds:.1f} s ({rate:.0f} MB/s), {peak}"
+        yield f"{self.path}: {self.name}, {self.file_size / 1e6:,.1f} MB"
+        yield f"{self.source_size / 1e6:,.1f} MB of weights in {self.seconds:.1f} s ({rate:.0f} MB/s), {peak}"
 
 
 def export(
@@ -221,11 +221,11 @@ def _stream(
     """Workers read and quantise slices; this thread writes them in order and lets the next ones start."""
     work = [piece for tensor in writer.tensors for piece in slices(tensor)]
     size = 4 * max(piece.rows * piece.columns for piece in work)
-    workers = min(threads, MAX_WORKERS)
-    window = workers + 2  # slices in flight: each worker's, and two that are ready when their turn comes
+    # slices in flight: each worker's, and two that are ready when their turn comes
+    window = max(3, min(threads + 2, MAX_BUFFERS // (2 * size)))
     sources, targets = ([_buffer(size) for _ in range(window)] for _ in range(2))
     done = 0
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(window - 2) as pool:
 
         def start(i: int) -> Future[_Converted]:
             return pool.submit(_convert, checkpoint, work[i], sources[i % window], targets[i % window])
@@ -380,7 +380,7 @@ class Progress:
             print("\r\x1b[K", end="", file=self.stream, flush=True)
 
 
-class _Terminated(BaseException):
+class _Terminated(SystemExit):
     """SIGTERM, as an exception, so that the temporary file is removed."""
 
 

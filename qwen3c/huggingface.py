@@ -17,6 +17,7 @@ import math
 import os
 import re
 import stat
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,13 +61,9 @@ _KEY_OF = {
     "rms_eps": "rms_norm_eps",
 }
 
-# Keys that change the forward pass, with the only value this engine runs; absent or null means that value
-_FIXED_KEYS = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1.0,
-}
+# Keys that change the forward pass, with the only value this engine runs
+_FIXED_KEYS = {"hidden_act": "silu", "attention_bias": False}
+_OPTIONAL_FIXED_KEYS = {"mlp_bias": False, "use_sliding_window": False, "partial_rotary_factor": 1.0}
 
 _GENERATION_KEYS = (
     "temperature",
@@ -219,7 +216,7 @@ class Keys:
 
     def number(self, key: str) -> float:
         value = self.require(key)
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # integers may be longer
             raise SourceError(f"{self.path}: {key} is {value!r}, expected a finite number")
         return float(value)
 
@@ -275,16 +272,16 @@ def _supported_architecture(keys: Keys) -> str:
     if not isinstance(names, list) or len(names) != 1 or str(names[0]) not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
         raise SourceError(f"{keys.path}: architectures is {names!r}, supported: {supported}")
-    if keys.require("hidden_act") != "silu":
-        raise SourceError(f"{keys.path}: hidden_act is {keys.values['hidden_act']!r}, supported: 'silu'")
     for key, only in _FIXED_KEYS.items():
-        value = keys.values.get(key)
-        if value is not None and value != only:
-            raise SourceError(f"{keys.path}: {key} is {value!r}, supported: {only!r}")
+        if keys.require(key) != only:
+            raise SourceError(f"{keys.path}: {key} is {keys.values[key]!r}, supported: {only!r}")
+    for key, only in _OPTIONAL_FIXED_KEYS.items():
+        if keys.values.get(key) not in (None, only):
+            raise SourceError(f"{keys.path}: {key} is {keys.values[key]!r}, supported: {only!r}")
     layer_types = keys.values.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        other = next((kind for kind in layer_types if kind != "full_attention"), layer_types)
-        raise SourceError(f"{keys.path}: layer_types has {other!r}, supported: 'full_attention'")
+    for kind in layer_types if isinstance(layer_types, list) else [layer_types]:
+        if kind != "full_attention":
+            raise SourceError(f"{keys.path}: layer_types has {kind!r}, supported: 'full_attention'")
     return str(names[0])
 
 
@@ -353,10 +350,12 @@ def read_rope(keys: Keys, head_dim: int) -> Rope:
     if len(found) == 2 and keys.values[found[0]] != keys.values[found[1]]:
         raise SourceError(f"{keys.path}: rope_parameters and rope_scaling contradict each other")
     values = keys.values[found[0]] if found else {}
+    if isinstance(values, dict) and values.keys() == {
+        "full_attention"
+    }:  # transformers 5 may nest by layer type
+        values = values["full_attention"]
     if not isinstance(values, dict):
         raise SourceError(f"{keys.path}: {found[0]} is {values!r}, expected an object")
-    if values.keys() == {"full_attention"}:  # transformers 5 may nest by layer type
-        values = values["full_attention"]
     rope_type = values.get("rope_type", values.get("type", "default"))
     if not isinstance(rope_type, str) or rope_type not in _FREQUENCIES:
         supported = ", ".join(_FREQUENCIES)
@@ -393,7 +392,9 @@ def _read_tokenizer(files: Files, vocab_size: int) -> tuple[bytes, int]:
     path, data = files.path("tokenizer.json"), files.bytes("tokenizer.json", format.MAX_TOKENIZER)
     try:
         vocabulary = Tokenizer.from_buffer(data).get_vocab(with_added_tokens=True)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and panics, which are not even that
         raise SourceError(f"{path}: {error}") from None
     if not vocabulary:
         raise SourceError(f"{path}: has no tokens")
@@ -477,8 +478,8 @@ def _base_name(config: dict[str, Any]) -> str:
 def _describe_size(config: format.Config) -> str:
     """Such as "Qwen3 596M"."""
     n = config.n_parameters
-    size = next((f"{n / unit:.3g}{letter}" for unit, letter in ((1e9, "B"), (1e6, "M")) if n >= unit), f"{n}")
-    return f"{format.ARCHITECTURES[config.architecture].capitalize()} {size}"
+    unit, letter = next((u, letter) for u, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if n >= u)
+    return f"{format.ARCHITECTURES[config.architecture].capitalize()} {n / unit:.3g}{letter}"
 
 
 # ----------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def export_small_model(tmp_path: Path, group_size: int = 64, **shape: Any) -> Pa
 
 
 def small_weights(**shape: Any) -> dict[str, NDArray[np.float32]]:
-    """Hugging Face name -> float32 weights; all values are exact in BF16 and F16, so every dtype holds them."""
+    """Hugging Face name -> float32 weights, all of them exact in BF16 and F16."""
     s = _with_defaults(shape)
     random = np.random.default_rng(s["seed"])
 
@@ -238,7 +238,7 @@ def token_id(token: str) -> int:
 
 
 def encode_tensor(weights: NDArray[np.float32], dtype: str) -> tuple[str, tuple[int, ...], bytes]:
-    """(safetensors dtype, shape, little-endian bytes); BF16 keeps the upper half of a float32 (truncation)."""
+    """(safetensors dtype, shape, little-endian bytes); BF16 is the upper half of a float32, cut."""
     if dtype == "BF16":
         return dtype, weights.shape, (weights.view(np.uint32) >> 16).astype("<u2").tobytes()
     return dtype, weights.shape, weights.astype({"F16": "<f2", "F32": "<f4"}[dtype]).tobytes()

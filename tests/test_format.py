@@ -81,7 +81,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refusal(path: Path) -> str:
-    """The one line with which a file is refused; no more memory than MAX_ALLOCATION was asked for on the way."""
+    """The one line with which a file is refused, without asking for more memory than MAX_ALLOCATION."""
     tracemalloc.start()
     try:
         with pytest.raises(ModelFileError) as caught:
@@ -101,7 +101,7 @@ def refusal(path: Path) -> str:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("qk_norm,qkv_bias", [(True, False), (False, True)])
+@pytest.mark.parametrize(("qk_norm", "qkv_bias"), [(True, False), (False, True)])
 def test_what_is_written_is_read(tmp_path: Path, tied: bool, qk_norm: bool, qkv_bias: bool) -> None:
     values = vars(CONFIG) | {"tied_embedding": tied, "qk_norm": qk_norm, "qkv_bias": qkv_bias}
     config = format.Config(**values)
@@ -175,7 +175,7 @@ def test_document_has_every_header_field_at_its_offset() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("qk_norm,qkv_bias", [(True, False), (False, True)])
+@pytest.mark.parametrize(("qk_norm", "qkv_bias"), [(True, False), (False, True)])
 def test_document_has_every_tensor_in_order(tied: bool, qk_norm: bool, qkv_bias: bool) -> None:
     values = vars(CONFIG) | {"tied_embedding": tied, "qk_norm": qk_norm, "qkv_bias": qkv_bias}
     config = format.Config(**values)
@@ -199,7 +199,7 @@ def test_document_has_every_tensor_in_order(tied: bool, qk_norm: bool, qkv_bias:
     assert [(tensor.name, tensor.shape) for tensor in format.tensors(config)] == expected
 
 
-@pytest.mark.parametrize("rows,columns,group_size", [(16, 32, 32), (37, 192, 64), (128, 512, 256)])
+@pytest.mark.parametrize(("rows", "columns", "group_size"), [(16, 32, 32), (37, 192, 64), (128, 512, 256)])
 def test_code_in_the_document_finds_every_weight(rows: int, columns: int, group_size: int) -> None:
     snippet = re.search(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     assert snippet
@@ -515,7 +515,7 @@ def test_verify_finds_bytes_hidden_between_tensors(tmp_path: Path, model: Path) 
 
 
 @pytest.mark.parametrize(
-    "kind,place,content",
+    ("kind", "place", "content"),
     [
         ("matrix", 5, b"\x80"),  # code -128
         ("matrix", 16 * 32, struct.pack("<e", math.nan)),
@@ -595,7 +595,7 @@ def test_missing_tensor_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes,message",
+    ("changes", "message"),
     [
         ({"group_size": 48}, "group_size is 48"),
         ({"group_size": 64}, "dim = 96 is not a multiple of group_size = 64"),

@@ -1,0 +1,719 @@
+"""A Hugging Face directory is read as it is meant, in every dialect, or refused in one line naming the fault.
+
+python -m pytest tests/test_huggingface.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_models import (
+    DEFAULTS,
+    TEMPLATES,
+    config_json,
+    encode_tensor,
+    generation_config_json,
+    small_weights,
+    token_id,
+    tokenizer_json,
+    write_json,
+    write_safetensors,
+    write_small_model,
+)
+
+from qwen3c import format
+from qwen3c.huggingface import (
+    Checkpoint,
+    Files,
+    Keys,
+    SourceError,
+    inverse_frequencies,
+    read_rope,
+    thinking_kind,
+)
+
+INDEX = "model.safetensors.index.json"
+
+
+def read(source: Path, **options: Any) -> Checkpoint:
+    with Files(source) as files:
+        return Checkpoint(files, **options)
+
+
+def change(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON file; DELETE removes one."""
+    values = json.loads(path.read_text()) | changes
+    write_json(path, {key: value for key, value in values.items() if value is not DELETE})
+
+
+DELETE = object()
+Damage = Callable[[Path], object]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_small_model(tmp_path / "source")
+
+
+# ----------------------------------------------------------------------------
+# Numbers
+
+
+@pytest.mark.parametrize("dialect", [4, 5])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_number_is_read(tmp_path: Path, dialect: int, tied: bool) -> None:
+    shape = {"dim": 128, "hidden_dim": 192, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "head_dim": 64}
+    other = {"vocab_size": 400, "context": 77, "rope_theta": 5e6, "rms_eps": 1e-5}
+    write_small_model(tmp_path, **shape, **other, tied=tied, dialect=dialect)
+    config = read(tmp_path).config
+    assert config == format.Config(
+        **shape, **other, tied_embedding=tied, group_size=64, n_tokens=1 + token_id("</think>")
+    )
+
+
+def test_both_dialects_describe_the_same_model(tmp_path: Path) -> None:
+    four, five = (read(write_small_model(tmp_path / str(d), dialect=d)) for d in (4, 5))
+    assert (four.config, four.rope, four.template) == (five.config, five.rope, five.template)
+
+
+@pytest.mark.parametrize(("head_dim", "theta"), [(32, 1e4), (128, 1e6), (128, 5e6)])
+def test_inverse_frequencies_follow_the_paper(head_dim: int, theta: float) -> None:
+    keys = Keys(Path("config.json"), {"rope_theta": theta})
+    found = inverse_frequencies(read_rope(keys, head_dim))
+    assert found.dtype == np.float32
+    expected = [np.float32(theta ** (-2 * i / head_dim)) for i in range(head_dim // 2)]
+    np.testing.assert_array_max_ulp(found, np.array(expected, np.float32), 1)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_theta": 1e6},
+        {"rope_theta": 1e6, "rope_scaling": None},
+        {"rope_theta": 1e6, "rope_scaling": {}},
+        {"rope_theta": 1e6, "rope_scaling": {"type": "default"}},
+        {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 1e6}},
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6, "rope_type": "default"}}},
+        {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 1.0}},
+    ],
+)
+def test_every_spelling_of_a_rope_is_understood(keys: dict[str, Any]) -> None:
+    rope = read_rope(Keys(Path("config.json"), keys), 32)
+    assert (rope.type, rope.theta, rope.attention_scale) == ("default", 1e6, 1.0)
+
+
+# ----------------------------------------------------------------------------
+# Metadata
+
+
+def test_metadata_says_where_text_ends_and_how_to_sample(source: Path) -> None:
+    checkpoint = read(source)
+    assert checkpoint.metadata["eos_token_ids"] == [token_id("<|im_end|>"), token_id("<|endoftext|>")]
+    assert checkpoint.metadata["generation"] == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    assert checkpoint.metadata["special_tokens"] == {"eos_token": "<|im_end|>"}
+    format.check_metadata(checkpoint.metadata, checkpoint.config)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [(3, [4, 3], [3, 4]), ([5, 3], None, [5, 3]), (None, 7, [7]), (None, None, []), (DELETE, [2], [2])],
+)
+def test_eos_is_the_union_of_both_files(
+    source: Path, config: Any, generation: Any, expected: list[int]
+) -> None:
+    change(source / "config.json", eos_token_id=config)
+    change(source / "generation_config.json", eos_token_id=generation)
+    assert read(source).metadata["eos_token_ids"] == expected
+
+
+def test_optional_files_may_be_missing(source: Path) -> None:
+    (source / "generation_config.json").unlink()
+    (source / "tokenizer_config.json").unlink()
+    checkpoint = read(source)
+    assert checkpoint.template == ""
+    assert checkpoint.metadata["thinking"] == "none"
+    assert checkpoint.metadata["generation"] == {}
+    assert checkpoint.metadata["eos_token_ids"] == [token_id("<|im_end|>")]
+
+
+def test_name_comes_from_the_flag_then_the_config_then_the_size(source: Path) -> None:
+    assert read(source, name="Mine").metadata["name"] == "Mine"
+    assert read(source).metadata["name"] == "Qwen3 156K"
+    for path in ("someone/Qwen3-0.6B", "/data/Qwen3-0.6B/", "C:\\models\\Qwen3-0.6B"):
+        change(source / "config.json", _name_or_path=path)
+        assert read(source).metadata["name"] == "Qwen3-0.6B"
+
+
+def test_provenance_is_the_contents_alone(tmp_path: Path) -> None:
+    """Not the directory, not the split into shards."""
+    one, two = (write_small_model(tmp_path / name, shards=n) for name, n in (("a", 1), ("b", 3)))
+    for directory in (one, two):
+        (directory / "README.md").write_text(
+            "---\nlicense: apache-2.0\ntags: [x]\n---\n# Card\nlicense: no\n"
+        )
+    assert read(one).metadata == read(two).metadata
+    source = read(one).metadata["source"]
+    assert source["licence"] == "apache-2.0"
+    assert source["dtypes"] == ["BF16"]
+    assert source["config"] == config_json()
+    assert source["exporter"].startswith("qwen3c ")
+
+
+# ----------------------------------------------------------------------------
+# Chat template
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+@pytest.mark.parametrize("dialect", [4, 5])
+def test_thinking_kind_is_read_off_the_template(tmp_path: Path, kind: str, dialect: int) -> None:
+    checkpoint = read(write_small_model(tmp_path, thinking=kind, dialect=dialect))
+    assert checkpoint.template == TEMPLATES[kind]
+    assert checkpoint.metadata["thinking"] == kind
+
+
+@pytest.mark.parametrize(
+    ("template", "kind"),
+    [
+        ("", "none"),
+        ("{{ messages }}", "none"),
+        # history with thoughts in it, but a prompt without
+        (
+            "{{ '<think>' + m.reasoning }}{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}",
+            "none",
+        ),
+        # opened and closed: the switch is stuck at off
+        ("{% if add_generation_prompt %}{{ 'a\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}", "none"),
+        ("{% if add_generation_prompt %}{{ 'a\\n<think>\\n' }}{% endif %}", "always"),
+        ("{% if add_generation_prompt %}{% if enable_thinking %}<think>{% endif %}{% endif %}", "hybrid"),
+    ],
+)
+def test_thinking_kind_of_other_templates(template: str, kind: str) -> None:
+    assert thinking_kind(template) == kind
+
+
+def test_template_is_looked_up_in_order(source: Path) -> None:
+    write_json(source / "chat_template.json", {"chat_template": "third"})
+    change(source / "tokenizer_config.json", chat_template=DELETE)
+    assert read(source).template == "third"
+    change(source / "tokenizer_config.json", chat_template="second")
+    assert read(source).template == "second"
+    (source / "chat_template.jinja").write_text("first")
+    assert read(source).template == "first"
+
+
+def test_default_is_chosen_among_named_templates(source: Path) -> None:
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "chat"}]
+    change(source / "tokenizer_config.json", chat_template=named)
+    assert read(source).template == "chat"
+
+
+# ----------------------------------------------------------------------------
+# Tensors
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("shards", [1, 2, 5])
+def test_every_byte_of_every_tensor_is_found(tmp_path: Path, dtype: str, shards: int) -> None:
+    shape = {"tied": False, "n_kv_heads": 4}
+    write_small_model(tmp_path, **shape, dtype=dtype, shards=shards)
+    weights = small_weights(**shape)
+    with Files(tmp_path) as files:
+        checkpoint = Checkpoint(files)
+        assert checkpoint.tensors.keys() == weights.keys()
+        for name, tensor in checkpoint.tensors.items():
+            stored_dtype, dims, data = encode_tensor(weights[name], dtype)
+            assert (tensor.dtype, tensor.shape, tensor.size) == (stored_dtype, dims, len(data))
+            for start, stop in ((0, len(data)), (6, 20), (len(data) - 2, len(data))):
+                found = bytearray(stop - start)
+                tensor.read(start, memoryview(found))
+                assert found == data[start:stop]
+
+
+def test_copies_of_what_is_known_are_ignored(source: Path) -> None:
+    """A tied model's lm_head and rotary buffers, whatever is in them."""
+    weights = small_weights()
+    head = np.full_like(weights["model.embed_tokens.weight"], np.nan)
+    buffer = np.zeros(16, np.float32)
+    more = {"lm_head.weight": head, "model.layers.0.self_attn.rotary_emb.inv_freq": buffer}
+    write_safetensors(
+        source / "model.safetensors", {n: encode_tensor(w, "BF16") for n, w in (weights | more).items()}
+    )
+    assert read(source).tensors.keys() == weights.keys()
+
+
+def test_single_file_wins_over_an_index(source: Path) -> None:
+    """As in transformers."""
+    (source / INDEX).write_text("not even JSON")
+    assert len(read(source).tensors) == len(small_weights())
+
+
+# ----------------------------------------------------------------------------
+# What transformers itself writes
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_transformers_saves_is_read(tmp_path: Path, tied: bool) -> None:
+    reason = "needs torch and transformers: `make oracles`"
+    torch = pytest.importorskip("torch", reason=reason)
+    transformers = pytest.importorskip("transformers", reason=reason)
+    s = DEFAULTS
+    config = transformers.Qwen3Config(
+        hidden_size=s["dim"],
+        intermediate_size=s["hidden_dim"],
+        num_hidden_layers=2,
+        num_attention_heads=s["n_heads"],
+        num_key_value_heads=s["n_kv_heads"],
+        head_dim=s["head_dim"],
+        vocab_size=s["vocab_size"],
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        eos_token_id=5,
+    )
+    model = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json())
+    assert (tmp_path / INDEX).exists()
+    checkpoint = read(tmp_path)
+    assert checkpoint.config.tied_embedding == tied
+    assert checkpoint.config.context == 64
+    assert checkpoint.metadata["eos_token_ids"] == [5]
+    parameters = dict(model.named_parameters())
+    assert {name: tensor.shape for name, tensor in checkpoint.tensors.items()} == {
+        name: tuple(parameter.shape) for name, parameter in parameters.items()
+    }
+
+
+# ----------------------------------------------------------------------------
+# Damaged and unsupported sources
+
+
+def edit_config(**changes: Any) -> Damage:
+    return lambda source: change(source / "config.json", **changes)
+
+
+def edit_json(name: str, **changes: Any) -> Damage:
+    return lambda source: change(source / name, **changes)
+
+
+def write(name: str, content: str | bytes) -> Damage:
+    data = content if isinstance(content, bytes) else content.encode()
+    return lambda source: (source / name).write_bytes(data)
+
+
+def unlink(name: str) -> Damage:
+    return lambda source: (source / name).unlink()
+
+
+def put_instead(name: str, make: Damage) -> Damage:
+    """Remove a file and make something else in its place."""
+
+    def replace(source: Path) -> None:
+        (source / name).unlink()
+        make(source / name)
+
+    return replace
+
+
+def edit_tokenizer(change_it: Callable[[dict[str, Any]], Any]) -> Damage:
+    def edit(source: Path) -> None:
+        values = json.loads(tokenizer_json())
+        change_it(values)
+        write_json(source / "tokenizer.json", values)
+
+    return edit
+
+
+def edit_tensors(change_it: Callable[[dict[str, Any]], Any]) -> Damage:
+    def edit(source: Path) -> None:
+        stored = {name: encode_tensor(w, "BF16") for name, w in small_weights().items()}
+        change_it(stored)
+        write_safetensors(source / "model.safetensors", stored)
+
+    return edit
+
+
+def edit_bytes(change_it: Callable[[bytes], bytes]) -> Damage:
+    def edit(source: Path) -> None:
+        path = source / "model.safetensors"
+        path.write_bytes(change_it(path.read_bytes()))
+
+    return edit
+
+
+def edit_header(old: str, new: str) -> Damage:
+    """Replace text in the safetensors header, its length adapted."""
+
+    def edit(data: bytes) -> bytes:
+        size = int.from_bytes(data[:8], "little")
+        header = data[8 : 8 + size].decode()
+        assert old in header
+        changed = header.replace(old, new, 1).encode()
+        return len(changed).to_bytes(8, "little") + changed + data[8 + size :]
+
+    return edit_bytes(edit)
+
+
+def retype(name: str, dtype: str, item_size: int) -> Callable[[dict[str, Any]], None]:
+    def edit(stored: dict[str, Any]) -> None:
+        shape = stored[name][1]
+        stored[name] = (dtype, shape, bytes(item_size * int(np.prod(shape))))
+
+    return edit
+
+
+Q, NORM = "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+OVERLAP = '"data_offsets": [0, 65536]', '"data_offsets": [64, 65600]'
+
+# what is done to a sound directory -> what the one line says
+FAULTS: dict[str, tuple[Damage, str]] = {
+    "no config": (unlink("config.json"), "config.json: No such file"),
+    "config not JSON": (write("config.json", "{'a': 1}"), "config.json: is not valid JSON"),
+    "config a list": (write("config.json", "[]"), "config.json: is a JSON list, expected an object"),
+    "config not UTF-8": (write("config.json", b'{"a": "\xff"}'), "config.json: is not valid JSON"),
+    "config nested too deeply": (write("config.json", "[" * 99999), "config.json: is not valid JSON"),
+    "config with a key twice": (write("config.json", '{"a": 1, "a": 2}'), "key 'a' is given twice"),
+    "config with NaN": (write("config.json", '{"a": NaN}'), "NaN is not a JSON number"),
+    "architecture missing": (edit_config(architectures=DELETE), "required key 'architectures' is missing"),
+    "architecture unknown": (edit_config(architectures=["Gemma"]), "['Gemma'], supported: Qwen3ForCausalLM"),
+    "architecture odd": (edit_config(architectures=[["x"]]), "supported: Qwen3ForCausalLM"),
+    "mixture of experts": (edit_config(architectures=["Qwen3MoeForCausalLM"]), "supported: Qwen3ForCausalLM"),
+    "heads odd": (edit_config(num_key_value_heads=3), "n_heads = 4 is not a multiple of n_kv_heads = 3"),
+    "zero heads": (edit_config(num_key_value_heads=0), "num_key_value_heads: n_kv_heads = 0 is outside"),
+    "zero layers": (edit_config(num_hidden_layers=0), "num_hidden_layers: n_layers = 0 is outside 1..1024"),
+    "negative width": (edit_config(hidden_size=-64), "hidden_size: dim = -64 is outside"),
+    "huge width": (edit_config(hidden_size=2**70), "hidden_size: dim = 1180591620717411303424 is outside"),
+    "width a fraction": (edit_config(hidden_size=64.5), "hidden_size is 64.5, expected an integer"),
+    "width text": (edit_config(hidden_size="64"), "hidden_size is '64', expected an integer"),
+    "width true": (edit_config(hidden_size=True), "hidden_size is True, expected an integer"),
+    "head_dim null": (edit_config(head_dim=None), "head_dim is None, expected an integer"),
+    "eps zero": (edit_config(rms_norm_eps=0), "rms_norm_eps: rms_eps = 0.0 is outside"),
+    "eps text": (edit_config(rms_norm_eps="1e-6"), "rms_norm_eps is '1e-6', expected a finite number"),
+    "theta zero": (edit_config(rope_theta=0), "rope_theta = 0.0 is outside"),
+    "theta of 400 digits": (edit_config(rope_theta=10**400), "expected a finite number"),
+    "tie text": (
+        edit_config(tie_word_embeddings="yes"),
+        "tie_word_embeddings is 'yes', expected true or false",
+    ),
+    "other activation": (edit_config(hidden_act="gelu"), "hidden_act is 'gelu', supported: 'silu'"),
+    "attention bias": (edit_config(attention_bias=True), "attention_bias is True, supported: False"),
+    "sliding window": (edit_config(use_sliding_window=True), "use_sliding_window is True, supported: False"),
+    "sliding layers": (edit_config(layer_types=["sliding_attention"]), "layer_types has 'sliding_attention'"),
+    "layer types odd": (edit_config(layer_types=5), "layer_types has 5, supported"),
+    "partial rotary": (
+        edit_config(partial_rotary_factor=0.5),
+        "partial_rotary_factor is 0.5, supported: 1.0",
+    ),
+    "quantised by config": (
+        edit_config(quantization_config={"quant_method": "awq"}),
+        "quantization_config says 'awq': already quantised",
+    ),
+    "quantised odd": (edit_config(quantization_config=[]), "quantization_config says []: already quantised"),
+    "yarn": (edit_config(rope_scaling=YARN), "rope type 'yarn' is not supported (supported: default)"),
+    "old spelling of linear": (edit_config(rope_scaling={"type": "linear"}), "rope type 'linear'"),
+    "rope type odd": (edit_config(rope_scaling={"rope_type": ["x"]}), "rope type ['x'] is not supported"),
+    "rope key unknown": (
+        edit_config(rope_scaling={"factor": 2}),
+        "unknown key 'factor' beside rope type 'default'",
+    ),
+    "rope a number": (edit_config(rope_scaling=4), "rope_scaling is 4, expected an object"),
+    "rope nested oddly": (
+        edit_config(rope_parameters={"full_attention": 1}),
+        "rope_parameters is 1, expected",
+    ),
+    "rope twice": (
+        edit_config(rope_scaling={"type": "default"}, rope_parameters={"rope_type": "default"}),
+        "rope_parameters and rope_scaling contradict each other",
+    ),
+    "two thetas": (
+        edit_config(rope_parameters={"rope_theta": 1e4}),
+        "rope_theta is 1000000.0 and, in rope_parameters",
+    ),
+    "part of the rotation": (
+        edit_config(rope_scaling={"partial_rotary_factor": 0.5}),
+        "partial_rotary_factor is 0.5",
+    ),
+    "eos beyond the tokens": (edit_config(eos_token_id=511), "eos_token_id 511 is not a token id below 391"),
+    "eos text": (edit_config(eos_token_id="</s>"), "eos_token_id '</s>' is not a token id"),
+    "other eos negative": (
+        edit_json("generation_config.json", eos_token_id=[-1]),
+        "generation_config.json: eos_",
+    ),
+    "temperature text": (
+        edit_json("generation_config.json", temperature="hot"),
+        "temperature is 'hot', expected a",
+    ),
+    "generation not JSON": (
+        write("generation_config.json", "{"),
+        "generation_config.json: is not valid JSON",
+    ),
+    "no tokenizer": (unlink("tokenizer.json"), "tokenizer.json: No such file"),
+    "tokenizer empty": (write("tokenizer.json", ""), "tokenizer.json: "),
+    "tokenizer not JSON": (write("tokenizer.json", "BPE"), "tokenizer.json: "),
+    "tokenizer of nothing": (write("tokenizer.json", "{}"), "tokenizer.json: "),
+    "tokenizer cut short": (write("tokenizer.json", tokenizer_json()[:5000]), "tokenizer.json: "),
+    "tokenizer of another kind": (edit_tokenizer(lambda t: t["model"].update(type="X")), "tokenizer.json: "),
+    "token beyond the embedding": (
+        edit_tokenizer(lambda t: t["model"]["vocab"].update(beyond=512)),
+        "tokenizer.json: token 'beyond' has id 512, but vocab_size is 512",
+    ),
+    "embedding too small": (edit_config(vocab_size=390), "has id 390, but vocab_size is 390"),
+    "template not UTF-8": (
+        write("chat_template.jinja", b"\xff"),
+        "chat_template.jinja: is not UTF-8: byte 0",
+    ),
+    "template a number": (edit_json("tokenizer_config.json", chat_template=3), "chat_template is not text"),
+    "templates without default": (
+        edit_json("tokenizer_config.json", chat_template=[{"name": "tools", "template": "x"}]),
+        "chat_template is not text, nor a list with an entry 'default'",
+    ),
+    "no weights": (
+        unlink("model.safetensors"),
+        "has neither model.safetensors nor model.safetensors.index.json",
+    ),
+    "tensor missing": (edit_tensors(lambda t: t.pop(Q)), f"tensor {Q} [128, 64] is missing"),
+    "tensor unexpected": (edit_tensors(lambda t: t.update(extra=t[NORM])), "unexpected tensor extra"),
+    "bias nobody asked for": (
+        edit_tensors(lambda t: t.update({Q.replace("weight", "bias"): t[NORM]})),
+        "unexpected tensor model.layers.1.self_attn.q_proj.bias",
+    ),
+    "layer too many": (edit_config(num_hidden_layers=1), "unexpected tensor model.layers.1."),
+    "layer too few": (
+        edit_config(num_hidden_layers=3),
+        "tensor model.layers.2.input_layernorm.weight [64] is",
+    ),
+    "untied without a head": (
+        edit_config(tie_word_embeddings=False),
+        "tensor lm_head.weight [512, 64] is missing",
+    ),
+    "shape": (edit_config(num_attention_heads=8), "q_proj.weight has shape [128, 64], expected [256, 64]"),
+    "transposed": (
+        edit_tensors(lambda t: t.update({Q: (t[Q][0], t[Q][1][::-1], t[Q][2])})),
+        f"{Q} has shape [64, 128], expected [128, 64]",
+    ),
+    "eight-bit floats": (edit_tensors(retype(Q, "F8_E4M3", 1)), f"{Q} is F8_E4M3: already quantised"),
+    "eight-bit integers": (edit_tensors(retype(Q, "I8", 1)), f"{Q} is I8: already quantised"),
+    "packed integers": (edit_tensors(retype(Q, "I32", 4)), f"{Q} is I32: already quantised"),
+    "doubles": (edit_tensors(retype(Q, "F64", 8)), f"{Q} is F64: expected BF16, F16 or F32"),
+    "cut by a byte": (edit_bytes(lambda data: data[:-1]), "its header describes"),
+    "cut in half": (edit_bytes(lambda data: data[: len(data) // 2]), "its header describes"),
+    "cut in the header": (edit_bytes(lambda data: data[:100]), "in a file of 100 (cut short?)"),
+    "cut in the length": (edit_bytes(lambda data: data[:5]), "in a file of 5 (cut short?)"),
+    "empty weights": (edit_bytes(lambda data: b""), "in a file of 0 (cut short?)"),
+    "a byte too many": (edit_bytes(lambda data: data + b"\0"), "its header describes"),
+    "header of 2^63 bytes": (
+        edit_bytes(lambda data: b"\xff" * 8 + data[8:]),
+        "header of 18446744073709551615 bytes",
+    ),
+    "header not JSON": (edit_header('"BF16"', "BF16"), "model.safetensors: is not valid JSON"),
+    "header a tensor twice": (edit_header(f'"{NORM}"', '"model.embed_tokens.weight"'), "is given twice"),
+    "header without shape": (edit_header('"shape"', '"shaqe"'), "dtype, shape or data_offsets is wrong"),
+    "header with odd offsets": (
+        edit_header('"data_offsets": [0,', '"data_offsets": ["0",'),
+        "data_offsets is wrong",
+    ),
+    "header with one offset": (
+        edit_header('"data_offsets": [0, ', '"data_offsets": ['),
+        "data_offsets is wrong",
+    ),
+    "tensors overlap": (edit_header(*OVERLAP), "model.safetensors: Error while deserializing header"),
+    "unknown dtype": (edit_header('"BF16"', '"BF17"'), "unknown variant"),
+    "weights a directory": (
+        put_instead("model.safetensors", lambda path: path.mkdir()),
+        "model.safetensors: is not a regular file",
+    ),
+    "config a FIFO": (put_instead("config.json", os.mkfifo), "config.json: is not a regular file"),
+    "dangling link": (
+        put_instead("tokenizer.json", lambda path: path.symlink_to("gone")),
+        "tokenizer.json: No such file",
+    ),
+    "only a pickle": (
+        lambda source: (source / "model.safetensors").rename(source / "pytorch_model.bin"),
+        "(pytorch_model.bin is never opened: only safetensors are read)",
+    ),
+}
+OPTIONAL_KEYS = {
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",  # generation_config.json has it too
+    "initializer_range",
+    "max_window_layers",
+    "model_type",
+    "rope_scaling",
+    "sliding_window",
+    "use_cache",
+    "use_sliding_window",
+}
+
+
+def refusal(source: Path) -> str:
+    with pytest.raises(SourceError) as caught:
+        read(source)
+    message = str(caught.value)
+    assert message.startswith(str(source))
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_refused_in_one_line(source: Path, fault: str) -> None:
+    damage, expected = FAULTS[fault]
+    damage(source)
+    assert expected in refusal(source)
+
+
+@pytest.mark.parametrize("dialect", [4, 5])
+def test_key_the_forward_pass_needs_has_no_default(tmp_path: Path, dialect: int) -> None:
+    source = write_small_model(tmp_path, dialect=dialect)
+    config = config_json(dialect=dialect)
+    optional = OPTIONAL_KEYS | {"transformers_version", "torch_dtype", "dtype", "pad_token_id", "layer_types"}
+    required = config.keys() - optional
+    assert len(required) >= 13
+    for key in sorted(config):
+        write_json(source / "config.json", {k: v for k, v in config.items() if k != key})
+        if key in required:
+            missing = "rope_theta" if key == "rope_parameters" else key
+            assert f"config.json: required key '{missing}' is missing" in refusal(source)
+        else:
+            read(source)
+
+
+def test_eos_must_be_named_somewhere(source: Path) -> None:
+    change(source / "config.json", eos_token_id=DELETE)
+    write_json(source / "generation_config.json", {})
+    assert "config.json: required key 'eos_token_id' is missing" in refusal(source)
+
+
+def test_group_size_must_divide_every_width(tmp_path: Path) -> None:
+    source = write_small_model(tmp_path, dim=96, hidden_dim=192, n_heads=4, head_dim=32)
+    assert read(source, group_size=32).config.group_size == 32
+    for group_size, reason in (
+        (64, "dim = 96 is not a multiple of group_size = 64"),
+        (128, "dim = 96 is not a multiple of group_size = 128"),
+        (48, "group_size is 48, not one of 32, 64, 128, 256"),
+        (0, "group_size = 0 is outside 32..256"),
+    ):
+        with pytest.raises(SourceError, match=reason):
+            read(source, group_size=group_size)
+
+
+@pytest.mark.parametrize("path", ["missing", "config.json", "source/config.json"])
+def test_source_must_be_a_directory(source: Path, path: str) -> None:
+    with pytest.raises(
+        SourceError, match=r"(no such directory|is not a directory); expected one with config\.json"
+    ):
+        read(source.parent / path)
+
+
+# ----------------------------------------------------------------------------
+# Damaged shards
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return write_small_model(tmp_path / "source", shards=3)
+
+
+def shard(source: Path, i: int) -> Path:
+    return source / f"model-{i:05d}-of-00003.safetensors"
+
+
+def test_missing_shard_is_refused(sharded: Path) -> None:
+    shard(sharded, 2).unlink()
+    assert "model-00002-of-00003.safetensors: No such file" in refusal(sharded)
+
+
+def test_short_shard_is_refused_with_both_sizes(sharded: Path) -> None:
+    path = shard(sharded, 3)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    assert f"{path.name}: {len(data) - 1} bytes, its header describes {len(data)}" in refusal(sharded)
+
+
+def test_exchanged_shards_are_refused(sharded: Path) -> None:
+    one, two = shard(sharded, 1).read_bytes(), shard(sharded, 2).read_bytes()
+    shard(sharded, 1).write_bytes(two)
+    shard(sharded, 2).write_bytes(one)
+    assert "model-00001-of-00003.safetensors: " in refusal(sharded)
+
+
+def test_tensor_in_two_shards_is_refused(sharded: Path) -> None:
+    weights = small_weights()
+    names = [
+        name
+        for name, file in json.loads((sharded / INDEX).read_text())["weight_map"].items()
+        if "00002" in file
+    ]
+    stored = {name: encode_tensor(weights[name], "BF16") for name in [*names, "model.embed_tokens.weight"]}
+    write_safetensors(shard(sharded, 2), stored)
+    message = refusal(sharded)
+    assert "model-00002-of-00003.safetensors: model.embed_tokens.weight is" in message
+
+
+def test_tensor_missing_from_its_shard_is_refused(sharded: Path) -> None:
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = shard(sharded, 1).name
+    write_json(sharded / INDEX, index)
+    assert "model.norm.weight is missing, though" in refusal(sharded)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "/tmp/x.safetensors",
+        "a/b.safetensors",
+        "..\\x.safetensors",
+        "C:x.safetensors",
+        "x.bin",
+        ".safetensors\0",
+        "",
+        5,
+        None,
+    ],
+)
+def test_index_may_only_name_files_beside_it(sharded: Path, name: Any) -> None:
+    """A file that exists outside is not opened, sound as it may be."""
+    (sharded.parent / "outside.safetensors").write_bytes(shard(sharded, 3).read_bytes())
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"] = {k: name if "00003" in v else v for k, v in index["weight_map"].items()}
+    write_json(sharded / INDEX, index)
+    assert f"{name!r} is not the name of a safetensors file" in refusal(sharded)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "is a JSON list"),
+        ("{}", "required key 'weight_map' is missing"),
+        ('{"weight_map": {}}', "weight_map is not an object that names tensors"),
+        ('{"weight_map": ["model.norm.weight"]}', "weight_map is not an object that names tensors"),
+    ],
+)
+def test_damaged_index_is_refused(sharded: Path, content: str, reason: str) -> None:
+    (sharded / INDEX).write_text(content)
+    assert reason in refusal(sharded)
+
+
+def test_file_that_shrinks_while_it_is_read_is_noticed(source: Path) -> None:
+    with Files(source) as files:
+        tensor = Checkpoint(files).tensors["model.norm.weight"]
+        os.truncate(source / "model.safetensors", tensor.offset + 3)
+        with pytest.raises(SourceError, match=r"ended inside model\.norm\.weight"):
+            tensor.read(0, memoryview(bytearray(tensor.size)))
+
+
+def test_generation_defaults_are_those_that_are_numbers(source: Path) -> None:
+    values = generation_config_json() | {"min_p": None, "top_k": 0, "presence_penalty": 1.5, "max_length": 5}
+    write_json(source / "generation_config.json", values)
+    expected = {"temperature": 0.6, "top_k": 0, "top_p": 0.95, "presence_penalty": 1.5}
+    assert read(source).metadata["generation"] == expected
