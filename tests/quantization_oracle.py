@@ -15,7 +15,8 @@ def quantize(weights: NDArray[np.float32], group_size: int) -> tuple[NDArray[np.
     largest = np.abs(groups).max(axis=2)
     scales = (largest / np.float32(127)).astype(np.float16)
     too_small = largest > np.float32(127.5) * scales.astype(np.float32)
-    scales = np.where(too_small, np.nextafter(scales, np.float16(np.inf)), scales)
+    with np.errstate(over="ignore"):  # where the next one is not needed
+        scales = np.where(too_small, np.nextafter(scales, np.float16(np.inf)), scales)
     divisor = np.where(scales == 0, np.float16(1), scales).astype(np.float32)[:, :, None]
     codes = np.clip(np.rint(groups / divisor), -127, 127).astype(np.int8)
     return codes.reshape(rows, columns), scales
