@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
+FIRST_PIECE = 64  # tokens of the prompt forwarded at first
 PIECE_SECONDS = 0.25  # about how long a piece of the prompt takes: how soon a cancel or a progress line comes
 LARGEST_PIECE = 256  # tokens; the engine computes no more at once
 
@@ -184,7 +185,7 @@ class Generation(Iterator[Event]):
     def _prefill(self) -> NDArray[np.float32] | None:
         """The logits after the prompt, or None if cancelled on the way."""
         done = self.stats.cached_tokens = self.session.reuse(self._prompt)
-        size, logits = 64, None
+        size, logits = FIRST_PIECE, None
         while done < len(self._prompt):
             if self._cancelled():
                 return None

@@ -1,7 +1,7 @@
 """Chat templates: Jinja from a model file, rendered where it can do no harm.
 
 A template is a program by whoever made the file. Jinja's sandbox keeps it away from Python's objects,
-but not from a thousand nested loops, `'x' * 10**10` or `10**10**10`, and no list of such cases is ever
+but not from a thousand nested loops, `'x' * 10**10` or `10**(10**10)`, and no list of such cases is ever
 complete. So every template is rendered in a child process whose memory and processor time the system
 bounds: when a template overdoes it the child dies, and the next rendering starts another. The child
 starts in 0.1 s, takes 20 MB, and then renders a conversation in about a millisecond.
