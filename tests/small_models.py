@@ -271,4 +271,4 @@ def _with_defaults(shape: dict[str, Any]) -> dict[str, Any]:
 def _coarse(weights: NDArray[np.float32]) -> NDArray[np.float32]:
     """Keep 8 significant bits, and none below 2**-20: exact in BF16, F16 and F32."""
     kept = (weights.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
-    return np.round(kept * np.float32(2**20)) / np.float32(2**20)
+    return (np.round(kept * 2.0**20) / 2.0**20).astype(np.float32)

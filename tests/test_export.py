@@ -35,6 +35,7 @@ from qwen3c.format import ModelFile
 from qwen3c.huggingface import SourceError
 
 ROOT = Path(__file__).parent.parent
+PACKAGES = Path(format.__file__).parent.parent  # where `import qwen3c` finds the package under test
 
 
 @pytest.fixture
@@ -489,9 +490,9 @@ for point in points or []:
 """
 
 
-def run_script(script: str, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+def run_script(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, **options)
+    return subprocess.run(command, cwd=PACKAGES, capture_output=True, text=True, timeout=100, check=False)
 
 
 @pytest.mark.parametrize("old", [b"old", None])
@@ -556,7 +557,9 @@ sys.exit(export.main(sys.argv[1:]))
 def start_slow_export(source: Path, target: Path) -> subprocess.Popen[str]:
     """An export that takes seconds, returned once it is writing."""
     command = [sys.executable, "-c", SLOW_EXPORT, str(source), str(target), "--threads", "1"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=PACKAGES, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     until = time.monotonic() + 60
     while not leftovers(target.parent) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
@@ -654,7 +657,9 @@ def test_script_converts_and_says_how_it_went(tmp_path: Path, source: Path) -> N
             "32",
             *quiet,
         ]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
         assert (result.returncode, result.stdout) == (0, "")
         assert ("MB/s" in result.stderr) == (not quiet)
         assert "\x1b" not in result.stderr

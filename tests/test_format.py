@@ -12,10 +12,10 @@ import os
 import pickle
 import re
 import struct
-import threading
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,12 @@ CONFIG = format.Config(
     rms_eps=1e-6,
     rope_theta=1e6,
 )
-NEEDED = {"name": "small", "thinking": "none", "eos_token_ids": [79, 3], "generation": {"top_k": 20}}
+NEEDED: dict[str, Any] = {
+    "name": "small",
+    "thinking": "none",
+    "eos_token_ids": [79, 3],
+    "generation": {"top_k": 20},
+}
 METADATA = NEEDED | {"source": "x" * 20_000}
 TOKENIZER = b'{"not": "read by the format"}' * 10
 TEMPLATE = "{{ messages }} é"
@@ -367,7 +372,7 @@ def with_section(data: bytes, fields: dict[str, Any], name: str, content: bytes)
     return with_fitting_crcs(data, fields)
 
 
-BAD_METADATA = {
+BAD_METADATA: dict[str, Any] = {
     "not JSON": b"{",
     "not UTF-8": b'{"name": "\xff"}',
     "a list": b"[]",
@@ -652,21 +657,8 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
 
 def test_many_writers_of_one_target_leave_one_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
-    failures: list[BaseException] = []
-
-    def write() -> None:
-        try:
-            for _ in range(5):
-                write_model(path)
-        except BaseException as error:
-            failures.append(error)
-
-    writers = [threading.Thread(target=write) for _ in range(4)]
-    for thread in writers:
-        thread.start()
-    for thread in writers:
-        thread.join()
-    assert failures == []
+    with ThreadPoolExecutor(4) as writers:
+        list(writers.map(write_model, [path] * 20))
     assert unsound(path) == []
     assert list(tmp_path.iterdir()) == [path]
 

@@ -68,13 +68,11 @@ def source(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dialect", [4, 5])
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_number_is_read(tmp_path: Path, dialect: int, tied: bool) -> None:
-    shape = {"dim": 128, "hidden_dim": 192, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "head_dim": 64}
-    other = {"vocab_size": 400, "context": 77, "rope_theta": 5e6, "rms_eps": 1e-5}
-    write_small_model(tmp_path, **shape, **other, tied=tied, dialect=dialect)
-    config = read(tmp_path).config
-    assert config == format.Config(
-        **shape, **other, tied_embedding=tied, group_size=64, n_tokens=1 + token_id("</think>")
-    )
+    shape: dict[str, Any] = {"dim": 128, "hidden_dim": 192, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2}
+    shape |= {"head_dim": 64, "vocab_size": 400, "context": 77, "rope_theta": 5e6, "rms_eps": 1e-5}
+    write_small_model(tmp_path, **shape, tied=tied, dialect=dialect)
+    expected = format.Config(**shape, tied_embedding=tied, group_size=64, n_tokens=1 + token_id("</think>"))
+    assert read(tmp_path).config == expected
 
 
 def test_both_dialects_describe_the_same_model(tmp_path: Path) -> None:
