@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import re
+import stat
 import struct
 import tracemalloc
 import zlib
@@ -577,6 +578,30 @@ def test_unfinished_file_is_never_loadable(tmp_path: Path) -> None:
         assert "not a model.bin" in refusal(tmp_path / leftovers(tmp_path)[0])
         raise KeyboardInterrupt
     assert not path.exists()
+
+
+def test_file_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contents, fsync, header, fsync, rename, fsync of the directory: a power cut never leaves half a file."""
+    steps: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            steps.append("fsync directory")
+        else:
+            has_header = (tmp_path / leftovers(tmp_path)[0]).read_bytes().startswith(format.MAGIC)
+            steps.append("fsync with header" if has_header else "fsync without header")
+        fsync(descriptor)
+
+    def record_replace(source: Path, target: Path) -> None:
+        assert ModelFile(source).metadata == METADATA
+        steps.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    write_model(tmp_path / "model.bin")
+    assert steps == ["fsync without header", "fsync with header", "rename", "fsync directory"]
 
 
 @pytest.mark.parametrize("change", [-1, 1])
