@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Model", "ModelFileError", "Session", "__version__"]
+
+# A thread that waits for another must sleep, not spin: spinning takes the core its partner needs as soon as anything
+# else runs on the machine. libgomp reads this when the engine is loaded; the engine then takes it away again.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "00"
 
 # name -> module; imported on first use, so that `--help` does not wait for NumPy
 _HOMES = {"Model": "model", "Session": "engine", "ModelFileError": "format"}
