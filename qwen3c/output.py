@@ -77,8 +77,8 @@ def speed_line(generation: Generation) -> str:
     stats, session = generation.stats, generation.session
     cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
     parts = [
-        f"prompt {stats.prompt_tokens} tok{cached} {stats.prefill_rate:.4g} tok/s",
-        f"reply {stats.generated_tokens} tok {stats.decode_rate:.4g} tok/s",
+        f"prompt {stats.prompt_tokens} tok{cached} {_rate(stats.prefill_rate)}",
+        f"reply {stats.generated_tokens} tok {_rate(stats.decode_rate)}",
         f"context {len(session.tokens)}/{session.context}",
         f"seed {stats.seed}",
     ]
@@ -88,6 +88,10 @@ def speed_line(generation: Generation) -> str:
     if stats.finish_reason == "cancelled":
         parts.append("stopped")
     return " | ".join(parts)
+
+
+def _rate(tokens_per_second: float) -> str:
+    return f"{tokens_per_second:.{0 if tokens_per_second >= 100 else 1}f} tok/s"
 
 
 def show(ask: Callable[..., Generation], writer: ReplyWriter | JsonWriter) -> Generation:

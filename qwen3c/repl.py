@@ -16,7 +16,7 @@ from typing import Any
 from .conversation import Conversation
 from .generate import Generation
 from .output import JsonWriter, ReplyWriter, show
-from .terminal import MessageReader, note
+from .terminal import MessageReader, note, one_line
 
 HELP = """\
 /help               this
@@ -47,14 +47,14 @@ class Repl:
         self._failed = False
         self._commands: dict[str, Callable[[str], None]] = {
             "help": lambda _: note(HELP),
-            "clear": lambda _: conversation.clear(),
+            "clear": self._clear,
             "system": self._system,
             "set": self._set,
-            "think": lambda _: conversation.set_thinking(True),
-            "nothink": lambda _: conversation.set_thinking(False),
+            "think": lambda _: self._switch_thinking(True),
+            "nothink": lambda _: self._switch_thinking(False),
             "regen": lambda _: self._answer(conversation.regenerate),
-            "save": lambda path: conversation.save(_given(path)),
-            "load": lambda path: conversation.load(_given(path)),
+            "save": self._save,
+            "load": self._load,
         }
 
     def run(self) -> int:
@@ -71,6 +71,13 @@ class Repl:
         """One message or command; False when there are no more."""
         try:
             text = reader.read()
+            command = parse_command(text)
+            if command == ("exit", ""):
+                return False
+            if command:
+                self._run_command(*command)
+            elif text.strip():
+                self._answer(functools.partial(self._conversation.ask, text))
         except EOFError:
             if sys.stdin.isatty():
                 print(file=sys.stderr)
@@ -80,20 +87,11 @@ class Repl:
                 raise
             print(file=sys.stderr)
             note("(Ctrl-D or /exit leaves)")
-            return True
-        command = parse_command(text)
-        if command and command[0] == "exit":
-            return False
-        try:
-            if command:
-                self._run_command(*command)
-            elif text.strip():
-                self._answer(functools.partial(self._conversation.ask, text))
-        except BrokenPipeError:
-            raise
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
+            if isinstance(error, OSError) and error.filename is None:
+                raise  # stdout is gone
             self._failed = True
-            note(f"error: {' '.join(str(error).split())}")
+            note(f"error: {one_line(error)}")
         return True
 
     def _run_command(self, name: str, argument: str) -> None:
@@ -107,11 +105,29 @@ class Repl:
         generation = show(lambda **options: ask(**options, **self._options), self._writer())
         if not generation.tokens:
             note("(nothing was said; the question is not kept)")
+        if generation.reply.finish_reason == "cancelled" and not sys.stdin.isatty():
+            raise KeyboardInterrupt  # nobody is there to go on
+
+    def _clear(self, _: str) -> None:
+        self._conversation.clear()
+        note("(forgotten)")
 
     def _system(self, text: str) -> None:
         if text:
             self._conversation.system = text.strip('"') or None
         note(f"system: {self._conversation.system or '(none)'}")
+
+    def _switch_thinking(self, thinking: bool) -> None:
+        self._conversation.set_thinking(thinking)
+        note(f"thinking {'on' if thinking else 'off'}")
+
+    def _save(self, path: str) -> None:
+        self._conversation.save(_given(path))
+        note(f"{len(self._conversation.messages)} messages saved to {path}")
+
+    def _load(self, path: str) -> None:
+        self._conversation.load(_given(path))
+        note(f"{len(self._conversation.messages)} messages from {path}")
 
     def _set(self, argument: str) -> None:
         words = argument.split()

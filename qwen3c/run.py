@@ -49,14 +49,10 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         return 130
-    except MemoryError as error:
-        return _fail(f"out of memory: {error or 'a smaller context (-c) takes less'}")
-    except OSError as error:
-        if error.filename is None:
+    except (ValueError, OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.filename is None:
             return _cannot_write(error)
-        return _fail(f"{error.filename}: {error.strerror}")
-    except ValueError as error:
-        return _fail(str(error))
+        return _fail(terminal.one_line(error))
 
 
 def _fail(message: str) -> int:

@@ -96,7 +96,9 @@ class Sampler:
     ) -> None:
         beyond = [id for id in sampling.logit_bias if id >= n_tokens]
         if beyond:
-            raise ValueError(f"logit_bias: token {beyond[0]} does not exist, the vocabulary has {n_tokens} tokens")
+            raise ValueError(
+                f"logit_bias: token {beyond[0]} does not exist, the vocabulary has {n_tokens} tokens"
+            )
         self.sampling = sampling
         self.seed = secrets.randbits(32) if sampling.seed is None else int(sampling.seed)
         self._random = np.random.PCG64(self.seed)
@@ -115,7 +117,9 @@ class Sampler:
             self._seen.add(token)
         return token
 
-    def logprobs(self, logits: NDArray[np.float32], token: int, n: int) -> tuple[float, list[tuple[int, float]]]:
+    def logprobs(
+        self, logits: NDArray[np.float32], token: int, n: int
+    ) -> tuple[float, list[tuple[int, float]]]:
         """(log-probability of `token`, the n most likely tokens with theirs), in nats.
 
         Of the model's own distribution over the tokens that exist, before penalties and temperature.

@@ -202,13 +202,17 @@ def _environment() -> Any:
 
         def __setitem__(self, name: str, value: Any) -> None:
             if str(name).startswith("_"):
-                raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} starts with an underscore")
+                raise jinja2.exceptions.SecurityError(
+                    f"namespace attribute {name!r} starts with an underscore"
+                )
             super().__setitem__(name, value)
 
     class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
             """Jinja only objects when the value is used further; here the attempt is enough."""
-            raise jinja2.exceptions.SecurityError(f"access to {attribute!r} of {type(obj).__name__!r} is unsafe")
+            raise jinja2.exceptions.SecurityError(
+                f"access to {attribute!r} of {type(obj).__name__!r} is unsafe"
+            )
 
     environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
@@ -228,7 +232,9 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own tojson writes < > & ' as escapes, which no model was trained on."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> None:

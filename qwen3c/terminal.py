@@ -45,6 +45,15 @@ def note(text: str) -> None:
     print(f"{DIM}{text}{RESET}" if has_colour(sys.stderr) else text, file=sys.stderr, flush=True)
 
 
+def one_line(error: Exception) -> str:
+    """What went wrong, for a person."""
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error}" if str(error) else "out of memory: a smaller context (-c) takes less"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
     """Within, the first Ctrl-C makes the yielded function return True; another one raises."""

@@ -89,7 +89,9 @@ class Tokenizer:
 
         def broken(match: re.Match[str]) -> str:
             content = match[match.lastindex or 0]
-            return match[0] if content in keep else match[0].replace(content, content[0] + ESCAPE + content[1:])
+            return (
+                match[0] if content in keep else match[0].replace(content, content[0] + ESCAPE + content[1:])
+            )
 
         return self._control.sub(broken, text.replace(ESCAPE, 2 * ESCAPE))
 

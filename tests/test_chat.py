@@ -1,7 +1,7 @@
 """Conversations <-> tokens: prompts as `transformers` makes them, replies without tags, nothing lost.
 
-    python -m pytest tests/test_chat.py
-    QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/test_chat.py    # its vocabulary and template
+python -m pytest tests/test_chat.py
+QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/test_chat.py    # its vocabulary and template
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from typing import Any
 import pytest
 from small_models import SPECIAL_TOKENS, TAG_TOKENS, TEMPLATES, tokenizer_json
 
-from qwen3c.chat import ChatTemplate, ChatTemplateError, Piece, ReplyStream, StopStrings, may_think, normalized
+from qwen3c.chat import (
+    ChatTemplate,
+    ChatTemplateError,
+    Piece,
+    ReplyStream,
+    StopStrings,
+    may_think,
+    normalized,
+)
 from qwen3c.format import ModelFile
 from qwen3c.run import MODEL_IN_THE_BOX
 from qwen3c.tokenizer import Tokenizer
@@ -54,7 +62,9 @@ def conversation(r: random.Random) -> list[dict[str, Any]]:
     """System prompts, tools called and answered, thinking in both forms, empty, absent and listed content."""
 
     def text() -> str:
-        return r.choice(["", " ", "\n"]).join(r.choices(WORDS, k=r.randrange(0, 12))) + r.choice(["", "\n", " "])
+        return r.choice(["", " ", "\n"]).join(r.choices(WORDS, k=r.randrange(0, 12))) + r.choice(
+            ["", "\n", " "]
+        )
 
     messages: list[dict[str, Any]] = []
     if r.random() < 0.5:
@@ -63,10 +73,15 @@ def conversation(r: random.Random) -> list[dict[str, Any]]:
         messages.append({"role": "user", "content": text()})
         if r.random() < 0.3:
             calls = [
-                {"type": "function", "function": {"name": "get_weather", "arguments": {"city": text(), "n": [1, None]}}}
+                {
+                    "type": "function",
+                    "function": {"name": "get_weather", "arguments": {"city": text(), "n": [1, None]}},
+                }
                 for _ in range(r.randrange(1, 3))
             ]
-            messages.append({"role": "assistant", "content": r.choice(["", None, text()]), "tool_calls": calls})
+            messages.append(
+                {"role": "assistant", "content": r.choice(["", None, text()]), "tool_calls": calls}
+            )
             messages += [{"role": "tool", "content": json.dumps({"t": text()})} for _ in calls]
         if r.random() < 0.7:
             reply: dict[str, Any] = {"role": "assistant", "content": text()}
@@ -83,8 +98,12 @@ TOOLS = [{"type": "function", "function": {"name": "get_weather", "description":
           "parameters": {"type": "object", "properties": {"city": {"type": "string", "enum": ["Zürich", "東京"]}}}}}]  # fmt: skip
 
 
-def test_prompts_are_those_of_transformers(source: tuple[str, str], chat: ChatTemplate, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers is absent: `make oracles` installs it")
+def test_prompts_are_those_of_transformers(
+    source: tuple[str, str], chat: ChatTemplate, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is absent: `make oracles` installs it"
+    )
     (tmp_path / "tokenizer.json").write_text(source[0])
     oracle = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     r = random.Random(1)
@@ -147,7 +166,14 @@ def control_ids(ids: list[int], tokenizer: Tokenizer) -> list[int]:
 
 
 def test_user_text_comes_through_unchanged(chat: ChatTemplate) -> None:
-    for text in ("<think>", "</think>x", "<|im_start|>", "a\ufdd0b\ufdd0\ufdd0", "<tool_response>a</tool_response>", "<|im\ufdd0_end|>"):
+    for text in (
+        "<think>",
+        "</think>x",
+        "<|im_start|>",
+        "a\ufdd0b\ufdd0\ufdd0",
+        "<tool_response>a</tool_response>",
+        "<|im\ufdd0_end|>",
+    ):
         ids = chat.prompt([{"role": "user", "content": text}], thinking=True)
         assert chat._tokenizer.decode(ids) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -186,9 +212,18 @@ def test_messages_take_one_shape(message: dict[str, Any], expected: dict[str, An
         ([USER, {"content": "a"}], r"messages\[1\]\.role is None, not one of system, user"),
         ([{"role": "user<|im_end|>", "content": "a"}], r"messages\[0\]\.role is 'user<\|im_end\|>'"),
         ([{"role": "user", "content": 5}], r"messages\[0\]\.content is int"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages\[0\]\.content\[0\] is of type 'image_url'"),
-        ([{"role": "assistant", "content": "", "reasoning_content": 5}], r"messages\[0\]\.reasoning_content is int"),
-        ([{"role": "assistant", "content": "", "tool_calls": ["f"]}], r"messages\[0\]\.tool_calls is not a list of dicts"),
+        (
+            [{"role": "user", "content": [{"type": "image_url"}]}],
+            r"messages\[0\]\.content\[0\] is of type 'image_url'",
+        ),
+        (
+            [{"role": "assistant", "content": "", "reasoning_content": 5}],
+            r"messages\[0\]\.reasoning_content is int",
+        ),
+        (
+            [{"role": "assistant", "content": "", "tool_calls": ["f"]}],
+            r"messages\[0\]\.tool_calls is not a list of dicts",
+        ),
         ([{"role": "user", "content": "\ud800"}], "lone surrogate"),
     ],
 )
@@ -210,7 +245,9 @@ def test_the_thinking_switch_says_where_it_cannot_work(tokenizer: Tokenizer) -> 
 
 
 def test_a_template_may_name_the_special_tokens(tokenizer: Tokenizer) -> None:
-    chat = ChatTemplate("{{ bos_token }}{{ messages[0].content }}", tokenizer, "none", {"bos_token": "<|endoftext|>"})
+    chat = ChatTemplate(
+        "{{ bos_token }}{{ messages[0].content }}", tokenizer, "none", {"bos_token": "<|endoftext|>"}
+    )
     assert chat.prompt([USER]) == [tokenizer.control_id("<|endoftext|>"), *tokenizer.encode("hi")]
 
 
@@ -223,7 +260,9 @@ def test_a_template_that_fails_is_one_line(tokenizer: Tokenizer) -> None:
 # Reply -> text
 
 
-def pieces(tokenizer: Tokenizer, text: str, thinking: bool = False, stop: list[str] | None = None) -> list[Piece]:
+def pieces(
+    tokenizer: Tokenizer, text: str, thinking: bool = False, stop: list[str] | None = None
+) -> list[Piece]:
     """What a reply of the tokens of `text`, tags as tokens, comes out as; neighbours of one channel joined."""
     stream = ReplyStream(tokenizer, thinking, stop or [])
     out: list[Piece] = []

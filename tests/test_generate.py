@@ -1,6 +1,6 @@
 """The token loop: the same text however it is reached, every reason to stop, nothing lost.
 
-    python -m pytest tests/test_generate.py
+python -m pytest tests/test_generate.py
 """
 
 from __future__ import annotations
@@ -90,14 +90,18 @@ def test_a_reply_is_reused_as_part_of_the_next_prompt(model: Model) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 64])
-def test_the_pieces_of_a_prompt_change_nothing(model: Model, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pieces_of_a_prompt_change_nothing(
+    model: Model, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt = ids(model, "import sys\n" * 60)
     whole = list(model.generate(prompt, 8, seed=1))
     monkeypatch.setattr("qwen3c.generate.FIRST_PIECE", size)
     monkeypatch.setattr("qwen3c.generate.LARGEST_PIECE", size)
     done: list[tuple[int, int]] = []
     assert list(model.generate(prompt, 8, seed=1, progress=lambda *d: done.append(d))) == whole
-    assert [d for d, _ in done] == sorted({min(n, len(prompt)) for n in range(size, len(prompt) + size, size)})
+    assert [d for d, _ in done] == sorted(
+        {min(n, len(prompt)) for n in range(size, len(prompt) + size, size)}
+    )
     assert {total for _, total in done} == {len(prompt)}
 
 
@@ -117,10 +121,14 @@ def model_tokens(model: Model, seed: int) -> list[int]:
 def test_events_hold_the_whole_text_of_any_tokens(random_model: Model) -> None:
     """Random tokens: bytes that are no characters, tags, ends. Only tags and their newlines may go."""
     end = set(random_model.metadata["eos_token_ids"])
-    tags = {random_model.tokenizer.control_id(t) for t in ("<think>", "</think>", "<tool_call>", "</tool_call>")}
+    tags = {
+        random_model.tokenizer.control_id(t) for t in ("<think>", "</think>", "<tool_call>", "</tool_call>")
+    }
     plain = 0
     for seed in range(40):
-        generation = random_model.generate(ids(random_model, "a"), 30, temperature=20.0, top_k=0, top_p=1.0, seed=seed)
+        generation = random_model.generate(
+            ids(random_model, "a"), 30, temperature=20.0, top_k=0, top_p=1.0, seed=seed
+        )
         text = text_of(list(generation))
         if not tags & set(generation.tokens):
             plain += 1
@@ -149,7 +157,9 @@ def test_prompt_and_reply_stay_within_the_context(model: Model) -> None:
     assert list(generation)[-1].finish_reason == "length" and len(generation.tokens) == 5
     exact = model.generate(prompt, session=CachedSession(model, len(prompt)))
     assert [event.finish_reason for event in exact] == ["length"] and exact.tokens == []
-    with pytest.raises(ValueError, match=f"prompt is {len(prompt)} tokens, the context holds {len(prompt) - 1}"):
+    with pytest.raises(
+        ValueError, match=f"prompt is {len(prompt)} tokens, the context holds {len(prompt) - 1}"
+    ):
         model.generate(prompt, session=CachedSession(model, len(prompt) - 1))
 
 
@@ -207,10 +217,14 @@ def test_a_reply_may_be_left_alone_halfway(model: Model) -> None:
     for _ in range(4):
         next(generation)
     del generation
-    assert list(model.generate(ids(model), 9, session=session, seed=1)) == list(model.generate(ids(model), 9, seed=1))
+    assert list(model.generate(ids(model), 9, session=session, seed=1)) == list(
+        model.generate(ids(model), 9, seed=1)
+    )
 
 
-def test_an_interrupted_forward_leaves_the_session_usable(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_forward_leaves_the_session_usable(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session = CachedSession(model)
     list(model.generate(ids(model), 3, session=session, seed=1))
 
@@ -229,7 +243,9 @@ def test_an_interrupted_forward_leaves_the_session_usable(model: Model, monkeypa
     with pytest.raises(KeyboardInterrupt):
         list(model.generate(ids(model, "import os"), 9, session=session, seed=1))
     session.session = inner
-    assert list(model.generate(ids(model), 9, session=session, seed=1)) == list(model.generate(ids(model), 9, seed=1))
+    assert list(model.generate(ids(model), 9, session=session, seed=1)) == list(
+        model.generate(ids(model), 9, seed=1)
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -316,7 +332,9 @@ def test_tool_calls_come_whole(random_model: Model) -> None:
     said = 'So:\n<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call><|im_end|>'
     generation = scripted(random_model, said, ids(random_model, "a"))
     events = list(generation)
-    assert [event.tool_call for event in events if event.tool_call] == [{"name": "f", "arguments": {"a": "é"}}]
+    assert [event.tool_call for event in events if event.tool_call] == [
+        {"name": "f", "arguments": {"a": "é"}}
+    ]
     assert generation.reply.text == "So:" and generation.reply.finish_reason == "stop"
     assert generation.reply.message()["tool_calls"][0]["function"]["arguments"] == {"a": "é"}
 
@@ -368,7 +386,9 @@ def test_model_files_with_senseless_defaults_are_refused(tmp_path: Path) -> None
         for tensor in writer.tensors:
             writer.write(file.data(tensor))
             writer.end_tensor()
-    with pytest.raises(ModelFileError, match=r"bad\.bin: metadata: generation: top_p = 7 is not a number from 0 to 1"):
+    with pytest.raises(
+        ModelFileError, match=r"bad\.bin: metadata: generation: top_p = 7 is not a number from 0 to 1"
+    ):
         Model(str(tmp_path / "bad.bin"))
 
 

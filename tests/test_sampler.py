@@ -1,6 +1,6 @@
 """Logits -> token: the filters against a float64 oracle, the draw against its distribution.
 
-    python -m pytest tests/test_sampler.py
+python -m pytest tests/test_sampler.py
 """
 
 from __future__ import annotations
@@ -69,7 +69,14 @@ CASES = [
     Sampling(temperature=0.9, presence_penalty=1.0, frequency_penalty=0.3),
     Sampling(temperature=0.8, repetition_penalty=1.3, top_k=6),
     Sampling(temperature=1.0, logit_bias={0: 2.0, 3: -100.0}),
-    Sampling(temperature=1.1, logit_bias={1: 1.0}, presence_penalty=0.5, repetition_penalty=0.8, top_p=0.9, min_p=0.02),
+    Sampling(
+        temperature=1.1,
+        logit_bias={1: 1.0},
+        presence_penalty=0.5,
+        repetition_penalty=0.8,
+        top_p=0.9,
+        min_p=0.02,
+    ),
 ]
 
 
@@ -126,7 +133,12 @@ def test_greedy_takes_the_largest_and_of_equals_the_lowest_id() -> None:
 def test_tokens_that_do_not_exist_are_never_chosen() -> None:
     logits = np.zeros(100, dtype=np.float32)
     logits[[3, 90, 99]] = 50
-    for s in (Sampling(temperature=0), Sampling(top_k=20, seed=1), Sampling(seed=1), Sampling(top_p=0.9, seed=1)):
+    for s in (
+        Sampling(temperature=0),
+        Sampling(top_k=20, seed=1),
+        Sampling(seed=1),
+        Sampling(top_p=0.9, seed=1),
+    ):
         sampler = Sampler(s, [], 90, undefined=[3])
         assert all(sampler.sample(logits) not in (3, *range(90, 100)) for _ in range(50))
         logprob, top = sampler.logprobs(logits, 5, 90)
@@ -181,7 +193,10 @@ def test_the_random_numbers_are_those_of_every_machine() -> None:
 @pytest.mark.parametrize("s", [Sampling(temperature=0), Sampling(top_k=5), Sampling(), Sampling(top_p=0.5)])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_broken_logits_are_an_error(s: Sampling, value: float) -> None:
-    for broken in (np.full(100, value, np.float32), np.where(np.arange(100) == 40, value, 0).astype(np.float32)):
+    for broken in (
+        np.full(100, value, np.float32),
+        np.where(np.arange(100) == 40, value, 0).astype(np.float32),
+    ):
         with pytest.raises(ValueError, match="NaN|largest logit is (nan|inf)"):
             Sampler(s, [], 100).sample(broken)
     with pytest.raises(ValueError, match="-inf"):

@@ -1,7 +1,7 @@
 """Text <-> tokens: exactly the source tokenizer's, characters whole, text never a control token.
 
-    python -m pytest tests/test_tokenizer.py
-    QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/test_tokenizer.py    # its vocabulary, 200,000 strings
+python -m pytest tests/test_tokenizer.py
+QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/test_tokenizer.py    # its vocabulary, 200,000 strings
 """
 
 from __future__ import annotations
@@ -46,12 +46,41 @@ def source(data: bytes) -> tokenizers.Tokenizer:
 WORDS = ("the quick brown Fox can't WON'T I'll they're 've don't naïve Straße x=1; foo_bar() http://a.b/c?d=e "
          "привет мир 你好世界 こんにちは 안녕하세요 שלום עולם مرحبا नमस्ते ไทย Ελληνικά ქართული አማርኛ").split()  # fmt: skip
 EMOJI = ["😀", "👍🏽", "👨‍👩‍👧‍👦", "🏳️‍🌈", "🇩🇪", "❤️", "1️⃣", "🧑🏿‍🚀", "\u200d", "\ufe0f"]
-SPACES = [" ", "  ", "    ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u2003", "\u3000", "\u200b", "\x0b", "\x0c", "\x85"]
+SPACES = [
+    " ",
+    "  ",
+    "    ",
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\t",
+    "\u00a0",
+    "\u2003",
+    "\u3000",
+    "\u200b",
+    "\x0b",
+    "\x0c",
+    "\x85",
+]
 ALPHABETS = [(0x20, 0x7F), (0xA0, 0x250), (0x370, 0x400), (0x400, 0x530), (0x590, 0x700), (0x900, 0xE00),
              (0x1100, 0x1200), (0x3040, 0x3100), (0x4E00, 0x9FFF), (0xAC00, 0xD7A4), (0x1D400, 0x1D800),
              (0x1F300, 0x1FAFF), (0x20000, 0x2A6DF), (0xE000, 0xE100), (0xF0000, 0xF0100)]  # fmt: skip
 COMBINING = [chr(c) for c in (*range(0x300, 0x370), 0x1DC4, 0x20D0, 0x3099, 0x0F71)]
-PIECES_OF_TAGS = ["<|", "|>", "<", ">", "im_start", "im_end", "think", "/", "|", "endoftext", "tool_call", "<th", "ink>"]
+PIECES_OF_TAGS = [
+    "<|",
+    "|>",
+    "<",
+    ">",
+    "im_start",
+    "im_end",
+    "think",
+    "/",
+    "|",
+    "endoftext",
+    "tool_call",
+    "<th",
+    "ink>",
+]
 
 
 def any_character(r: random.Random) -> str:
@@ -77,10 +106,14 @@ KINDS: list[Callable[[random.Random], str]] = [
     lambda r: "".join(r.choices(SPACES + ["a", "1", "."], k=r.randrange(1, 40))),
     lambda r: str(r.randrange(10 ** r.randrange(1, 40))) + r.choice(["", ".5", " %", "\u0663\u0664", "½²"]),
     lambda r: "".join(chr(r.choice([*range(32), *range(0x7F, 0xA0)])) for _ in range(r.randrange(1, 20))),
-    lambda r: "".join(r.choice("aeioué\u1100\uac00") + r.choice(COMBINING) * r.randrange(3) for _ in range(12)),
+    lambda r: "".join(
+        r.choice("aeioué\u1100\uac00") + r.choice(COMBINING) * r.randrange(3) for _ in range(12)
+    ),
     lambda r: r.choice(["'", "’", "`"]).join(r.choices(["s", "T", "re", "VE", "ll", "dog", "ſ", "K"], k=6)),
     lambda r: r.choice(["a", "\n", " ", "é", "🎉", "ab", "!", "9"]) * r.randrange(1, 200),
-    of_choices([" ", "\n", "    ", "def f(x):", "return", "{", "}", "(", ")", "=", '"', "#", "\\", "x", "0"], 30),
+    of_choices(
+        [" ", "\n", "    ", "def f(x):", "return", "{", "}", "(", ")", "=", '"', "#", "\\", "x", "0"], 30
+    ),
     of_choices([*PIECES_OF_TAGS, "a", " "], 12),
     of_choices([*SPECIAL_TOKENS, *TAG_TOKENS, *PIECES_OF_TAGS, "x", "\n", ESCAPE], 10),
 ]
@@ -130,7 +163,9 @@ def test_streamed_pieces_make_the_text_and_hold_whole_characters(tokenizer: Toke
 
 def test_a_long_text_survives(tokenizer: Tokenizer, source: tokenizers.Tokenizer) -> None:
     texts = strings(5, LONG_TEXT // 20)
-    text = "\n".join(t for t in texts if not any(tag in t for tag in (*SPECIAL_TOKENS, *TAG_TOKENS)))[:LONG_TEXT]
+    text = "\n".join(t for t in texts if not any(tag in t for tag in (*SPECIAL_TOKENS, *TAG_TOKENS)))[
+        :LONG_TEXT
+    ]
     ids = tokenizer.encode(text)
     assert ids == source.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(ids) == source.normalizer.normalize_str(text)
@@ -150,7 +185,9 @@ def test_any_tokens_decode_as_the_source_decodes_them(
 
 
 def test_a_character_cut_short_ends_as_a_replacement_character(tokenizer: Tokenizer) -> None:
-    ids = [id for byte in "é".encode()[:1] for id in range(1000) if tokenizer.token_bytes(id) == bytes([byte])]
+    ids = [
+        id for byte in "é".encode()[:1] for id in range(1000) if tokenizer.token_bytes(id) == bytes([byte])
+    ]
     stream = tokenizer.stream()
     assert [stream.push(ids[0]), stream.flush(), stream.flush()] == ["", "\ufffd", ""]
 
@@ -186,7 +223,12 @@ def test_kept_tokens_are_not_escaped(tokenizer: Tokenizer) -> None:
 
 def test_added_tokens_take_the_whitespace_their_flags_say() -> None:
     plain = tokenizers.Tokenizer.from_str(tokenizer_json())
-    for flags in ({"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"lstrip": True, "rstrip": True}):
+    for flags in (
+        {"lstrip": True},
+        {"rstrip": True},
+        {"single_word": True},
+        {"lstrip": True, "rstrip": True},
+    ):
         plain.add_tokens([tokenizers.AddedToken(f"<{'_'.join(flags)}>", normalized=False, **flags)])
     tokenizer = Tokenizer(plain.to_str().encode())
     r = random.Random(9)
@@ -243,7 +285,9 @@ def test_truncation_and_padding_in_the_file_are_ignored() -> None:
     source.enable_truncation(3)
     source.enable_padding(length=9)
     text = "nothing of this is cut"
-    assert Tokenizer(source.to_str().encode()).encode(text) == Tokenizer(tokenizer_json().encode()).encode(text)
+    assert Tokenizer(source.to_str().encode()).encode(text) == Tokenizer(tokenizer_json().encode()).encode(
+        text
+    )
 
 
 def test_a_vocabulary_that_is_not_byte_level_streams_too() -> None:

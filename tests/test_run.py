@@ -1,0 +1,625 @@
+"""run.py as its users meet it: at a terminal, in a pipe, with wrong input.
+
+python -m pytest tests/test_run.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_models import export_small_model
+
+from qwen3c import Model, run
+from qwen3c.format import ModelFile
+from qwen3c.info import describe
+from qwen3c.repl import parse_command
+
+ROOT = Path(__file__).parents[1]
+RUN = [sys.executable, str(ROOT / "run.py"), "-j", "1"]  # two threads on a busy machine wait for each other
+BOX = str(run.MODEL_IN_THE_BOX)
+PROMPT = "def fibonacci(n):\n"
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals, terminals and /dev are POSIX")
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(BOX, threads=1)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Random weights, a context of 256, a template that can think."""
+    return str(export_small_model(tmp_path_factory.mktemp("small")))
+
+
+class Result:
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+
+def in_process(capsys: pytest.CaptureFixture[str], *args: str) -> Result:
+    capsys.readouterr()
+    try:
+        status = run.main(["-j", "1", *args])
+    except SystemExit as leave:
+        status = int(leave.code or 0)
+    return Result(status, *capsys.readouterr())
+
+
+def command(*args: str, **options: Any) -> Result:
+    """run.py as a process of its own, stdin empty unless given."""
+    options = {"input": b"", "timeout": 60, "capture_output": True} | options
+    done = subprocess.run([*RUN, *args], **options)
+    return Result(done.returncode, (done.stdout or b"").decode(), (done.stderr or b"").decode())
+
+
+def text_of(model: Model, prompt: list[int], n: int, **sampling: Any) -> str:
+    return "".join(event.text for event in model.generate(prompt, n, **sampling))
+
+
+# ----------------------------------------------------------------------------
+# generate
+
+
+def test_stdout_carries_the_text_of_the_model_alone(model: Model) -> None:
+    expected = text_of(model, model.tokenizer.encode(PROMPT), 30, seed=7)
+    done = command("-i", PROMPT, "-n", "30", "-s", "7")
+    assert done.status == 0 and done.out == expected.rstrip("\n") + "\n"
+    chosen, speed = done.err.splitlines()
+    assert re.search(r"int8 g64 .* \| raw text \| temperature 0\.6 top-p 0\.95 top-k 20 \| context 2048 of 2048 "
+                     r"\(KV f16: 6\.0 MiB when full\) \| threads \d+ \| \w+ \(", chosen)  # fmt: skip
+    assert re.fullmatch(
+        r"prompt 8 tok [\d.]+ tok/s \| reply 30 tok [\d.]+ tok/s \| context 37/2048 \| seed 7 \| cut at max tokens \(-n\)",
+        speed,
+    )
+
+
+def test_the_prompt_comes_from_where_it_is_said(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompt.txt").write_text("import os\n")
+    options = ["-n", "8", "-t", "0"]
+
+    def given(*args: str, stdin: bytes = b"") -> str:
+        return command(*args, *options, input=stdin).out
+
+    def expected(prompt: str) -> str:
+        return text_of(model, model.tokenizer.encode(prompt), 8, temperature=0).rstrip("\n") + "\n"
+
+    # one newline at the end of a file is the editor's, not the prompt's
+    assert given(stdin=b"import os\n") == given("-i", "-", stdin=b"import os") == expected("import os")
+    assert given("--file", str(tmp_path / "prompt.txt")) == expected("import os")
+    assert given("-i", "# a", "--file", str(tmp_path / "prompt.txt")) == expected("# a\nimport os")
+    assert given("-i", "# a", "--file", "-", stdin=b"import os\n\n") == expected("# a\nimport os\n")
+    assert given("-i", "# a", stdin=b"not read") == expected("# a")
+
+
+def test_the_chat_template_is_used_where_asked_for(small: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Model(small, threads=1)
+    hi = [{"role": "user", "content": "hi"}]
+    cases: list[tuple[list[str], list[int]]] = [
+        (["--chat-template"], model.chat_prompt(hi)),
+        (["--think"], model.chat_prompt(hi, thinking=True)),
+        (["-r", "0"], model.chat_prompt(hi, thinking=False)),
+        (["-y", "be"], model.chat_prompt([{"role": "system", "content": "be"}, *hi])),
+    ]
+    for flags, prompt in cases:
+        done = in_process(capsys, small, "-i", "hi", "-n", "12", "-s", "1", "--json", *flags)
+        generation = model.generate(prompt, 12, seed=1)
+        list(generation)
+        reply = json.loads(done.out)
+        assert (reply["text"], reply["thinking"]) == (generation.reply.text, generation.reply.thinking)
+        assert reply["prompt_tokens"] == len(prompt)
+
+
+def test_json_is_one_line_that_tells_everything(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    done = in_process(capsys, "-i", PROMPT, "-n", "5", "-s", "3", "--json", "--logprobs", "2")
+    assert done.status == 0 and done.out.count("\n") == 1
+    reply = json.loads(done.out)
+    events = list(model.generate(model.tokenizer.encode(PROMPT), 5, seed=3, logprobs=2))
+    assert reply["text"] == "".join(event.text for event in events)
+    assert [t["token"] for t in reply["logprobs"]] == [event.token for event in events]
+    assert [t["logprob"] for t in reply["logprobs"]] == [event.logprob for event in events]
+    assert [[(u["token"], u["logprob"]) for u in t["top_logprobs"]] for t in reply["logprobs"]] == [
+        event.top_logprobs for event in events
+    ]
+    assert (reply["finish_reason"], reply["seed"], reply["generated_tokens"]) == ("length", 3, 5)
+    assert reply["prefill_seconds"] > 0 and reply["tool_calls"] == [] and reply["thinking"] == ""
+
+
+def test_flags_reach_the_sampler(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "-t 0.9 -p 0.7 --top-k 9 --min-p 0.01 --presence-penalty 1 --frequency-penalty 0.2 " \
+            "--repetition-penalty 1.1 --logit-bias 13=-3 --logit-bias 220=2 -s 5".split()  # fmt: skip
+    expected = text_of(model, model.tokenizer.encode(PROMPT), 40, temperature=0.9, top_p=0.7, top_k=9, min_p=0.01,
+                       presence_penalty=1.0, frequency_penalty=0.2, repetition_penalty=1.1,
+                       logit_bias={13: -3.0, 220: 2.0}, seed=5)  # fmt: skip
+    assert in_process(capsys, "-i", PROMPT, "-n", "40", *flags).out == expected.rstrip("\n") + "\n"
+    stop = expected[10:13]
+    stopped = in_process(capsys, "-i", PROMPT, "-n", "40", *flags, "--stop", stop)
+    assert stopped.out == expected[: expected.index(stop)].rstrip("\n") + "\n"
+
+
+def test_threads_isa_and_cache_type_change_no_letter_that_they_should_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from qwen3c import engine
+
+    before = engine.isa()
+    try:
+        results = [
+            in_process(capsys, "-i", PROMPT, "-n", "30", "-s", "2", "-j", threads, "--isa", isa)
+            for threads in ("1", "2")
+            for isa in engine.runnable_isas()
+        ]
+    finally:
+        engine.set_isa(before)
+    assert len({result.out for result in results}) == 1
+    assert all(
+        f"{isa} (--isa)" in result.err
+        for result, isa in zip(results, 2 * engine.runnable_isas(), strict=True)
+    )
+
+
+# ----------------------------------------------------------------------------
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (["/nowhere/model.bin", "-i", "x"], "/nowhere/model.bin: No such file or directory"),
+        (["{dir}", "-i", "x"], "{dir}: is a directory, not a model.bin; convert it with export.py first"),
+        (["{text}", "-i", "x"], "{text}: not a model.bin: starts with b'not a mo', expected b'QWEN3C"),
+        (["{text}", "-m", "info"], "{text}: not a model.bin"),
+        (["-i", "x", "-t", "-1"], "temperature = -1.0 is not a number from 0 to 100"),
+        (["-i", "x", "-t", "warm"], "argument -t/--temperature: invalid float value: 'warm'"),
+        (["-i", "x", "-p", "1.5"], "top_p = 1.5 is not a number from 0 to 1"),
+        (["-i", "x", "-s", "-1"], "seed = -1 is not a whole number from 0 to 18446744073709551615"),
+        (["-i", "x", "-c", "4096"], "context 4096 is more than the model's 2048"),
+        (["-i", "x", "-c", "-1"], "argument -c/--context/--ctx: -1 is less than 0"),
+        (["-i", "x", "-j", "0"], "argument -j/--threads: 0 is less than 1"),
+        (["-i", "x", "-j", "2000"], "threads = 2000 is outside 1..1024"),
+        (["-i", "x", "-r", "2"], "argument -r/--reasoning: '2' is neither 0 nor 1"),
+        (["-i", "x", "--isa", "z80"], "z80"),
+        (["-i", "x", "--stop", ""], "non-empty strings"),
+        (["-i", "x", "--logit-bias", "5"], "argument --logit-bias: '5' is not TOKEN=BIAS"),
+        (["-i", "x", "--logit-bias", "5000=1"], "token 5000 does not exist, the vocabulary has 4095 tokens"),
+        (["-i", "x", "--logprobs", "2"], "--logprobs needs --json"),
+        (["-i", ""], "prompt is empty"),
+        (["-i", "x " * 3000], "tokens, the context holds 2048"),
+        (["-i", "x\udcff"], "--prompt: character 1 is not UTF-8 text"),
+        (["--file", "/nowhere/prompt.txt"], "/nowhere/prompt.txt: No such file or directory"),
+        (["--file", "{binary}"], "{binary}: byte 2 is not UTF-8 text"),
+        (["-i", "x", "-y", "a", "--system-file", "b"], "--system and --system-file are two system prompts"),
+        (["-m", "chat", "-i", "x"], "-m chat takes its messages from stdin"),
+        (["-m", "talk"], "argument -m/--mode: invalid choice: 'talk'"),
+        (["-m", "generate", "--verify"], "--verify belongs to -m info"),
+        (["-m", "perplexity"], "-m perplexity needs a text"),
+        (["-m", "perplexity", "/nowhere/text"], "/nowhere/text: No such file or directory"),
+        (["-m", "perplexity", "{one}"], "the text is 1 tokens, at least 2 are needed"),
+        (["-m", "perplexity", "{text}", "-c", "5000"], "a window of 5000 tokens is outside 2..2048"),
+        (["a.bin", "b.bin", "-i", "x"], "one model at a time, not 2: a.bin b.bin"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_line_and_status_2(
+    args: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {name: str(tmp_path / name) for name in ("dir", "text", "binary", "one")}
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "text").write_text("not a model")
+    (tmp_path / "binary").write_bytes(b"ab\xff")
+    (tmp_path / "one").write_text("a")
+    done = in_process(capsys, *(arg.format(**places) if "{" in arg else arg for arg in args))
+    assert done.status == 2 and done.out == ""
+    assert done.err.startswith("run.py: error: ") and complaint.format(**places) in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_a_model_that_cannot_chat_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from qwen3c.format import ModelWriter
+
+    file = ModelFile(export_small_model(tmp_path))
+    for name, template, complaint in [
+        ("none.bin", "", "no chat template"),
+        (
+            "loop.bin",
+            "{% for a in range(9**5) %}{% for b in range(9**5) %}{% endfor %}{% endfor %}",
+            "processor time",
+        ),
+    ]:
+        with ModelWriter(tmp_path / name, file.config, file.metadata, file.tokenizer, template) as writer:
+            for tensor in writer.tensors:
+                writer.write(file.data(tensor))
+                writer.end_tensor()
+        done = in_process(capsys, str(tmp_path / name), "-m", "chat")
+        assert done.status == 2 and complaint in done.err and done.err.count("\n") == 1
+        assert in_process(capsys, str(tmp_path / name), "-i", "x", "-n", "2").status == 0
+
+
+def test_a_switch_the_model_does_not_have_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(export_small_model(tmp_path, thinking="always"))
+    done = in_process(capsys, path, "-i", "x", "--no-think")
+    assert done.status == 2 and "this model always thinks" in done.err
+
+
+# ----------------------------------------------------------------------------
+# Surroundings
+
+
+def test_help_needs_no_heavy_library() -> None:
+    script = (
+        "import sys, qwen3c.run\n"
+        "try: qwen3c.run.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'numpy', 'tokenizers', 'jinja2', 'qwen3c.engine', 'subprocess'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--repetition-penalty" in done.stdout
+
+
+@posix
+def test_a_reader_that_leaves_is_no_error() -> None:
+    process = subprocess.Popen(
+        [*RUN, "-i", PROMPT, "-n", "2000", "-t", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr.read().decode().count("\n") == 1  # what was chosen, and no traceback
+
+
+@posix
+@pytest.mark.parametrize(
+    ("shell", "status", "complaint"),
+    [
+        ("{run} -i x -n 3 > /dev/full", 1, "run.py: error: cannot write: No space left on device"),
+        ("{run} -m info > /dev/full", 1, "run.py: error: cannot write: No space left on device"),
+        ("{run} -i x -n 3 >&-", 0, ""),
+        ("{run} -i x -n 3 2>&-", 0, ""),
+        ("{run} <&-", 2, "prompt is empty"),
+        ("{run} -m chat <&-", 0, ""),
+        ("LC_ALL=C LANG=C {run} -i é -n 3", 0, ""),
+        ("LC_ALL=en_US.ISO-8859-1 PYTHONUTF8=0 {run} -i x -n 3", 0, ""),
+        ("env -u HOME -u XDG_STATE_HOME {run} -m chat -n 3 < /dev/null", 0, ""),
+        ("HOME=/proc {run} -m chat -n 3 < /dev/null", 0, ""),
+        ("printf 'a\\377' | {run} -n 3", 2, "stdin: byte 1 is not UTF-8 text"),
+    ],
+)  # fmt: skip
+def test_odd_surroundings_bring_no_traceback(shell: str, status: int, complaint: str) -> None:
+    shell = shell.replace("{run}", " ".join(RUN))
+    done = subprocess.run(["sh", "-c", shell], stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    err = done.stderr.decode()
+    assert done.returncode == status, err
+    assert "Traceback" not in err and "Exception ignored" not in err
+    assert complaint in err
+
+
+@posix
+def test_ctrl_c_ends_a_completion_and_keeps_its_text(model: Model) -> None:
+    process = subprocess.Popen([*RUN, "-i", PROMPT, "-n", "2000", "-t", "2", "-s", "1"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout is not None
+    first = os.read(process.stdout.fileno(), 1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err.decode()
+    assert err.decode().rstrip().endswith("| stopped")
+    shown, full = (first + out).decode().rstrip("\n"), ""
+    for event in model.generate(model.tokenizer.encode(PROMPT), 2000, temperature=2.0, seed=1):
+        full += event.text
+        if len(full) > len(shown):
+            break
+    assert shown and full.startswith(shown)
+
+
+# ----------------------------------------------------------------------------
+# info and perplexity
+
+
+def test_info_lists_the_header_and_every_tensor(small: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = ModelFile(small)
+    told = in_process(capsys, small, "-m", "info").out
+    for name, value in file.fields().items():
+        assert re.search(rf"^  {name} +{re.escape(str(value))}$", told, re.MULTILINE)
+    for tensor in file.tensors:
+        line = next(line for line in told.splitlines() if line.endswith(" " + tensor.name))
+        assert [int(n) for n in line.split()[:2]] == [file.tensors_offset + tensor.offset, tensor.size]
+        assert " x ".join(map(str, tensor.shape)) in line
+    assert json.loads(in_process(capsys, small, "-m", "info", "--json").out) == json.loads(
+        json.dumps(describe(file))
+    )
+    memory = describe(file)["memory"]
+    assert memory[-1] == {
+        "context": 256,
+        "kv_f16_bytes": 256 * 2 * 2 * 64 * 2,
+        "kv_f32_bytes": 256 * 2 * 2 * 64 * 4,
+    }
+
+
+def test_verify_names_every_damaged_tensor(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ModelFile(small)
+    sound = in_process(capsys, small, "--verify")
+    assert sound.status == 0 and f"all {len(file.tensors)} tensors match" in sound.err
+    data = bytearray(Path(small).read_bytes())
+    hit = [file.tensors[i] for i in (0, 3, len(file.tensors) - 1)]
+    for tensor in hit:
+        data[file.tensors_offset + tensor.offset + tensor.size // 2] ^= 1
+    (tmp_path / "bad.bin").write_bytes(data)
+    done = in_process(capsys, str(tmp_path / "bad.bin"), "-m", "info", "--verify")
+    assert done.status == 2
+    assert [re.search(r"tensor (\S+) is damaged", line)[1] for line in done.err.splitlines()] == [
+        t.name for t in hit
+    ]  # type: ignore[index]
+    told = json.loads(in_process(capsys, str(tmp_path / "bad.bin"), "--verify", "--json").out)
+    assert told["damaged"] == [t.name for t in hit]
+
+
+def test_perplexity_is_that_of_the_logits(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Path(run.__file__).read_text()[:3000]
+    (tmp_path / "text").write_text(text)
+    done = in_process(capsys, "-m", "perplexity", str(tmp_path / "text"), "-c", "300", "--json")
+    ids, nats, n = model.tokenizer.encode(text), 0.0, 0
+    for start in range(0, len(ids), 300):
+        part = ids[start : start + 300]
+        x = model.session().forward(part, logits="all")[:, : model.config.n_tokens].astype(np.float64)
+        p = np.exp(x - x.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        nats -= np.log(p[np.arange(len(part) - 1), part[1:]]).sum()
+        n += len(part) - 1
+    told = json.loads(done.out)
+    assert told["tokens"] == n and told["window"] == 300
+    assert told["perplexity"] == pytest.approx(math.exp(nats / n), rel=1e-5)
+    told_people = in_process(capsys, BOX, str(tmp_path / "text"), "-m", "perplexity", "-c", "300").out
+    assert (
+        told_people.startswith(f"perplexity {told['perplexity']:.4f} (") and f"over {n} tokens" in told_people
+    )
+
+
+# ----------------------------------------------------------------------------
+# chat
+
+
+def test_messages_from_a_pipe_are_answered_one_by_one(model: Model) -> None:
+    stdin = 'first\n"""\nsecond\nline\n"""\n\n/foo\n /foo\n/no_think x\n'
+    done = command("-m", "chat", "-n", "6", "-s", "4", "--no-think", "--json", input=stdin.encode())
+    replies = [json.loads(line) for line in done.out.splitlines()]
+    assert done.status == 2 and "unknown command /foo" in done.err  # nobody sat there to see it
+    messages: list[dict[str, Any]] = []
+    for i, (said, reply) in enumerate(
+        zip(["first", "second\nline", " /foo", "/no_think x"], replies, strict=True)
+    ):
+        messages.append({"role": "user", "content": said})
+        prompt = model.chat_prompt(messages, thinking=False)
+        assert reply["text"] == text_of(model, prompt, 6, seed=4 + i)
+        assert reply["prompt_tokens"] == len(prompt)
+        messages.append({"role": "assistant", "content": reply["text"]})
+    assert replies[0]["cached_tokens"] == 0
+    assert all(reply["cached_tokens"] > 8 for reply in replies[1:])
+
+
+def test_a_conversation_that_no_longer_fits_goes_on_without_the_message(small: str) -> None:
+    stdin = "short\n" + "long " * 200 + "\nshort\n"
+    done = command(small, "-m", "chat", "-n", "4", "--json", input=stdin.encode())
+    replies = [json.loads(line) for line in done.out.splitlines()]
+    assert len(replies) == 2 and done.status == 2
+    assert re.search(r"error: prompt is \d+ tokens, the context holds 256", done.err)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/help", ("help", "")),
+        ("/system be kind\nand brief ", ("system", "be kind\nand brief")),
+        ("/set top_k 5", ("set", "top_k 5")),
+        ("/think", ("think", "")),
+        ("/nothink", ("nothink", "")),
+        ("/unknown", ("unknown", "")),
+        ("/think about it", None),
+        ("/no_think", None),
+        ("/no_think about it", None),
+        ("please /think", None),
+        (" /help", None),
+        ("/usr/bin is what?", None),
+        ("/* comment */", None),
+        ("//", None),
+        ("/", None),
+        ("", None),
+    ],
+)
+def test_what_is_a_command_and_what_a_message(text: str, expected: tuple[str, str] | None) -> None:
+    assert parse_command(text) == expected
+
+
+class Terminal:
+    """run.py on a pseudo-terminal that is its controlling one, as in a terminal window."""
+
+    LAUNCHER = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+
+    def __init__(self, *args: str, **environment: str) -> None:
+        self._master, slave = os.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.LAUNCHER, *RUN, *args],
+            stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            env={**os.environ, "TERM": "xterm", **environment},
+        )  # fmt: skip
+        os.close(slave)
+        self._raw = b""
+        self.seen = ""  # without what moves the cursor or colours, and the ^C a terminal shows
+        self._read = 0
+
+    def expect(self, pattern: str, seconds: float = 30) -> str:
+        """Wait for `pattern` after what was waited for last; the text up to its end."""
+        deadline = time.monotonic() + seconds
+        while not (match := re.compile(pattern).search(self.seen, self._read)):
+            ready = select.select([self._master], [], [], max(0, deadline - time.monotonic()))[0]
+            try:
+                data = os.read(self._master, 65536) if ready else b""
+            except OSError:
+                data = b""
+            assert data, f"waited for {pattern!r}, saw {self.seen[self._read :]!r}"
+            self._raw += data
+            self.seen = re.sub(r"\r|\^C|\x1b\[[?0-9;]*[A-Za-z]", "", self._raw.decode(errors="replace"))
+        found = self.seen[self._read : match.end()]
+        self._read = match.end()
+        return found
+
+    def send(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Any]:
+    opened: list[Terminal] = []
+
+    def open_terminal(*args: str) -> Terminal:
+        opened.append(Terminal(*args, HOME=str(tmp_path), XDG_STATE_HOME=str(tmp_path / "state")))
+        return opened[-1]
+
+    yield open_terminal
+    for terminal in opened:
+        terminal.close()
+
+
+SPEED_LINE = r"prompt \d+ tok.*\| seed \d+.*\n"
+
+
+@posix
+def test_a_conversation_at_a_terminal(terminal: Any, tmp_path: Path) -> None:
+    t = terminal("-m", "chat", "-t", "1.5", "-s", "1", "--no-think")
+    assert "thinking off | temperature 1.5" in t.expect(r"/help lists the commands, Ctrl-D leaves")
+    t.expect("> ")
+    # Ctrl-C stops the reply and keeps it
+    t.send("write a lot\r")
+    t.expect(r"write a lot\n(.|\n){40}")
+    t.send("\x03")
+    assert "| stopped" in t.expect(SPEED_LINE)
+    # a paste is one message, whatever lines it has
+    t.expect("> ")
+    t.send("/set max_tokens 5\r")
+    t.expect("> ")
+    t.send("\x1b[200~pasted\n\n/help\ntext\x1b[201~\r")
+    assert re.search(r"\(\d+ cached\).*reply 5 tok .*cut at max tokens", t.expect(SPEED_LINE))
+    t.expect("> ")
+    # so is a block
+    t.send('"""a block\r')
+    t.expect(r"\.\.\. ")
+    t.send('of two"""\r')
+    t.expect(SPEED_LINE)
+    t.expect("> ")
+    t.send("/regen\r")
+    t.expect(SPEED_LINE)
+    t.expect("> ")
+    # Qwen's own switch is for Qwen
+    t.send("/no_think hi\r")
+    t.expect(SPEED_LINE)
+    t.expect("> ")
+    t.send("/foo\r")
+    t.expect(r"error: unknown command /foo")
+    t.expect("> ")
+    t.send("typed and given up\x03")
+    t.expect(r"\(Ctrl-D or /exit leaves\)")
+    t.expect("> ")
+    t.send(f"/save {tmp_path}/saved.json\r")
+    t.expect("8 messages saved")
+    t.expect("> ")
+    t.send("\x04")
+    assert t.process.wait(30) == 0
+    messages = json.loads((tmp_path / "saved.json").read_text())["messages"]
+    assert [m["content"] for m in messages[::2]] == [
+        "write a lot",
+        "pasted\n\n/help\ntext",
+        "a block\nof two",
+        "/no_think hi",
+    ]
+    assert len(messages[1]["content"]) >= 40 and messages[1]["content"] in t.seen
+    history = (tmp_path / "state" / "qwen3c" / "history").read_text()
+    assert "write a lot" in history and (tmp_path / "state/qwen3c/history").stat().st_mode & 0o077 == 0
+
+
+@posix
+def test_two_ctrl_c_in_a_row_do_not_end_a_conversation(terminal: Any) -> None:
+    t = terminal("-m", "chat", "-t", "1.5", "-n", "2000", "-s", "1", "--no-think")
+    t.expect("> ")
+    t.send("write\r")
+    t.expect(r"write\n(.|\n){10}")
+    t.send("\x03\x03")
+    t.expect("> ")
+    t.send("/set max_tokens 3\r")
+    t.expect("> ")
+    t.send("again\r")
+    assert "reply 3 tok" in t.expect(SPEED_LINE)
+    t.expect("> ")
+    t.send("/exit\r")
+    assert t.process.wait(30) == 0
+
+
+@posix
+def test_a_conversation_can_be_loaded_and_its_settings_seen(terminal: Any, tmp_path: Path) -> None:
+    saved = {"qwen3c": "conversation", "system": "be kind", "messages": [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}  # fmt: skip
+    (tmp_path / "c.json").write_text(json.dumps(saved))
+    (tmp_path / "other.json").write_text("{}")
+    t = terminal("-m", "chat", "-n", "3")
+    for line, answer in [
+        (f"/load {tmp_path}/c.json", "2 messages from"),
+        ("/system", "system: be kind"),
+        ("/system be brief", "system: be brief"),
+        ("/set", r"max_tokens 3\n.*temperature 0.6 \(default\)"),
+        ("/set top_k 5", "> "),
+        ("/set", r"top_k 5\n"),
+        ("/set top_k default", "> "),
+        ("/set", r"top_k 20 \(default\)"),
+        ("/set top_k many", "error: 'many' is not a number"),
+        ("/set top_k -1", "error: top_k = -1 is not"),
+        ("/set nothing 1", "error: there is no setting 'nothing'"),
+        ("/nothink", "thinking off"),
+        ("/set", r"temperature 0.7 \(default\)"),
+        (f"/load {tmp_path}/other.json", "is not a saved conversation"),
+        (f"/save {tmp_path}/other.json", "is not a saved conversation"),
+        (f"/load {tmp_path}/none.json", "none.json: No such file"),
+        ("/save", "error: which file"),
+        (f"/save {tmp_path}/c.json", "2 messages saved"),
+        ("/clear", "forgotten"),
+        ("/regen", "error: there is no reply yet"),
+        ("/help", "/load FILE"),
+    ]:
+        t.expect("> ")
+        t.send(line + "\r")
+        t.expect(re.escape(line.split()[0]))
+        t.expect(answer) if answer != "> " else None
+    t.send("\x04")
+    t.expect(".*")
+    assert json.loads((tmp_path / "c.json").read_text()) == saved | {"system": "be brief"}
+    assert (tmp_path / "other.json").read_text() == "{}"
