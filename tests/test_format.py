@@ -581,7 +581,7 @@ def test_unfinished_file_is_never_loadable(tmp_path: Path) -> None:
 
 
 def test_file_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contents, fsync, header, fsync, rename, fsync of the directory: a power cut never leaves half a file."""
+    """Contents, fsync, header, fsync, rename, fsync of the directory: no power cut leaves half a file."""
     steps: list[str] = []
     fsync, replace = os.fsync, os.replace
 
