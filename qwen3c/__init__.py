@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Model", "ModelFileError", "Session", "__version__"]
 
-# A thread that waits for another must sleep, not spin: spinning takes the core its partner needs as soon as anything
-# else runs on the machine. libgomp reads this when the engine is loaded; the engine then takes it away again.
-if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "00"
+# A thread that waits for another may spin for some microseconds, then must sleep: a spinning one takes the core its
+# partner needs as soon as anything else runs on the machine (docs/PERFORMANCE.md has the figures). libgomp reads this
+# when the engine is loaded; the engine then takes it away again.
+BORROWED_VARIABLE = None if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() else "GOMP_SPINCOUNT"
+if BORROWED_VARIABLE:
+    os.environ[BORROWED_VARIABLE] = "500"
 
 # name -> module; imported on first use, so that `--help` does not wait for NumPy
 _HOMES = {"Model": "model", "Session": "engine", "ModelFileError": "format"}

@@ -21,6 +21,7 @@ import threading
 
 import numpy as np
 
+from . import BORROWED_VARIABLE
 from .cpu import default_threads
 from .format import ROPE_TENSOR, ModelFile
 
@@ -125,8 +126,8 @@ def set_isa(str name):
 
 
 set_isa(runnable_isas()[-1])
-if os.environ.get("GOMP_SPINCOUNT") == "00":  # set by __init__.py for the loading of this module alone
-    del os.environ["GOMP_SPINCOUNT"]
+if BORROWED_VARIABLE:
+    os.environ.pop(BORROWED_VARIABLE, None)
 if os.environ.get("QWEN3C_ISA"):
     try:
         set_isa(os.environ["QWEN3C_ISA"])
