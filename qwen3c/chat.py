@@ -32,17 +32,23 @@ class ChatTemplate:
     """The template of a model and what it can be asked for.
 
     thinking: the model's kind. A "hybrid" model thinks unless told otherwise, the others cannot be told.
-    special_tokens: texts a template may refer to by name, such as {"bos_token": "..."}.
+    special_tokens: texts a template may refer to by name, such as {"bos_token": "..."}. renderer: one
+    to share.
     """
 
     def __init__(
-        self, source: str, tokenizer: Tokenizer, thinking: str, special_tokens: dict[str, str] | None = None
+        self,
+        source: str,
+        tokenizer: Tokenizer,
+        thinking: str,
+        special_tokens: dict[str, str] | None = None,
+        renderer: Renderer | None = None,
     ) -> None:
         self.source = source
         self.thinking = thinking
         self._tokenizer = tokenizer
         self._special_tokens = special_tokens or {}
-        self._renderer = Renderer()
+        self._renderer = renderer or Renderer()
 
     def prompt(
         self,

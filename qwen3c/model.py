@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +11,8 @@ from .chat import END_THINK, ChatTemplate, last_control_token, may_think
 from .format import ModelFileError
 from .generate import CachedSession, Generation
 from .sampler import Sampling, default_sampling
-from .tokenizer import Tokenizer
+from .template import Renderer
+from .tokenizer import BackgroundTokenizer, Tokenizer
 
 
 class Model(engine.Model):
@@ -37,17 +36,8 @@ class Model(engine.Model):
             self.sampling(thinking=True)
         except ValueError as error:
             raise ModelFileError(f"{self.path}: metadata: generation: {error}") from None
-        # a large vocabulary takes 0.3 s, without the GIL: beside whatever the caller does next
-        self._tokenizer: Future[Tokenizer] = Future()
-        threading.Thread(target=self._load_tokenizer).start()
-
-    def _load_tokenizer(self) -> None:
-        try:
-            self._tokenizer.set_result(Tokenizer(self.file.tokenizer))
-        except ValueError as error:
-            self._tokenizer.set_exception(ModelFileError(f"{self.path}: {error}"))
-        except BaseException as error:  # whoever waits for the tokenizer must hear of it
-            self._tokenizer.set_exception(error)
+        self._tokenizer = BackgroundTokenizer(self.file)
+        self._renderer = Renderer()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -60,12 +50,18 @@ class Model(engine.Model):
         names = self.metadata.get("special_tokens", {})
         if not isinstance(names, dict) or not all(isinstance(text, str) for text in names.values()):
             raise ModelFileError(f"{self.path}: metadata: special_tokens is not a table of texts")
-        return ChatTemplate(self.file.template, self.tokenizer, self.metadata["thinking"], names)
+        return ChatTemplate(
+            self.file.template, self.tokenizer, self.metadata["thinking"], names, self._renderer
+        )
 
     @cached_property
     def undefined_tokens(self) -> list[int]:
         """Ids below config.n_tokens that stand for no token."""
         return self.tokenizer.undefined(self.config.n_tokens)
+
+    def prepare_chat(self) -> None:
+        """Start what the first chat_prompt() would wait 0.1 s for, while the tokenizer is being loaded."""
+        self._renderer.start()
 
     def chat_prompt(
         self,

@@ -78,6 +78,7 @@ def chat(args: argparse.Namespace) -> int:
     from .repl import Repl
 
     model = _open_model(args)
+    model.prepare_chat()
     conversation = Conversation(
         model,
         _context(args, model),
@@ -105,6 +106,7 @@ def generate(args: argparse.Namespace) -> int:
         prompt = model.tokenizer.encode(text)
         max_tokens = RAW_TOKENS if max_tokens is None else max_tokens
     else:
+        model.prepare_chat()
         messages = [{"role": "system", "content": system}] if system is not None else []
         prompt = model.chat_prompt([*messages, {"role": "user", "content": text}], args.thinking)
     session = CachedSession(model, _context(args, model))
