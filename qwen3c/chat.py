@@ -32,8 +32,7 @@ class ChatTemplate:
     """The template of a model and what it can be asked for.
 
     thinking: the model's kind. A "hybrid" model thinks unless told otherwise, the others cannot be told.
-    special_tokens: texts a template may refer to by name, such as {"bos_token": "..."}. renderer: one
-    to share.
+    special_tokens: texts a template may refer to by name, such as {"bos_token": "..."}.
     """
 
     def __init__(

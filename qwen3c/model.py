@@ -19,7 +19,8 @@ class Model(engine.Model):
     """A model.bin, ready to be asked.
 
     path: the file. threads: None for as many as this machine can feed. kv: "f16" or "f32", the KV cache.
-    activations: "int8", or "float32" to compare with other implementations.
+    activations: "int8", or "float32" to compare with other implementations. renderer: of chat
+    templates, if one has been started already; any number of models may share it.
     ModelFileError, one line, if the file is not a model.bin that this version can run.
     """
 
@@ -29,6 +30,8 @@ class Model(engine.Model):
         threads: int | None = None,
         kv: engine.KV = "f16",
         activations: engine.Activations = "int8",
+        *,
+        renderer: Renderer | None = None,
     ) -> None:
         super().__init__(path, threads, kv, activations)
         try:
@@ -37,7 +40,7 @@ class Model(engine.Model):
         except ValueError as error:
             raise ModelFileError(f"{self.path}: metadata: generation: {error}") from None
         self._tokenizer = BackgroundTokenizer(self.file)
-        self._renderer = Renderer()
+        self._renderer = renderer or Renderer()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -58,10 +61,6 @@ class Model(engine.Model):
     def undefined_tokens(self) -> list[int]:
         """Ids below config.n_tokens that stand for no token."""
         return self.tokenizer.undefined(self.config.n_tokens)
-
-    def prepare_chat(self) -> None:
-        """Start what the first chat_prompt() would wait 0.1 s for, while the tokenizer is being loaded."""
-        self._renderer.start()
 
     def chat_prompt(
         self,

@@ -77,8 +77,7 @@ def chat(args: argparse.Namespace) -> int:
     from .conversation import Conversation
     from .repl import Repl
 
-    model = _open_model(args)
-    model.prepare_chat()
+    model = _open_model(args, chats=True)
     conversation = Conversation(
         model,
         _context(args, model),
@@ -99,14 +98,13 @@ def generate(args: argparse.Namespace) -> int:
     from .output import show
 
     text, system = _prompt_text(args), _system(args)
-    model = _open_model(args)
-    max_tokens = args.max_tokens
     raw = not args.chat_template and system is None and args.thinking is None
+    model = _open_model(args, chats=not raw)
+    max_tokens = args.max_tokens
     if raw:
         prompt = model.tokenizer.encode(text)
         max_tokens = RAW_TOKENS if max_tokens is None else max_tokens
     else:
-        model.prepare_chat()
         messages = [{"role": "system", "content": system}] if system is not None else []
         prompt = model.chat_prompt([*messages, {"role": "user", "content": text}], args.thinking)
     session = CachedSession(model, _context(args, model))
@@ -186,13 +184,20 @@ MODES = {"chat": chat, "generate": generate, "info": info, "perplexity": perplex
 # What the modes share
 
 
-def _open_model(args: argparse.Namespace) -> Model:
+def _open_model(args: argparse.Namespace, chats: bool = False) -> Model:
+    renderer = None
+    if chats:
+        from .template import Renderer
+
+        renderer = Renderer()
+        renderer.start()  # beside all that follows, which takes longer
+
     from . import engine
     from .model import Model
 
     if args.isa:
         engine.set_isa(args.isa)
-    return Model(args.model, args.threads, args.kv, args.activations)
+    return Model(args.model, args.threads, args.kv, args.activations, renderer=renderer)
 
 
 def _context(args: argparse.Namespace, model: Model) -> int:
