@@ -104,7 +104,10 @@ class CachedSession:
         self.tokens: list[int] = []
 
     def reuse(self, prompt: Sequence[int]) -> int:
-        """Keep the longest common prefix with `prompt`, but for its last token; return its length."""
+        """Keep the longest common prefix with `prompt`, but for its last token; return its length.
+
+        Only what `tokens` says is kept, whatever else the session may hold.
+        """
         limit = min(len(self.tokens), len(prompt) - 1)  # the last one is computed again for its logits
         common = next((i for i in range(limit) if self.tokens[i] != prompt[i]), limit)
         self.rewind(common)
@@ -112,9 +115,8 @@ class CachedSession:
 
     def forward(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Append `ids`; return the logits of the last one, shape (vocab_size,)."""
-        self.session.rewind(len(self.tokens))  # an interrupt may have come between the next two lines
         logits = self.session.forward(ids)
-        self.tokens += ids
+        self.tokens += ids  # an interrupt before this leaves a token too many in the session: see reuse()
         return logits
 
     def rewind(self, position: int) -> None:

@@ -503,8 +503,9 @@ class Terminal:
 def terminal(tmp_path: Path) -> Iterator[Any]:
     opened: list[Terminal] = []
 
-    def open_terminal(*args: str) -> Terminal:
-        opened.append(Terminal(*args, HOME=str(tmp_path), XDG_STATE_HOME=str(tmp_path / "state")))
+    def open_terminal(*args: str, **environment: str) -> Terminal:
+        places = {"HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "state")}
+        opened.append(Terminal(*args, **places, **environment))
         return opened[-1]
 
     yield open_terminal
@@ -583,6 +584,23 @@ def test_two_ctrl_c_in_a_row_do_not_end_a_conversation(terminal: Any) -> None:
     t.expect("> ")
     t.send("/exit\r")
     assert t.process.wait(30) == 0
+
+
+@posix
+def test_without_readline_lines_that_come_at_once_are_one_message(terminal: Any, tmp_path: Path) -> None:
+    (tmp_path / "readline.py").write_text("raise ImportError")
+    t = terminal("-m", "chat", "-n", "2", PYTHONPATH=str(tmp_path))
+    t.expect("> ")
+    t.send("pasted\nlines\n")
+    t.expect(SPEED_LINE)
+    t.expect("> ")
+    t.send("typed\n")
+    t.expect(SPEED_LINE)
+    t.expect("> ")
+    t.send(f"/save {tmp_path}/saved.json\n")
+    t.expect("4 messages saved")
+    messages = json.loads((tmp_path / "saved.json").read_text())["messages"]
+    assert [m["content"] for m in messages[::2]] == ["pasted\nlines", "typed"]
 
 
 @posix

@@ -230,11 +230,12 @@ def test_added_tokens_take_the_whitespace_their_flags_say() -> None:
         {"lstrip": True, "rstrip": True},
     ):
         plain.add_tokens([tokenizers.AddedToken(f"<{'_'.join(flags)}>", normalized=False, **flags)])
+    plain.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in ("<a>", "<a>b", "<a>bc")])
     tokenizer = Tokenizer(plain.to_str().encode())
     r = random.Random(9)
     tags = [token.content for token in plain.get_added_tokens_decoder().values()]
     for _ in range(2000):
-        text = "".join(r.choices([*tags, " ", "\n", "a", "_", "."], k=8))
+        text = "".join(r.choices([*tags, " ", "\n", "b", "c", "_", "."], k=8))
         assert tokenizer.encode_escaped(text) == plain.encode(text, add_special_tokens=False).ids, repr(text)
 
 
@@ -285,9 +286,11 @@ def test_truncation_and_padding_in_the_file_are_ignored() -> None:
     source.enable_truncation(3)
     source.enable_padding(length=9)
     text = "nothing of this is cut"
-    assert Tokenizer(source.to_str().encode()).encode(text) == Tokenizer(tokenizer_json().encode()).encode(
-        text
+    tokenizer, expected = (
+        Tokenizer(source.to_str().encode()),
+        Tokenizer(tokenizer_json().encode()).encode(text),
     )
+    assert tokenizer.encode(text) == tokenizer.encode(text, special=True) == expected
 
 
 def test_a_vocabulary_that_is_not_byte_level_streams_too() -> None:

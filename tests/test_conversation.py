@@ -1,0 +1,162 @@
+"""Conversations: what was said stays said, whatever happens to a reply.
+
+python -m pytest tests/test_conversation.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_models import export_small_model
+
+from qwen3c import Model
+from qwen3c.conversation import SETTINGS, Conversation, read_conversation
+from qwen3c.run import MODEL_IN_THE_BOX
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(str(MODEL_IN_THE_BOX), threads=1)
+
+
+def talk(model: Model, **options: Any) -> Conversation:
+    return Conversation(model, **{"max_tokens": 8, "seed": 1, "thinking": False} | options)
+
+
+def say(conversation: Conversation, text: str) -> str:
+    generation = conversation.ask(text)
+    return "".join(event.text for event in generation)
+
+
+def contents(conversation: Conversation) -> list[str]:
+    return [message["content"] for message in conversation.messages]
+
+
+def test_replies_are_those_of_the_whole_conversation(model: Model) -> None:
+    conversation = talk(model, system="be brief")
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "be brief"}]
+    for i, text in enumerate(["one", "two", "three"]):
+        messages.append({"role": "user", "content": text})
+        prompt = model.chat_prompt(messages, thinking=False)
+        # the seed moves on, or asking again would bring the same reply again
+        expected = "".join(event.text for event in model.generate(prompt, 8, seed=1 + i))
+        assert say(conversation, text) == expected
+        messages.append({"role": "assistant", "content": expected})
+    assert conversation.messages == messages[1:]
+
+
+def test_a_reply_stays_as_far_as_it_came(model: Model) -> None:
+    conversation = talk(model)
+    generation = conversation.ask("hi")
+    shown = next(generation).text + next(generation).text + next(generation).text
+    assert contents(conversation) == ["hi", shown]
+    assert say(conversation, "go on") and contents(conversation)[:3] == ["hi", shown, "go on"]
+
+
+def test_a_question_without_one_token_of_reply_was_not_asked(model: Model) -> None:
+    conversation = talk(model)
+    say(conversation, "hi")
+    before = conversation.messages
+    (event,) = conversation.ask("never mind", cancel=lambda: True)
+    assert event.finish_reason == "cancelled" and conversation.messages == before
+    (event,) = conversation.regenerate(cancel=lambda: True)
+    assert conversation.messages == before
+    with pytest.raises(ValueError, match="the context holds 2048"):
+        conversation.ask("much " * 2000)
+    assert conversation.messages == before
+
+
+def test_regenerating_replaces_the_last_reply(model: Model) -> None:
+    conversation = talk(model, temperature=2.0)
+    with pytest.raises(ValueError, match="no reply yet"):
+        conversation.regenerate()
+    first = say(conversation, "hi")
+    second = "".join(event.text for event in conversation.regenerate())
+    assert first != second and contents(conversation) == ["hi", second]
+    conversation.clear()
+    assert conversation.messages == []
+
+
+def test_settings_hold_from_the_next_reply_on(model: Model) -> None:
+    conversation = talk(model)
+    assert list(conversation.effective_settings()) == list(SETTINGS)
+    assert conversation.effective_settings()["temperature"] == 0.7  # without thinking
+    conversation.set("temperature", 0)
+    conversation.set("max_tokens", 3)
+    greedy = say(conversation, "hi")
+    conversation.clear()
+    assert say(conversation, "hi") == greedy
+    conversation.set("temperature", None)
+    assert conversation.effective_settings()["temperature"] == 0.7
+    for name, value in [
+        ("nothing", 1),
+        ("top_k", -1),
+        ("top_k", "5"),
+        ("max_tokens", 0),
+        ("max_tokens", 1.5),
+    ]:
+        with pytest.raises(ValueError, match=name):
+            conversation.set(name, value)
+    assert conversation.settings["max_tokens"] == 3
+
+
+def test_thinking_can_be_switched_where_the_model_can(model: Model, tmp_path: Path) -> None:
+    conversation = talk(model)
+    conversation.set_thinking(True)
+    assert conversation.effective_settings()["temperature"] == 0.6
+    always = Model(str(export_small_model(tmp_path, thinking="always")), threads=1)
+    with pytest.raises(ValueError, match="always thinks"):
+        Conversation(always, thinking=False)
+    with pytest.raises(ValueError, match="always thinks"):
+        Conversation(always).set_thinking(False)
+
+
+def test_a_saved_conversation_goes_on(model: Model, tmp_path: Path) -> None:
+    conversation, path = talk(model, system="be kind"), tmp_path / "c.json"
+    say(conversation, "hi 🎉")
+    conversation.save(str(path))
+    other = talk(model)
+    other.load(str(path))
+    assert (other.system, other.messages) == ("be kind", conversation.messages)
+    conversation.clear()
+    conversation.save(str(path))  # over an older one
+    assert read_conversation(path) == ("be kind", [])
+    assert os.listdir(tmp_path) == ["c.json"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff", b"[]", b"{}", b"null", b'{"qwen3c": "conversation"}', b"[" * 100_000,
+     b'{"qwen3c": "conversation", "system": 5, "messages": []}',
+     b'{"qwen3c": "conversation", "system": null, "messages": [{"role": "cat", "content": ""}]}'],
+)  # fmt: skip
+def test_other_files_are_neither_loaded_nor_written_over(
+    model: Model, tmp_path: Path, content: bytes
+) -> None:
+    conversation, path = talk(model), tmp_path / "c.json"
+    say(conversation, "hi")
+    before = conversation.messages
+    path.write_bytes(content)
+    for act in (conversation.load, conversation.save):
+        with pytest.raises(ValueError, match=r"c\.json is not a saved conversation") as caught:
+            act(str(path))
+        assert "\n" not in str(caught.value)
+    assert conversation.messages == before and path.read_bytes() == content
+
+
+def test_a_save_that_fails_leaves_the_old_file(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation, path = talk(model), tmp_path / "c.json"
+    say(conversation, "hi")
+    conversation.save(str(path))
+    saved = path.read_bytes()
+    say(conversation, "again")
+    monkeypatch.setattr(json, "dump", lambda data, file, **_: (file.write("half"), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        conversation.save(str(path))
+    assert path.read_bytes() == saved and os.listdir(tmp_path) == ["c.json"]
