@@ -1,4 +1,4 @@
-"""model.bin -> chat | generate | info | perplexity: `python run.py model.bin -m chat`, `--help` for the rest."""
+"""model.bin -> chat | generate | info | perplexity: `python run.py model.bin -m chat`, or `--help`."""
 
 import sys
 

@@ -77,7 +77,7 @@ class ChatTemplate:
             raise ValueError("this model does not think: thinking cannot be switched on")
 
     def _escaped_message(self, message: dict[str, Any]) -> dict[str, Any]:
-        """What the assistant said may hold its own tags; nothing else in a conversation may hold any token."""
+        """What the assistant said may hold its own tags; nothing else may hold any control token."""
         own = TAGS if message["role"] == "assistant" else ()
         return {
             key: self._tokenizer.escape(value, keep=own)

@@ -132,7 +132,7 @@ class Conversation:
             temporary.unlink(missing_ok=True)
 
     def load(self, path: str) -> None:
-        """Go on from a file that save() wrote. ValueError or OSError, and nothing changed, if it cannot be."""
+        """Go on from a file that save() wrote. ValueError or OSError, and nothing changed, if it is none."""
         system, messages = read_conversation(Path(path).expanduser())
         self.system, self._before, self._generation = system, messages, None
 

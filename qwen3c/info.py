@@ -46,7 +46,8 @@ def lines(file: ModelFile) -> Iterator[str]:
     yield f"{'offset':>14} {'bytes':>13}  {'type':<9} {'shape':<15} tensor"
     for tensor in info["tensors"]:
         shape = " x ".join(map(str, tensor["shape"]))
-        yield f"{tensor['offset']:>14} {tensor['bytes']:>13}  {tensor['type']:<9} {shape:<15} {tensor['name']}"
+        place = f"{tensor['offset']:>14} {tensor['bytes']:>13}"
+        yield f"{place}  {tensor['type']:<9} {shape:<15} {tensor['name']}"
     yield ""
     yield f"{'context':>9} {'KV f16':>10} {'KV f32':>10} {'all in, f16':>12}"
     for row in info["memory"]:

@@ -172,7 +172,8 @@ def perplexity(args: argparse.Namespace) -> int:
         )
     else:
         print(
-            f"perplexity {result.perplexity:.4f} ({mean:.4f} nats per token) over {result.tokens} tokens, windows of {window}"
+            f"perplexity {result.perplexity:.4f} ({mean:.4f} nats per token) "
+            f"over {result.tokens} tokens, windows of {window}"
         )
     return 0
 
@@ -383,8 +384,13 @@ def _add_text(group: Any) -> None:
         help="thinking off or on (default: as the model does, which is on)")  # fmt: skip
     add("--think", dest="thinking", action="store_true", default=None, help="the same as -r 1")
     add("--no-think", dest="thinking", action="store_false", default=None, help="the same as -r 0")
-    add("-n", "--max-tokens", type=_at_least(0), metavar="N",
-        help=f"most tokens of a reply; 0: what the context holds (default: 0, raw text {RAW_TOKENS})")  # fmt: skip
+    add(
+        "-n",
+        "--max-tokens",
+        type=_at_least(0),
+        metavar="N",
+        help=f"most tokens of a reply; 0: what the context holds (default: 0; raw text {RAW_TOKENS})",
+    )
     add("--stop", action="append", default=[], metavar="TEXT", help="end the reply before TEXT; repeatable")
 
 
@@ -403,8 +409,15 @@ def _add_sampling(group: Any) -> None:
 
 def _add_machine(group: Any) -> None:
     add = group.add_argument
-    add("-c", "--context", "--ctx", type=_at_least(0), metavar="N", help="positions; 0: the model's (default: "
-        "8192, or what the model and half of the free memory hold; perplexity: windows of 2048)")  # fmt: skip
+    add(
+        "-c",
+        "--context",
+        "--ctx",
+        type=_at_least(0),
+        metavar="N",
+        help="positions; 0: the model's "
+        "(default: 8192, or what the model and half of the free memory hold; perplexity: windows of 2048)",
+    )
     add("-j", "--threads", type=_at_least(1), metavar="N", help="default: what this machine can feed")
     add("--kv", choices=("f16", "f32"), default="f16", help="type of the KV cache (default: f16)")
     add("--activations", choices=("int8", "float32"), default="int8",

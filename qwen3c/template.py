@@ -65,7 +65,7 @@ class Renderer:
                 self._child = None
         if "error" in reply:
             raise ChatTemplateError(f"chat template: {reply['error']}")
-        return reply["text"]
+        return str(reply["text"])
 
     def _running_child(self) -> subprocess.Popen[bytes]:
         # after os.fork() the child belongs to the parent: two processes must not share its pipes
@@ -165,7 +165,7 @@ def _answer(request: bytes) -> dict[str, Any]:
 
 def render(template: str, variables: dict[str, Any]) -> str:
     """Jinja as `transformers` sets it up, so that templates find what they were written for."""
-    return _compiled(template).render(variables)
+    return str(_compiled(template).render(variables))
 
 
 @functools.lru_cache(maxsize=4)
@@ -180,7 +180,7 @@ def _environment() -> Any:
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %}...{% endgeneration %} marks what the model wrote, for training; here it is its body."""
+        """{% generation %}...{% endgeneration %} marks, for training, what the model wrote."""
 
         tags = {"generation"}
 

@@ -80,10 +80,14 @@ def test_stdout_carries_the_text_of_the_model_alone(model: Model) -> None:
     done = command("-i", PROMPT, "-n", "30", "-s", "7")
     assert done.status == 0 and done.out == expected.rstrip("\n") + "\n"
     chosen, speed = done.err.splitlines()
-    assert re.search(r"int8 g64 .* \| raw text \| temperature 0\.6 top-p 0\.95 top-k 20 \| context 2048 of 2048 "
-                     r"\(KV f16: 6\.0 MiB when full\) \| threads \d+ \| \w+ \(", chosen)  # fmt: skip
+    assert re.search(
+        r"int8 g64 .* \| raw text \| temperature 0\.6 top-p 0\.95 top-k 20 \| context 2048 of 2048 "
+        r"\(KV f16: 6\.0 MiB when full\) \| threads \d+ \| \w+ \(",
+        chosen,
+    )
     assert re.fullmatch(
-        r"prompt 8 tok [\d.]+ tok/s \| reply 30 tok [\d.]+ tok/s \| context 37/2048 \| seed 7 \| cut at max tokens \(-n\)",
+        r"prompt 8 tok [\d.]+ tok/s \| reply 30 tok [\d.]+ tok/s \| context 37/2048 \| seed 7 "
+        r"\| cut at max tokens \(-n\)",
         speed,
     )
 
@@ -142,11 +146,15 @@ def test_json_is_one_line_that_tells_everything(model: Model, capsys: pytest.Cap
 
 
 def test_flags_reach_the_sampler(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = "-t 0.9 -p 0.7 --top-k 9 --min-p 0.01 --presence-penalty 1 --frequency-penalty 0.2 " \
-            "--repetition-penalty 1.1 --logit-bias 13=-3 --logit-bias 220=2 -s 5".split()  # fmt: skip
-    expected = text_of(model, model.tokenizer.encode(PROMPT), 40, temperature=0.9, top_p=0.7, top_k=9, min_p=0.01,
-                       presence_penalty=1.0, frequency_penalty=0.2, repetition_penalty=1.1,
-                       logit_bias={13: -3.0, 220: 2.0}, seed=5)  # fmt: skip
+    flags = (
+        "-t 0.9 -p 0.7 --top-k 9 --min-p 0.01 --presence-penalty 1 --frequency-penalty 0.2 "
+        "--repetition-penalty 1.1 --logit-bias 13=-3 --logit-bias 220=2 -s 5"
+    ).split()
+    sampling = {"temperature": 0.9, "top_p": 0.7, "top_k": 9, "min_p": 0.01, "seed": 5}
+    penalties = {"presence_penalty": 1.0, "frequency_penalty": 0.2, "repetition_penalty": 1.1}
+    bias = {13: -3.0, 220: 2.0}
+    prompt = model.tokenizer.encode(PROMPT)
+    expected = text_of(model, prompt, 40, logit_bias=bias, **sampling, **penalties)
     assert in_process(capsys, "-i", PROMPT, "-n", "40", *flags).out == expected.rstrip("\n") + "\n"
     stop = expected[10:13]
     stopped = in_process(capsys, "-i", PROMPT, "-n", "40", *flags, "--stop", stop)
@@ -459,7 +467,11 @@ def test_what_is_a_command_and_what_a_message(text: str, expected: tuple[str, st
 class Terminal:
     """run.py on a pseudo-terminal that is its controlling one, as in a terminal window."""
 
-    LAUNCHER = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    LAUNCHER = (
+        "import fcntl, os, sys, termios\n"
+        "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
 
     def __init__(self, *args: str, **environment: str) -> None:
         self._master, slave = os.openpty()

@@ -243,7 +243,7 @@ def test_defaults_are_the_models_then_the_recommended() -> None:
 
 
 def test_sampling_a_large_vocabulary_is_quick() -> None:
-    """Targets: 0.05 ms greedy, 0.25 ms with top-k and top-p, of a token's 20 ms; here with room for a busy machine."""
+    """0.05 ms greedy and 0.25 ms with top-k and top-p are meant; here with room for a busy machine."""
     logits = (np.random.default_rng(0).standard_normal(151_936) * 3).astype(np.float32)
 
     def best_ms(s: Sampling) -> float:

@@ -18,7 +18,9 @@ import pytest
 from qwen3c.template import ChatTemplateError, Renderer
 
 MESSAGES = {"messages": [{"role": "user", "content": "hi"}]}
-GROWING = "{% set ns = namespace(s='x') %}{% for i in range(70) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}"
+GROWING = (
+    "{% set n = namespace(s='x') %}{% for i in range(70) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}"
+)
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 HOSTILE = {

@@ -1,7 +1,7 @@
 """Text <-> tokens: exactly the source tokenizer's, characters whole, text never a control token.
 
 python -m pytest tests/test_tokenizer.py
-QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/test_tokenizer.py    # its vocabulary, 200,000 strings
+QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/test_tokenizer.py  # 200,000 strings
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ def source(data: bytes) -> tokenizers.Tokenizer:
 # ----------------------------------------------------------------------------
 # Strings of many kinds
 
-WORDS = ("the quick brown Fox can't WON'T I'll they're 've don't naïve Straße x=1; foo_bar() http://a.b/c?d=e "
-         "привет мир 你好世界 こんにちは 안녕하세요 שלום עולם مرحبا नमस्ते ไทย Ελληνικά ქართული አማርኛ").split()  # fmt: skip
+WORDS = (
+    "the quick brown Fox can't WON'T I'll they're 've don't naïve Straße x=1; foo_bar() http://a.b/c?d=e "
+    "привет мир 你好世界 こんにちは 안녕하세요 "
+    "שלום עולם مرحبا नमस्ते ไทย Ελληνικά ქართული አማርኛ"
+).split()
 EMOJI = ["😀", "👍🏽", "👨‍👩‍👧‍👦", "🏳️‍🌈", "🇩🇪", "❤️", "1️⃣", "🧑🏿‍🚀", "\u200d", "\ufe0f"]
 SPACES = [
     " ",
