@@ -11,10 +11,11 @@ SOURCES := pyproject.toml setup.py $(wildcard qwen3c/*.pyx qwen3c/*.pxd qwen3c/k
 help:
 	@grep -E '^## ' Makefile | cut -c4-
 
+# (the space after `def` is the first character of the next token, so the prompt ends before it)
 ## make run        talk to the model in the box (without a terminal: a short completion)
 run: $(VENV)/ready
 	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/python run.py; \
-	else $(BIN)/python run.py -m generate -i 'def ' -n 48 -t 0; fi
+	else printf 'def' && $(BIN)/python run.py -m generate -i 'def' -n 40 -t 0.7 -s 1; fi
 
 ## make test       all tests; those that need torch and transformers run after `make oracles`
 test: $(VENV)/ready

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .format import Config
+from .format import Config, ModelFile
 
 Logits = Literal["last", "all"]
 Activations = Literal["int8", "float32"]
@@ -60,6 +60,7 @@ class Model:
     """A mapped model.bin and the buffers of its forward pass; threads may share it (calls take turns)."""
 
     path: str
+    file: ModelFile
     config: Config
     metadata: dict[str, Any]
     threads: int
