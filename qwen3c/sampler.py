@@ -212,13 +212,13 @@ def kept(p: NDArray[np.float32], top_p: float, min_p: float) -> NDArray[np.bool_
     return keep
 
 
-def _most_likely(p: NDArray[np.float32], top_p: float) -> NDArray[np.integer[Any]]:
+def _most_likely(p: NDArray[np.float32], top_p: float) -> NDArray[np.int32]:
     """Ids, largest probability first, enough of them to reach top_p; all in their own order if that is 1."""
     if top_p == 1:
-        return np.arange(len(p))
+        return np.arange(len(p), dtype=np.int32)
     for n in (64, 512, 4096):
         if n < len(p):
             ids = engine.top_k(p, n)
             if np.cumsum(p[ids], dtype=np.float64)[-1] >= top_p:
                 return ids
-    return np.argsort(-p, kind="stable")
+    return np.argsort(-p, kind="stable").astype(np.int32)

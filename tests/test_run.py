@@ -5,6 +5,7 @@ python -m pytest tests/test_run.py
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -504,6 +505,15 @@ class Terminal:
     def send(self, text: str) -> None:
         os.write(self._master, text.encode())
 
+    def interrupt_until(self, pattern: str) -> None:
+        """Press Ctrl-C. Python's readline notices it with the next key, should it come between two keys."""
+        for _ in range(30):
+            self.send("\x03")
+            with contextlib.suppress(AssertionError):
+                self.expect(pattern, seconds=1)
+                return
+        self.expect(pattern, seconds=0)
+
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
@@ -561,8 +571,9 @@ def test_a_conversation_at_a_terminal(terminal: Any, tmp_path: Path) -> None:
     t.send("/foo\r")
     t.expect(r"error: unknown command /foo")
     t.expect("> ")
-    t.send("typed and given up\x03")
-    t.expect(r"\(Ctrl-D or /exit leaves\)")
+    t.send("typed and given up")
+    t.expect("given up")
+    t.interrupt_until(r"\(Ctrl-D or /exit leaves\)")
     t.expect("> ")
     t.send(f"/save {tmp_path}/saved.json\r")
     t.expect("8 messages saved")
@@ -576,7 +587,8 @@ def test_a_conversation_at_a_terminal(terminal: Any, tmp_path: Path) -> None:
         "a block\nof two",
         "/no_think hi",
     ]
-    assert len(messages[1]["content"]) >= 40 and messages[1]["content"] in t.seen
+    # of what was on its way when Ctrl-C came, the terminal itself may throw the end away
+    assert len(messages[1]["content"]) >= 40 and messages[1]["content"][:30] in t.seen
     history = (tmp_path / "state" / "qwen3c" / "history").read_text()
     assert "write a lot" in history and (tmp_path / "state/qwen3c/history").stat().st_mode & 0o077 == 0
 
