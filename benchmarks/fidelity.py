@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,9 +105,10 @@ def reference(source: Path) -> Forward:
         import transformers
     except ImportError as error:
         raise SystemExit(f"fidelity.py: error: {error}; `make oracles` installs the reference") from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    model = transformers.Qwen3ForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    library: Any = transformers
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    model = library.Qwen3ForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
 
     def forward(ids: Ids) -> NDArray[np.float32]:
         with torch.no_grad():
@@ -144,7 +146,7 @@ def candidates(args: argparse.Namespace, work: Path) -> Iterator[tuple[str, Forw
             for kv in args.kv:
                 yield f"{name}, {kv} cache, {activations} activations", ours(path, kv, activations)
     if args.llama_cpp:
-        from llamacpp import write_gguf
+        from gguf_model import write_gguf
 
         write_gguf(args.source, work / "q8_0.gguf")
         yield "llama.cpp Q8_0, f16 cache", llama_cpp(work / "q8_0.gguf", args.window)
@@ -168,8 +170,8 @@ def windows(args: argparse.Namespace) -> list[Ids]:
     return cut[: args.windows] if args.windows else cut
 
 
-def main() -> int:
-    args = parse()
+def measure(args: argparse.Namespace) -> dict[str, Difference]:
+    """The difference of every candidate over all windows."""
     forward = reference(args.source)
     with tempfile.TemporaryDirectory() as work:
         models = dict(candidates(args, Path(work)))
@@ -177,13 +179,23 @@ def main() -> int:
         texts = windows(args)
         for i, ids in enumerate(texts):
             if sys.stderr.isatty():
-                print(f"\rwindow {i + 1} of {len(texts)}", end="", file=sys.stderr, flush=True)
+                print(f"\rwindow {i + 1} of {len(texts)} ", end="", file=sys.stderr, flush=True)
             logits = forward(ids)
             expected = Expected(logits, log_softmax(logits))
             for name, model in models.items():
                 differences[name].add(model(ids), expected, ids)
     if sys.stderr.isatty():
         print(file=sys.stderr)
+    return differences
+
+
+def main() -> int:
+    args = parse()
+    try:
+        differences = measure(args)
+    except (OSError, ValueError) as error:
+        print(f"fidelity.py: error: {error}", file=sys.stderr)
+        return 2
     first = next(iter(differences.values()))
     of = args.text.name if args.text else "uniformly random"
     perplexity = math.exp(first.reference_loss / first.predictions)
