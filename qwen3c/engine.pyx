@@ -96,8 +96,10 @@ cdef Py_ssize_t MAX_ROWS = 256
 # Work below this many multiply-adds is done by one thread: waking a second costs more than it saves.
 cdef Py_ssize_t SERIAL_WORK = 400_000
 
-# Weight bytes one thread takes at a time: small enough to share evenly with a neighbour on the other core.
-cdef Py_ssize_t TASK_BYTES = 64 * 1024
+# Weight bytes one thread takes at a time: long enough a stream for the hardware's prefetch, and several for every
+# thread of even a small matrix, so that one that was held up leaves its share to the others.
+cdef Py_ssize_t TASK_BYTES = 256 * 1024
+cdef Py_ssize_t TASKS_PER_THREAD = 4
 
 
 # ----------------------------------------------------------------------------
@@ -555,7 +557,9 @@ cdef void matmul_tiles(
 
 cdef void matmul(Model m, float *y, const float *x, Py_ssize_t n, const Matrix *w) noexcept nogil:
     """y (n, rows) = x (n, columns) w^T, x taken as int8 or float32 as the model was opened."""
-    cdef Py_ssize_t i, n_tiles = ceil_div(w.rows, 16), per_task = max(2, TASK_BYTES // (16 * w.columns) // 2 * 2)
+    cdef Py_ssize_t i, n_tiles = ceil_div(w.rows, 16)
+    cdef Py_ssize_t share = min(TASK_BYTES // (16 * w.columns), n_tiles // (TASKS_PER_THREAD * m.threads))
+    cdef Py_ssize_t per_task = max(2, share // 2 * 2)  # the kernels take tile rows in pairs
     if m.int8:
         for i in prange(n, schedule="static", num_threads=m.threads, use_threads_if=team(m, 16 * n * w.columns) > 1):
             quantize_row(m, x, i, w.columns)

@@ -148,7 +148,10 @@ INLINE void matmul_int8_block(const size_t R, const size_t T, float *y, size_t s
                               const uint8_t *tiles, size_t n_rows, size_t columns, size_t group_size) {
     size_t n_groups = columns / group_size, tile_row = n_groups * TILE_BYTES(group_size);
     f32x16 sum[MATMUL_TILES][MATMUL_TOKENS];
-    UNROLL for (size_t r = 0; r < R; r++) UNROLL for (size_t t = 0; t < T; t++) sum[r][t] = f32_set(0);
+    UNROLL for (size_t r = 0; r < R; r++) UNROLL for (size_t t = 0; t < T; t++) {
+        sum[r][t] = f32_set(0);
+        __builtin_prefetch(y + (token + t) * stride + r * 16, 1);  /* the results go far apart: ask for their lines now */
+    }
     const int8_t *codes = x->codes + token * columns;
     for (size_t g = 0; g < n_groups; g++, tiles += TILE_BYTES(group_size), codes += group_size) {
         const float *scales = x->scales + token * n_groups + g;
