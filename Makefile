@@ -15,7 +15,7 @@ help:
 ## make run        talk to the model in the box (without a terminal: a short completion)
 run: $(VENV)/ready
 	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/python run.py; \
-	else printf 'def' && $(BIN)/python run.py -m generate -i 'def' -n 40 -t 0.7 -s 1; fi
+	else $(BIN)/python run.py -m generate --echo -i 'def' -n 40 -t 0.6 -s 8; fi
 
 ## make test       all tests; those that need torch and transformers run after `make oracles`
 test: $(VENV)/ready

@@ -94,7 +94,7 @@ cdef extern from "kernels/kernels.h" nogil:
 cdef Py_ssize_t MAX_ROWS = 256
 
 # Work below this many multiply-adds is done by one thread: waking a second costs more than it saves.
-cdef Py_ssize_t SERIAL_WORK = 400_000
+cdef Py_ssize_t SERIAL_WORK = 1_000_000
 
 # Weight bytes one thread takes at a time: long enough a stream for the hardware's prefetch, and several for every
 # thread of even a small matrix, so that one that was held up leaves its share to the others.

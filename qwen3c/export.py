@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
 from . import format
+from .terminal import one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -403,8 +404,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(progress, f"{error.filename or args.target}: {error.strerror or error}", 2)
     except MemoryError as error:
         return _fail(progress, f"out of memory: {error}", 2)
-    except ValueError as error:
-        return _fail(progress, str(error), 2)
+    except (ValueError, ImportError) as error:
+        return _fail(progress, one_line(error), 2)
     finally:
         signal.signal(signal.SIGTERM, previous)
     if progress:

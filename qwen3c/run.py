@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, ImportError) as error:
         if isinstance(error, OSError) and error.filename is None:
             return _cannot_write(error)
         return _fail(terminal.one_line(error))
@@ -115,6 +115,8 @@ def generate(args: argparse.Namespace) -> int:
             **_sampling(args), **callbacks,
         )  # fmt: skip
         _say_what_was_chosen(args, model, session.context, model.may_think(prompt), raw)
+        if args.echo:
+            print(text, end="", flush=True)
         return reply
 
     reply = show(ask, _writer(args, model)).reply
@@ -321,6 +323,8 @@ def _check_combination(parser: _Parser, args: argparse.Namespace) -> None:
         parser.error("--verify belongs to -m info")
     if args.mode == "chat" and (args.prompt is not None or args.file is not None):
         parser.error("-m chat takes its messages from stdin; -i and --file belong to -m generate")
+    if args.echo and (args.mode != "generate" or args.json):
+        parser.error("--echo belongs to -m generate, without --json")
     if args.logprobs is not None and not args.json:
         parser.error("--logprobs needs --json, where they are shown")
     if args.system is not None and args.system_file is not None:
@@ -378,6 +382,7 @@ def _add_text(group: Any) -> None:
     add("--file", metavar="FILE", help="read the prompt, or the text of perplexity, from a file; after -i")
     add("--chat-template", action="store_true", help="generate: the prompt is a message to reply to, not "
         "raw text to complete (implied by -y, -r, --think and --no-think)")  # fmt: skip
+    add("--echo", action="store_true", help="generate: print the prompt before what follows it")
     add("-y", "--system", metavar="TEXT", help="system prompt (default: none)")
     add("--system-file", metavar="FILE", help="system prompt from a file")
     add("-r", "--reasoning", dest="thinking", type=_zero_or_one, metavar="0|1",

@@ -51,6 +51,8 @@ def one_line(error: Exception) -> str:
         return f"out of memory: {error}" if str(error) else "out of memory: a smaller context (-c) takes less"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}: `pip install .` in the folder of qwen3c builds and installs what is missing"
     return " ".join(str(error).split())
 
 
