@@ -13,13 +13,48 @@ def quantize(weights: NDArray[np.float32], group_size: int) -> tuple[NDArray[np.
     rows, columns = weights.shape
     groups = weights.reshape(rows, columns // group_size, group_size)
     largest = np.abs(groups).max(axis=2)
-    scales = (largest / np.float32(127)).astype(np.float16)
-    too_small = largest > np.float32(127.5) * scales.astype(np.float32)
+    scales = _fp16_scales(largest / np.float32(127), largest)
+    codes = _codes(groups, scales)
+    squares = (codes.astype(np.int64) ** 2).sum(axis=2)
+    fitted = _sum(groups * codes) / np.where(squares == 0, 1, squares).astype(np.float32)
+    second_scales = _fp16_scales(fitted, largest)
+    second_codes = _codes(groups, second_scales)
+    better = _loss(groups, second_scales, second_codes) < _loss(groups, scales, codes)
+    scales = np.where(better, second_scales, scales)
+    codes = np.where(better[:, :, None], second_codes, codes)
+    return codes.reshape(rows, columns).astype(np.int8), scales
+
+
+def _fp16_scales(scales: NDArray[np.float32], largest: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Rounded; the next larger one where the largest weight would lie more than half a step beyond 127."""
     with np.errstate(over="ignore"):  # where the next one is not needed
-        scales = np.where(too_small, np.nextafter(scales, np.float16(np.inf)), scales)
+        halves = scales.astype(np.float16)
+        too_small = largest > np.float32(127.5) * halves.astype(np.float32)
+        return np.where(too_small, np.nextafter(halves, np.float16(np.inf)), halves)
+
+
+def _codes(groups: NDArray[np.float32], scales: NDArray[np.float16]) -> NDArray[np.float32]:
     divisor = np.where(scales == 0, np.float16(1), scales).astype(np.float32)[:, :, None]
-    codes = np.clip(np.rint(groups / divisor), -127, 127).astype(np.int8)
-    return codes.reshape(rows, columns), scales
+    return np.clip(np.rint(groups / divisor), -127, 127)
+
+
+def _loss(
+    groups: NDArray[np.float32], scales: NDArray[np.float16], codes: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    with np.errstate(invalid="ignore"):  # an infinite scale loses everything
+        off = groups - codes * scales.astype(np.float32)[:, :, None]
+    return _sum(off * off)
+
+
+def _sum(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Over the last axis in float32: 16 lanes one after the other, then lane i + lane i + 8, + 4, + 2, + 1."""
+    lanes = values.reshape(*values.shape[:-1], -1, 16)
+    total = np.zeros(lanes.shape[:-2] + (16,), np.float32)
+    for i in range(lanes.shape[-2]):
+        total = lanes[..., i, :] + total
+    for width in (8, 4, 2, 1):
+        total = total[..., :width] + total[..., width : 2 * width]
+    return total[..., 0]
 
 
 def dequantize(codes: NDArray[np.int8], scales: NDArray[np.float16]) -> NDArray[np.float32]:

@@ -508,14 +508,16 @@ static void load_source(float *w, const void *row, SourceType type, size_t offse
         }
 }
 
-/* largest |w| of a group, or a negative number if a value is NaN, infinite or too large for an fp16 scale */
-static float largest_magnitude(const float *w, size_t n) {
-    f32x16 largest = f32_set(0), zero = f32_set(0);
+/* largest |w| of a group, or a negative number if a value is NaN, infinite or too large for an fp16 scale; sum w^2 */
+static float largest_magnitude(const float *w, size_t n, float *square) {
+    f32x16 largest = f32_set(0), zero = f32_set(0), squares = f32_set(0);
     for (size_t i = 0; i < n; i += 16) {
         f32x16 v = f32_load(w + i);
         largest = f32_max(largest, f32_abs(v));
         zero = f32_fma(v, f32_set(0), zero);  /* NaN if v is NaN or infinite */
+        squares = f32_fma(v, v, squares);
     }
+    *square = sum_lanes(squares);
     float max = max_lanes(largest);
     return sum_lanes(zero) == 0 && max <= 127.0f * 65504.0f ? max : -1.0f;
 }
@@ -526,48 +528,80 @@ static int64_t first_bad(const float *w, size_t n) {
     return 0;
 }
 
-/* codes of one row of one group, and how far they are off */
-static void quantize_group(int8_t *codes, const float *w, float scale, size_t n, QuantizationError *error) {
-    f32x16 largest = f32_set(0), errors = f32_set(0), squares = f32_set(0);
+/* Codes of one row of one group for a scale; returns the square of what is lost. */
+static float round_group(int8_t *codes, const float *w, float scale, size_t n, float *largest) {
+    f32x16 largest_off = f32_set(0), squares = f32_set(0);
     for (size_t i = 0; i < n; i += 16) {
         f32x16 v = f32_load(w + i), code = f32_set(0);
         if (scale > 0) code = f32_round(f32_div(v, f32_set(scale)));
         code = f32_max(f32_set(-127), f32_min(f32_set(127), code));
         f32_store_i8(codes + i, code);
         f32x16 off = f32_sub(v, f32_mul(code, f32_set(scale)));
-        largest = f32_max(largest, f32_abs(off));
-        errors = f32_fma(off, off, errors);
-        squares = f32_fma(v, v, squares);
+        largest_off = f32_max(largest_off, f32_abs(off));
+        squares = f32_add(f32_mul(off, off), squares);
     }
-    float max = max_lanes(largest);
-    if (max > error->largest) error->largest = max;
-    error->error_square += sum_lanes(errors);
-    error->square += sum_lanes(squares);
+    *largest = max_lanes(largest_off);
+    return sum_lanes(squares);
+}
+
+/* The scale that loses least for given codes: sum w code / sum code^2. */
+static float fitted_scale(const int8_t *codes, const float *w, size_t n) {
+    f32x16 products = f32_set(0);
+    int32_t squares = 0;
+    for (size_t i = 0; i < n; i += 16) {
+        float lane[16];
+        for (size_t j = 0; j < 16; j++) {
+            lane[j] = (float)codes[i + j];
+            squares += codes[i + j] * codes[i + j];
+        }
+        products = f32_add(f32_mul(f32_load(w + i), f32_load(lane)), products);
+    }
+    return squares ? sum_lanes(products) / (float)squares : 0.0f;
+}
+
+/* fp16 scales of 16 rows, and back; none so small that max would lie more than half a step beyond 127 */
+static void round_scales(uint16_t *halves, float *back, const float *scales, const float *max) {
+    f32_store_f16(halves, f32_load(scales));
+    f32_store(back, f32_load_f16(halves));
+    for (size_t r = 0; r < 16; r++)
+        if (max[r] > 127.5f * back[r]) halves[r]++;
+    f32_store(back, f32_load_f16(halves));
 }
 
 static void quantize_tiles(uint8_t *tiles, const void *const rows[TILE_ROWS], SourceType type, size_t columns,
                            size_t group_size, QuantizationError *error) {
-    float w[16][256], max[16], scales[16], back[16];
-    int8_t codes[16][256];
-    uint16_t halves[16];
+    float w[16][256], max[16], scales[16], first[16], second[16];
+    int8_t codes[16][256], refitted[256];
+    uint16_t halves[16], refitted_halves[16];
     for (size_t g = 0; g < columns / group_size; g++, tiles += TILE_BYTES(group_size)) {
+        float lost[16], largest[16], square[16];
         for (size_t r = 0; r < 16; r++) {
             load_source(w[r], rows[r], type, g * group_size, group_size);
-            max[r] = largest_magnitude(w[r], group_size);
+            max[r] = largest_magnitude(w[r], group_size, &square[r]);
             if (max[r] < 0) {
                 if (error->bad < 0) error->bad = (int64_t)(r * columns + g * group_size) + first_bad(w[r], group_size);
-                max[r] = 0;
+                max[r] = square[r] = 0;
             }
             scales[r] = max[r] / 127.0f;
         }
-        f32_store_f16(halves, f32_load(scales));
-        f32_store(back, f32_load_f16(halves));
-        for (size_t r = 0; r < 16; r++)
-            if (max[r] > 127.5f * back[r]) halves[r]++;
-        f32_store(back, f32_load_f16(halves));
+        round_scales(halves, first, scales, max);
         for (size_t r = 0; r < 16; r++) {
-            quantize_group(codes[r], w[r], back[r], group_size, error);
+            lost[r] = round_group(codes[r], w[r], first[r], group_size, &largest[r]);
+            scales[r] = fitted_scale(codes[r], w[r], group_size);
+        }
+        round_scales(refitted_halves, second, scales, max);
+        for (size_t r = 0; r < 16; r++) {
+            float largest_off, lost_now = round_group(refitted, w[r], second[r], group_size, &largest_off);
+            if (lost_now < lost[r]) {
+                lost[r] = lost_now;
+                largest[r] = largest_off;
+                halves[r] = refitted_halves[r];
+                memcpy(codes[r], refitted, group_size);
+            }
             for (size_t c = 0; c < group_size; c += 4) memcpy(tiles + c * 16 + r * 4, &codes[r][c], 4);
+            if (largest[r] > error->largest) error->largest = largest[r];
+            error->error_square += lost[r];
+            error->square += square[r];
         }
         memcpy(tiles + 16 * group_size, halves, sizeof halves);
     }

@@ -113,7 +113,8 @@ typedef struct {
 
     /* Stored form of one tile row (16 rows) from rows of `type`, NULL for padding. Per group:
          scale = fp16(max|w| / 127), the next fp16 up if max|w| > 127.5 scale;
-         code = w / scale rounded to nearest even, clamped to -127..127. */
+         code = w / scale rounded to nearest even, clamped to -127..127;
+       then once more from scale = fp16(sum w code / sum code^2), which is kept if sum (w - scale code)^2 is less. */
     void (*quantize_tiles)(uint8_t *tiles, const void *const rows[TILE_ROWS], SourceType type, size_t columns,
                            size_t group_size, QuantizationError *error);
 } Kernels;
