@@ -653,6 +653,13 @@ cdef void attention(Model m, const Span *spans, Py_ssize_t n_spans, Py_ssize_t l
         attend(m, &spans[i // per_span], l, i % per_span // parts, i % parts, heads)
 
 
+cdef void add(Model m, float *x, const float *y, Py_ssize_t n) noexcept nogil:
+    """x (n, dim) += y."""
+    cdef Py_ssize_t i
+    for i in prange(n, schedule="static", num_threads=m.threads, use_threads_if=team(m, 4 * n * m.dim) > 1):
+        kernels.add(x + i * m.dim, y + i * m.dim, m.dim)
+
+
 cdef void swiglu(Model m, Py_ssize_t n) noexcept nogil:
     """hb (n, hidden_dim) = silu(gate) * up (https://arxiv.org/abs/2002.05202)."""
     cdef Py_ssize_t i
@@ -706,14 +713,14 @@ cdef int forward(
 
         # x += attention output
         matmul(m, s.y, s.xb, n, &layer.o)
-        kernels.add(s.x, s.y, n * m.dim)
+        add(m, s.x, s.y, n)
 
         # x += down(silu(gate(x)) * up(x)) of the normalised rows
         rmsnorm(m, s.xb, s.x, layer.ffn_norm, n)
         matmul(m, s.h, s.xb, n, &layer.gate_up)
         swiglu(m, n)
         matmul(m, s.y, s.hb, n, &layer.down)
-        kernels.add(s.x, s.y, n * m.dim)
+        add(m, s.x, s.y, n)
 
     # the wanted rows only: final norm, then the product with the vocabulary
     for i in range(n_wanted):

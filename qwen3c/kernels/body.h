@@ -327,6 +327,13 @@ INLINE void add_values(const size_t Q, float *o, const float *p, const char *val
     for (; d < width; d += 16) values_block(Q, 1, o, p, values, d, from, to, width, type);
 }
 
+/* Q rows together over what all of them see, then each over the rest; rows come in order of position. */
+INLINE void values_rows(const size_t Q, float *o, const float *p, const char *values, const size_t *seen, size_t width, KVType type) {
+    add_values(Q, o, p, values, 0, seen[0], width, type);
+    for (size_t r = 1; r < Q; r++)
+        if (seen[r] > seen[0]) add_values(1, o + r * width, p + r * KV_BLOCK, values, seen[0], seen[r], width, type);
+}
+
 /* p = exp(score - max) in place for the first `seen` of a block's positions; returns their sum, 0 beyond them */
 static float exponentiate(float *p, size_t seen, float *max) {
     size_t end = (seen + 15) / 16 * 16;
@@ -376,6 +383,7 @@ INLINE void attend(const Attention *a, KVType type) {
         size_t n_vectors = (filled + 15) / 16, r = 0, seen[ATTENTION_ROWS];
         for (; r + ATTEND_QUERIES <= rows; r += ATTEND_QUERIES)
             scores_rows(ATTEND_QUERIES, p + r * KV_BLOCK, q + r, keys, n_vectors, a->head_dim, type);
+        for (; ATTEND_QUERIES > 2 && r + 2 <= rows; r += 2) scores_rows(2, p + r * KV_BLOCK, q + r, keys, n_vectors, a->head_dim, type);
         for (; r < rows; r++) scores_rows(1, p + r * KV_BLOCK, q + r, keys, n_vectors, a->head_dim, type);
 
         float block_max[ATTENTION_ROWS], block_sum[ATTENTION_ROWS];
@@ -386,13 +394,10 @@ INLINE void attend(const Attention *a, KVType type) {
         }
 
         memset(o, 0, rows * width * sizeof *o);
-        for (r = 0; r + ATTEND_QUERIES <= rows; r += ATTEND_QUERIES) {
-            size_t shared = seen[r];  /* rows are in order of position, so the first sees least */
-            add_values(ATTEND_QUERIES, o + r * width, p + r * KV_BLOCK, values, 0, shared, width, type);
-            for (size_t i = r; i < r + ATTEND_QUERIES; i++)
-                if (seen[i] > shared) add_values(1, o + i * width, p + i * KV_BLOCK, values, shared, seen[i], width, type);
-        }
-        for (; r < rows; r++) add_values(1, o + r * width, p + r * KV_BLOCK, values, 0, seen[r], width, type);
+        for (r = 0; r + ATTEND_QUERIES <= rows; r += ATTEND_QUERIES)
+            values_rows(ATTEND_QUERIES, o + r * width, p + r * KV_BLOCK, values, seen + r, width, type);
+        for (; ATTEND_QUERIES > 2 && r + 2 <= rows; r += 2) values_rows(2, o + r * width, p + r * KV_BLOCK, values, seen + r, width, type);
+        for (; r < rows; r++) values_rows(1, o + r * width, p + r * KV_BLOCK, values, seen + r, width, type);
 
         for (r = 0; r < rows; r++) {
             if (block == 0) {
