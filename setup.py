@@ -16,7 +16,14 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 # no flag may change a float: no contraction (the kernels write fmaf where they mean it), never -ffast-math
-CFLAGS = ["-O3", "-std=c11", "-D_POSIX_C_SOURCE=200809L", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
+CFLAGS = [
+    "-O3",
+    "-std=c11",
+    "-D_POSIX_C_SOURCE=200809L",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+]
 OPENMP = (
     [(["-Xpreprocessor", "-fopenmp"], ["-lomp"]), (["-fopenmp"], ["-fopenmp"])]
     if sys.platform == "darwin"
@@ -41,8 +48,12 @@ class BuildEngine(build_ext):
                 source = Path(directory, "openmp.c")
                 source.write_text(PROGRAM)
                 try:
-                    objects = self.compiler.compile([str(source)], output_dir=directory, extra_postargs=compile_flags)
-                    self.compiler.link_executable(objects, str(Path(directory, "openmp")), extra_postargs=link_flags)
+                    objects = self.compiler.compile(
+                        [str(source)], output_dir=directory, extra_postargs=compile_flags
+                    )
+                    self.compiler.link_executable(
+                        objects, str(Path(directory, "openmp")), extra_postargs=link_flags
+                    )
                 except Exception:
                     continue
                 return compile_flags, link_flags

@@ -1,9 +1,9 @@
 """Runs Qwen3-family language models on ordinary CPUs.
 
-    from qwen3c import Model
-    model = Model("model.bin")
-    for event in model.generate(model.chat_prompt([{"role": "user", "content": "Hello"}])):
-        print(event.text, end="", flush=True)
+from qwen3c import Model
+model = Model("model.bin")
+for event in model.generate(model.chat_prompt([{"role": "user", "content": "Hello"}])):
+    print(event.text, end="", flush=True)
 """
 
 from __future__ import annotations

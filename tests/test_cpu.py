@@ -17,7 +17,11 @@ def machine(monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cpus: set[in
 
 
 def siblings(*pairs: str) -> dict[str, str]:
-    return {f"/cpus/cpu{i}/topology/thread_siblings_list": pair for pair in pairs for i in map(int, pair.split(","))}
+    return {
+        f"/cpus/cpu{i}/topology/thread_siblings_list": pair
+        for pair in pairs
+        for i in map(int, pair.split(","))
+    }
 
 
 def test_hyper_threads_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +39,9 @@ def test_unknown_topology_counts_every_cpu(monkeypatch: pytest.MonkeyPatch) -> N
     assert cpu.default_threads() == 6
 
 
-@pytest.mark.parametrize(("quota", "threads"), [("250000 100000", 2), ("50000 100000", 1), ("max 100000", 8), ("800000 100000", 8)])
+@pytest.mark.parametrize(
+    ("quota", "threads"), [("250000 100000", 2), ("50000 100000", 1), ("max 100000", 8), ("800000 100000", 8)]
+)
 def test_a_cgroup_2_quota_is_rounded_down(monkeypatch: pytest.MonkeyPatch, quota: str, threads: int) -> None:
     machine(monkeypatch, {"/proc/self/cgroup": "0::/a/b", "/cgroup/a/cpu.max": quota}, set(range(8)))
     assert cpu.default_threads() == threads

@@ -20,7 +20,12 @@ def indented(text: str) -> list[str]:
 
 
 def test_every_make_command_is_a_target_with_a_help_line() -> None:
-    mentioned = {target for line in indented(README) if line.startswith("make ") for target in line.split("#")[0].split()[1:]}
+    mentioned = {
+        target
+        for line in indented(README)
+        if line.startswith("make ")
+        for target in line.split("#")[0].split()[1:]
+    }
     targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE)) - {"help"}
     explained = set(re.findall(r"^## make ([a-z-]+)", MAKEFILE, re.MULTILINE))
     assert {"run", "test"} <= mentioned <= targets
@@ -44,7 +49,9 @@ def test_every_flag_of_a_command_in_the_readme_exists() -> None:
 def test_the_tree_names_every_source_and_nothing_else() -> None:
     tree = README.split("## How it is built")[1].split("Start with")[0]
     named = set(re.findall(r"\b([a-z_]+\.(?:py|pyx|pyi|h|c|bin))\b", tree))
-    sources = {path.name for path in (ROOT / "qwen3c").glob("*.py*") if path.name not in ("__init__.py", "py.typed")}
+    sources = {
+        path.name for path in (ROOT / "qwen3c").glob("*.py*") if path.name not in ("__init__.py", "py.typed")
+    }
     assert sources <= named, sources - named
     for name in named:
         assert list(ROOT.glob(f"**/{name}")), name

@@ -17,7 +17,15 @@ from small_models import export_small_model
 from qwen3c import engine
 from qwen3c.engine import Model, Session
 
-SHAPE = {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "group_size": 32}
+SHAPE = {
+    "dim": 64,
+    "hidden_dim": 96,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 16,
+    "group_size": 32,
+}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +104,9 @@ def test_batches_do_not_change_a_bit(model: Model, ids: np.ndarray, whole: np.nd
             batch.append((session, ids[start : start + length]))
         for logits in ("last", "all"):
             forks = [(session.fork(), tokens) for session, tokens in batch]
-            for (_, tokens), start, out in zip(batch, starts, model.forward(forks, logits=logits), strict=True):
+            for (_, tokens), start, out in zip(
+                batch, starts, model.forward(forks, logits=logits), strict=True
+            ):
                 end = start + len(tokens)
                 assert np.array_equal(out, whole[end - 1] if logits == "last" else whole[start:end])
 
@@ -143,7 +153,9 @@ class Histories:
     def run(self, seed: int) -> None:
         random = np.random.default_rng(seed)
         model = self.models[seed % len(self.models)]
-        engine.set_isa(engine.runnable_isas()[-1 - int(random.integers(0, min(2, len(engine.runnable_isas()))))])
+        engine.set_isa(
+            engine.runnable_isas()[-1 - int(random.integers(0, min(2, len(engine.runnable_isas()))))]
+        )
         states = [[model.session(), int(random.integers(0, 2)), int(random.choice(SWITCHES))]]
         for _ in range(int(random.integers(2, 7))):
             operation = random.choice(["append", "append", "append", "rewind", "fork", "batch"])
@@ -176,7 +188,15 @@ class Histories:
 
 @pytest.fixture(scope="module")
 def nano_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape = {"dim": 32, "hidden_dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "group_size": 32}
+    shape = {
+        "dim": 32,
+        "hidden_dim": 32,
+        "n_layers": 1,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "head_dim": 8,
+        "group_size": 32,
+    }
     return export_small_model(tmp_path_factory.mktemp("nano"), context=512, **shape)
 
 
@@ -218,7 +238,9 @@ def test_positions_beyond_the_context_raise(model: Model, ids: np.ndarray, whole
     with pytest.raises(ValueError, match=r"11 more ids from position 90 .* context of 100"):
         session.forward(ids[90:101])
     assert session.position == 90
-    assert np.array_equal(session.forward(ids[90:100]), whole[99])  # an exact fit, and the error left no trace
+    assert np.array_equal(
+        session.forward(ids[90:100]), whole[99]
+    )  # an exact fit, and the error left no trace
     with pytest.raises(ValueError, match="context of 100"):
         session.forward([1])
 
@@ -322,7 +344,9 @@ def test_the_gil_is_released(model: Model, ids: np.ndarray) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
-def test_a_forked_child_can_run_a_model_its_parent_used(path: Path, ids: np.ndarray, whole: np.ndarray) -> None:
+def test_a_forked_child_can_run_a_model_its_parent_used(
+    path: Path, ids: np.ndarray, whole: np.ndarray
+) -> None:
     model = Model(path, threads=2)
     model.session().forward(ids)  # the parent's OpenMP threads exist now
     context = multiprocessing.get_context("fork")
@@ -334,7 +358,9 @@ def test_a_forked_child_can_run_a_model_its_parent_used(path: Path, ids: np.ndar
     assert result == whole[299].tobytes()
 
 
-def test_a_session_keeps_its_model_and_the_model_its_file(path: Path, ids: np.ndarray, whole: np.ndarray) -> None:
+def test_a_session_keeps_its_model_and_the_model_its_file(
+    path: Path, ids: np.ndarray, whole: np.ndarray
+) -> None:
     session: Session = Model(path, threads=1).session()
     assert np.array_equal(session.forward(ids[:20]), whole[19])
 

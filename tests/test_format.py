@@ -5,8 +5,8 @@ python -m pytest tests/test_format.py
 
 from __future__ import annotations
 
-import itertools
 import errno
+import itertools
 import json
 import math
 import os

@@ -14,9 +14,33 @@ from qwen3c.reference import forward, load_weights
 
 SHAPES = [
     {"tied": True, "n_heads": 4, "n_kv_heads": 4},
-    {"tied": False, "n_heads": 8, "n_kv_heads": 1, "head_dim": 16, "group_size": 128, "dim": 128, "hidden_dim": 256},
-    {"n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "head_dim": 32, "rope_theta": 5e6, "group_size": 32, "dim": 96},
-    {"n_heads": 32, "n_kv_heads": 1, "head_dim": 8, "dim": 256, "hidden_dim": 512, "group_size": 256, "vocab_size": 499},
+    {
+        "tied": False,
+        "n_heads": 8,
+        "n_kv_heads": 1,
+        "head_dim": 16,
+        "group_size": 128,
+        "dim": 128,
+        "hidden_dim": 256,
+    },
+    {
+        "n_layers": 3,
+        "n_heads": 6,
+        "n_kv_heads": 2,
+        "head_dim": 32,
+        "rope_theta": 5e6,
+        "group_size": 32,
+        "dim": 96,
+    },
+    {
+        "n_heads": 32,
+        "n_kv_heads": 1,
+        "head_dim": 8,
+        "dim": 256,
+        "hidden_dim": 512,
+        "group_size": 256,
+        "vocab_size": 499,
+    },
 ]
 
 
