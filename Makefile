@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard qwen3c/*.pyx qwen3c/*.pxd qwen3c/kernels/*)
 
-.PHONY: help run test oracles test-arm asan bench lint clean
+.PHONY: help run test oracles test-arm bench lint clean
 
 help:
 	@grep -E '^## ' Makefile | cut -c4-
@@ -38,14 +38,6 @@ test-arm:
 	@for isa in scalar neon neon_dotprod; do \
 	    grep " $$isa " build/arm/arm.txt | sed "s/ $$isa / scalar /" | diff build/arm/here.txt - \
 	    && echo "$$isa: the same bits as here" || exit 1; done
-
-## make asan       all tests with the engine under the address and undefined-behaviour sanitizers (gcc)
-asan: $(VENV)/ready
-	@rm -rf build/asan && mkdir -p build/asan
-	QWEN3C_CFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1' \
-	    $(BIN)/python -m pip install -q --no-deps --target build/asan .
-	cd build/asan && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
-	    ../../$(BIN)/python -m pytest -p no:cacheprovider ../../tests/test_engine.py ../../tests/test_reference.py ../../tests/test_export.py
 
 ## make bench      side by side with llama.cpp on a random model of Qwen3-0.6B's shape (needs the extra `bench`)
 bench: $(VENV)/ready
