@@ -76,6 +76,19 @@ class Model:
         self, batch: Sequence[tuple[Session, ArrayLike]], logits: Logits = "last"
     ) -> list[NDArray[np.float32]]:
         """ONE ragged batch over any sessions of this model; a list of what Session.forward returns, in order."""
+    def trace(self, ids: ArrayLike, names: str = "*") -> dict[str, NDArray[np.float32]]:
+        """What a forward pass of `ids` (n) computed on its way, by name, in order: float32, copied in that pass.
+
+        A name is that of the module in transformers, and the array is what the module returns, (n, width):
+        model.embed_tokens, model.layers.0.self_attn.q_proj, ..., model.norm, lm_head. Heads keep their axis:
+        q_norm and k_norm are (n, heads, head_dim). model.layers.0 is the residual stream after the layer. Three
+        are not modules: self_attn.attn_weights, the attention probabilities, (n_heads, n, n), zero where a row
+        does not see; self_attn.o_proj.input, (n, q_dim); mlp.down_proj.input, (n, hidden_dim).
+        names: a pattern such as "model.layers.*.attn_weights", to keep less. ValueError if nothing is called
+        that, ids are not as in Session.forward, or the arrays are larger than the memory available.
+        """
+    def logit_lens(self, x: ArrayLike) -> NDArray[np.float32]:
+        """Logits (n, vocab_size) of rows (n, dim) of the residual stream, as if no layer came after them."""
     def weight(self, name: str) -> NDArray[np.float32]:
         """Dequantised weights by Hugging Face name and shape. KeyError if there is no such tensor."""
 

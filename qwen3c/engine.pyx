@@ -14,6 +14,7 @@ Threads share out output rows, heads or tokens, never a sum: no thread count cha
 at the Python edge; inside nogil nothing can fail. What the kernels compute is written in kernels/kernels.h.
 """
 
+import fnmatch
 import math
 import operator
 import os
@@ -24,6 +25,7 @@ import numpy as np
 from . import BORROWED_VARIABLE
 from .cpu import default_threads
 from .format import ROPE_TENSOR, ModelFile
+from .memory import available
 
 cimport cython
 from cython.parallel cimport prange
@@ -31,7 +33,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.math cimport sqrt
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 
 cdef extern from "<stdlib.h>" nogil:
@@ -65,6 +67,8 @@ cdef extern from "kernels/kernels.h" nogil:
         char **blocks
         size_t k_offset, v_offset
         float *scratch
+        float *weights
+        size_t weights_token, weights_head
     ctypedef struct QuantizationError:
         double largest, error_square, square
         int64_t bad
@@ -201,6 +205,31 @@ cdef struct Span:
 
 
 # ----------------------------------------------------------------------------
+# Trace: where a forward pass leaves copies of what it computes; NULL is not wanted
+
+cdef struct LayerTrace:
+    float *attention_norm  # (n, dim)
+    float *qkv  # (n, q_dim + 2 kv_dim)
+    float *q_norm  # (n, n_heads, head_dim)
+    float *k_norm  # (n, n_kv_heads, head_dim)
+    float *attention  # (n_heads, n, n) softmax(q k^T), zero where a row does not see
+    float *heads  # (n, q_dim) attention output
+    float *o  # (n, dim)
+    float *ffn_norm  # (n, dim)
+    float *gate_up  # (n, 2 hidden_dim)
+    float *hidden  # (n, hidden_dim)
+    float *down  # (n, dim)
+    float *x  # (n, dim) residual stream after the layer
+
+
+cdef struct Trace:
+    Py_ssize_t n, row  # rows of the arrays; where the current pass begins in them
+    float *embedding  # (n, dim)
+    LayerTrace *layers  # (n_layers,)
+    float *final_norm  # (n, dim)
+
+
+# ----------------------------------------------------------------------------
 # KV cache: blocks of KV_BLOCK positions at absolute places, all layers in one block
 
 @cython.final
@@ -314,6 +343,7 @@ cdef class Model:
     cdef object lock
     cdef Weights w
     cdef RunState s
+    cdef Trace t
     cdef Py_ssize_t n_layers, n_heads, n_kv_heads, head_dim, dim, hidden_dim, q_dim, kv_dim, vocab_size, group_size
     cdef Py_ssize_t block_bytes, head_bytes  # of a KV block; of one (layer, KV head) in it
     cdef float eps, rope_scale
@@ -337,6 +367,9 @@ cdef class Model:
         self._set_dimensions()
         self._map_weights()
         self.threads = _team(wanted)
+        self.t.layers = <LayerTrace *>calloc(self.n_layers, sizeof(LayerTrace))
+        if self.t.layers == NULL:
+            raise MemoryError(f"no memory for {self.n_layers} layers")
         self._reserve(1)
 
     def __init__(self, path, threads=None, kv="f16", activations="int8"):
@@ -344,6 +377,7 @@ cdef class Model:
 
     def __dealloc__(self):
         free(self.w.layers)
+        free(self.t.layers)
         self._free_buffers()
 
     cdef _set_dimensions(self):
@@ -483,6 +517,7 @@ cdef class Model:
         out = np.empty((len(wanted), self.vocab_size), dtype=np.float32)
         for start in range(0, n_total, MAX_ROWS):
             n = min(MAX_ROWS, n_total - start)
+            self.t.row = start
             segments = []
             for i, (session, ids) in enumerate(batch):
                 first, last = max(start, ends[i] - len(ids)), min(start + n, ends[i])
@@ -517,6 +552,80 @@ cdef class Model:
         finally:
             free(spans)
 
+    # ---- trace
+
+    def trace(self, ids, names="*"):
+        ids = _token_ids(ids, self.vocab_size)
+        batch = [(self.session(), ids)]
+        arrays = {}
+        with self.lock:
+            self._check_batch(batch)
+            try:
+                self._lay_out_trace(arrays, names, len(ids))
+                self._check_trace(arrays, len(ids))
+                every = any(fnmatch.fnmatchcase(name, names) for name in ("model.norm", "lm_head"))
+                logits = self._forward_batch(batch, every)[0]
+            finally:
+                self._forget_trace()
+        if fnmatch.fnmatchcase("lm_head", names):
+            arrays["lm_head"] = logits
+        if not arrays:
+            raise ValueError(f"no activation of this model is called {names!r}")
+        return arrays
+
+    cdef _lay_out_trace(self, dict arrays, str names, Py_ssize_t n):
+        """Arrays for the activations of n rows whose names match, in order, and the pointers `forward` looks at."""
+        cdef LayerTrace *t
+        cdef Py_ssize_t dim = self.dim, heads = self.n_heads, kv_heads = self.n_kv_heads
+        self.t.n = n
+        self.t.embedding = _traced(arrays, names, "model.", {"embed_tokens": dim}, (n, dim))
+        for l in range(self.n_layers):
+            t = &self.t.layers[l]
+            p = f"model.layers.{l}."
+            qkv = {"q_proj": self.q_dim, "k_proj": self.kv_dim, "v_proj": self.kv_dim}
+            t.attention_norm = _traced(arrays, names, p, {"input_layernorm": dim}, (n, dim))
+            t.qkv = _traced(arrays, names, p + "self_attn.", qkv, (n, self.q_dim + 2 * self.kv_dim))
+            if self.w.layers[l].q_norm != NULL:
+                t.q_norm = _traced(arrays, names, p + "self_attn.", {"q_norm": self.head_dim}, (n, heads, self.head_dim))
+                t.k_norm = _traced(arrays, names, p + "self_attn.", {"k_norm": self.head_dim}, (n, kv_heads, self.head_dim))
+            t.attention = _traced(arrays, names, p + "self_attn.", {"attn_weights": n}, (heads, n, n))
+            t.heads = _traced(arrays, names, p + "self_attn.", {"o_proj.input": self.q_dim}, (n, self.q_dim))
+            t.o = _traced(arrays, names, p + "self_attn.", {"o_proj": dim}, (n, dim))
+            t.ffn_norm = _traced(arrays, names, p, {"post_attention_layernorm": dim}, (n, dim))
+            gate_up = {"gate_proj": self.hidden_dim, "up_proj": self.hidden_dim}
+            t.gate_up = _traced(arrays, names, p + "mlp.", gate_up, (n, 2 * self.hidden_dim))
+            t.hidden = _traced(arrays, names, p + "mlp.", {"down_proj.input": self.hidden_dim}, (n, self.hidden_dim))
+            t.down = _traced(arrays, names, p + "mlp.", {"down_proj": dim}, (n, dim))
+            t.x = _traced(arrays, names, "model.", {f"layers.{l}": dim}, (n, dim))
+        self.t.final_norm = _traced(arrays, names, "model.", {"norm": dim}, (n, dim))
+
+    cdef _check_trace(self, dict arrays, Py_ssize_t n):
+        """The arrays are memory that was asked for but not yet touched: refuse what is not there."""
+        needed, free_bytes = sum([array.nbytes for array in arrays.values()]), available()
+        if free_bytes is not None and needed > free_bytes:
+            raise ValueError(f"the trace of {n} tokens takes {needed:,} bytes, {free_bytes:,} are available; "
+                             "ask for fewer tokens or names")
+
+    cdef _forget_trace(self):
+        self.t.embedding = self.t.final_norm = NULL
+        memset(self.t.layers, 0, self.n_layers * sizeof(LayerTrace))
+
+    def logit_lens(self, x):
+        cdef float[:, ::1] rows = np.ascontiguousarray(x, dtype=np.float32)
+        if rows.shape[0] == 0 or rows.shape[1] != self.dim:
+            raise ValueError(f"x must have shape (n, {self.dim}), n >= 1, got ({rows.shape[0]}, {rows.shape[1]})")
+        logits = np.empty((rows.shape[0], self.vocab_size), dtype=np.float32)
+        cdef float[:, ::1] out = logits
+        cdef Py_ssize_t start, n
+        with self.lock:
+            self._reserve(min(rows.shape[0], MAX_ROWS))
+            for start in range(0, rows.shape[0], MAX_ROWS):
+                n = min(MAX_ROWS, rows.shape[0] - start)
+                with nogil:
+                    rmsnorm(self, self.s.xb, &rows[start, 0], self.w.final_norm, n)
+                    matmul(self, &out[start, 0], self.s.xb, n, &self.w.lm_head)
+        return logits
+
 
 # ----------------------------------------------------------------------------
 # Blocks
@@ -534,6 +643,12 @@ cdef int check_signals() except -1 nogil:
 cdef int team(Model m, Py_ssize_t work) noexcept nogil:
     """Threads for so many multiply-adds."""
     return 1 if forked or work < SERIAL_WORK else m.threads
+
+
+cdef inline void record(float *to, Py_ssize_t row, const float *values, Py_ssize_t n, Py_ssize_t columns) noexcept nogil:
+    """Copy (n, columns) to the rows of a trace from `row` on, if it has that array."""
+    if to != NULL:
+        memcpy(to + row * columns, values, n * columns * sizeof(float))
 
 
 cdef void quantize_row(Model m, const float *x, Py_ssize_t row, Py_ssize_t columns) noexcept nogil:
@@ -604,6 +719,7 @@ cdef Py_ssize_t values_offset(Model m) noexcept nogil:
 cdef void rotate_and_store(Model m, const Span *span, Py_ssize_t l) noexcept nogil:
     """q and k of a span: norm per head, rotate; k and v go to the cache; q is scaled by 1 / sqrt(head_dim)."""
     cdef const Layer *layer = &m.w.layers[l]
+    cdef LayerTrace *t = &m.t.layers[l]
     cdef Py_ssize_t i, h, row, position, half = m.head_dim // 2, stride = m.q_dim + 2 * m.kv_dim
     cdef float *head
     cdef float *cosine
@@ -616,10 +732,12 @@ cdef void rotate_and_store(Model m, const Span *span, Py_ssize_t l) noexcept nog
         for h in range(m.n_heads):
             head = m.s.qkv + row * stride + h * m.head_dim
             kernels.rmsnorm(head, head, layer.q_norm, m.head_dim, m.eps)
+            record(t.q_norm, (m.t.row + row) * m.n_heads + h, head, 1, m.head_dim)
             kernels.rope(head, cosine, sine, m.head_dim, scale)
         for h in range(m.n_kv_heads):
             head = m.s.qkv + row * stride + m.q_dim + h * m.head_dim
             kernels.rmsnorm(head, head, layer.k_norm, m.head_dim, m.eps)
+            record(t.k_norm, (m.t.row + row) * m.n_kv_heads + h, head, 1, m.head_dim)
             kernels.rope(head, cosine, sine, m.head_dim, 1.0)
             keys = kv_at(m, span.blocks[position // KV_BLOCK], l, h)
             kernels.store_kv[<int>m.kv_type](keys, keys + values_offset(m), position % KV_BLOCK,
@@ -642,6 +760,10 @@ cdef void attend(Model m, const Span *span, Py_ssize_t l, Py_ssize_t kv_head, Py
     task.k_offset = (l * m.n_kv_heads + kv_head) * m.head_bytes
     task.v_offset = task.k_offset + values_offset(m)
     task.scratch = m.s.scratch + thread_index() * ATTENTION_SCRATCH(m.head_dim)
+    task.weights = m.t.layers[l].attention
+    if task.weights != NULL:
+        task.weights += (head * m.t.n + m.t.row + span.row) * m.t.n
+        task.weights_token, task.weights_head = m.t.n, m.t.n * m.t.n
     kernels.attend[<int>m.kv_type](&task)
 
 
@@ -684,7 +806,8 @@ cdef int forward(
     cdef RunState *s = &m.s
     cdef Weights *w = &m.w
     cdef Layer *layer
-    cdef Py_ssize_t l, i
+    cdef LayerTrace *t
+    cdef Py_ssize_t l, i, row = m.t.row
     cdef Py_ssize_t row_work = n * m.q_dim * 16  # of norms and rotations, roughly, in multiply-adds
     cdef Py_ssize_t attention_work = 0
     for i in range(n_spans):
@@ -692,17 +815,20 @@ cdef int forward(
 
     # the residual stream starts as the embedding of the tokens; positions become angles once for all layers
     embed(m, tokens, n)
+    record(m.t.embedding, row, s.x, n, m.dim)
     for i in range(n_spans):
         rope_table(m, &spans[i])
 
     for l in range(m.n_layers):
-        layer = &w.layers[l]
+        layer, t = &w.layers[l], &m.t.layers[l]
         if n > 16:
             check_signals()
 
         # q, k, v of the normalised rows in one product
         rmsnorm(m, s.xb, s.x, layer.attention_norm, n)
+        record(t.attention_norm, row, s.xb, n, m.dim)
         matmul(m, s.qkv, s.xb, n, &layer.qkv)
+        record(t.qkv, row, s.qkv, n, m.q_dim + 2 * m.kv_dim)
 
         # norm q and k per head, rotate them by position, put k and v into the cache
         for i in prange(n_spans, schedule="static", num_threads=m.threads, use_threads_if=team(m, row_work) > 1):
@@ -710,21 +836,29 @@ cdef int forward(
 
         # attention over all positions up to each row's own
         attention(m, spans, n_spans, l, attention_work)
+        record(t.heads, row, s.xb, n, m.q_dim)
 
         # x += attention output
         matmul(m, s.y, s.xb, n, &layer.o)
+        record(t.o, row, s.y, n, m.dim)
         add(m, s.x, s.y, n)
 
         # x += down(silu(gate(x)) * up(x)) of the normalised rows
         rmsnorm(m, s.xb, s.x, layer.ffn_norm, n)
+        record(t.ffn_norm, row, s.xb, n, m.dim)
         matmul(m, s.h, s.xb, n, &layer.gate_up)
+        record(t.gate_up, row, s.h, n, 2 * m.hidden_dim)
         swiglu(m, n)
+        record(t.hidden, row, s.hb, n, m.hidden_dim)
         matmul(m, s.y, s.hb, n, &layer.down)
+        record(t.down, row, s.y, n, m.dim)
         add(m, s.x, s.y, n)
+        record(t.x, row, s.x, n, m.dim)
 
     # the wanted rows only: final norm, then the product with the vocabulary
     for i in range(n_wanted):
         kernels.rmsnorm(s.xb + i * m.dim, s.x + wanted[i] * m.dim, w.final_norm, m.dim, m.eps)
+    record(m.t.final_norm, row, s.xb, n_wanted, m.dim)
     if n_wanted:
         matmul(m, logits, s.xb, n_wanted, &w.lm_head)
     return 0
@@ -752,6 +886,20 @@ cdef int _team(int wanted) noexcept:
 
 cdef void store_team_size(int *size) noexcept nogil:
     size[0] = team_size()
+
+
+cdef float *_traced(dict arrays, str names, str prefix, dict parts, tuple shape) except? NULL:
+    """A new array of `shape` if one of its parts {name: columns} matches; the parts that do go into `arrays`."""
+    wanted = [part for part in parts if fnmatch.fnmatchcase(prefix + part, names)]
+    if not wanted:
+        return NULL
+    array = np.zeros(shape, dtype=np.float32)
+    start = 0
+    for part, columns in parts.items():
+        if part in wanted:
+            arrays[prefix + part] = array[..., start : start + columns]
+        start += columns
+    return <float *><uintptr_t>array.ctypes.data
 
 
 def _integer(str name, value):

@@ -349,6 +349,17 @@ static float exponentiate(float *p, size_t seen, float *max) {
     return sum_lanes(sum);
 }
 
+/* weights[j] = exp(score - max) * inverse in place of the scores of n positions */
+static void normalize_weights(float *weights, size_t n, float max, float inverse) {
+    for (size_t j = 0; j < n; j += 16) {
+        size_t part = n - j < 16 ? n - j : 16;
+        f32x16 score = part < 16 ? load_part(weights + j, part, 0) : f32_load(weights + j);
+        f32x16 weight = f32_mul(f32_exp(f32_sub(score, f32_set(max))), f32_set(inverse));
+        if (part < 16) store_part(weights + j, weight, part);
+        else f32_store(weights + j, weight);
+    }
+}
+
 /* merge a block's (max, sum, o) into the running ones of a row */
 static void merge(float *max, float *sum, float *out, float block_max, float block_sum, const float *o, size_t n) {
     float larger = block_max > *max ? block_max : *max;
@@ -371,11 +382,12 @@ INLINE void attend(const Attention *a, KVType type) {
     float *p = a->scratch, *o = p + ATTENTION_ROWS * KV_BLOCK;
     float *max = o + ATTENTION_ROWS * width, *sum = max + ATTENTION_ROWS;
     const float *q[ATTENTION_ROWS];
-    float *out[ATTENTION_ROWS];
+    float *out[ATTENTION_ROWS], *weights[ATTENTION_ROWS];
     for (size_t r = 0; r < rows; r++) {
         size_t token = r / a->group, head = r % a->group * a->head_dim;
         q[r] = a->q + token * a->q_stride + head;
         out[r] = a->out + token * a->out_stride + head;
+        if (a->weights) weights[r] = a->weights + token * a->weights_token + r % a->group * a->weights_head;
     }
     for (size_t block = 0; block <= last / KV_BLOCK; block++) {
         const char *keys = a->blocks[block] + a->k_offset, *values = a->blocks[block] + a->v_offset;
@@ -390,6 +402,7 @@ INLINE void attend(const Attention *a, KVType type) {
         for (r = 0; r < rows; r++) {
             size_t position = a->position + r / a->group;  /* an earlier token of the task may end before this block */
             seen[r] = position < start ? 0 : position + 1 - start < KV_BLOCK ? position + 1 - start : KV_BLOCK;
+            if (a->weights) memcpy(weights[r] + start, p + r * KV_BLOCK, seen[r] * sizeof *p);
             if (seen[r]) block_sum[r] = exponentiate(p + r * KV_BLOCK, seen[r], &block_max[r]);
         }
 
@@ -412,6 +425,7 @@ INLINE void attend(const Attention *a, KVType type) {
     for (size_t r = 0; r < rows; r++) {
         float inverse = 1.0f / sum[r];
         for (size_t d = 0; d < a->head_dim; d++) out[r][d] *= inverse;
+        if (a->weights) normalize_weights(weights[r], a->position + r / a->group + 1, max[r], inverse);
     }
 }
 

@@ -47,6 +47,8 @@ typedef struct {
     char *const *blocks;        /* the sequence's KV blocks */
     size_t k_offset, v_offset;  /* bytes */
     float *scratch;             /* ATTENTION_SCRATCH(head_dim) floats */
+    float *weights;             /* NULL, or where softmax(q . k) is wanted: (n_tokens, group, positions), */
+    size_t weights_token, weights_head;  /* tokens and heads so many floats apart */
 } Attention;
 
 #define PADDED(head_dim) (((head_dim) + 15) / 16 * 16)
@@ -96,7 +98,8 @@ typedef struct {
          score = fmaf chain over dimensions in order;  m_b = max;  p = exp(score - m_b);
          l_b = sum p (16 lanes, then the tree);  o_b = fmaf chain over positions in order;
        blocks are merged in order: m' = max(m, m_b), a = exp(m - m'), b = exp(m_b - m'),
-         l = fmaf(l, a, l_b * b), o = fmaf(o, a, o_b * b);  at the end out = o * (1 / l). */
+         l = fmaf(l, a, l_b * b), o = fmaf(o, a, o_b * b);  at the end out = o * (1 / l).
+       Where weights are wanted: weight = exp(score - m) * (1 / l) of every position seen. */
     void (*attend[2])(const Attention *task);
 
     /* y[i] = (gate[i] / (1 + exp(-gate[i]))) * up[i] */

@@ -1,0 +1,215 @@
+"""model.trace: what the engine computes on its way, held against transformers layer by layer.
+
+Each traced activation is compared with what a hook on the module of the same name sees in transformers' float32
+model of the same dequantised weights, so a layer that computes something else is named.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from small_models import export_small_model
+
+from qwen3c import engine
+
+# A rearranged float32 sum gives up to 4e-12 on these shapes (measured)
+NMSE_BOUND = 1e-10
+
+Arrays = dict[str, NDArray[np.float32]]
+
+
+def random_shape(seed: int) -> dict[str, Any]:
+    """Another small Qwen3 for every seed."""
+    random = np.random.default_rng(seed)
+    n_kv_heads = int(random.integers(1, 4))
+    return {
+        "dim": 32 * int(random.integers(2, 6)),
+        "hidden_dim": 32 * int(random.integers(2, 8)),
+        "n_layers": int(random.integers(2, 5)),
+        "n_heads": n_kv_heads * int(random.integers(1, 5)),
+        "n_kv_heads": n_kv_heads,
+        "head_dim": 32 * int(random.integers(1, 4)),
+        "tied": bool(random.integers(2)),
+        "vocab_size": int(random.integers(400, 600)),
+        "rope_theta": float(random.choice([1e4, 1e6, 5e6])),
+        "context": 1024,
+        "group_size": 32,
+        "seed": seed,
+    }
+
+
+def random_ids(model: engine.Model, n: int) -> NDArray[np.int64]:
+    return np.random.default_rng(n).integers(0, model.config.vocab_size, n)
+
+
+def exact_model(path: Path, **options: Any) -> engine.Model:
+    return engine.Model(str(path), kv="f32", activations="float32", **options)
+
+
+# ----------------------------------------------------------------------------
+# Against transformers
+
+
+def hooked_activations(hf: Any, ids: NDArray[np.int64]) -> Arrays:
+    """What every module of `hf` returns for `ids`, under its name; inputs of two of them; attention weights."""
+    import torch
+
+    seen: Arrays = {}
+
+    def keep(name: str, value: Any) -> None:
+        seen[name] = value.detach()[0].numpy()
+
+    def on_output(name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            if name.endswith("self_attn"):
+                keep(f"{name}.attn_weights", output[1])
+            else:
+                keep(name, output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    for name, module in hf.named_modules():
+        if name.startswith(("model.", "lm_head")) and "rotary" not in name and name != "model.layers":
+            module.register_forward_hook(on_output(name))
+        if name.endswith((".o_proj", ".down_proj")):
+            module.register_forward_pre_hook(
+                lambda module, inputs, name=name: keep(f"{name}.input", inputs[0])
+            )
+    with torch.no_grad():
+        hf(torch.from_numpy(ids)[None], output_attentions=True)
+    return seen
+
+
+def oracle(model: engine.Model, source: Path) -> Any:
+    pytest.importorskip("torch", reason="needs torch; `make oracles` installs it")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs transformers; `make oracles` installs it"
+    )
+    import test_oracle
+
+    return test_oracle.oracle(model, transformers.AutoConfig.from_pretrained(source))
+
+
+def nmse(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Squared error over squared size, in float64."""
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    difference = found.astype(np.float64) - expected
+    return float(np.square(difference).sum() / np.square(expected.astype(np.float64)).sum())
+
+
+@pytest.mark.parametrize(("seed", "length"), [(1, 40), (2, 300), (3, 520), (4, 77), (5, 17), (6, 260)])
+def test_every_traced_activation_is_what_transformers_computes(seed: int, length: int, tmp_path: Path):
+    path = export_small_model(tmp_path, **random_shape(seed))
+    model = exact_model(path)
+    ids = random_ids(model, length)
+    expected = hooked_activations(oracle(model, tmp_path / "source"), ids)
+    found = model.trace(ids)
+    for name, array in found.items():
+        assert nmse(array, expected[name]) <= NMSE_BOUND, name
+    # what the engine does not keep: blocks that only pass on what is inside them, and SiLU, fused with the product
+    left = {name for name in expected.keys() - found.keys() if not name.endswith((".mlp", ".act_fn"))}
+    assert not left
+
+
+def test_a_layer_that_computes_something_else_is_named(tmp_path: Path):
+    path = export_small_model(tmp_path, n_layers=3)
+    model = exact_model(path)
+    ids = random_ids(model, 50)
+    hf = oracle(model, tmp_path / "source")
+    hf.model.layers[1].self_attn.k_norm.weight.data *= 1.001
+    expected = hooked_activations(hf, ids)
+    wrong = [name for name, array in model.trace(ids).items() if nmse(array, expected[name]) > NMSE_BOUND]
+    assert wrong[0] == "model.layers.1.self_attn.k_norm"
+
+
+# ----------------------------------------------------------------------------
+# Invariants
+
+
+def equal(a: Arrays, b: Arrays) -> bool:
+    return list(a) == list(b) and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("activations", ["int8", "float32"])
+def test_a_trace_has_the_bits_of_the_forward_pass(activations: engine.Activations, tmp_path: Path):
+    model = engine.Model(str(export_small_model(tmp_path, context=512)), activations=activations)
+    ids = random_ids(model, 300)
+    logits = model.session().forward(ids, logits="all")
+    trace = model.trace(ids)
+    assert np.array_equal(trace["lm_head"], logits)
+    assert np.array_equal(model.session().forward(ids, logits="all"), logits)
+    # a token sees nothing of those after it
+    shorter = model.trace(ids[:100])
+    assert all(
+        np.array_equal(trace[name][:100], array) for name, array in shorter.items() if "attn" not in name
+    )
+    name = "model.layers.1.self_attn.attn_weights"
+    assert np.array_equal(trace[name][:, :100, :100], shorter[name])
+
+
+def test_threads_and_instruction_sets_trace_the_same_bits(tmp_path: Path):
+    path = str(export_small_model(tmp_path, context=512, dim=256, hidden_dim=512, n_heads=6))
+    ids = random_ids(engine.Model(path), 300)
+    expected = engine.Model(path, threads=1).trace(ids)
+    usual = engine.isa()
+    try:
+        for isa in engine.runnable_isas():
+            engine.set_isa(isa)
+            assert equal(engine.Model(path, threads=2).trace(ids), expected), isa
+    finally:
+        engine.set_isa(usual)
+
+
+def test_attention_weights_are_probabilities_of_what_a_token_sees(tmp_path: Path):
+    model = engine.Model(str(export_small_model(tmp_path, context=1024)))
+    for name, weights in model.trace(random_ids(model, 600), "*.attn_weights").items():
+        assert weights.shape == (4, 600, 600), name
+        assert np.all(weights >= 0)
+        assert np.allclose(weights.sum(-1), 1, atol=1e-5)
+        assert not np.triu(weights, 1).any()
+
+
+def test_the_logit_lens_after_the_last_layer_is_the_logits(tmp_path: Path):
+    model = engine.Model(str(export_small_model(tmp_path, context=512)))
+    trace = model.trace(random_ids(model, 300))
+    assert np.array_equal(model.logit_lens(trace["model.layers.1"]), trace["lm_head"])
+    assert not np.array_equal(model.logit_lens(trace["model.layers.0"]), trace["lm_head"])
+
+
+def test_names_choose_what_is_kept(tmp_path: Path):
+    model = engine.Model(str(export_small_model(tmp_path)))
+    whole = model.trace([1, 2, 3])
+    for names in (
+        "model.layers.0.*",
+        "*.k_proj",
+        "lm_head",
+        "model.norm",
+        "*.o_proj.input",
+        "model.layers.1",
+    ):
+        some = model.trace([1, 2, 3], names)
+        assert some
+        assert all(np.array_equal(array, whole[name]) for name, array in some.items())
+    assert list(model.trace([1, 2], "*.k_proj")) == [
+        f"model.layers.{layer}.self_attn.k_proj" for layer in (0, 1)
+    ]
+
+
+def test_what_cannot_be_traced_is_refused_with_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = engine.Model(str(export_small_model(tmp_path)))
+    with pytest.raises(ValueError, match="no activation of this model is called 'layers.0'"):
+        model.trace([1], "layers.0")
+    with pytest.raises(ValueError, match="257 more ids from position 0 pass the context of 256"):
+        model.trace([1] * 257)
+    with pytest.raises(ValueError, match=r"token id 512 is outside 0\.\.511"):
+        model.trace([512])
+    with pytest.raises(ValueError, match=r"x must have shape \(n, 64\), n >= 1, got \(1, 65\)"):
+        model.logit_lens(np.zeros((1, 65)))
+    monkeypatch.setattr(engine, "available", lambda: 1000)
+    with pytest.raises(ValueError, match=r"the trace of 4 tokens takes [\d,]+ bytes, 1,000 are available"):
+        model.trace([1, 2, 3, 4])
+    model.session().forward([1, 2, 3])
