@@ -7,13 +7,13 @@ not computed again; a reply that was stopped stays as far as it came.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from .chat import may_think, normalized
+from .files import write_whole
 from .generate import CachedSession, Generation
 from .model import Model
 from .sampler import Sampling
@@ -121,15 +121,7 @@ class Conversation:
         if target.exists():
             read_conversation(target)  # nothing but a conversation is written over
         data = {"qwen3c": "conversation", "system": self.system, "messages": self.messages}
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "x", encoding="utf-8") as file:
-                json.dump(data, file, ensure_ascii=False, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(target, json.dumps(data, ensure_ascii=False, indent=1))
 
     def load(self, path: str) -> None:
         """Go on from a file that save() wrote. ValueError or OSError, and nothing changed, if it is none."""

@@ -76,7 +76,7 @@ class Model:
         self, batch: Sequence[tuple[Session, ArrayLike]], logits: Logits = "last"
     ) -> list[NDArray[np.float32]]:
         """ONE ragged batch over any sessions of this model; a list of what Session.forward returns, in order."""
-    def trace(self, ids: ArrayLike, names: str = "*") -> dict[str, NDArray[np.float32]]:
+    def trace(self, ids: ArrayLike, names: str | Sequence[str] = "*") -> dict[str, NDArray[np.float32]]:
         """What a forward pass of `ids` (n) computed on its way, by name, in order: float32, copied in that pass.
 
         A name is that of the module in transformers, and the array is what the module returns, (n, width):
@@ -84,8 +84,8 @@ class Model:
         q_norm and k_norm are (n, heads, head_dim). model.layers.0 is the residual stream after the layer. Three
         are not modules: self_attn.attn_weights, the attention probabilities, (n_heads, n, n), zero where a row
         does not see; self_attn.o_proj.input, (n, q_dim); mlp.down_proj.input, (n, hidden_dim).
-        names: a pattern such as "model.layers.*.attn_weights", to keep less. ValueError if nothing is called
-        that, ids are not as in Session.forward, or the arrays are larger than the memory available.
+        names: a pattern such as "model.layers.*.attn_weights", or several, to keep less. ValueError if nothing
+        is called that, ids are not as in Session.forward, or the arrays pass the memory available.
         """
     def logit_lens(self, x: ArrayLike) -> NDArray[np.float32]:
         """Logits (n, vocab_size) of rows (n, dim) of the residual stream, as if no layer came after them."""

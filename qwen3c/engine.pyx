@@ -563,17 +563,16 @@ cdef class Model:
             try:
                 self._lay_out_trace(arrays, names, len(ids))
                 self._check_trace(arrays, len(ids))
-                every = any(fnmatch.fnmatchcase(name, names) for name in ("model.norm", "lm_head"))
-                logits = self._forward_batch(batch, every)[0]
+                logits = self._forward_batch(batch, _matches("model.norm", names) or _matches("lm_head", names))[0]
             finally:
                 self._forget_trace()
-        if fnmatch.fnmatchcase("lm_head", names):
+        if _matches("lm_head", names):
             arrays["lm_head"] = logits
         if not arrays:
             raise ValueError(f"no activation of this model is called {names!r}")
         return arrays
 
-    cdef _lay_out_trace(self, dict arrays, str names, Py_ssize_t n):
+    cdef _lay_out_trace(self, dict arrays, names, Py_ssize_t n):
         """Arrays for the activations of n rows whose names match, in order, and the pointers `forward` looks at."""
         cdef LayerTrace *t
         cdef Py_ssize_t dim = self.dim, heads = self.n_heads, kv_heads = self.n_kv_heads
@@ -888,9 +887,14 @@ cdef void store_team_size(int *size) noexcept nogil:
     size[0] = team_size()
 
 
-cdef float *_traced(dict arrays, str names, str prefix, dict parts, tuple shape) except? NULL:
+def _matches(str name, names):
+    """Whether `name` is one of `names`: a pattern, or several."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in ([names] if isinstance(names, str) else names))
+
+
+cdef float *_traced(dict arrays, names, str prefix, dict parts, tuple shape) except? NULL:
     """A new array of `shape` if one of its parts {name: columns} matches; the parts that do go into `arrays`."""
-    wanted = [part for part in parts if fnmatch.fnmatchcase(prefix + part, names)]
+    wanted = [part for part in parts if _matches(prefix + part, names)]
     if not wanted:
         return NULL
     array = np.zeros(shape, dtype=np.float32)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from . import memory
 from .format import ModelFile
-
-CONTEXTS = (1024, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
 def describe(file: ModelFile) -> dict[str, Any]:
@@ -27,11 +26,7 @@ def describe(file: ModelFile) -> dict[str, Any]:
             }
             for tensor in file.tensors
         ],
-        "memory": [
-            {"context": n}
-            | {f"kv_{kv}_bytes": n * file.config.kv_bytes_per_token(kv) for kv in ("f16", "f32")}
-            for n in sorted({*(n for n in CONTEXTS if n < file.config.context), file.config.context})
-        ],
+        "memory": memory.table(file.config, file.file_size, len(file.tokenizer)),
     }
 
 
@@ -49,16 +44,7 @@ def lines(file: ModelFile) -> Iterator[str]:
         place = f"{tensor['offset']:>14} {tensor['bytes']:>13}"
         yield f"{place}  {tensor['type']:<9} {shape:<15} {tensor['name']}"
     yield ""
-    yield f"{'context':>9} {'KV f16':>10} {'KV f32':>10} {'all in, f16':>12}"
-    for row in info["memory"]:
-        f16, f32 = row["kv_f16_bytes"], row["kv_f32_bytes"]
-        all_in = gib(file.file_size + f16)
-        yield f"{row['context']:>9} {gib(f16):>10} {gib(f32):>10} {all_in:>12}"
-
-
-def gib(n_bytes: float) -> str:
-    """A size for people: GiB, or MiB below a tenth of one."""
-    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 / 10 else f"{n_bytes / 2**20:.1f} MiB"
+    yield from memory.lines(file.config, file.file_size, len(file.tokenizer))
 
 
 def _section(title: str, values: dict[str, Any]) -> Iterator[str]:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .format import Config
 
 DEFAULT_CONTEXT = 8192  # enough for a long conversation; longer ones are asked for
 CGROUP = Path("/sys/fs/cgroup")
+CONTEXTS = (1024, 4096, 8192, 16384, 32768, 65536, 131072)
+ROWS = 256  # the engine's MAX_ROWS: rows of a prompt in flight
+PROGRAM = 45 << 20  # bytes of Python, NumPy, tokenizers and Jinja (measured)
+TOKENIZER = 8  # bytes of memory for each byte of tokenizer.json (measured: 90 MB for the 11 MB of Qwen3)
 
 
 def available() -> int | None:
@@ -26,6 +32,55 @@ def default_context(config: Config, kv: str) -> int:
         fitting = memory // 2 // config.kv_bytes_per_token(kv)
         context = max(min(context, fitting), min(context, 512))
     return context
+
+
+def run_state_bytes(config: Config, rows: int = ROWS) -> int:
+    """Bytes of the buffers of a forward pass of `rows` rows."""
+    c, widest = config, max(config.dim, config.q_dim, config.hidden_dim)
+    floats = 2 * c.dim + max(c.dim, c.q_dim) + c.q_dim + 2 * c.kv_dim + 3 * c.hidden_dim + c.head_dim
+    return rows * (4 * floats + widest + 8 * widest // c.group_size)
+
+
+def table(config: Config, file_size: int, tokenizer_size: int) -> list[dict[str, Any]]:
+    """By context, in bytes: the KV cache when full, all that is resident then, and whether that is available.
+
+    Resident are the mapped file, the KV cache, the buffers, the tokenizer and the program. `fits` is None where
+    nobody says how much there is.
+    """
+    program = file_size + run_state_bytes(config) + PROGRAM + TOKENIZER * tokenizer_size
+    free, rows = available(), []
+    for context in sorted({*(n for n in CONTEXTS if n < config.context), config.context}):
+        row: dict[str, Any] = {"context": context}
+        for kv in ("f16", "f32"):
+            row[f"kv_{kv}_bytes"] = context * config.kv_bytes_per_token(kv)
+        for kv in ("f16", "f32"):
+            resident = program + row[f"kv_{kv}_bytes"]
+            row |= {f"resident_{kv}_bytes": resident, f"fits_{kv}": None if free is None else resident <= free}
+        rows.append(row)
+    return rows
+
+
+def lines(config: Config, file_size: int, tokenizer_size: int) -> Iterator[str]:
+    """The same for people."""
+    free = available()
+    yield f"{'context':>9} {'KV f16':>10} {'KV f32':>10} {'resident f16':>13} {'resident f32':>13}   fits here"
+    for row in table(config, file_size, tokenizer_size):
+        sizes = (row["kv_f16_bytes"], row["kv_f32_bytes"], row["resident_f16_bytes"], row["resident_f32_bytes"])
+        kv_f16, kv_f32, f16, f32 = map(gib, sizes)
+        fits = ["yes" if row["fits_f16"] else "no", "yes" if row["fits_f32"] else "no"]
+        verdict = "" if free is None else fits[0] if fits[0] == fits[1] else "f16 only"
+        yield f"{row['context']:>9} {kv_f16:>10} {kv_f32:>10} {f16:>13} {f32:>13}   {verdict}"
+    if free is not None:
+        yield f"available: {gib(free)}" + ("" if file_size <= free else _too_large(file_size))
+
+
+def _too_large(file_size: int) -> str:
+    return f"; the file ({gib(file_size)}) does not fit: it would be read from disk again for every token"
+
+
+def gib(n_bytes: float) -> str:
+    """A size for people: GiB, or MiB below a tenth of one."""
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 / 10 else f"{n_bytes / 2**20:.1f} MiB"
 
 
 def _of_machine() -> int | None:

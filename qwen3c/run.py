@@ -1,4 +1,4 @@
-"""model.bin -> chat | generate | info | perplexity.
+"""model.bin -> chat | generate | trace | info | perplexity.
 
     python run.py model.bin -m chat
     python run.py model.bin -i "def fibonacci(n):" -n 64
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MODEL_IN_THE_BOX = Path(__file__).with_name("data") / "model.bin"
 RAW_TOKENS = 256  # of a completion nobody bounds: without a chat template text need not come to an end
+TRACED_TOKENS = 24  # of the reply in a traced page
 WINDOW = 2048  # tokens of a perplexity window, if the model's context holds as many
 SAMPLING = {
     "temperature": "0 always takes the most likely token",
@@ -97,16 +98,10 @@ def generate(args: argparse.Namespace) -> int:
     from .generate import CachedSession
     from .output import show
 
-    text, system = _prompt_text(args), _system(args)
-    raw = not args.chat_template and system is None and args.thinking is None
+    text, raw = _prompt_text(args), _is_raw(args)
     model = _open_model(args, chats=not raw)
-    max_tokens = args.max_tokens
-    if raw:
-        prompt = model.tokenizer.encode(text)
-        max_tokens = RAW_TOKENS if max_tokens is None else max_tokens
-    else:
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        prompt = model.chat_prompt([*messages, {"role": "user", "content": text}], args.thinking)
+    prompt = _prompt_tokens(args, model, text)
+    max_tokens = RAW_TOKENS if raw and args.max_tokens is None else args.max_tokens
     session = CachedSession(model, _context(args, model))
 
     def ask(**callbacks: Any) -> Generation:
@@ -121,6 +116,28 @@ def generate(args: argparse.Namespace) -> int:
 
     reply = show(ask, _writer(args, model)).reply
     return 130 if reply.finish_reason == "cancelled" else 0
+
+
+def trace(args: argparse.Namespace) -> int:
+    from . import trace, trace_page
+    from .generate import CachedSession
+
+    if args.html:
+        trace_page.check_target(args.html)
+    prompt_text = _prompt_text(args)
+    model = _open_model(args, chats=not _is_raw(args))
+    prompt = _prompt_tokens(args, model, prompt_text)
+    session = CachedSession(model, _context(args, model))
+    n = TRACED_TOKENS * bool(args.html) if args.max_tokens is None else args.max_tokens
+    text = trace.continue_text(model, prompt, n, session=session, stop=args.stop, **_sampling(args))
+    if args.html:
+        size = trace_page.write(model, text, args.html)
+        terminal.note(f"{args.html}: {len(text.ids)} tokens, {size / 1e6:.1f} MB; open it in a browser")
+    if args.json:
+        print(json.dumps(trace.describe(model, text, args.level or trace.LEVELS[0])))
+    elif args.level or not args.html:
+        print(*trace.lines(model, text, args.level or trace.LEVELS[0]), sep="\n")
+    return 0
 
 
 def info(args: argparse.Namespace) -> int:
@@ -180,7 +197,7 @@ def perplexity(args: argparse.Namespace) -> int:
     return 0
 
 
-MODES = {"chat": chat, "generate": generate, "info": info, "perplexity": perplexity}
+MODES = {"chat": chat, "generate": generate, "trace": trace, "info": info, "perplexity": perplexity}
 
 
 # ----------------------------------------------------------------------------
@@ -229,7 +246,7 @@ def _say_what_was_chosen(
     """One line on stderr; thinking: whether a hybrid model may, raw: whether it completes bare text."""
     from . import engine
     from .chat import may_think
-    from .info import gib
+    from .memory import gib
 
     config, kind = model.config, model.metadata["thinking"]
     switch = "thinking on" if thinking else "thinking off"
@@ -264,6 +281,19 @@ def _prompt_text(args: argparse.Namespace) -> str:
     if args.file is not None or not texts:
         texts.append(_read_text(args.file or "-").removesuffix("\n"))
     return "\n".join(texts)
+
+
+def _is_raw(args: argparse.Namespace) -> bool:
+    """Whether the prompt is text to complete, not a message to reply to."""
+    return not args.chat_template and args.system is None and args.system_file is None and args.thinking is None
+
+
+def _prompt_tokens(args: argparse.Namespace, model: Model, text: str) -> list[int]:
+    if _is_raw(args):
+        return list(model.tokenizer.encode(text))
+    system = _system(args)
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return model.chat_prompt([*messages, {"role": "user", "content": text}], args.thinking)
 
 
 def _read_text(path: str) -> str:
@@ -321,6 +351,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _check_combination(parser: _Parser, args: argparse.Namespace) -> None:
     if args.verify and args.mode != "info":
         parser.error("--verify belongs to -m info")
+    if (args.level or args.html) and args.mode != "trace":
+        parser.error("--level and --html belong to -m trace")
     if args.mode == "chat" and (args.prompt is not None or args.file is not None):
         parser.error("-m chat takes its messages from stdin; -i and --file belong to -m generate")
     if args.echo and (args.mode != "generate" or args.json):
@@ -358,7 +390,7 @@ def _bias(text: str) -> tuple[int, float]:
 def _parser() -> _Parser:
     parser = _Parser(
         prog="run.py",
-        usage="run.py [MODEL] [-m chat|generate|info|perplexity] [options]",
+        usage="run.py [MODEL] [-m chat|generate|trace|info|perplexity] [options]",
         description="Run a model.bin: chat with it, complete text, look into it, measure it.",
         epilog="Without -m: chat on a terminal, generate if there is -i, --file or a pipe. "
         "Sampling that is not given comes from the model's generation_config, else from what its "
@@ -366,8 +398,8 @@ def _parser() -> _Parser:
     )
     add = parser.add_argument
     add("paths", nargs="*", metavar="MODEL", help="file made by export.py (default: the model in the box)")
-    add("-m", "--mode", choices=MODES, help="chat; generate: one reply or completion; info: what is in "
-        "the file; perplexity FILE: how well the model predicts a text")  # fmt: skip
+    add("-m", "--mode", choices=MODES, help="chat; generate: one reply or completion; trace: look inside "
+        "while a text flows through; info: what is in the file and the memory it takes; perplexity FILE: how well the model predicts a text")  # fmt: skip
     add("--version", action="version", version=_version())
     _add_text(parser.add_argument_group("text"))
     _add_sampling(parser.add_argument_group("sampling"))
@@ -436,6 +468,10 @@ def _add_output(group: Any) -> None:
     add("--json", action="store_true", help="one line of JSON per reply")
     add("--logprobs", type=_at_least(0), metavar="N", help="with --json: log-probability of each token of "
         "the reply, and the N most likely ones beside it")  # fmt: skip
+    add("--level", choices=("input_flow", "compact", "verbose"), help="trace: the modules and their shapes "
+        "(the default); the range of every activation; also types, bytes, errors and every weight")  # fmt: skip
+    add("--html", metavar="FILE", help="trace: write one page to look at: norms, attention, the predictions "
+        f"after each layer, and what else the next tokens might have been (-n, default {TRACED_TOKENS})")  # fmt: skip
     add("--verify", action="store_true", help="info: read every tensor and compare its checksum")
 
 

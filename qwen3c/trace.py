@@ -1,0 +1,332 @@
+"""The data that flows through a model for one text: what -m trace prints (trace_page.py draws the same).
+
+    input_flow   module by module: what goes in, what comes out, what happens between
+    compact      every activation: shape, range, size
+    verbose      also type, bytes, spread and INT8 error of every activation, and every weight
+
+The activations come from Model.trace: the engine's own forward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import engine, memory
+from .format import ROPE_TENSOR, TILE_ROWS, ModelFile, Tensor
+from .model import Model
+
+LEVELS = ("input_flow", "compact", "verbose")
+ALTERNATIVES = 10  # tokens shown in place of each one
+LAYER = re.compile(r"model\.layers\.\d+")
+SLICE_WEIGHTS = 1 << 22  # weights dequantised at a time for their statistics
+
+Array = NDArray[np.float32]
+
+MARKS = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
+
+# module, its name within a layer -> (what it reads, what it does)
+MODULES = {
+    "model.embed_tokens": ("ids", "the row of the embedding that belongs to each token"),
+    "input_layernorm": ("x", "x / rms(x) * weight"),
+    "self_attn.q_proj": ("input_layernorm", "queries: {n_heads} heads of {head_dim}"),
+    "self_attn.k_proj": ("input_layernorm", "keys: {n_kv_heads} heads of {head_dim}, to the KV cache"),
+    "self_attn.v_proj": ("input_layernorm", "values: {n_kv_heads} heads of {head_dim}, to the KV cache"),
+    "self_attn.q_norm": ("self_attn.q_proj", "every head / its rms * weight, then turned by position"),
+    "self_attn.k_norm": ("self_attn.k_proj", "the same for the keys"),
+    "self_attn.attn_weights": ("self_attn.q_proj", "softmax(q k^T / sqrt({head_dim})), of every head"),
+    "self_attn.o_proj.input": ("self_attn.attn_weights", "attention weights times values"),
+    "self_attn.o_proj": ("self_attn.o_proj.input", "back to the width of x, added to x"),
+    "post_attention_layernorm": ("x", "x / rms(x) * weight"),
+    "mlp.gate_proj": ("post_attention_layernorm", "wider"),
+    "mlp.up_proj": ("post_attention_layernorm", "wider"),
+    "mlp.down_proj.input": ("mlp.gate_proj", "silu(gate) * up"),
+    "mlp.down_proj": ("mlp.down_proj.input", "back to the width of x, added to x"),
+    "x": ("x", "x, the residual stream, after the layer"),
+    "model.norm": ("x", "x / rms(x) * weight"),
+    "lm_head": ("model.norm", "one logit for every token of the vocabulary"),
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    """The tokens that are traced: the prompt and what the model went on with."""
+
+    ids: list[int]
+    n_prompt: int
+
+
+def continue_text(model: Model, prompt: Sequence[int], max_tokens: int, **options: Any) -> Text:
+    """Let the model go on from `prompt` by at most `max_tokens`; options: of Model.generate."""
+    generation = model.generate(prompt, max_tokens, **options)
+    for _ in generation:
+        pass
+    return Text([*prompt, *generation.tokens], len(prompt))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a row of logits says of the next token, before penalties and temperature."""
+
+    tokens: list[int]  # the likeliest first
+    probabilities: list[float]  # theirs
+    chance: float | None = None  # of the token that did come
+
+
+def predict(model: Model, logits: Array, n: int, came: int | None = None) -> Prediction:
+    """The n likeliest tokens by logits (vocab_size,), of those that exist; came: the token that did come."""
+    logits = logits[: model.config.n_tokens].copy()
+    logits[model.undefined_tokens] = -np.inf
+    total = engine.log_sum_exp(logits)
+    tokens = engine.top_k(logits, min(n, len(logits)))
+    probabilities = np.exp(logits[tokens] - np.float32(total))
+    chance = None if came is None or came >= len(logits) else math.exp(float(logits[came]) - total)
+    return Prediction(tokens.tolist(), probabilities.tolist(), chance)
+
+
+def alternatives(model: Model, text: Text, logits: Array) -> list[Prediction]:
+    """What was expected in place of each token but the first, given logits (n, vocab_size) of all."""
+    return [
+        predict(model, row, ALTERNATIVES, came) for row, came in zip(logits[:-1], text.ids[1:], strict=True)
+    ]
+
+
+# ----------------------------------------------------------------------------
+# Rows: one for every activation
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the numbers of one array."""
+
+    minimum: float
+    maximum: float
+    mean: float
+    std: float
+    rms: float
+
+
+def statistics(values: Array) -> Statistics:
+    mean, square = float(np.mean(values, dtype=np.float64)), float(np.vdot(values, values)) / values.size
+    std = max(square - mean * mean, 0.0) ** 0.5
+    return Statistics(float(values.min()), float(values.max()), mean, std, square**0.5)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One activation: its name in transformers, what goes in and what comes out."""
+
+    name: str
+    source: tuple[int, ...]
+    shape: tuple[int, ...]
+    what: str
+    statistics: Statistics
+    error: float | None = None  # what INT8 activations and the type of the KV cache change, relative rms
+
+    @property
+    def layer(self) -> str | None:
+        match = LAYER.match(self.name)
+        return match[0] if match else None
+
+    @property
+    def module(self) -> str:
+        return _module(self.name)
+
+    @property
+    def bytes(self) -> int:
+        return 4 * math.prod(self.shape)
+
+
+def _module(name: str) -> str:
+    """The name within its layer; "x" is the layer itself."""
+    return LAYER.sub("", name).removeprefix(".") or "x"
+
+
+def rows(model: Model, trace: dict[str, Array], exact: dict[str, Array] | None = None) -> Iterator[Row]:
+    """Every activation of a trace, in the order of the forward pass; exact: the trace `error` is measured by."""
+    n = len(trace["lm_head"])
+    shapes = {"ids": (n,), "x": (n, model.config.dim)}
+    numbers = dataclasses.asdict(model.config)
+    for name, values in trace.items():
+        error = None if exact is None else relative_error(values, exact[name])
+        module = _module(name)
+        source, what = MODULES[module]
+        shapes[module] = values.shape
+        found = statistics(np.ascontiguousarray(values))
+        yield Row(name, shapes[source], values.shape, what.format(**numbers), found, error)
+
+
+def exact_trace(model: Model, ids: Sequence[int]) -> dict[str, Array]:
+    """The trace of the same file with float32 activations and a float32 KV cache."""
+    return engine.Model(model.path, model.threads, "f32", "float32").trace(ids)
+
+
+def relative_error(values: Array, exact: Array) -> float:
+    """rms(values - exact) / rms(exact)"""
+    off = (values - exact).ravel()
+    size = float(np.vdot(exact, exact))
+    return (float(np.vdot(off, off)) / size) ** 0.5 if size else 0.0
+
+
+# ----------------------------------------------------------------------------
+# Weights
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A stored tensor."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    bytes: int
+    statistics: Statistics
+    error: float  # of rounding to INT8, relative rms, as scale / sqrt(12) of evenly spread values has it
+
+
+def weights(file: ModelFile) -> Iterator[Weight]:
+    """Every tensor of the file. All of its bytes are read."""
+    for tensor in file.tensors:
+        kind = f"int8 g{file.config.group_size}" if tensor.quantized else "float32"
+        if tensor.name != ROPE_TENSOR:
+            found, error = _stored_statistics(file, tensor)
+            yield Weight(tensor.name, kind, tensor.shape, tensor.size, found, error)
+
+
+def _stored_statistics(file: ModelFile, tensor: Tensor) -> tuple[Statistics, float]:
+    """Statistics, and the rms of scale / sqrt(12) over that of the weights, some rows at a time."""
+    if not tensor.quantized:
+        return statistics(np.frombuffer(file.data(tensor), "<f4").astype(np.float32)), 0.0
+    group_size, groups = file.config.group_size, tensor.shape[1] // file.config.group_size
+    tile = np.dtype([("codes", "i1", (group_size // 4, TILE_ROWS, 4)), ("scales", "<f2", TILE_ROWS)])
+    tiles = np.frombuffer(file.data(tensor), tile)
+    low, high, total, square, scale_square = np.inf, -np.inf, 0.0, 0.0, 0.0
+    for start in range(0, len(tiles), max(SLICE_WEIGHTS // (group_size * TILE_ROWS), 1)):
+        part = tiles[start : start + max(SLICE_WEIGHTS // (group_size * TILE_ROWS), 1)]
+        scales = part["scales"].astype(np.float32)
+        values = part["codes"] * scales[:, None, :, None]
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
+        total += float(np.sum(values, dtype=np.float64))
+        square += float(np.vdot(values, values))
+        scale_square += float(np.vdot(scales, scales)) * group_size
+    n = tensor.shape[0] * groups * group_size  # rows that pad the last tile are zero, in every sum
+    mean = total / n
+    found = Statistics(low, high, mean, max(square / n - mean * mean, 0.0) ** 0.5, (square / n) ** 0.5)
+    return found, (scale_square / 12 / square) ** 0.5 if square else 0.0
+
+
+# ----------------------------------------------------------------------------
+# For people, and as plain data
+
+
+def lines(model: Model, text: Text, level: str) -> Iterator[str]:
+    verbose = level == "verbose"
+    trace = model.trace(text.ids)
+    yield from _token_lines(model, text, trace["lm_head"])
+    found = list(rows(model, trace, exact_trace(model, text.ids) if verbose else None))
+    yield ""
+    yield from _flow_lines(found) if level == "input_flow" else _activation_lines(found, verbose)
+    if verbose:
+        yield ""
+        yield from _weight_lines(model.file)
+        yield ""
+        yield from memory.lines(model.config, model.file.file_size, len(model.file.tokenizer))
+
+
+def describe(model: Model, text: Text, level: str) -> dict[str, Any]:
+    """The same as plain data; every level has what the one before it has."""
+    verbose, file = level == "verbose", model.file
+    trace = model.trace(text.ids)
+    activations = []
+    for row in rows(model, trace, exact_trace(model, text.ids) if verbose else None):
+        entry: dict[str, Any] = {"name": row.name, "in": row.source, "shape": row.shape, "what": row.what}
+        if level != "input_flow":
+            entry |= dataclasses.asdict(row.statistics)
+        if verbose:
+            entry |= {"dtype": "float32", "bytes": row.bytes, "error": row.error}
+        activations.append(entry)
+    result = {
+        "tokens": [{"token": id, "text": model.tokenizer.decode([id])} for id in text.ids],
+        "prompt_tokens": text.n_prompt,
+        "alternatives": [dataclasses.asdict(place) for place in alternatives(model, text, trace["lm_head"])],
+        "activations": activations,
+    }
+    if verbose:
+        result["weights"] = [dataclasses.asdict(weight) for weight in weights(file)]
+        result["memory"] = memory.table(model.config, file.file_size, len(file.tokenizer))
+    return result
+
+
+def _token_lines(model: Model, text: Text, logits: Array) -> Iterator[str]:
+    """The prompt; then every token after it, its probability, and what else might have come."""
+    tokens = [visible(model.tokenizer.decode([id])) for id in text.ids]
+    yield f"{text.n_prompt} tokens: " + "|".join(tokens[: text.n_prompt])
+    for i, place in list(enumerate(alternatives(model, text, logits), 1))[text.n_prompt - 1 :]:
+        best = zip(place.tokens, place.probabilities, strict=True)
+        others = [f"{visible(model.tokenizer.decode([id]))} {p:.1%}" for id, p in best if id != text.ids[i]]
+        yield f"  {tokens[i]:<14} {place.chance or 0:>6.1%}   else {'  '.join(others[:4])}"
+    place = predict(model, logits[-1], 5)
+    best = zip(place.tokens, place.probabilities, strict=True)
+    yield "next: " + "  ".join(f"{visible(model.tokenizer.decode([id]))} {p:.1%}" for id, p in best)
+
+
+def _flow_lines(found: list[Row]) -> Iterator[str]:
+    """Layers that are like the one before them share a line."""
+    yield f"{'module':<30} {'in':<14}    {'out':<14}  what"
+    like: list[Any] = []
+    same: list[str] = []
+    for layer, members in itertools.groupby(found, lambda row: row.layer):
+        layer_rows = list(members)
+        pattern = [(row.module, row.source, row.shape) for row in layer_rows]
+        if layer and pattern == like:
+            same.append(layer)
+            continue
+        yield from _likewise(same)
+        like, same = pattern, []
+        yield from [layer] if layer else []
+        for row in layer_rows:
+            label = f"  {row.module}" if layer else row.name
+            yield f"{label:<30} {_shape(row.source):<14} -> {_shape(row.shape):<14}  {row.what}"
+
+
+def _likewise(layers: list[str]) -> Iterator[str]:
+    if layers:
+        yield f"{layers[0]}{f' to {layers[-1]}' if len(layers) > 1 else ''}: likewise"
+
+
+def _activation_lines(found: list[Row], verbose: bool) -> Iterator[str]:
+    head = f"{'activation':<40} {'shape':<14} {'min':>9} {'max':>9} {'rms':>9}"
+    yield head + (f" {'mean':>9} {'std':>9} {'type':>8} {'bytes':>10} {'int8 error':>11}" if verbose else "")
+    for row in found:
+        s = row.statistics
+        line = f"{row.name:<40} {_shape(row.shape):<14} {s.minimum:>9.3g} {s.maximum:>9.3g} {s.rms:>9.3g}"
+        if verbose:
+            line += f" {s.mean:>9.2g} {s.std:>9.3g}  float32 {row.bytes:>10} {row.error:>11.3%}"
+        yield line
+
+
+def _weight_lines(file: ModelFile) -> Iterator[str]:
+    yield f"{'weight':<46} {'type':<9} {'bytes':>11} {'min':>9} {'max':>9} {'mean':>9} {'std':>9} {'rounding':>9}"
+    for weight in weights(file):
+        s = weight.statistics
+        yield (
+            f"{weight.name:<46} {weight.type:<9} {weight.bytes:>11} {s.minimum:>9.3g} {s.maximum:>9.3g} "
+            f"{s.mean:>9.2g} {s.std:>9.3g} {weight.error:>9.3%}"
+        )
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def visible(text: str) -> str:
+    """A token's text on one line: blanks marked, characters that cannot be seen as their numbers."""
+    return "".join(MARKS.get(c, c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in text)

@@ -1,0 +1,131 @@
+"""A trace as one page to look at: `run.py -m trace --html FILE`.
+
+data/trace.html holds the page; this puts the numbers into it. The page loads nothing, and its content security
+policy lets no script run but its own. What comes from the model or the user only ever travels as JSON and is
+shown as text.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .files import write_whole
+from .model import Model
+from .trace import Array, Text, alternatives, predict, visible
+
+PAGE = Path(__file__).with_name("data") / "trace.html"
+FIRST_LINE = "<!doctype html><!-- a trace by qwen3c -->"
+MAX_ATTENTION = 32 << 20  # attention weights in a page, one byte each
+LENS_TOKENS = 5  # predictions shown after each layer
+LENS_ROWS = 64  # positions whose logits are held at once
+NAMES = ("model.embed_tokens", "model.layers.*[0-9]", "*.attn_weights", "*.o_proj", "*.down_proj", "lm_head")
+
+
+def check_target(path: str) -> None:
+    """ValueError if there is a file at `path` that is not a trace."""
+    target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"{path}: is a directory; name the file to write")
+    if target.exists():
+        with open(target, "rb") as file:
+            if file.read(len(FIRST_LINE)) != FIRST_LINE.encode():
+                raise ValueError(f"{path}: exists and is not a trace; nothing but a trace is written over")
+
+
+def write(model: Model, text: Text, path: str) -> int:
+    """Write the page of `text` to `path`, whole or not at all; returns its size in bytes."""
+    check_target(path)
+    content = page(model.metadata["name"], collect(model, text))
+    write_whole(Path(path), content)
+    return len(content.encode())
+
+
+def page(title: str, data: dict[str, Any]) -> str:
+    """The page that shows `data`, by itself."""
+    template = FIRST_LINE + PAGE.read_text(encoding="utf-8").removeprefix("<!doctype html>")
+    script = template.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # inside <script type="application/json"> only "<" could end the block or begin a comment
+    numbers = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    values = {"TITLE": html.escape(title), "SCRIPT_HASH": f"sha256-{digest}", "DATA": numbers}
+    return re.sub(r"\{\{(TITLE|SCRIPT_HASH|DATA)\}\}", lambda match: values[match[1]], template)
+
+
+def collect(model: Model, text: Text) -> dict[str, Any]:
+    """Everything the page shows, as plain data."""
+    c, n = model.config, len(text.ids)
+    size = c.n_layers * c.n_heads * n * (n + 1) // 2
+    if size > MAX_ATTENTION:
+        limit = f"a page holds {MAX_ATTENTION / 1e6:.0f} MB of them"
+        raise ValueError(f"the attention weights of {n} tokens are {size / 1e6:.0f} MB, {limit}; shorten the text")
+    trace = model.trace(text.ids, NAMES)
+    expected = alternatives(model, text, trace["lm_head"])
+    streams = [trace["model.embed_tokens"], *(trace[f"model.layers.{layer}"] for layer in range(c.n_layers))]
+    lens = [_lens(model, stream) for stream in streams]
+    shown = {*text.ids, *(id for place in expected for id in place.tokens)}
+    shown.update(id for layer in lens for place in layer["tokens"] for id in place)
+    return {
+        "name": model.metadata["name"],
+        "layers": c.n_layers,
+        "heads": c.n_heads,
+        "kv_heads": c.n_kv_heads,
+        "dim": c.dim,
+        "parameters": c.n_parameters,
+        "group_size": c.group_size,
+        "activations": model.activations,
+        "prompt": text.n_prompt,
+        "tokens": text.ids,
+        "texts": {id: visible(model.tokenizer.decode([id])) for id in sorted(shown)},
+        "expected": [
+            {"tokens": place.tokens, "p": _rounded(place.probabilities), "chance": place.chance}
+            for place in expected
+        ],
+        "lens": lens,
+        "norms": {
+            "residual": [_rms(stream) for stream in streams],
+            "attention": [_rms(trace[f"model.layers.{layer}.self_attn.o_proj"]) for layer in range(c.n_layers)],
+            "feed_forward": [_rms(trace[f"model.layers.{layer}.mlp.down_proj"]) for layer in range(c.n_layers)],
+        },
+        "attention": _packed(
+            trace[f"model.layers.{layer}.self_attn.attn_weights"] for layer in range(c.n_layers)
+        ),
+    }
+
+
+def _lens(model: Model, stream: Array) -> dict[str, Any]:
+    """The likeliest next tokens if the rows (n, dim) of the residual stream were the last layer's."""
+    places = [
+        predict(model, row, LENS_TOKENS)
+        for start in range(0, len(stream), LENS_ROWS)
+        for row in model.logit_lens(stream[start : start + LENS_ROWS])
+    ]
+    return {
+        "tokens": [place.tokens for place in places],
+        "p": [_rounded(place.probabilities) for place in places],
+    }
+
+
+def _rms(rows: Array) -> list[float]:
+    return _rounded(np.sqrt(np.mean(np.square(rows, dtype=np.float64), axis=-1)).tolist())
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [float(f"{value:.4g}") for value in values]
+
+
+def _packed(layers: Iterable[Array]) -> str:
+    """Attention weights (n_heads, n, n) of all layers in base64: 255 sqrt(p) in a byte, what a row sees only."""
+    seen = []
+    for weights in layers:
+        rows, columns = np.tril_indices(weights.shape[-1])
+        seen.append(np.round(255 * np.sqrt(weights[:, rows, columns])).astype(np.uint8).tobytes())
+    return base64.b64encode(b"".join(seen)).decode()
