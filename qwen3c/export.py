@@ -26,7 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
-from . import format
+from . import format, memory
+from .memory import gib
 from .terminal import one_line
 
 if TYPE_CHECKING:
@@ -109,24 +110,73 @@ def export(
     Raises SourceError (huggingface.py) or OSError; the target is then what it was before.
     """
     from .cpu import default_threads
-    from .huggingface import Checkpoint, Files, SourceError
+    from .huggingface import Checkpoint, Files
 
     start = time.monotonic()
     with Files(source) as files:
         checkpoint = Checkpoint(files, group_size, name)
         path = _check_target(target, files)
-        try:
-            writer = format.ModelWriter(
-                path, checkpoint.config, checkpoint.metadata, checkpoint.tokenizer, checkpoint.template
-            )
-        except ValueError as error:
-            raise SourceError(f"{files.directory}: {error}") from None
+        writer = _writer(path, checkpoint, files)
         _check_space(path, writer.file_size)
         report = Report(path, checkpoint.metadata["name"], writer.file_size, checkpoint.size)
         with writer:
             _stream(checkpoint, writer, threads or default_threads(), report, progress)
         report.seconds = time.monotonic() - start
         return report
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an export would write, known from config and headers alone."""
+
+    name: str
+    config: format.Config
+    source_size: int
+    file_size: int
+    tokenizer_size: int
+    directory: str  # where the file would be
+    free: int  # bytes there
+
+    def lines(self) -> Iterator[str]:
+        """Sizes, whether the disk holds the file, then memory by context."""
+        weights = f"{self.config.n_parameters / 1e6:,.1f} M parameters, {gib(self.source_size)} of weights"
+        verdict = "fits" if self.file_size <= self.free else "does not fit"
+        yield f"{self.name}: {weights} as they are"
+        yield f"file: {gib(self.file_size)} ({self.file_size:,} bytes), INT8 in groups of {self.config.group_size}"
+        yield f"disk: {gib(self.free)} free in {self.directory}: {verdict}"
+        yield ""
+        yield from memory.lines(self.config, self.file_size, self.tokenizer_size)
+
+
+def estimate(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str] = "model.bin",
+    group_size: int = 64,
+    name: str | None = None,
+) -> Estimate:
+    """What `export` with the same arguments would take. No weight is read and nothing is written.
+
+    Raises SourceError or OSError, as export does.
+    """
+    from .huggingface import Checkpoint, Files
+
+    with Files(source) as files:
+        checkpoint = Checkpoint(files, group_size, name)
+        path = _check_target(target, files)
+        writer = _writer(path, checkpoint, files)
+    free = shutil.disk_usage(path.parent).free
+    sizes = (checkpoint.size, writer.file_size, len(checkpoint.tokenizer))
+    return Estimate(checkpoint.metadata["name"], checkpoint.config, *sizes, str(path.parent), free)
+
+
+def _writer(path: Path, checkpoint: Checkpoint, files: Files) -> format.ModelWriter:
+    from .huggingface import SourceError
+
+    c = checkpoint
+    try:
+        return format.ModelWriter(path, c.config, c.metadata, c.tokenizer, c.template)
+    except ValueError as error:
+        raise SourceError(f"{files.directory}: {error}") from None
 
 
 def _check_target(target: str | os.PathLike[str], files: Files) -> Path:
@@ -395,6 +445,9 @@ def main(argv: list[str] | None = None) -> int:
 
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
+        if args.estimate:
+            print(*estimate(args.source, args.target, args.group_size, args.name).lines(), sep="\n")
+            return 0
         report = export(args.source, args.target, args.group_size, args.threads, args.name, progress)
     except KeyboardInterrupt:
         return _fail(progress, f"{args.target}: interrupted, nothing was written", 130)
@@ -421,7 +474,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "source", metavar="SRC", help="directory with config.json, tokenizer.json, *.safetensors"
     )
-    parser.add_argument("target", metavar="OUT.bin", help="file to write")
+    parser.add_argument("target", metavar="OUT.bin", nargs="?", help="file to write")
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="only say how large the file and the memory it takes would be; reads no weight, writes nothing",
+    )
     sizes = ", ".join(map(str, format.GROUP_SIZES))
     parser.add_argument(
         "--group-size", type=int, default=64, help=f"weights per scale: {sizes} (default: 64)"
@@ -434,6 +492,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads is {args.threads}, at least 1 is needed")
+    if args.target is None:
+        if not args.estimate:
+            parser.error("OUT.bin is missing: export.py SRC OUT.bin (or --estimate)")
+        args.target = "model.bin"
     if not os.path.isdir(args.source) and os.path.isdir(args.target):
         parser.error(f"{args.target} is a directory and {args.source} is not: the order is SRC OUT.bin")
     return args

@@ -55,7 +55,10 @@ def table(config: Config, file_size: int, tokenizer_size: int) -> list[dict[str,
             row[f"kv_{kv}_bytes"] = context * config.kv_bytes_per_token(kv)
         for kv in ("f16", "f32"):
             resident = program + row[f"kv_{kv}_bytes"]
-            row |= {f"resident_{kv}_bytes": resident, f"fits_{kv}": None if free is None else resident <= free}
+            row |= {
+                f"resident_{kv}_bytes": resident,
+                f"fits_{kv}": None if free is None else resident <= free,
+            }
         rows.append(row)
     return rows
 
@@ -65,7 +68,12 @@ def lines(config: Config, file_size: int, tokenizer_size: int) -> Iterator[str]:
     free = available()
     yield f"{'context':>9} {'KV f16':>10} {'KV f32':>10} {'resident f16':>13} {'resident f32':>13}   fits here"
     for row in table(config, file_size, tokenizer_size):
-        sizes = (row["kv_f16_bytes"], row["kv_f32_bytes"], row["resident_f16_bytes"], row["resident_f32_bytes"])
+        sizes = (
+            row["kv_f16_bytes"],
+            row["kv_f32_bytes"],
+            row["resident_f16_bytes"],
+            row["resident_f32_bytes"],
+        )
         kv_f16, kv_f32, f16, f32 = map(gib, sizes)
         fits = ["yes" if row["fits_f16"] else "no", "yes" if row["fits_f32"] else "no"]
         verdict = "" if free is None else fits[0] if fits[0] == fits[1] else "f16 only"

@@ -285,7 +285,9 @@ def _prompt_text(args: argparse.Namespace) -> str:
 
 def _is_raw(args: argparse.Namespace) -> bool:
     """Whether the prompt is text to complete, not a message to reply to."""
-    return not args.chat_template and args.system is None and args.system_file is None and args.thinking is None
+    return (
+        not args.chat_template and args.system is None and args.system_file is None and args.thinking is None
+    )
 
 
 def _prompt_tokens(args: argparse.Namespace, model: Model, text: str) -> list[int]:

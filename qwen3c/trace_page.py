@@ -66,7 +66,9 @@ def collect(model: Model, text: Text) -> dict[str, Any]:
     size = c.n_layers * c.n_heads * n * (n + 1) // 2
     if size > MAX_ATTENTION:
         limit = f"a page holds {MAX_ATTENTION / 1e6:.0f} MB of them"
-        raise ValueError(f"the attention weights of {n} tokens are {size / 1e6:.0f} MB, {limit}; shorten the text")
+        raise ValueError(
+            f"the attention weights of {n} tokens are {size / 1e6:.0f} MB, {limit}; shorten the text"
+        )
     trace = model.trace(text.ids, NAMES)
     expected = alternatives(model, text, trace["lm_head"])
     streams = [trace["model.embed_tokens"], *(trace[f"model.layers.{layer}"] for layer in range(c.n_layers))]
@@ -92,8 +94,12 @@ def collect(model: Model, text: Text) -> dict[str, Any]:
         "lens": lens,
         "norms": {
             "residual": [_rms(stream) for stream in streams],
-            "attention": [_rms(trace[f"model.layers.{layer}.self_attn.o_proj"]) for layer in range(c.n_layers)],
-            "feed_forward": [_rms(trace[f"model.layers.{layer}.mlp.down_proj"]) for layer in range(c.n_layers)],
+            "attention": [
+                _rms(trace[f"model.layers.{layer}.self_attn.o_proj"]) for layer in range(c.n_layers)
+            ],
+            "feed_forward": [
+                _rms(trace[f"model.layers.{layer}.mlp.down_proj"]) for layer in range(c.n_layers)
+            ],
         },
         "attention": _packed(
             trace[f"model.layers.{layer}.self_attn.attn_weights"] for layer in range(c.n_layers)

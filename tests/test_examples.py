@@ -1,0 +1,83 @@
+"""Every script in examples/ runs, and says what is true.
+
+python -m pytest tests/test_examples.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_models import export_small_model
+
+from qwen3c import Model
+from qwen3c.perplexity import measure
+from qwen3c.run import MODEL_IN_THE_BOX
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str, *arguments: str) -> str:
+    """What examples/NAME.py prints; on the model in the box unless the arguments name another."""
+    root = str(EXAMPLES.parent)
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": root, "PYTHONUTF8": "1"},
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(str(MODEL_IN_THE_BOX))
+
+
+def test_chat_remembers_both_questions() -> None:
+    out = run("chat", str(MODEL_IN_THE_BOX), "Who?", "And when?")
+    assert "> Who?" in out and "> And when?" in out
+    messages, tokens = map(int, re.search(r"(\d+) messages, (\d+) tokens in the session", out).groups())
+    assert messages == 4 and tokens > 60
+
+
+def test_stream_shows_a_reply_and_why_it_ended() -> None:
+    assert re.search(
+        r"^, name\):\n.*\n\[(stop|length|cancelled): \d+ tokens, \d+ a second\]\n$", run("stream"), re.DOTALL
+    )
+
+
+def test_logprobs_agree_with_the_perplexity(model: Model) -> None:
+    text = "import os\nimport sys\n"
+    out = run("logprobs", str(MODEL_IN_THE_BOX), text)
+    expected = measure(model, model.tokenizer.encode(text), 256).perplexity
+    assert float(re.search(r"perplexity ([\d.]+)", out)[1]) == pytest.approx(expected, abs=0.01)
+    shown = re.findall(r"([\d.]+)%   of '.*?' ([\d.]+)%", out.split("the reply")[1])
+    assert len(shown) == 8 and all(abs(float(p) - float(best)) < 0.06 for p, best in shown)
+
+
+def test_a_batch_says_what_each_prompt_says_alone(model: Model) -> None:
+    out = run("batch")
+    for prompt in ("def add(a, b):", "class Queue:\n"):
+        alone = model.generate(model.tokenizer.encode(prompt), 24, temperature=0)
+        assert prompt + "".join(event.text for event in alone) + "\n---" in out
+
+
+def test_choose_prefers_what_fits() -> None:
+    scores = re.findall(r"' (\w+):' +(-[\d.]+) nats", run("choose"))
+    assert [answer for answer, _ in scores] == ["KeyError", "ValueError", "ZeroDivisionError", "banana"]
+
+
+def test_every_example_runs_on_another_model_and_is_tested(tmp_path: Path) -> None:
+    path = str(export_small_model(tmp_path))
+    tested = set(re.findall(r'run\("(\w+)"', Path(__file__).read_text()))
+    for example in EXAMPLES.glob("*.py"):
+        assert example.stem in tested
+        assert run(example.stem, path)
