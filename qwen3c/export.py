@@ -150,19 +150,19 @@ class Estimate:
 
 def estimate(
     source: str | os.PathLike[str],
-    target: str | os.PathLike[str] = "model.bin",
+    target: str | os.PathLike[str] | None = None,
     group_size: int = 64,
     name: str | None = None,
 ) -> Estimate:
-    """What `export` with the same arguments would take. No weight is read and nothing is written.
+    """What `export` with the same arguments would take; without a target, beside the caller.
 
-    Raises SourceError or OSError, as export does.
+    No weight is read and nothing is written. Raises SourceError or OSError, as export does.
     """
     from .huggingface import Checkpoint, Files
 
     with Files(source) as files:
         checkpoint = Checkpoint(files, group_size, name)
-        path = _check_target(target, files)
+        path = Path("model.bin").absolute() if target is None else _check_target(target, files)
         writer = _writer(path, checkpoint, files)
     free = shutil.disk_usage(path.parent).free
     sizes = (checkpoint.size, writer.file_size, len(checkpoint.tokenizer))
@@ -439,6 +439,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command `export.py SRC OUT`: 0 done, 2 refused, 130 or 143 interrupted; no traceback."""
     args = _parse(argv)
     progress = None if args.quiet else Progress(sys.stderr)
+    target = args.target or args.source  # what a message is about
 
     def terminate(*_: object) -> None:
         raise _Terminated
@@ -450,11 +451,11 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         report = export(args.source, args.target, args.group_size, args.threads, args.name, progress)
     except KeyboardInterrupt:
-        return _fail(progress, f"{args.target}: interrupted, nothing was written", 130)
+        return _fail(progress, f"{target}: interrupted, nothing was written", 130)
     except _Terminated:
-        return _fail(progress, f"{args.target}: terminated, nothing was written", 143)
+        return _fail(progress, f"{target}: terminated, nothing was written", 143)
     except OSError as error:
-        return _fail(progress, f"{error.filename or args.target}: {error.strerror or error}", 2)
+        return _fail(progress, f"{error.filename or target}: {error.strerror or error}", 2)
     except MemoryError as error:
         return _fail(progress, f"out of memory: {error}", 2)
     except (ValueError, ImportError) as error:
@@ -492,11 +493,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads is {args.threads}, at least 1 is needed")
-    if args.target is None:
-        if not args.estimate:
-            parser.error("OUT.bin is missing: export.py SRC OUT.bin (or --estimate)")
-        args.target = "model.bin"
-    if not os.path.isdir(args.source) and os.path.isdir(args.target):
+    if args.target is None and not args.estimate:
+        parser.error("OUT.bin is missing; with --estimate nothing is written")
+    if args.target and not os.path.isdir(args.source) and os.path.isdir(args.target):
         parser.error(f"{args.target} is a directory and {args.source} is not: the order is SRC OUT.bin")
     return args
 

@@ -28,11 +28,12 @@ from numpy.typing import NDArray
 from small_models import encode_tensor, small_weights, write_json, write_safetensors, write_small_model
 from test_huggingface import FAULTS
 
-from qwen3c import engine, format
+from qwen3c import engine, format, memory
 from qwen3c import export as exporter
 from qwen3c.export import Progress, export, main
 from qwen3c.format import ModelFile
-from qwen3c.huggingface import SourceError
+from qwen3c.huggingface import SourceError, StoredTensor
+from qwen3c.info import lines
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = Path(format.__file__).parent.parent  # where `import qwen3c` finds the package under test
@@ -636,7 +637,7 @@ def test_bad_arguments_are_one_line_and_status_2(
         (["OUT", "SRC"], "the order is SRC OUT.bin"),
         (["SRC", "OUT", "--threads", "0"], "--threads is 0, at least 1"),
         (["SRC", "OUT", "--group-size", "x"], "invalid int value: 'x'"),
-        (["SRC"], "required: OUT.bin"),
+        (["SRC"], "OUT.bin is missing"),
     ],
 )
 def test_wrong_usage_is_explained(
@@ -695,6 +696,47 @@ def test_file_size_limit_is_one_line(tmp_path: Path, source: Path) -> None:
     assert result.returncode == 2
     assert result.stderr == f"export.py: error: {tmp_path / 'model.bin'}: File too large\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("shape", [{}, {"tied": False, "shards": 2}, {"dim": 128, "dtype": "F32"}], ids=str)
+def test_an_estimate_is_what_the_export_then_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shape: dict[str, Any]
+) -> None:
+    source = write_small_model(tmp_path / "source", **shape)
+    before = sorted(tmp_path.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredTensor, "read", lambda *_: pytest.fail("a weight was read"))
+        estimate = exporter.estimate(source, tmp_path / "model.bin")
+        assert main([str(source), "--estimate"]) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    report = export(source, tmp_path / "model.bin")
+    assert estimate.file_size == report.file_size == (tmp_path / "model.bin").stat().st_size
+    assert estimate.source_size == report.source_size
+    out = capsys.readouterr().out
+    assert f"({estimate.file_size:,} bytes), INT8 in groups of 64" in out
+    # the memory is what `info` then says of the file
+    said = lines(ModelFile(tmp_path / "model.bin"))
+    assert out.splitlines()[-3:-1] == list(said)[-3:-1]
+
+
+def test_an_estimate_says_what_does_not_fit(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("", (), {"free": 1000}))
+    monkeypatch.setattr(memory, "available", lambda: 1000)
+    assert main([str(source), "--estimate"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"disk: 0\.0 MiB free in .*: does not fit", out)
+    assert re.search(r"256 .* MiB   no\n", out) and "would be read from disk again for every token" in out
+
+
+def test_an_estimate_refuses_what_an_export_refuses(source: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_json(source / "config.json", {"model_type": "gpt2"})
+    errors = []
+    for arguments in (["--estimate"], [str(source.parent / "model.bin")]):
+        assert main([str(source), *arguments]) == 2
+        errors.append(capfd.readouterr().err)
+    assert errors[0] == errors[1] and "config.json" in errors[0]
 
 
 def test_model_in_the_box_is_sound() -> None:

@@ -5,13 +5,17 @@ python -m pytest tests/test_memory.py
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_models import export_small_model
 
 from qwen3c import memory
-from qwen3c.format import Config
+from qwen3c.format import Config, ModelFile
 
 
 def config(context: int) -> Config:
@@ -43,3 +47,41 @@ def test_a_container_counts_with_its_limit(monkeypatch: pytest.MonkeyPatch, tmp_
     assert memory.available() == 2100000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.available() is None or memory.available() > 2100000  # type: ignore[operator]
+
+
+def test_the_table_says_what_fits_by_context_and_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Qwen3-0.6B: 626 MB of file, 112 KiB of f16 keys and values per token; 785 MB were measured (docs/PERFORMANCE.md)
+    monkeypatch.setattr(memory, "available", lambda: 1 << 30)
+    rows = memory.table(config(40960), 626 << 20, 11 << 20)
+    assert [row["context"] for row in rows] == [1024, 4096, 8192, 16384, 32768, 40960]
+    assert rows[0]["kv_f16_bytes"] == 1024 * 112 << 10 and rows[0]["kv_f32_bytes"] == 1024 * 224 << 10
+    without_kv = {
+        row[f"resident_{kv}_bytes"] - row[f"kv_{kv}_bytes"] for row in rows for kv in ("f16", "f32")
+    }
+    assert len(without_kv) == 1 and 770 << 20 < without_kv.pop() < 800 << 20
+    assert [(row["fits_f16"], row["fits_f32"]) for row in rows[:3]] == [
+        (True, True),
+        (False, False),
+        (False, False),
+    ]
+    monkeypatch.setattr(memory, "available", lambda: None)
+    assert memory.table(config(40960), 1, 1)[0]["fits_f16"] is None
+    assert "available" not in "".join(memory.lines(config(40960), 1, 1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_takes_what_the_table_says(tmp_path: Path) -> None:
+    path = export_small_model(tmp_path, dim=1024, hidden_dim=3072, n_layers=2, head_dim=128, context=1024)
+    script = f"""
+        import re, sys
+        from qwen3c import Model
+        model = Model({str(path)!r})
+        model.session().forward([1] * 1024)
+        print(re.search(r"VmRSS:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True
+    )
+    file = ModelFile(path)
+    said = memory.table(file.config, file.file_size, len(file.tokenizer))[-1]["resident_f16_bytes"]
+    assert said * 0.75 < int(done.stdout) * 1024 < said * 1.2

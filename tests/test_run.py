@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from small_models import export_small_model
 
-from qwen3c import Model, run
+from qwen3c import Model, run, trace
 from qwen3c.format import ModelFile
 from qwen3c.info import describe
 from qwen3c.repl import parse_command
@@ -359,12 +359,10 @@ def test_info_lists_the_header_and_every_tensor(small: str, capsys: pytest.Captu
     assert json.loads(in_process(capsys, small, "-m", "info", "--json").out) == json.loads(
         json.dumps(describe(file))
     )
-    memory = describe(file)["memory"]
-    assert memory[-1] == {
-        "context": 256,
-        "kv_f16_bytes": 256 * 2 * 2 * 64 * 2,
-        "kv_f32_bytes": 256 * 2 * 2 * 64 * 4,
-    }
+    memory = describe(file)["memory"][-1]
+    assert memory["context"] == 256
+    assert (memory["kv_f16_bytes"], memory["kv_f32_bytes"]) == (256 * 2 * 2 * 64 * 2, 256 * 2 * 2 * 64 * 4)
+    assert memory["resident_f32_bytes"] - memory["resident_f16_bytes"] == 256 * 2 * 2 * 64 * 2
 
 
 def test_verify_names_every_damaged_tensor(
@@ -408,6 +406,55 @@ def test_perplexity_is_that_of_the_logits(
     assert (
         told_people.startswith(f"perplexity {told['perplexity']:.4f} (") and f"over {n} tokens" in told_people
     )
+
+
+# ----------------------------------------------------------------------------
+# trace
+
+
+def test_trace_says_at_each_level_what_the_library_says(
+    small: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Model(small, threads=1)
+    text = trace.continue_text(model, model.tokenizer.encode("hi there"), 2, temperature=0)
+    options = [small, "-m", "trace", "-i", "hi there", "-n", "2", "-t", "0"]
+    for level in trace.LEVELS:
+        told = in_process(capsys, *options, "--level", level)
+        shown = list(trace.lines(model, text, level))
+        assert (
+            told.status == 0 and told.out.splitlines()[:-1] == shown[:-1]
+        )  # the last line may be the free memory
+        found = json.loads(in_process(capsys, *options, "--level", level, "--json").out)
+        found.pop("memory", None)
+        expected = json.loads(json.dumps(trace.describe(model, text, level)))
+        expected.pop("memory", None)
+        assert found == expected
+    assert in_process(capsys, *options).out == in_process(capsys, *options, "--level", "input_flow").out
+
+
+def test_trace_takes_a_message_where_asked_for(small: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Model(small, threads=1)
+    prompt = model.chat_prompt([{"role": "user", "content": "hi"}], False)
+    told = json.loads(in_process(capsys, small, "-m", "trace", "-i", "hi", "-r", "0", "--json").out)
+    assert [token["token"] for token in told["tokens"]] == prompt and told["prompt_tokens"] == len(prompt)
+
+
+def test_trace_writes_a_page(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "trace.html"
+    done = in_process(capsys, small, "-m", "trace", "-i", "hi", "-n", "2", "--html", str(page))
+    assert (done.status, done.out) == (0, "") and str(page) in done.err
+    assert page.read_text().startswith("<!doctype html>")
+    for arguments, reason in [
+        (["-m", "trace", "-i", "hi", "--html", small], "is not a trace; nothing but a trace is written over"),
+        (["-m", "trace", "-i", "hi", "--html", str(tmp_path / "no" / "x.html")], "No such file or directory"),
+        (["-m", "trace", "-i", "", "--html", str(page)], "prompt is empty"),
+        (["-m", "trace", "-i", "hi " * 300], "the context holds 256"),
+        (["-m", "generate", "-i", "hi", "--html", "x"], "belong to -m trace"),
+        (["-m", "trace", "-i", "hi", "--level", "all"], "invalid choice"),
+    ]:
+        done = in_process(capsys, small, *arguments)
+        assert (done.status, done.out, done.err.count("\n")) == (2, "", 1) and reason in done.err, done.err
+    assert Model(small, threads=1).config.context == 256
 
 
 # ----------------------------------------------------------------------------

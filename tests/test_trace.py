@@ -1,4 +1,4 @@
-"""model.trace: what the engine computes on its way, held against transformers layer by layer.
+"""Model.trace, held against transformers layer by layer, and what qwen3c/trace.py says of it.
 
 Each traced activation is compared with what a hook on the module of the same name sees in transformers' float32
 model of the same dequantised weights, so a layer that computes something else is named.
@@ -6,15 +6,17 @@ model of the same dequantised weights, so a layer that computes something else i
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from small_models import export_small_model
+from small_models import export_small_model, small_weights
 
-from qwen3c import engine
+from qwen3c import Model, engine, trace
 
 # A rearranged float32 sum gives up to 4e-12 on these shapes (measured)
 NMSE_BOUND = 1e-10
@@ -183,7 +185,13 @@ def test_the_logit_lens_after_the_last_layer_is_the_logits(tmp_path: Path):
 def test_names_choose_what_is_kept(tmp_path: Path):
     model = engine.Model(str(export_small_model(tmp_path)))
     whole = model.trace([1, 2, 3])
-    for names in ("model.layers.0.*", "*.k_proj", "lm_head", "*.down_proj.input", ["model.norm", "model.layers.1"]):
+    for names in (
+        "model.layers.0.*",
+        "*.k_proj",
+        "lm_head",
+        "*.down_proj.input",
+        ["model.norm", "model.layers.1"],
+    ):
         some = model.trace([1, 2, 3], names)
         assert some
         assert all(np.array_equal(array, whole[name]) for name, array in some.items())
@@ -206,3 +214,89 @@ def test_what_cannot_be_traced_is_refused_with_the_numbers(tmp_path: Path, monke
     with pytest.raises(ValueError, match=r"the trace of 4 tokens takes [\d,]+ bytes, 1,000 are available"):
         model.trace([1, 2, 3, 4])
     model.session().forward([1, 2, 3])
+
+
+# ----------------------------------------------------------------------------
+# What is said of it
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(str(export_small_model(tmp_path_factory.mktemp("small"), n_layers=3)))
+
+
+def text_of(model: Model, prompt: str = "def f(x):", n: int = 3) -> trace.Text:
+    return trace.continue_text(model, model.tokenizer.encode(prompt), n, temperature=0)
+
+
+def test_the_flow_names_every_module_once_with_its_shapes(small: Model):
+    text = text_of(small)
+    n, shown = len(text.ids), list(trace.lines(small, text, "input_flow"))
+    for name, array in small.trace(text.ids).items():
+        if name.startswith(("model.layers.1", "model.layers.2")):
+            continue
+        module = name.removeprefix("model.layers.0").removeprefix(".") or "x"
+        line = next(line for line in shown if line.split()[:1] == [module])
+        assert re.search(rf"-> \({', '.join(map(str, array.shape))}\) ", line), name
+    assert "model.layers.1 to model.layers.2: likewise" in shown
+    assert any(re.search(rf"^model.embed_tokens +\({n}\) +-> \({n}, 64\)", line) for line in shown)
+    assert any(re.search(rf"^  self_attn.o_proj +\({n}, 128\) +-> \({n}, 64\)", line) for line in shown)
+
+
+def test_every_token_after_the_prompt_has_its_probability_and_the_alternatives(small: Model):
+    text = text_of(small)
+    assert len(text.ids) == text.n_prompt + 3
+    expected = trace.alternatives(small, text, small.trace(text.ids)["lm_head"])
+    events = list(small.generate(text.ids[: text.n_prompt], 3, temperature=0, logprobs=trace.ALTERNATIVES))
+    for place, event in zip(expected[text.n_prompt - 1 :], events, strict=True):
+        assert place.tokens == [id for id, _ in event.top_logprobs]
+        assert np.allclose(place.probabilities, np.exp([p for _, p in event.top_logprobs]), rtol=1e-4)
+        assert place.chance == pytest.approx(np.exp(event.logprob), rel=1e-4)
+    shown = list(trace.lines(small, text, "compact"))
+    chances = [float(re.search(r"([\d.]+)%   else ", line)[1]) for line in shown if "   else " in line]
+    assert chances == [pytest.approx(100 * place.chance, abs=0.06) for place in expected[text.n_prompt - 1 :]]
+
+
+def test_the_ranges_are_those_of_the_arrays(small: Model):
+    text = text_of(small)
+    told = trace.describe(small, text, "verbose")
+    arrays, exact = small.trace(text.ids), trace.exact_trace(small, text.ids)
+    assert [entry["name"] for entry in told["activations"]] == list(arrays)
+    for entry in told["activations"]:
+        array = arrays[entry["name"]].astype(np.float64)
+        assert entry["shape"] == array.shape and entry["bytes"] == 4 * array.size
+        figures = [entry["minimum"], entry["maximum"], entry["mean"], entry["std"], entry["rms"]]
+        wanted = [array.min(), array.max(), array.mean(), array.std(), np.sqrt(np.mean(array**2))]
+        assert np.allclose(figures, wanted, rtol=1e-4, atol=1e-6), entry["name"]
+        off = array - exact[entry["name"]]
+        assert entry["error"] == pytest.approx(np.sqrt(np.sum(off**2) / np.sum(array**2)), rel=0.05)
+    errors = {entry["name"]: entry["error"] for entry in told["activations"]}
+    assert errors["model.embed_tokens"] == 0 and 1e-4 < errors["lm_head"] < 0.1
+    json.dumps(told)
+
+
+def test_the_weights_have_their_statistics_and_rounding_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shape = {"dim": 128, "vocab_size": 501, "tied": False}
+    model = engine.Model(str(export_small_model(tmp_path, **shape)))
+    monkeypatch.setattr(trace, "SLICE_WEIGHTS", 5000)
+    source = small_weights(**shape)
+    tensors = {tensor.name: tensor for tensor in model.file.tensors}
+    told = list(trace.weights(model.file))
+    assert {weight.name for weight in told} == {name for name, tensor in tensors.items() if tensor.parts}
+    for weight in told:
+        parts = [part.name for part in tensors[weight.name].parts]
+        stored = np.concatenate([model.weight(name) for name in parts]).astype(np.float64)
+        s = weight.statistics
+        assert np.allclose([s.minimum, s.maximum, s.mean, s.std], [stored.min(), stored.max(), stored.mean(), stored.std()],
+                           rtol=1e-3, atol=1e-6)  # fmt: skip
+        lost = np.sqrt(
+            np.sum((stored - np.concatenate([source[name] for name in parts])) ** 2) / np.sum(stored**2)
+        )
+        assert weight.error == pytest.approx(lost, rel=0.1), weight.name
+
+
+def test_what_cannot_be_seen_is_written_out():
+    assert trace.visible(" a\tb\n") == "·a⇥b↵"
+    assert trace.visible("\x1b[31m\u202e\x00é漢") == "\\u{1b}[31m\\u{202e}\\u{0}é漢"
