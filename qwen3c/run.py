@@ -129,6 +129,8 @@ def trace(args: argparse.Namespace) -> int:
     prompt = _prompt_tokens(args, model, prompt_text)
     session = CachedSession(model, _context(args, model))
     n = TRACED_TOKENS * bool(args.html) if args.max_tokens is None else args.max_tokens
+    if args.html:
+        trace_page.check_size(model.config, min(len(prompt) + n, session.context))
     text = trace.continue_text(model, prompt, n, session=session, stop=args.stop, **_sampling(args))
     if args.html:
         size = trace_page.write(model, text, args.html)

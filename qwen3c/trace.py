@@ -31,7 +31,7 @@ SLICE_WEIGHTS = 1 << 22  # weights dequantised at a time for their statistics
 
 Array = NDArray[np.float32]
 
-MARKS = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
+MARKS = {" ": "·", "\n": "↵", "\t": "⇥"}
 
 # module, its name within a layer -> (what it reads, what it does)
 MODULES = {
@@ -267,15 +267,15 @@ def describe(model: Model, text: Text, level: str) -> dict[str, Any]:
 
 def _token_lines(model: Model, text: Text, logits: Array) -> Iterator[str]:
     """The prompt; then every token after it, its probability, and what else might have come."""
-    tokens = [visible(model.tokenizer.decode([id])) for id in text.ids]
+    tokens = [token_text(model, id) for id in text.ids]
     yield f"{text.n_prompt} tokens: " + "|".join(tokens[: text.n_prompt])
     for i, place in list(enumerate(alternatives(model, text, logits), 1))[text.n_prompt - 1 :]:
         best = zip(place.tokens, place.probabilities, strict=True)
-        others = [f"{visible(model.tokenizer.decode([id]))} {p:.1%}" for id, p in best if id != text.ids[i]]
+        others = [f"{token_text(model, id)} {p:.1%}" for id, p in best if id != text.ids[i]]
         yield f"  {tokens[i]:<14} {place.chance or 0:>6.1%}   else {'  '.join(others[:4])}"
     place = predict(model, logits[-1], 5)
     best = zip(place.tokens, place.probabilities, strict=True)
-    yield "next: " + "  ".join(f"{visible(model.tokenizer.decode([id]))} {p:.1%}" for id, p in best)
+    yield "next: " + "  ".join(f"{token_text(model, id)} {p:.1%}" for id, p in best)
 
 
 def _flow_lines(found: list[Row]) -> Iterator[str]:
@@ -325,6 +325,14 @@ def _weight_lines(file: ModelFile) -> Iterator[str]:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return f"({', '.join(map(str, shape))})"
+
+
+def token_text(model: Model, id: int) -> str:
+    """A token on one line; a part of a character as its bytes."""
+    text = model.tokenizer.decode([id])
+    if "\ufffd" in text:
+        return "".join(f"\\x{byte:02x}" for byte in model.tokenizer.token_bytes(id))
+    return visible(text)
 
 
 def visible(text: str) -> str:

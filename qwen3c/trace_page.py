@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from .files import write_whole
+from .format import Config
 from .model import Model
-from .trace import Array, Text, alternatives, predict, visible
+from .trace import Array, Text, alternatives, predict, token_text
 
 PAGE = Path(__file__).with_name("data") / "trace.html"
 FIRST_LINE = "<!doctype html><!-- a trace by qwen3c -->"
-MAX_ATTENTION = 32 << 20  # attention weights in a page, one byte each
+MAX_ATTENTION = 16 << 20  # attention weights in a page, one byte each
 LENS_TOKENS = 5  # predictions shown after each layer
 LENS_ROWS = 64  # positions whose logits are held at once
 NAMES = ("model.embed_tokens", "model.layers.*[0-9]", "*.attn_weights", "*.o_proj", "*.down_proj", "lm_head")
@@ -39,6 +40,14 @@ def check_target(path: str) -> None:
         with open(target, "rb") as file:
             if file.read(len(FIRST_LINE)) != FIRST_LINE.encode():
                 raise ValueError(f"{path}: exists and is not a trace; nothing but a trace is written over")
+
+
+def check_size(config: Config, n: int) -> None:
+    """ValueError if the attention weights of n tokens are too many for a page."""
+    size = config.n_layers * config.n_heads * n * (n + 1) // 2
+    if size > MAX_ATTENTION:
+        limit = f"a page holds {MAX_ATTENTION / 1e6:.0f} MB of them"
+        raise ValueError(f"the attention weights of {n} tokens are {size / 1e6:.0f} MB, {limit}; shorten the text")
 
 
 def write(model: Model, text: Text, path: str) -> int:
@@ -62,13 +71,8 @@ def page(title: str, data: dict[str, Any]) -> str:
 
 def collect(model: Model, text: Text) -> dict[str, Any]:
     """Everything the page shows, as plain data."""
-    c, n = model.config, len(text.ids)
-    size = c.n_layers * c.n_heads * n * (n + 1) // 2
-    if size > MAX_ATTENTION:
-        limit = f"a page holds {MAX_ATTENTION / 1e6:.0f} MB of them"
-        raise ValueError(
-            f"the attention weights of {n} tokens are {size / 1e6:.0f} MB, {limit}; shorten the text"
-        )
+    c = model.config
+    check_size(c, len(text.ids))
     trace = model.trace(text.ids, NAMES)
     expected = alternatives(model, text, trace["lm_head"])
     streams = [trace["model.embed_tokens"], *(trace[f"model.layers.{layer}"] for layer in range(c.n_layers))]
@@ -86,7 +90,7 @@ def collect(model: Model, text: Text) -> dict[str, Any]:
         "activations": model.activations,
         "prompt": text.n_prompt,
         "tokens": text.ids,
-        "texts": {id: visible(model.tokenizer.decode([id])) for id in sorted(shown)},
+        "texts": {id: token_text(model, id) for id in sorted(shown)},
         "expected": [
             {"tokens": place.tokens, "p": _rounded(place.probabilities), "chance": place.chance}
             for place in expected

@@ -297,6 +297,7 @@ def test_the_weights_have_their_statistics_and_rounding_error(
         assert weight.error == pytest.approx(lost, rel=0.1), weight.name
 
 
-def test_what_cannot_be_seen_is_written_out():
+def test_what_cannot_be_seen_is_written_out(small: Model):
+    assert [trace.token_text(small, id) for id in small.tokenizer.encode("漢")] == ["\\xe6", "\\xbc", "\\xa2"]
     assert trace.visible(" a\tb\n") == "·a⇥b↵"
     assert trace.visible("\x1b[31m\u202e\x00é漢") == "\\u{1b}[31m\\u{202e}\\u{0}é漢"
