@@ -86,7 +86,35 @@ def _parser() -> argparse.ArgumentParser:
     _new_model_arguments(pretrain)
     _common_arguments(pretrain, steps=2000, batch=8, micro_batch=8, learning_rate=2e-3)
 
+    sft = stages.add_parser("sft", help="the assistant's side of conversations")
+    sft.set_defaults(stage_function=_sft)
+    sft.add_argument("data", type=Path, metavar="CHAT.jsonl", help='one {"messages": [...]} a line')
+    sft.add_argument("--model", type=Path, required=True, metavar="DIR", help="the model to tune")
+    sft.add_argument("--validation", type=Path, metavar="CHAT.jsonl", help="conversations held out (default: a share of DATA)")
+    sft.add_argument("--validation-fraction", type=_fraction, default=0.05, help="share of replies held out (default: 0.05)")
+    sft.add_argument("--context", type=_positive, metavar="N", help="tokens of a packed row (default: the model's, at most 2048)")
+    _common_arguments(sft, steps=500, batch=8, micro_batch=8, learning_rate=3e-4)
+
+    grpo = stages.add_parser("grpo", help="reinforcement: rewards of completions that the engine samples")
+    grpo.set_defaults(stage_function=_grpo)
+    grpo.add_argument("data", type=Path, metavar="TASKS.jsonl", help='one {"messages": [...]} or {"prompt": "..."} a line')
+    grpo.add_argument("--model", type=Path, required=True, metavar="DIR", help="the model to tune, and the reference")
+    grpo.add_argument("--reward", required=True, metavar="MODULE:FUNCTION", help="(prompt, completion, task) -> number")
+    grpo.add_argument("--validation", type=Path, metavar="TASKS.jsonl", help="tasks held out (default: a share of DATA)")
+    grpo.add_argument("--validation-fraction", type=_fraction, default=0.1, help="share of tasks held out (default: 0.1)")
+    _policy_arguments(grpo)
+    _common_arguments(grpo, steps=200, batch=16, micro_batch=64, learning_rate=5e-5)
     return parser
+
+
+def _policy_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("completions")
+    group.add_argument("--completions", type=_positive, default=8, metavar="G", help="per prompt (default: 8)")
+    group.add_argument("--max-tokens", type=_positive, default=64, metavar="N", help="of a completion (default: 64)")
+    group.add_argument("--temperature", type=_rate, default=1.0, metavar="X", help="they are sampled at (default: 1)")
+    group.add_argument("--updates", type=_positive, default=1, metavar="N", help="of the weights per step's completions (default: 1)")
+    group.add_argument("--clip-ratio", type=_fraction, default=0.2, metavar="X", help="of probabilities (default: 0.2)")
+    group.add_argument("--kl", type=float, default=0.02, metavar="X", help="weight of the divergence from the reference (default: 0.02)")
 
 
 def _new_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -224,13 +252,66 @@ def _pretrain(args: argparse.Namespace) -> None:
 
     context = args.context or model.config.max_position_embeddings
     if args.estimate:
-        from .estimate import print_estimate
-
-        return print_estimate(model, settings, context)
+        return _estimate(model, settings, context)
     Pretraining(
         settings, model, tokenizer, resume,
         Windows(train, tokenizer, context, args.seed), Windows(validation, tokenizer, context, args.seed),
     ).run()  # fmt: skip
+
+
+def _sft(args: argparse.Namespace) -> None:
+    from .conversations import read_samples, split
+    from .sft import FineTuning
+
+    settings = _settings(args)
+    model, tokenizer = _load(args.model)
+    limit = model.config.max_position_embeddings
+    context = args.context or min(limit, 2048)
+    if context > limit:
+        raise TrainingError(f"--context {context} exceeds the model's {limit}")
+    if args.estimate:
+        return _estimate(model, settings, context)
+    train, too_long = read_samples(args.data, tokenizer, context)
+    if args.validation:
+        validation, too_long_too = read_samples(args.validation, tokenizer, context)
+        too_long += too_long_too
+    else:
+        train, validation = split(train, args.validation_fraction, args.seed)
+    if too_long:
+        print(f"{too_long:,} samples are longer than the context of {context} tokens and left out", file=sys.stderr)
+    resume = _checkpoint(args)
+    if resume:
+        model, tokenizer = _load(resume)
+    FineTuning(settings, model, tokenizer, resume, train, validation, context).run()
+
+
+def _grpo(args: argparse.Namespace) -> None:
+    from .grpo import GRPO, Policy, load_reward, read_tasks
+
+    settings = _settings(args)
+    reference, tokenizer = _load(args.model)
+    context = reference.config.max_position_embeddings
+    if args.estimate:
+        return _estimate(reference, settings, context)
+    policy = Policy(args.completions, args.max_tokens, args.temperature, args.updates, args.clip_ratio, args.kl)
+    reward = load_reward(args.reward)
+    train = read_tasks(args.data, tokenizer, context - args.max_tokens)
+    if args.validation:
+        validation = read_tasks(args.validation, tokenizer, context - args.max_tokens)
+    elif len(train) < 2:
+        raise TrainingError(f"{args.data}: one task alone cannot be split: give --validation")
+    else:
+        cut = max(1, round(args.validation_fraction * len(train)))
+        train, validation = train[cut:], train[:cut]
+    resume = _checkpoint(args)
+    model, _ = _load(resume or args.model)
+    GRPO(settings, model, tokenizer, resume, reference, policy, train, validation, reward).run()
+
+
+def _estimate(model: PreTrainedModel, settings: Settings, context: int) -> None:
+    from .estimate import print_estimate
+
+    print_estimate(model, min(settings.micro_batch, settings.batch), context, settings.batch > settings.micro_batch)
 
 
 def _shape(args: argparse.Namespace) -> Shape:

@@ -90,6 +90,7 @@ class Trainer(ABC):
         self.plain_model = model
         self.step = 0
         self.best: float | None = None
+        self.step_record: dict[str, Any] = {}  # what a stage adds to the record of a step
         matrices = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim <= 1]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -176,7 +177,8 @@ class Trainer(ABC):
                 f"step {self.step}: the loss is {mean:g} and its gradient's norm {norm:g}: training has diverged; "
                 f"try a lower --learning-rate than {self.settings.learning_rate:g}{kept}"
             )
-        return {"step": self.step, "loss": mean, "learning_rate": learning_rate, "gradient_norm": norm, "tokens": int(count)}
+        record = {"step": self.step, "loss": mean, "learning_rate": learning_rate, "gradient_norm": norm, "tokens": int(count)}
+        return {**record, **self.step_record}
 
     def _update(self, micro_batches: Sequence[Batch]) -> tuple[float, float, float]:
         """One step of the optimiser; (sum of losses, count, gradient norm) over all processes."""
