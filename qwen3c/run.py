@@ -131,10 +131,12 @@ def trace(args: argparse.Namespace) -> int:
     n = TRACED_TOKENS * bool(args.html) if args.max_tokens is None else args.max_tokens
     if args.html:
         trace_page.check_size(model.config, min(len(prompt) + n, session.context))
+    _say_what_was_chosen(args, model, session.context, model.may_think(prompt), _is_raw(args))
     text = trace.continue_text(model, prompt, n, session=session, stop=args.stop, **_sampling(args))
     if args.html:
         size = trace_page.write(model, text, args.html)
-        terminal.note(f"{args.html}: {len(text.ids)} tokens, {size / 1e6:.1f} MB; open it in a browser")
+        size_and_seed = f"{len(text.ids)} tokens, seed {text.seed}, {size / 1e6:.1f} MB"
+        terminal.note(f"{args.html}: {size_and_seed}; open it in a browser")
     if args.json:
         print(json.dumps(trace.describe(model, text, args.level or trace.LEVELS[0])))
     elif args.level or not args.html:

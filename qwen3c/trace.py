@@ -62,6 +62,7 @@ class Text:
 
     ids: list[int]
     n_prompt: int
+    seed: int = 0  # of the sampling
 
 
 def continue_text(model: Model, prompt: Sequence[int], max_tokens: int, **options: Any) -> Text:
@@ -69,7 +70,7 @@ def continue_text(model: Model, prompt: Sequence[int], max_tokens: int, **option
     generation = model.generate(prompt, max_tokens, **options)
     for _ in generation:
         pass
-    return Text([*prompt, *generation.tokens], len(prompt))
+    return Text([*prompt, *generation.tokens], len(prompt), generation.stats.seed)
 
 
 @dataclass(frozen=True)
@@ -256,6 +257,7 @@ def describe(model: Model, text: Text, level: str) -> dict[str, Any]:
     result = {
         "tokens": [{"token": id, "text": model.tokenizer.decode([id])} for id in text.ids],
         "prompt_tokens": text.n_prompt,
+        "seed": text.seed,
         "alternatives": [dataclasses.asdict(place) for place in alternatives(model, text, trace["lm_head"])],
         "activations": activations,
     }

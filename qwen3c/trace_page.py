@@ -32,10 +32,12 @@ NAMES = ("model.embed_tokens", "model.layers.*[0-9]", "*.attn_weights", "*.o_pro
 
 
 def check_target(path: str) -> None:
-    """ValueError if there is a file at `path` that is not a trace."""
+    """ValueError if `path` cannot be written, or holds something that is not a trace."""
     target = Path(path)
     if target.is_dir():
         raise ValueError(f"{path}: is a directory; name the file to write")
+    if not target.parent.is_dir():
+        raise ValueError(f"{path}: there is no directory {target.parent}")
     if target.exists():
         with open(target, "rb") as file:
             if file.read(len(FIRST_LINE)) != FIRST_LINE.encode():
@@ -47,7 +49,9 @@ def check_size(config: Config, n: int) -> None:
     size = config.n_layers * config.n_heads * n * (n + 1) // 2
     if size > MAX_ATTENTION:
         limit = f"a page holds {MAX_ATTENTION / 1e6:.0f} MB of them"
-        raise ValueError(f"the attention weights of {n} tokens are {size / 1e6:.0f} MB, {limit}; shorten the text")
+        raise ValueError(
+            f"the attention weights of {n} tokens are {size / 1e6:.0f} MB, {limit}; shorten the text"
+        )
 
 
 def write(model: Model, text: Text, path: str) -> int:
