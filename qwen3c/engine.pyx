@@ -728,6 +728,7 @@ cdef void rotate_and_store(Model m, const Span *span, Py_ssize_t l) noexcept nog
     for i in range(span.n_rows):
         row, position = span.row + i, span.position + i
         cosine, sine = m.s.cosine + row * half, m.s.sine + row * half
+        record(t.qkv, m.t.row + row, m.s.qkv + row * stride, 1, stride)
         for h in range(m.n_heads):
             head = m.s.qkv + row * stride + h * m.head_dim
             kernels.rmsnorm(head, head, layer.q_norm, m.head_dim, m.eps)
@@ -827,7 +828,6 @@ cdef int forward(
         rmsnorm(m, s.xb, s.x, layer.attention_norm, n)
         record(t.attention_norm, row, s.xb, n, m.dim)
         matmul(m, s.qkv, s.xb, n, &layer.qkv)
-        record(t.qkv, row, s.qkv, n, m.q_dim + 2 * m.kv_dim)
 
         # norm q and k per head, rotate them by position, put k and v into the cache
         for i in prange(n_spans, schedule="static", num_threads=m.threads, use_threads_if=team(m, row_work) > 1):

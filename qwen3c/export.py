@@ -470,7 +470,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="export.py", description="Convert a Hugging Face model directory into one model.bin."
+        prog="export.py",
+        usage="export.py SRC OUT.bin [options]",
+        description="Convert a Hugging Face model directory into one model.bin.",
     )
     parser.add_argument(
         "source", metavar="SRC", help="directory with config.json, tokenizer.json, *.safetensors"

@@ -131,8 +131,8 @@ def trace(args: argparse.Namespace) -> int:
     n = TRACED_TOKENS * bool(args.html) if args.max_tokens is None else args.max_tokens
     if args.html:
         trace_page.check_size(model.config, min(len(prompt) + n, session.context))
-    _say_what_was_chosen(args, model, session.context, model.may_think(prompt), _is_raw(args))
     text = trace.continue_text(model, prompt, n, session=session, stop=args.stop, **_sampling(args))
+    _say_what_was_chosen(args, model, session.context, model.may_think(prompt), _is_raw(args))
     if args.html:
         size = trace_page.write(model, text, args.html)
         size_and_seed = f"{len(text.ids)} tokens, seed {text.seed}, {size / 1e6:.1f} MB"
