@@ -261,6 +261,11 @@ static void attention_case(const Kernels *k, int spec, size_t head_dim, size_t g
     Attention task = {q, out, group * head_dim, group * head_dim, n, group, head_dim, position, blocks, 0, keys, scratch};
     k->attend[type](&task);
     add_digest(out, size * 4);
+    float *again = guarded(size * 4), *weights = guarded(n * group * total * 4);
+    task.out = again, task.weights = weights, task.weights_token = group * total, task.weights_head = total;
+    k->attend[type](&task);
+    CHECK(memcmp(out, again, size * 4) == 0, "attention head_dim %zu group %zu: asking for the weights changes the output", head_dim, group);
+    for (size_t row = 0; row < n * group; row++) add_digest(weights + row * total, (position + row / group + 1) * 4);
     for (size_t row = 0; spec && row < n * group; row++) {
         size_t seen = position + row / group + 1;
         double sum = 0, *o = calloc(head_dim, sizeof *o), largest = 0;
@@ -270,6 +275,12 @@ static void attention_case(const Kernels *k, int spec, size_t head_dim, size_t g
             sum += exp(score);
             for (size_t d = 0; d < head_dim; d++) o[d] += exp(score) * cached(v_rows[j * head_dim + d], type);
         }
+        for (size_t j = 0; j < seen; j++) {
+            double score = 0;
+            for (size_t d = 0; d < head_dim; d++) score += (double)q[row * head_dim + d] * cached(k_rows[j * head_dim + d], type);
+            CHECK(fabs(weights[row * total + j] - exp(score) / sum) < 1e-6, "attention head_dim %zu group %zu row %zu: weight %g %g",
+                  head_dim, group, row, weights[row * total + j], exp(score) / sum);
+        }
         for (size_t d = 0; d < head_dim; d++) largest = fmax(largest, fabs(o[d] / sum));
         for (size_t d = 0; d < head_dim; d++)
             CHECK(fabs(out[row * head_dim + d] - o[d] / sum) < 1e-6 * largest + 1e-6, "attention head_dim %zu group %zu row %zu: %g %g",
@@ -278,6 +289,7 @@ static void attention_case(const Kernels *k, int spec, size_t head_dim, size_t g
     }
     for (size_t b = 0; b < n_blocks; b++) release(blocks[b], block);
     release(k_rows, total * head_dim * 4); release(v_rows, total * head_dim * 4);
+    release(again, size * 4); release(weights, n * group * total * 4);
     release(q, size * 4); release(out, size * 4); release(scratch, ATTENTION_SCRATCH(head_dim) * 4);
     free(blocks);
 }
