@@ -12,14 +12,14 @@ from random import Random
 from functions import Definition
 
 LONGEST_SAMPLE = 1500  # characters of all messages: about a context of 512 tokens
-LONGEST_SOURCE = 600  # characters of code in a question about it
+LONGEST_SOURCE = 450  # characters of code in a question about it
 LONGEST_DOCSTRING = 400  # characters of a docstring in a question
 LONGEST_FUNCTION = 40  # lines to write in an answer
 SAME_ANSWER = 3  # definitions that may share a sentence: more of them teach nothing
 
 WHAT_BY_NAME = [
     "What does {name} do?", "What does the {kind} {name} do?", "Explain {name}.", "What is {name} for?",
-    "What does {name} of the module {module} do?", "Describe the {kind} {short} of {module}.",
+    "What does {short} of the module {module} do?", "Describe the {kind} {short} of {module}.",
     "Tell me what {name} does.", "what does {name} do",
 ]  # fmt: skip
 WHAT_OF_CODE = [
@@ -162,7 +162,8 @@ def about_definitions(definitions: list[Definition], seed: int) -> Iterator[Samp
         if definition.sentence and seen[definition.sentence] <= SAME_ANSWER:
             if definition.public and random.random() < 0.5:
                 yield Sample("what by name", by_name(definition, random))
-            yield Sample("what of code", of_code(definition, random))
+            if random.random() < 0.85:
+                yield Sample("what of code", of_code(definition, random))
             if definition.kind != "class" and random.random() < 0.2:
                 yield Sample("header", header(definition, random))
         if is_short(definition) and random.random() < (0.45 if definition.docstring else 0.12):

@@ -163,7 +163,7 @@ def chat_samples(side: Side, validation: bool, parameters: str, seed: int) -> li
     random.shuffle(small_talk)
     held_out = len(small_talk) // 20
     small_talk = small_talk[:held_out] if validation else small_talk[held_out:]
-    words = sorted({word for d in side.definitions for word in re.findall(r"[a-z]{3,8}", d.name)})
+    words = sorted({word for d in side.definitions for word in re.findall(r"(?<![A-Za-z])[a-z]{3,8}(?![A-Za-z])", d.name)})
     scale = 20 if validation else 1
     samples = list(conversations.about_definitions(side.definitions, seed))
     samples += conversations.about_modules(side.module_sentences(), side.definitions, seed)

@@ -1,23 +1,23 @@
-"""Rewards for reinforcement learning: functions of (prompt, completion, task), as `recipe.rewards:arithmetic`."""
+"""Rewards for `train.py grpo`: functions of (prompt, completion, task), named as `recipe.rewards:arithmetic`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-END_OF_TURN = "<|im_end|>"
 ONE_DIGIT_WRONG = 0.2
 
 
 def arithmetic(prompt: object, completion: str, task: Mapping[str, Any]) -> float:
-    """1 for the right answer and nothing else, alone or as `equation = answer`; 0.2 if one digit of it is wrong.
+    """1 for a turn that ends after the right answer, alone or as `equation = answer`; 0.2 if one digit is wrong.
 
-    The whole completion is compared, so a turn that does not end is worth nothing. The partial reward is for
-    groups in which nobody is right: a slipped carry is then better than nonsense, and there is something to learn.
-    It is small, so that guessing one digit never pays as much as now and then being right.
+    task: a line of tasks.jsonl, with "ended", whether the completion ended its turn. The partial reward is for
+    groups in which nobody is right: a slipped carry is better than nonsense, so there is something to learn. It
+    is small, so that being right now and then pays more than being nearly right always.
     """
-    said = completion.removesuffix(END_OF_TURN).strip().removesuffix(".")
-    said = said.removeprefix(f"{task['equation']} = ")
+    if not task["ended"]:
+        return 0.0
+    said = completion.strip().removesuffix(".").removeprefix(f"{task['equation']} = ")
     answer = task["answer"]
     if said == answer:
         return 1.0
