@@ -160,13 +160,13 @@ def about_definitions(definitions: list[Definition], seed: int) -> Iterator[Samp
         random = Random(f"{seed}:{full_name(definition)}")
         seen[definition.sentence] += 1
         if definition.sentence and seen[definition.sentence] <= SAME_ANSWER:
-            if definition.public and random.random() < 0.5:
+            if definition.public and random.random() < (0.5 if definition.kind == "method" else 1):
                 yield Sample("what by name", by_name(definition, random))
-            if random.random() < 0.85:
+            if random.random() < 0.8:
                 yield Sample("what of code", of_code(definition, random))
             if definition.kind != "class" and random.random() < 0.2:
                 yield Sample("header", header(definition, random))
-        if is_short(definition) and random.random() < (0.45 if definition.docstring else 0.12):
+        if is_short(definition) and random.random() < (0.4 if definition.docstring else 0.1):
             yield Sample("complete", completion(definition, random))
         if definition.public and definition.kind == "function" and "()" not in definition.header:
             yield Sample("signature", signature(definition, random))

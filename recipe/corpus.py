@@ -147,8 +147,11 @@ class Side:
 
     @classmethod
     def of(cls, documents: list[Document], validation: bool) -> Side:
+        homes = functions.public_homes({document.path: document.text for document in documents})
         own = [document for document in documents if document.validation == validation]
-        return cls(own, [d for document in own for d in functions.definitions(document.path, document.text)])
+        return cls(
+            own, [d for document in own for d in functions.definitions(document.path, document.text, homes)]
+        )
 
     def module_sentences(self) -> dict[str, str]:
         return {functions.module_name(d.path): functions.module_sentence(d.text) for d in self.documents}
@@ -163,7 +166,13 @@ def chat_samples(side: Side, validation: bool, parameters: str, seed: int) -> li
     random.shuffle(small_talk)
     held_out = len(small_talk) // 20
     small_talk = small_talk[:held_out] if validation else small_talk[held_out:]
-    words = sorted({word for d in side.definitions for word in re.findall(r"(?<![A-Za-z])[a-z]{3,8}(?![A-Za-z])", d.name)})
+    words = sorted(
+        {
+            word
+            for d in side.definitions
+            for word in re.findall(r"(?<![A-Za-z])[a-z]{3,8}(?![A-Za-z])", d.name)
+        }
+    )
     scale = 20 if validation else 1
     samples = list(conversations.about_definitions(side.definitions, seed))
     samples += conversations.about_modules(side.module_sentences(), side.definitions, seed)

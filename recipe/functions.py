@@ -6,10 +6,12 @@ import ast
 import copy
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 SENTENCE_LENGTHS = range(16, 241)  # characters of a sentence worth learning
+TOOLS = {"idlelib", "lib2to3", "distutils", "turtledemo", "ensurepip"}  # programs more than libraries
+PUBLIC_NAMES = {"posixpath": "os.path"}  # modules that users know by another name
 SIGNATURE = re.compile(
     r"[\w.]+\(.*\)(\s*->.*|:)?|[\w.,\s]+=\s*[\w.]+\(.*\).*|.*\)\s*->.*"
 )  # in place of a sentence
@@ -17,7 +19,7 @@ SIGNATURE = re.compile(
 
 @dataclass(frozen=True)
 class Definition:
-    """One function or class of a module.
+    """One function or class of a module. module: where users find it; path: where it is written.
 
     header: on one line, as `def wrap(text, width=70):`. docstring: dedented, or "". sentence: the first of
     the docstring, or "". body: what follows the docstring, indented by four spaces; "" for a class.
@@ -39,25 +41,71 @@ class Definition:
 
     @property
     def public(self) -> bool:
-        return not any(part.startswith("_") for part in (*self.module.split("."), *self.name.split(".")))
+        """Whether a user of the library may want to call it."""
+        parts = [*self.module.split("."), *self.name.split(".")]
+        return parts[0] not in TOOLS and not any(part.startswith("_") for part in parts)
 
 
 def module_name(path: str) -> str:
-    """xml/dom/__init__.py -> xml.dom"""
+    """xml/dom/minidom.py -> xml.dom.minidom; a package by its own name"""
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def definitions(path: str, text: str) -> Iterator[Definition]:
-    """Functions and classes at the top level of a module and methods of these classes, in its order."""
+def public_homes(texts: Mapping[str, str]) -> dict[str, str]:
+    """ "asyncio.runners.run" -> "asyncio": where users find what a package or a public module imports to pass on.
+
+    texts: of all modules, by path. A package passes on what it imports from its own modules, any module what
+    it imports from one whose name begins with an underscore; `import *` means that module's __all__.
+    """
+    trees = {module_name(path): ast.parse(text) for path, text in texts.items()}
+    homes: dict[str, str] = {}
+    for path in sorted(texts):
+        module = module_name(path)
+        for node in _imports(trees[module]):
+            package = module if path.endswith("__init__.py") else module.rpartition(".")[0]
+            source = ".".join(filter(None, [package if node.level == 1 else "", node.module or ""]))
+            own = path.endswith("__init__.py") and source.startswith(module + ".")
+            if source not in trees or not (own or source.startswith("_")) or module.startswith("_"):
+                continue
+            for alias in node.names:
+                for name in _exported(trees[source]) if alias.name == "*" else [alias.name]:
+                    homes.setdefault(f"{source}.{name}", module)
+    return homes
+
+
+def _imports(tree: ast.Module) -> Iterator[ast.ImportFrom]:
+    for node in tree.body:
+        inner = (
+            [*node.body, *(s for handler in node.handlers for s in handler.body)]
+            if isinstance(node, ast.Try)
+            else [node]
+        )
+        yield from (statement for statement in inner if isinstance(statement, ast.ImportFrom))
+
+
+def _exported(tree: ast.Module) -> list[str]:
+    """The literal __all__ of a module."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            strings = getattr(node.value, "elts", [])
+            return [e.value for e in strings if isinstance(e, ast.Constant) and isinstance(e.value, str)]
+    return []
+
+
+def definitions(path: str, text: str, homes: Mapping[str, str]) -> Iterator[Definition]:
+    """Functions and classes at the top level of a module and methods of these classes, in its order.
+
+    homes: see public_homes.
+    """
     lines = text.split("\n")
     for node in ast.parse(text).body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield _definition(path, node, "", lines)
+            yield _definition(path, node, "", lines, homes)
         elif isinstance(node, ast.ClassDef):
-            yield _definition(path, node, "", lines)
+            yield _definition(path, node, "", lines, homes)
             for member in node.body:
                 if isinstance(member, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                    yield _definition(path, member, node.name + ".", lines)
+                    yield _definition(path, member, node.name + ".", lines, homes)
 
 
 def module_sentence(text: str) -> str:
@@ -101,13 +149,14 @@ def has_body(code: str) -> bool:
 Node = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
-def _definition(path: str, node: Node, owner: str, lines: list[str]) -> Definition:
+def _definition(path: str, node: Node, owner: str, lines: list[str], homes: Mapping[str, str]) -> Definition:
     docstring = ast.get_docstring(node) or ""
     is_class = isinstance(node, ast.ClassDef)
+    module, name = module_name(path), owner + node.name
     return Definition(
-        module=module_name(path),
+        module=homes.get(f"{module}.{name.split('.')[0]}", PUBLIC_NAMES.get(module, module)),
         path=path,
-        name=owner + node.name,
+        name=name,
         kind="class" if is_class else "method" if owner else "function",
         header=_header(node),
         docstring=docstring,
