@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 Use = Literal["chat", "tasks", "validation"]
 
@@ -88,7 +88,7 @@ def exchanges(use: Use, seed: int) -> Iterator[tuple[str, str]]:
         yield problem.question(random), f"{problem.equation} = {problem.answer}"
 
 
-def tasks(use: Use, seed: int, count: int) -> list[dict[str, object]]:
+def tasks(use: Use, seed: int, count: int) -> list[dict[str, Any]]:
     """Questions with a checkable answer, for rewards.py: {"messages", "answer", "equation"}."""
     random = Random(f"{seed}:{use}:tasks")
     return [

@@ -25,10 +25,12 @@ import platform
 import re
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import arithmetic
 import conversations
@@ -192,7 +194,7 @@ def chat_samples(side: Side, validation: bool, parameters: str, seed: int) -> li
     return list(conversations.with_system(samples, seed))
 
 
-def held_out_headers(train: Side, validation: Side, count: int, seed: int) -> list[dict[str, str]]:
+def held_out_headers(train: Side, validation: Side, count: int, seed: int) -> list[dict[str, Any]]:
     """Headers with docstring of functions in validation documents whose docstring is nowhere in the training text."""
     known = {d.docstring for d in train.definitions}
     chosen = [
@@ -214,13 +216,13 @@ def held_out_headers(train: Side, validation: Side, count: int, seed: int) -> li
     ]
 
 
-def held_out_questions(train: Side, validation: Side, count: int, seed: int) -> list[dict[str, object]]:
+def held_out_questions(train: Side, validation: Side, count: int, seed: int) -> list[dict[str, Any]]:
     """What does this code do: of validation documents, with a sentence that no training definition has."""
     known = {d.sentence for d in train.definitions}
     chosen = list(
         {d.sentence: d for d in validation.definitions if d.sentence and d.sentence not in known}.values()
     )
-    lines = []
+    lines: list[dict[str, Any]] = []
     for d in sample(chosen, count, seed, "questions"):
         question, answer = conversations.of_code(d, Random(f"{seed}:{conversations.full_name(d)}:question"))
         messages = [{"role": "user", "content": question}]
@@ -275,53 +277,56 @@ def table(train: list[Sample], validation: list[Sample]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Write the training data of the model in the box.")
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument(
-        "--source",
-        type=Path,
-        default=Path(sysconfig.get_paths()["stdlib"]),
-        help="a Python library (default: this Python's)",
-    )
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument(
-        "--parameters", default="4 million", help="how many the model is to say it has (%(default)s)"
-    )
-    args = parser.parse_args()
-    documents = list(read_library(args.source, args.seed))
-    if not any(document.validation for document in documents) or all(
-        document.validation for document in documents
-    ):
-        print(
-            f"{args.source}: {len(documents)} modules; too few for training and validation text",
-            file=sys.stderr,
-        )
-        return 2
-    write_text(documents, args.out)
+def write(documents: list[Document], out: Path, parameters: str, seed: int) -> None:
+    """Everything, with a table of it on stdout."""
+    write_text(documents, out)
     for split in ("train", "validation"):
         texts = [document.text for document in documents if document.validation == (split == "validation")]
         print(f"{split:<12}{len(texts):>6} documents{sum(map(len, texts)):>12} characters")
 
     train, validation = Side.of(documents, False), Side.of(documents, True)
-    chats = [
-        chat_samples(side, side is validation, args.parameters, args.seed) for side in (train, validation)
-    ]
-    write_lines(args.out / "chat.jsonl", (s.line() for s in chats[0]))
-    write_lines(args.out / "chat_validation.jsonl", (s.line() for s in chats[1]))
+    chats = [chat_samples(side, side is validation, parameters, seed) for side in (train, validation)]
+    write_lines(out / "chat.jsonl", (s.line() for s in chats[0]))
+    write_lines(out / "chat_validation.jsonl", (s.line() for s in chats[1]))
     print(table(*chats))
 
-    held_out = {
-        "tasks.jsonl": arithmetic.tasks("tasks", args.seed, TASKS),
-        "tasks_validation.jsonl": arithmetic.tasks("validation", args.seed, HELD_OUT_TASKS),
-        "headers_validation.jsonl": held_out_headers(train, validation, HELD_OUT_HEADERS, args.seed),
-        "questions_validation.jsonl": held_out_questions(train, validation, HELD_OUT_QUESTIONS, args.seed),
+    records: dict[str, list[dict[str, Any]]] = {
+        "tasks.jsonl": arithmetic.tasks("tasks", seed, TASKS),
+        "tasks_validation.jsonl": arithmetic.tasks("validation", seed, HELD_OUT_TASKS),
+        "headers_validation.jsonl": held_out_headers(train, validation, HELD_OUT_HEADERS, seed),
+        "questions_validation.jsonl": held_out_questions(train, validation, HELD_OUT_QUESTIONS, seed),
     }
-    for name, values in held_out.items():
-        write_json_lines(args.out / name, values)
+    for name, values in records.items():
+        write_json_lines(out / name, values)
         print(f"{name:<28}{len(values):>6}")
-    record = manifest(documents, args.out, args.seed)
-    write_lines(args.out / "manifest.json", [json.dumps(record, indent=1, ensure_ascii=False)])
+    origin = manifest(documents, out, seed)
+    write_lines(out / "manifest.json", [json.dumps(origin, indent=1, ensure_ascii=False)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write the training data of the model in the box.")
+    parser.add_argument("out", type=Path, help="folder to write")
+    library = Path(sysconfig.get_paths()["stdlib"])
+    parser.add_argument(
+        "--source", type=Path, default=library, help="a Python library (default: this Python's)"
+    )
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument(
+        "--parameters", default="4 million", help="how many the model says it has (%(default)s)"
+    )
+    args = parser.parse_args(argv)
+    # modules of old hold escapes that newer Pythons complain about
+    warnings.simplefilter("ignore", SyntaxWarning)
+    documents = list(read_library(args.source, args.seed))
+    if len({document.validation for document in documents}) < 2:
+        few = f"{len(documents)} modules of code are too few for training and validation text"
+        print(f"corpus.py: error: {args.source}: {few}", file=sys.stderr)
+        return 2
+    try:
+        write(documents, args.out, args.parameters, args.seed)
+    except OSError as error:
+        print(f"corpus.py: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -164,8 +164,9 @@ def float32_perplexity(directory: Path, ids: list[int], window: int) -> float:
         raise SystemExit(
             f"evaluate.py: error: {error}; `make oracles` installs what perplexity is compared with"
         ) from None
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    library: Any = transformers
+    library.utils.logging.disable_progress_bar()
+    model = library.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     result = Perplexity()
     for start in range(0, len(ids), window):
         part = torch.tensor(ids[start : start + window])
@@ -247,7 +248,7 @@ def table(stages: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Measure the stages of the model in the box on held-out data."
     )
@@ -257,7 +258,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write figures and samples here too")
     parser.add_argument("--seed", type=int, default=1, help="of the replies at temperature 1")
     parser.add_argument("--limit", type=int, default=200, help="held-out items of each kind (%(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     sources = {stage: getattr(args, stage) for stage in ("base", "sft", "grpo") if getattr(args, stage)}
     if not sources:
         parser.error("name at least one of --base, --sft and --grpo")
