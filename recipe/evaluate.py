@@ -155,8 +155,8 @@ def text_ids(model: Model, folder: Path) -> list[int]:
     return ids
 
 
-def float32_perplexity(directory: Path, ids: list[int], window: int) -> float:
-    """qwen3c.perplexity's figure as transformers computes it in float32."""
+def float32_perplexity(directory: Path, ids: list[int], window: int, n_tokens: int) -> float:
+    """qwen3c.perplexity's figure as transformers computes it in float32, over the first n_tokens of the vocabulary."""
     try:
         import torch
         import transformers
@@ -172,10 +172,9 @@ def float32_perplexity(directory: Path, ids: list[int], window: int) -> float:
         part = torch.tensor(ids[start : start + window])
         if len(part) > 1:
             with torch.no_grad():
-                loss = torch.nn.functional.cross_entropy(
-                    model(part[None, :-1]).logits[0], part[1:], reduction="sum"
-                )
-            result = Perplexity(result.nats + loss.item(), result.tokens + len(part) - 1)
+                logits = model(part[None, :-1]).logits[0, :, :n_tokens]
+            nats = torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum").item()
+            result = Perplexity(result.nats + nats, result.tokens + len(part) - 1)
     return result.perplexity
 
 
@@ -183,7 +182,7 @@ def perplexities(model: Model, source: Path, folder: Path) -> dict[str, float]:
     ids, window = text_ids(model, folder), model.config.context
     found = {"perplexity": measure(model, ids, window).perplexity}
     if source.is_dir():
-        found["float32_perplexity"] = float32_perplexity(source, ids, window)
+        found["float32_perplexity"] = float32_perplexity(source, ids, window, model.config.n_tokens)
         found["perplexity_change"] = found["perplexity"] / found["float32_perplexity"] - 1
     return found
 
