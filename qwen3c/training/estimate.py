@@ -96,7 +96,7 @@ def lines(e: Estimate, micro_batch: int, context: int) -> Iterator[str]:
     yield "training"
     for name in ("weights", "gradients", "optimizer", "activations"):
         yield f"  {name:<14}{_megabytes(getattr(e, name))}"
-    yield f"  {'peak':<14}{_megabytes(e.peak)}   micro-batches of {micro_batch} x {context}, libraries not counted"
+    yield f"  {'peak':<14}{_megabytes(e.peak)}   micro-batches of {micro_batch} x {context}; libraries and what malloc keeps not counted"
     yield f"  {'FLOPs a token':<14}{e.training_flops / 1e6:>13,.1f} M"
     yield "inference"
     yield f"  {'model.bin':<14}{_megabytes(e.file)}   INT8, without the tokenizer"
