@@ -42,7 +42,9 @@ class Pretraining(Trainer):
 
     def updates(self, step: int) -> Iterator[Sequence[Batch]]:
         s, accelerator = self.settings, self.accelerator
-        indices = range(step * s.batch + accelerator.process_index, (step + 1) * s.batch, accelerator.num_processes)
+        indices = range(
+            step * s.batch + accelerator.process_index, (step + 1) * s.batch, accelerator.num_processes
+        )
         windows = [self.train[i] for i in indices]
         yield [collate(windows[i : i + s.micro_batch]) for i in range(0, len(windows), s.micro_batch)]
 

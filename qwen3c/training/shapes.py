@@ -34,9 +34,13 @@ class Shape:
         for name, value in (("dim", self.dim), ("hidden_dim", self.hidden_dim),
                             ("n_heads * head_dim", self.n_heads * self.head_dim)):  # fmt: skip
             if value % 32:
-                raise TrainingError(f"{name} = {value} is not a multiple of 32, the smallest group of INT8 weights")
+                raise TrainingError(
+                    f"{name} = {value} is not a multiple of 32, the smallest group of INT8 weights"
+                )
         if self.n_heads % self.n_kv_heads:
-            raise TrainingError(f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.n_kv_heads}")
+            raise TrainingError(
+                f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.n_kv_heads}"
+            )
         if self.head_dim % 2:
             raise TrainingError(f"head_dim = {self.head_dim} is odd; rotary embedding needs pairs")
 

@@ -53,7 +53,11 @@ class Settings:
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the losses: those that must stay for a run to be resumed."""
         others = ("out", "evaluate_every", "checkpoint_every", "keep", "compile", "quiet")
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items() if name not in others}
+        return {
+            name: list(v) if isinstance(v, tuple) else v
+            for name, v in asdict(self).items()
+            if name not in others
+        }
 
     def learning_rate_at(self, step: int) -> float:
         if step < self.warmup:
@@ -77,13 +81,19 @@ class Trainer(ABC):
     best_is_highest = False  # of the judgement that picks the best checkpoint
 
     def __init__(
-        self, settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, resume: Path | None
+        self,
+        settings: Settings,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        resume: Path | None,
     ) -> None:
         import torch
         from accelerate import Accelerator
 
         self.settings, self.tokenizer = settings, tokenizer
-        self.accelerator = Accelerator(mixed_precision="no" if settings.precision == "fp32" else settings.precision)
+        self.accelerator = Accelerator(
+            mixed_precision="no" if settings.precision == "fp32" else settings.precision
+        )
         world = self.accelerator.num_processes
         if settings.batch % world:
             raise TrainingError(f"--batch {settings.batch} does not divide among {world} processes")
@@ -177,7 +187,13 @@ class Trainer(ABC):
                 f"step {self.step}: the loss is {mean:g} and its gradient's norm {norm:g}: training has diverged; "
                 f"try a lower --learning-rate than {self.settings.learning_rate:g}{kept}"
             )
-        record = {"step": self.step, "loss": mean, "learning_rate": learning_rate, "gradient_norm": norm, "tokens": int(count)}
+        record = {
+            "step": self.step,
+            "loss": mean,
+            "learning_rate": learning_rate,
+            "gradient_norm": norm,
+            "tokens": int(count),
+        }
         return {**record, **self.step_record}
 
     def _update(self, micro_batches: Sequence[Batch]) -> tuple[float, float, float]:
@@ -191,7 +207,9 @@ class Trainer(ABC):
         for i, batch in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss, n = self.loss({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
+                loss, n = self.loss(
+                    {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+                )
                 # data parallelism averages the gradients of the processes; the mean over all samples is wanted
                 self.accelerator.backward(loss * (world / max(total, 1)))
             losses += loss.detach().double().cpu()
@@ -217,10 +235,14 @@ class Trainer(ABC):
         with torch.no_grad():
             judgement, record = self.judge()
         self._record({"step": self.step, **record})
-        better = self.best is None or (judgement > self.best if self.best_is_highest else judgement < self.best)
+        better = self.best is None or (
+            judgement > self.best if self.best_is_highest else judgement < self.best
+        )
         if better:
             self.best = judgement
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if isinstance(value, float))
+        figures = ", ".join(
+            f"{name} {value:.4g}" for name, value in record.items() if isinstance(value, float)
+        )
         self._say(f"step {self.step}: {figures}")
         self._draw()
         return better and self.step > 0
@@ -246,7 +268,12 @@ class Trainer(ABC):
             def fill(directory: Path) -> None:
                 self.plain_model.save_pretrained(directory, state_dict=weights)
                 self.tokenizer.save_pretrained(directory)
-                state = {"step": self.step, "best": self.best, "settings": s.deciding(), "optimizer": optimizer}
+                state = {
+                    "step": self.step,
+                    "best": self.best,
+                    "settings": s.deciding(),
+                    "optimizer": optimizer,
+                }
                 torch.save(state, directory / STATE)
 
             write_directory(path, fill)
@@ -263,13 +290,17 @@ class Trainer(ABC):
         for name, value in self.settings.deciding().items():
             if state["settings"].get(name) != value:
                 flag = name.replace("_", "-")
-                raise TrainingError(f"{path}: was made with --{flag} {state['settings'].get(name)}, not {value}")
+                raise TrainingError(
+                    f"{path}: was made with --{flag} {state['settings'].get(name)}, not {value}"
+                )
         self.step, self.best = state["step"], state["best"]
         if self._is_sharded:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
             options = StateDictOptions(full_state_dict=True)
-            set_optimizer_state_dict(self.model, self.optimizer.optimizer, state["optimizer"], options=options)
+            set_optimizer_state_dict(
+                self.model, self.optimizer.optimizer, state["optimizer"], options=options
+            )
         else:
             self.optimizer.load_state_dict(state["optimizer"])
 
@@ -278,7 +309,9 @@ class Trainer(ABC):
         return str(self.accelerator.distributed_type).endswith("FSDP")
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        return self.accelerator.get_state_dict(self.model) if self._is_sharded else self.plain_model.state_dict()
+        return (
+            self.accelerator.get_state_dict(self.model) if self._is_sharded else self.plain_model.state_dict()
+        )
 
     def _optimizer_state(self) -> dict[str, Any]:
         if not self._is_sharded:
@@ -336,4 +369,6 @@ class Trainer(ABC):
 
         if self.accelerator.num_processes == 1:
             return self._signal or 0
-        return int(self.accelerator.gather(torch.tensor([self._signal or 0]).to(self.accelerator.device)).max())
+        return int(
+            self.accelerator.gather(torch.tensor([self._signal or 0]).to(self.accelerator.device)).max()
+        )

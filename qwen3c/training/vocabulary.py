@@ -42,7 +42,16 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
 
     Every text has tokens (bytes are the alphabet). The end of a text is <|endoftext|>, of a turn <|im_end|>.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     specials = [END_OF_TEXT, START_OF_TURN, END_OF_TURN]
@@ -57,7 +66,9 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     ])  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(specials) - len(TAGS), initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=vocab_size - len(specials) - len(TAGS),
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in specials])
