@@ -102,11 +102,15 @@ def export(
     threads: int | None = None,
     name: str | None = None,
     progress: ProgressCallback | None = None,
+    yarn: float | None = None,
+    yarn_attn_factor: float | None = None,
 ) -> Report:
     """Convert the Hugging Face directory `source` into the file `target`.
 
     threads: for the quantisation (default: cpu.default_threads()); the result does not depend on it.
     name: what the model calls itself (default: from config.json).
+    yarn: stretch the context of a model of default rope by this factor. yarn_attn_factor: the factor on cos and
+    sin, in place of what transformers computes from the configuration.
     Raises SourceError (huggingface.py) or OSError; the target is then what it was before.
     """
     from .cpu import default_threads
@@ -114,7 +118,7 @@ def export(
 
     start = time.monotonic()
     with Files(source) as files:
-        checkpoint = Checkpoint(files, group_size, name)
+        checkpoint = Checkpoint(files, group_size, name, yarn, yarn_attn_factor)
         path = _check_target(target, files)
         writer = _writer(path, checkpoint, files)
         _check_space(path, writer.file_size)
@@ -153,6 +157,8 @@ def estimate(
     target: str | os.PathLike[str] | None = None,
     group_size: int = 64,
     name: str | None = None,
+    yarn: float | None = None,
+    yarn_attn_factor: float | None = None,
 ) -> Estimate:
     """What `export` with the same arguments would take; without a target, beside the caller.
 
@@ -161,7 +167,7 @@ def estimate(
     from .huggingface import Checkpoint, Files
 
     with Files(source) as files:
-        checkpoint = Checkpoint(files, group_size, name)
+        checkpoint = Checkpoint(files, group_size, name, yarn, yarn_attn_factor)
         path = Path("model.bin").absolute() if target is None else _check_target(target, files)
         writer = _writer(path, checkpoint, files)
     free = shutil.disk_usage(path.parent).free
@@ -447,9 +453,19 @@ def main(argv: list[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
         if args.estimate:
-            print(*estimate(args.source, args.target, args.group_size, args.name).lines(), sep="\n")
+            options = (args.group_size, args.name, args.yarn, args.yarn_attn_factor)
+            print(*estimate(args.source, args.target, *options).lines(), sep="\n")
             return 0
-        report = export(args.source, args.target, args.group_size, args.threads, args.name, progress)
+        report = export(
+            args.source,
+            args.target,
+            args.group_size,
+            args.threads,
+            args.name,
+            progress,
+            args.yarn,
+            args.yarn_attn_factor,
+        )
     except KeyboardInterrupt:
         return _fail(progress, f"{target}: interrupted, nothing was written", 130)
     except _Terminated:
@@ -491,6 +507,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--threads", type=int, help="threads (default: the physical cores this process may use)"
     )
     parser.add_argument("--name", help="what the model calls itself (default: from config.json)")
+    parser.add_argument(
+        "--yarn", type=float, metavar="FACTOR", help="stretch the context by this factor (default: as it is)"
+    )
+    parser.add_argument(
+        "--yarn-attn-factor",
+        type=float,
+        metavar="X",
+        help="factor on the rotary cosine and sine of a YaRN model (default: as transformers computes it)",
+    )
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     args = parser.parse_args(argv)
     if args.threads is not None and args.threads < 1:
