@@ -101,11 +101,15 @@ def export(
     threads: int | None = None,
     name: str | None = None,
     progress: ProgressCallback | None = None,
+    yarn: float | None = None,
+    yarn_attn_factor: float | None = None,
 ) -> Report:
     """Convert the Hugging Face directory `source` into the file `target`.
 
     threads: for the quantisation (default: cpu.default_threads()); the result does not depend on it.
     name: what the model calls itself (default: from config.json).
+    yarn: stretch the context of a model of default rope by this factor. yarn_attn_factor: the factor on cos and
+    sin, in place of what transformers computes from the configuration.
     Raises SourceError (huggingface.py) or OSError; the target is then what it was before.
     """
     from .cpu import default_threads
@@ -113,7 +117,7 @@ def export(
 
     start = time.monotonic()
     with Files(source) as files:
-        checkpoint = Checkpoint(files, group_size, name)
+        checkpoint = Checkpoint(files, group_size, name, yarn, yarn_attn_factor)
         path = _check_target(target, files)
         try:
             writer = format.ModelWriter(
@@ -395,7 +399,16 @@ def main(argv: list[str] | None = None) -> int:
 
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
-        report = export(args.source, args.target, args.group_size, args.threads, args.name, progress)
+        report = export(
+            args.source,
+            args.target,
+            args.group_size,
+            args.threads,
+            args.name,
+            progress,
+            args.yarn,
+            args.yarn_attn_factor,
+        )
     except KeyboardInterrupt:
         return _fail(progress, f"{args.target}: interrupted, nothing was written", 130)
     except _Terminated:
@@ -430,6 +443,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--threads", type=int, help="threads (default: the physical cores this process may use)"
     )
     parser.add_argument("--name", help="what the model calls itself (default: from config.json)")
+    parser.add_argument(
+        "--yarn", type=float, metavar="FACTOR", help="stretch the context by this factor (default: as it is)"
+    )
+    parser.add_argument(
+        "--yarn-attn-factor",
+        type=float,
+        metavar="X",
+        help="factor on the rotary cosine and sine of a YaRN model (default: as transformers computes it)",
+    )
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     args = parser.parse_args(argv)
     if args.threads is not None and args.threads < 1:
