@@ -81,9 +81,10 @@ class Model:
 
         A name is that of the module in transformers, and the array is what the module returns, (n, width):
         model.embed_tokens, model.layers.0.self_attn.q_proj, ..., model.norm, lm_head. Heads keep their axis:
-        q_norm and k_norm are (n, heads, head_dim). model.layers.0 is the residual stream after the layer. Three
+        q_norm and k_norm are (n, heads, head_dim). model.layers.0 is the residual stream after the layer. Some
         are not modules: self_attn.attn_weights, the attention probabilities, (n_heads, n, n), zero where a row
-        does not see; self_attn.o_proj.input, (n, q_dim); mlp.down_proj.input, (n, hidden_dim).
+        does not see; self_attn.o_proj.input, (n, q_dim); mlp.down_proj.input, (n, hidden_dim); and beside the
+        router's logits mlp.gate, mlp.gate.shares, (n, n_experts): of the chosen experts, zero of the others.
         names: a pattern such as "model.layers.*.attn_weights", or several, to keep less. ValueError if nothing
         is called that, ids are not as in Session.forward, or the arrays pass the memory available.
         """

@@ -24,7 +24,7 @@ import numpy as np
 
 from . import BORROWED_VARIABLE
 from .cpu import default_threads
-from .format import ROPE_TENSOR, ModelFile
+from .format import ROPE_TENSOR, ROUTER, ModelFile
 from .memory import available
 
 cimport cython
@@ -85,6 +85,8 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*attend[2])(const Attention *) noexcept nogil
         void (*swiglu)(float *, const float *, const float *, size_t) noexcept nogil
         void (*add)(float *, const float *, size_t) noexcept nogil
+        void (*add_scaled)(float *, const float *, size_t, float) noexcept nogil
+        void (*matvec)(float *, const float *, const float *, size_t, size_t) noexcept nogil
         float (*exponentials)(float *, const float *, size_t, float) noexcept nogil
         int (*top_k)(int32_t *, const float *, size_t, size_t) noexcept nogil
         void (*quantize_tiles)(uint8_t *, const void **, SourceType, size_t, size_t, QuantizationError *) noexcept nogil
@@ -169,8 +171,9 @@ cdef struct Layer:
     const float *k_norm  # (head_dim,) or NULL
     Matrix o  # (dim, q_dim)
     const float *ffn_norm  # (dim,)
-    Matrix gate_up  # (2 hidden_dim, dim)
-    Matrix down  # (dim, hidden_dim)
+    const float *router  # (n_experts, dim) or NULL: without experts the two below are one matrix each
+    Matrix *gate_up  # (n_experts or 1,) of (2 hidden_dim, dim)
+    Matrix *down  # (n_experts or 1,) of (dim, hidden_dim)
 
 
 cdef struct Weights:
@@ -179,6 +182,12 @@ cdef struct Weights:
     Layer *layers  # (n_layers,)
     const float *final_norm  # (dim,)
     Matrix lm_head  # (vocab_size, dim), the embedding if tied
+
+
+# Consecutive rows of activations that meet the same matrix.
+cdef struct Group:
+    Py_ssize_t row, n_rows
+    Py_ssize_t matrix  # index
 
 
 # ----------------------------------------------------------------------------
@@ -190,8 +199,15 @@ cdef struct RunState:
     float *xb  # (n, max(dim, q_dim)) normalised x; attention output
     float *qkv  # (n, q_dim + 2 kv_dim)
     float *y  # (n, dim) what a branch adds to x
-    float *h  # (n, 2 hidden_dim) gate, up
-    float *hb  # (n, hidden_dim) swiglu(gate, up)
+    float *h  # (n, 2 hidden_dim) gate, up; with experts (slots, 2 expert_hidden_dim)
+    float *hb  # (n, hidden_dim) swiglu(gate, up); with experts (slots, expert_hidden_dim)
+    float *scores  # (n, n_experts) of the router
+    float *shares  # (n, n_experts_per_token) weights of the chosen experts
+    int32_t *chosen  # (n, n_experts_per_token) the chosen experts, ascending
+    int32_t *slots  # (n, n_experts_per_token) the slot of each choice: choices sorted by expert, then by row
+    int32_t *slot_rows  # (slots,) the row of each slot
+    float *xs  # (slots, dim) xb of each slot's row; what its expert makes of it
+    Group *groups  # (n_experts,) the slots of each expert
     float *cosine  # (n, head_dim / 2)
     float *sine  # (n, head_dim / 2)
     Int8Rows xq  # (n, widest input of a matrix)
@@ -220,6 +236,9 @@ cdef struct LayerTrace:
     float *gate_up  # (n, 2 hidden_dim)
     float *hidden  # (n, hidden_dim)
     float *down  # (n, dim)
+    float *router  # (n, n_experts) logits; with experts, in place of the three above
+    float *shares  # (n, n_experts) of the chosen experts, zero of the others
+    float *experts  # (n, dim) sum of share times expert
     float *x  # (n, dim) residual stream after the layer
 
 
@@ -346,6 +365,8 @@ cdef class Model:
     cdef RunState s
     cdef Trace t
     cdef Py_ssize_t n_layers, n_heads, n_kv_heads, head_dim, dim, hidden_dim, q_dim, kv_dim, vocab_size, group_size
+    cdef Py_ssize_t n_experts, n_experts_per_token, expert_hidden_dim
+    cdef bint norm_topk_prob
     cdef Py_ssize_t block_bytes, head_bytes  # of a KV block; of one (layer, KV head) in it
     cdef float eps, rope_scale
     cdef KVType kv_type
@@ -377,6 +398,10 @@ cdef class Model:
         pass
 
     def __dealloc__(self):
+        cdef Py_ssize_t l
+        for l in range(self.n_layers if self.w.layers else 0):
+            free(self.w.layers[l].gate_up)
+            free(self.w.layers[l].down)
         free(self.w.layers)
         free(self.t.layers)
         self._free_buffers()
@@ -386,6 +411,8 @@ cdef class Model:
         self.n_layers, self.n_heads, self.n_kv_heads, self.head_dim = c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim
         self.dim, self.hidden_dim, self.q_dim, self.kv_dim = c.dim, c.hidden_dim, c.q_dim, c.kv_dim
         self.vocab_size, self.group_size = c.vocab_size, c.group_size
+        self.n_experts, self.n_experts_per_token, self.expert_hidden_dim = c.n_experts, c.n_experts_per_token, c.expert_hidden_dim
+        self.norm_topk_prob = c.norm_topk_prob
         self.eps, self.rope_scale = c.rms_eps, c.rope_attention_scale
         cdef Py_ssize_t element = 2 if self.kv_type == KV_F16 else 4
         self.head_bytes = KV_BLOCK * (self.head_dim + PADDED(self.head_dim)) * element
@@ -414,8 +441,12 @@ cdef class Model:
                 layer.k_norm = self._vector(places[p + "self_attn.k_norm.weight"])
             layer.o = self._matrix(places[p + "self_attn.o_proj.weight"])
             layer.ffn_norm = self._vector(places[p + "post_attention_layernorm.weight"])
-            layer.gate_up = self._matrix(places[p + "mlp.gate_up_proj.weight"])
-            layer.down = self._matrix(places[p + "mlp.down_proj.weight"])
+            blocks = [p + "mlp."]
+            if self.config.has_experts(l):
+                layer.router = self._vector(places[p + ROUTER])
+                blocks = [f"{p}mlp.experts.{e}." for e in range(self.n_experts)]
+            layer.gate_up = self._matrices([places[block + "gate_up_proj.weight"] for block in blocks])
+            layer.down = self._matrices([places[block + "down_proj.weight"] for block in blocks])
         self.w.final_norm = self._vector(places["model.norm.weight"])
         self.w.lm_head = self._matrix(places[embedding if self.config.tied_embedding else "lm_head.weight"])
 
@@ -432,6 +463,15 @@ cdef class Model:
         matrix.rows, matrix.columns = tensor.shape
         return matrix
 
+    cdef Matrix *_matrices(self, list tensors) except NULL:
+        cdef Py_ssize_t i
+        cdef Matrix *matrices = <Matrix *>calloc(len(tensors), sizeof(Matrix))
+        if matrices == NULL:
+            raise MemoryError(f"no memory for {len(tensors)} matrices")
+        for i in range(len(tensors)):
+            matrices[i] = self._matrix(tensors[i])
+        return matrices
+
     def weight(self, str name):
         cdef Matrix matrix
         cdef Py_ssize_t r
@@ -441,7 +481,8 @@ cdef class Model:
                 if part.name != name:
                     continue
                 if not tensor.quantized:
-                    return np.frombuffer(self.file.data(tensor), dtype="<f4")[part.row : part.row + part.rows].copy()
+                    stored = np.frombuffer(self.file.data(tensor), dtype="<f4").reshape(tensor.shape)
+                    return stored[part.row : part.row + part.rows].copy()
                 matrix = self._matrix(tensor)
                 result = np.empty((part.rows, matrix.columns), dtype=np.float32)
                 view = result
@@ -456,7 +497,9 @@ cdef class Model:
         """Buffers for n rows in flight; they only ever grow."""
         if n <= self.s.capacity:
             return
-        cdef Py_ssize_t widest = max(self.dim, self.q_dim, self.hidden_dim), rows = 1
+        cdef Py_ssize_t k = self.n_experts_per_token, rows = 1
+        cdef Py_ssize_t hidden = max(self.hidden_dim, k * self.expert_hidden_dim)
+        cdef Py_ssize_t widest = max(self.dim, self.q_dim, hidden, k * self.dim)
         while rows < n:
             rows *= 2
         self._free_buffers()
@@ -464,8 +507,15 @@ cdef class Model:
         self.s.xb = _floats(rows * max(self.dim, self.q_dim))
         self.s.qkv = _floats(rows * (self.q_dim + 2 * self.kv_dim))
         self.s.y = _floats(rows * self.dim)
-        self.s.h = _floats(rows * 2 * self.hidden_dim)
-        self.s.hb = _floats(rows * self.hidden_dim)
+        self.s.h = _floats(rows * 2 * hidden)
+        self.s.hb = _floats(rows * hidden)
+        self.s.scores = _floats(rows * self.n_experts)
+        self.s.shares = _floats(rows * k)
+        self.s.chosen = <int32_t *>_floats(rows * k)
+        self.s.slots = <int32_t *>_floats(rows * k)
+        self.s.slot_rows = <int32_t *>_floats(rows * k)
+        self.s.xs = _floats(rows * k * self.dim)
+        self.s.groups = <Group *>_floats(self.n_experts * sizeof(Group) // sizeof(float))
         self.s.cosine = _floats(rows * self.head_dim // 2)
         self.s.sine = _floats(rows * self.head_dim // 2)
         self.s.xq.codes = <int8_t *>_floats((rows * widest + 3) // 4)
@@ -476,11 +526,13 @@ cdef class Model:
 
     cdef _free_buffers(self):
         for p in (<uintptr_t>self.s.x, <uintptr_t>self.s.xb, <uintptr_t>self.s.qkv, <uintptr_t>self.s.y,
-                  <uintptr_t>self.s.h, <uintptr_t>self.s.hb, <uintptr_t>self.s.cosine, <uintptr_t>self.s.sine,
+                  <uintptr_t>self.s.h, <uintptr_t>self.s.hb, <uintptr_t>self.s.scores, <uintptr_t>self.s.shares,
+                  <uintptr_t>self.s.chosen, <uintptr_t>self.s.slots, <uintptr_t>self.s.slot_rows,
+                  <uintptr_t>self.s.xs, <uintptr_t>self.s.groups, <uintptr_t>self.s.cosine, <uintptr_t>self.s.sine,
                   <uintptr_t>self.s.xq.codes, <uintptr_t>self.s.xq.scales, <uintptr_t>self.s.xq.sums,
                   <uintptr_t>self.s.scratch):
             free(<void *><uintptr_t>p)
-        self.s = RunState(0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, Int8Rows(NULL, NULL, NULL), NULL)
+        memset(&self.s, 0, sizeof(RunState))
 
     # ---- Python surface
 
@@ -595,10 +647,15 @@ cdef class Model:
             t.heads = _traced(arrays, names, p + "self_attn.", {"o_proj.input": self.q_dim}, (n, self.q_dim))
             t.o = _traced(arrays, names, p + "self_attn.", {"o_proj": dim}, (n, dim))
             t.ffn_norm = _traced(arrays, names, p, {"post_attention_layernorm": dim}, (n, dim))
-            gate_up = {"gate_proj": self.hidden_dim, "up_proj": self.hidden_dim}
-            t.gate_up = _traced(arrays, names, p + "mlp.", gate_up, (n, 2 * self.hidden_dim))
-            t.hidden = _traced(arrays, names, p + "mlp.", {"down_proj.input": self.hidden_dim}, (n, self.hidden_dim))
-            t.down = _traced(arrays, names, p + "mlp.", {"down_proj": dim}, (n, dim))
+            if self.w.layers[l].router != NULL:
+                t.router = _traced(arrays, names, p + "mlp.", {"gate": self.n_experts}, (n, self.n_experts))
+                t.shares = _traced(arrays, names, p + "mlp.", {"gate.shares": self.n_experts}, (n, self.n_experts))
+                t.experts = _traced(arrays, names, p + "mlp.", {"experts": dim}, (n, dim))
+            else:
+                gate_up = {"gate_proj": self.hidden_dim, "up_proj": self.hidden_dim}
+                t.gate_up = _traced(arrays, names, p + "mlp.", gate_up, (n, 2 * self.hidden_dim))
+                t.hidden = _traced(arrays, names, p + "mlp.", {"down_proj.input": self.hidden_dim}, (n, self.hidden_dim))
+                t.down = _traced(arrays, names, p + "mlp.", {"down_proj": dim}, (n, dim))
             t.x = _traced(arrays, names, "model.", {f"layers.{l}": dim}, (n, dim))
         self.t.final_norm = _traced(arrays, names, "model.", {"norm": dim}, (n, dim))
 
@@ -654,38 +711,58 @@ cdef inline void record(float *to, Py_ssize_t row, const float *values, Py_ssize
         memcpy(to + row * columns, values, n * columns * sizeof(float))
 
 
+cdef Int8Rows int8_rows(Model m, Py_ssize_t row, Py_ssize_t columns) noexcept nogil:
+    """xq from `row` on, if it has so many columns."""
+    cdef Int8Rows rows
+    rows.codes = m.s.xq.codes + row * columns
+    rows.scales = m.s.xq.scales + row * (columns // m.group_size)
+    rows.sums = m.s.xq.sums + row * (columns // m.group_size)
+    return rows
+
+
 cdef void quantize_row(Model m, const float *x, Py_ssize_t row, Py_ssize_t columns) noexcept nogil:
-    cdef Int8Rows to
-    to.codes = m.s.xq.codes + row * columns
-    to.scales = m.s.xq.scales + row * (columns // m.group_size)
-    to.sums = m.s.xq.sums + row * (columns // m.group_size)
+    cdef Int8Rows to = int8_rows(m, row, columns)
     kernels.quantize(&to, x + row * columns, columns, m.group_size)
 
 
 cdef void matmul_tiles(
-    Model m, float *y, const float *x, Py_ssize_t n, const Matrix *w, Py_ssize_t tile, Py_ssize_t n_tiles
+    Model m, float *y, const float *x, const Group *group, const Matrix *w, Py_ssize_t tile, Py_ssize_t n_tiles
 ) noexcept nogil:
     cdef Py_ssize_t row = tile * 16, rows = min(n_tiles * 16, w.rows - row)
     cdef const uint8_t *tiles = w.tiles + tile * (w.columns // m.group_size) * TILE_BYTES(m.group_size)
+    cdef float *out = y + group.row * w.rows + row
+    cdef Int8Rows xq
     if m.int8:
-        kernels.matmul_int8(y + row, w.rows, &m.s.xq, n, tiles, rows, w.columns, m.group_size)
+        xq = int8_rows(m, group.row, w.columns)
+        kernels.matmul_int8(out, w.rows, &xq, group.n_rows, tiles, rows, w.columns, m.group_size)
     else:
-        kernels.matmul_float32(y + row, w.rows, x, n, tiles, rows, w.columns, m.group_size)
+        kernels.matmul_float32(out, w.rows, x + group.row * w.columns, group.n_rows, tiles, rows, w.columns, m.group_size)
 
 
 cdef void matmul(Model m, float *y, const float *x, Py_ssize_t n, const Matrix *w) noexcept nogil:
     """y (n, rows) = x (n, columns) w^T, x taken as int8 or float32 as the model was opened."""
+    cdef Group all_rows = Group(0, n, 0)
+    matmul_groups(m, y, x, n, &all_rows, 1, w)
+
+
+cdef void matmul_groups(
+    Model m, float *y, const float *x, Py_ssize_t n, const Group *groups, Py_ssize_t n_groups, const Matrix *matrices
+) noexcept nogil:
+    """The same, each group of rows with its own of the matrices, which all have one shape."""
+    cdef const Matrix *w = matrices
     cdef Py_ssize_t i, n_tiles = ceil_div(w.rows, 16)
-    cdef Py_ssize_t share = min(TASK_BYTES // (16 * w.columns), n_tiles // (TASKS_PER_THREAD * m.threads))
+    cdef Py_ssize_t share = min(TASK_BYTES // (16 * w.columns), n_groups * n_tiles // (TASKS_PER_THREAD * m.threads))
     cdef Py_ssize_t per_task = max(2, share // 2 * 2)  # the kernels take tile rows in pairs
+    cdef Py_ssize_t per_group = ceil_div(n_tiles, per_task)
     if m.int8:
         for i in prange(n, schedule="static", num_threads=m.threads, use_threads_if=team(m, 16 * n * w.columns) > 1):
             quantize_row(m, x, i, w.columns)
     for i in prange(
-        ceil_div(n_tiles, per_task), schedule="dynamic", num_threads=m.threads,
+        n_groups * per_group, schedule="dynamic", num_threads=m.threads,
         use_threads_if=team(m, n * w.rows * w.columns) > 1,
     ):
-        matmul_tiles(m, y, x, n, w, i * per_task, min(per_task, n_tiles - i * per_task))
+        matmul_tiles(m, y, x, &groups[i // per_group], &matrices[groups[i // per_group].matrix],
+                     i % per_group * per_task, min(per_task, n_tiles - i % per_group * per_task))
 
 
 cdef void embed(Model m, const int32_t *tokens, Py_ssize_t n) noexcept nogil:
@@ -790,12 +867,113 @@ cdef void add(Model m, float *x, const float *y, Py_ssize_t n) noexcept nogil:
         kernels.add(x + i * m.dim, y + i * m.dim, m.dim)
 
 
-cdef void swiglu(Model m, Py_ssize_t n) noexcept nogil:
+cdef void swiglu(Model m, Py_ssize_t n, Py_ssize_t hidden_dim) noexcept nogil:
     """hb (n, hidden_dim) = silu(gate) * up (https://arxiv.org/abs/2002.05202)."""
     cdef Py_ssize_t i
-    for i in prange(n, schedule="static", num_threads=m.threads, use_threads_if=team(m, 16 * n * m.hidden_dim) > 1):
-        kernels.swiglu(m.s.hb + i * m.hidden_dim, m.s.h + 2 * i * m.hidden_dim,
-                       m.s.h + (2 * i + 1) * m.hidden_dim, m.hidden_dim)
+    for i in prange(n, schedule="static", num_threads=m.threads, use_threads_if=team(m, 16 * n * hidden_dim) > 1):
+        kernels.swiglu(m.s.hb + i * hidden_dim, m.s.h + 2 * i * hidden_dim, m.s.h + (2 * i + 1) * hidden_dim, hidden_dim)
+
+
+# ----------------------------------------------------------------------------
+# Mixture of experts
+
+cdef void choose_experts(Model m, const LayerTrace *t, Py_ssize_t row) noexcept nogil:
+    """chosen, shares of a row from its scores: the largest by softmax over all, ties by lower id, in order of id."""
+    cdef Py_ssize_t i, j, k = m.n_experts_per_token
+    cdef float *scores = m.s.scores + row * m.n_experts
+    cdef float *shares = m.s.shares + row * k
+    cdef int32_t *chosen = m.s.chosen + row * k
+    cdef int32_t expert
+    cdef float total, sum_chosen = 0
+    if kernels.top_k(chosen, scores, m.n_experts, k):
+        for i in range(k):  # NaN: any experts will do, the shares are NaN too and so are the logits
+            chosen[i] = i
+    for i in range(1, k):
+        expert, j = chosen[i], i
+        while j > 0 and chosen[j - 1] > expert:
+            chosen[j] = chosen[j - 1]
+            j = j - 1
+        chosen[j] = expert
+    total = kernels.exponentials(scores, scores, m.n_experts, 1.0)
+    for i in range(k):
+        shares[i] = scores[chosen[i]] / total
+        sum_chosen = sum_chosen + shares[i]
+    if m.norm_topk_prob:
+        for i in range(k):
+            shares[i] = shares[i] / sum_chosen
+    if t.shares != NULL:
+        for i in range(k):
+            t.shares[(m.t.row + row) * m.n_experts + chosen[i]] = shares[i]
+
+
+cdef void route(Model m, const float *router, const LayerTrace *t, Py_ssize_t n) noexcept nogil:
+    """scores (n, n_experts) = xb router^T in float32, whatever the activations; then each row's choice."""
+    cdef Py_ssize_t i, parts = ceil_div(m.n_experts, 16), first
+    cdef int threads = team(m, n * m.n_experts * m.dim)
+    for i in prange(n * parts, schedule="static", num_threads=m.threads, use_threads_if=threads > 1):
+        first = i % parts * 16
+        kernels.matvec(m.s.scores + i // parts * m.n_experts + first, m.s.xb + i // parts * m.dim,
+                       router + first * m.dim, min(16, m.n_experts - first), m.dim)
+    record(t.router, m.t.row, m.s.scores, n, m.n_experts)
+    for i in prange(n, schedule="static", num_threads=m.threads, use_threads_if=threads > 1):
+        choose_experts(m, t, i)
+
+
+cdef Py_ssize_t group_by_expert(Model m, Py_ssize_t n) noexcept nogil:
+    """slots, slot_rows and groups from the choices of n rows; returns how many experts were chosen."""
+    cdef Py_ssize_t i, expert, start = 0, n_groups = 0, k = m.n_experts_per_token
+    cdef Group *groups = m.s.groups
+    memset(groups, 0, m.n_experts * sizeof(Group))
+    for i in range(n * k):
+        groups[m.s.chosen[i]].n_rows += 1
+    for expert in range(m.n_experts):
+        groups[expert].row = start
+        start += groups[expert].n_rows
+    for i in range(n * k):
+        expert = m.s.chosen[i]
+        m.s.slots[i] = groups[expert].row
+        m.s.slot_rows[groups[expert].row] = i // k
+        groups[expert].row += 1
+    for expert in range(m.n_experts):
+        if groups[expert].n_rows:
+            groups[n_groups] = Group(groups[expert].row - groups[expert].n_rows, groups[expert].n_rows, expert)
+            n_groups += 1
+    return n_groups
+
+
+cdef void combine(Model m, Py_ssize_t row) noexcept nogil:
+    """y of a row = sum of share * what the expert made of it, by ascending expert."""
+    cdef Py_ssize_t i, k = m.n_experts_per_token
+    cdef float *y = m.s.y + row * m.dim
+    memset(y, 0, m.dim * sizeof(float))
+    for i in range(row * k, (row + 1) * k):
+        kernels.add_scaled(y, m.s.xs + m.s.slots[i] * m.dim, m.dim, m.s.shares[i])
+
+
+cdef void mixture(Model m, const Layer *layer, const LayerTrace *t, Py_ssize_t n) noexcept nogil:
+    """y (n, dim) = sum over each row's experts of share * down(silu(gate(xb)) * up(xb)), grouped by expert."""
+    cdef Py_ssize_t i, n_groups, n_slots = n * m.n_experts_per_token
+    cdef int threads = team(m, 2 * n_slots * m.dim)
+    route(m, layer.router, t, n)
+    n_groups = group_by_expert(m, n)
+    for i in prange(n_slots, schedule="static", num_threads=m.threads, use_threads_if=threads > 1):
+        memcpy(m.s.xs + i * m.dim, m.s.xb + m.s.slot_rows[i] * m.dim, m.dim * sizeof(float))
+    matmul_groups(m, m.s.h, m.s.xs, n_slots, m.s.groups, n_groups, layer.gate_up)
+    swiglu(m, n_slots, m.expert_hidden_dim)
+    matmul_groups(m, m.s.xs, m.s.hb, n_slots, m.s.groups, n_groups, layer.down)
+    for i in prange(n, schedule="static", num_threads=m.threads, use_threads_if=threads > 1):
+        combine(m, i)
+    record(t.experts, m.t.row, m.s.y, n, m.dim)
+
+
+cdef void feed_forward(Model m, const Layer *layer, const LayerTrace *t, Py_ssize_t n) noexcept nogil:
+    """y (n, dim) = down(silu(gate(xb)) * up(xb))."""
+    matmul(m, m.s.h, m.s.xb, n, layer.gate_up)
+    record(t.gate_up, m.t.row, m.s.h, n, 2 * m.hidden_dim)
+    swiglu(m, n, m.hidden_dim)
+    record(t.hidden, m.t.row, m.s.hb, n, m.hidden_dim)
+    matmul(m, m.s.y, m.s.hb, n, layer.down)
+    record(t.down, m.t.row, m.s.y, n, m.dim)
 
 
 # ----------------------------------------------------------------------------
@@ -850,15 +1028,13 @@ cdef int forward(
         record(t.o, row, s.y, n, m.dim)
         add(m, s.x, s.y, n)
 
-        # x += down(silu(gate(x)) * up(x)) of the normalised rows
+        # x += down(silu(gate(x)) * up(x)) of the normalised rows, by one block or by the experts of each row
         rmsnorm(m, s.xb, s.x, layer.ffn_norm, n)
         record(t.ffn_norm, row, s.xb, n, m.dim)
-        matmul(m, s.h, s.xb, n, &layer.gate_up)
-        record(t.gate_up, row, s.h, n, 2 * m.hidden_dim)
-        swiglu(m, n)
-        record(t.hidden, row, s.hb, n, m.hidden_dim)
-        matmul(m, s.y, s.hb, n, &layer.down)
-        record(t.down, row, s.y, n, m.dim)
+        if layer.router:
+            mixture(m, layer, t, n)
+        else:
+            feed_forward(m, layer, t, n)
         add(m, s.x, s.y, n)
         record(t.x, row, s.x, n, m.dim)
 

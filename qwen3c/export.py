@@ -75,7 +75,9 @@ class Report:
         self.anonymous_bytes = max(self.anonymous_bytes, anonymous_bytes())
         if not piece.tensor.quantized:
             return
-        kind = re.sub(r"^model\.layers\.\d+\.", "", piece.tensor.name).removesuffix(".weight")
+        kind = re.sub(r"^model\.layers\.\d+\.|(?<=experts\.)\d+\.", "", piece.tensor.name).removesuffix(
+            ".weight"
+        )
         error = self.errors.setdefault(kind, KindError())
         error.tensors += piece.row == 0
         error.worst = max(error.worst, converted.worst)

@@ -102,11 +102,11 @@ HEADER_FIELDS: tuple[tuple[str, str, tuple[float, float]], ...] = (
     ("tied_embedding", "I", _FLAG),
     ("qk_norm", "I", _FLAG),
     ("qkv_bias", "I", _FLAG),
-    ("n_experts", "I", (0, 0)),  # mixture of experts: reserved, no reader of version 1 accepts it
-    ("n_experts_per_token", "I", (0, 0)),
-    ("expert_hidden_dim", "I", (0, 0)),
-    ("norm_topk_prob", "I", (0, 0)),
-    ("decoder_sparse_step", "I", (0, 0)),
+    ("n_experts", "I", (0, 1024)),  # mixture of experts; all five are 0 where there is none
+    ("n_experts_per_token", "I", (0, 64)),
+    ("expert_hidden_dim", "I", (0, 1 << 18)),
+    ("norm_topk_prob", "I", _FLAG),
+    ("decoder_sparse_step", "I", (0, 1024)),
     ("rope_type", "I", (0, len(ROPE_TYPES) - 1)),
     ("sections_crc", "I", _U32),  # CRC-32 of the fields above, then of header_size .. tensors_offset
 )
@@ -114,6 +114,8 @@ _RANGES = {name: limits for name, _, limits in HEADER_FIELDS}
 _STRUCT = struct.Struct("<" + "".join(code for _, code, _ in HEADER_FIELDS))
 _FIELDS_OFFSET = len(MAGIC)
 _SECTIONS_CRC_OFFSET = _FIELDS_OFFSET + _STRUCT.size - 4
+_LAYERS_OFFSET, _LAYERS_SIZE = _FIELDS_OFFSET + _STRUCT.size, 128  # mlp_only_layers, one bit per layer
+MAX_EXPERTS = 1 << 16  # in all layers together: bounds the list of tensors
 _CRC_OFFSET = HEADER_SIZE - 4  # the last four bytes: CRC-32 of all before them; zeros fill the gap
 
 
@@ -139,6 +141,20 @@ class Config:
     qkv_bias: bool = False
     rope_type: int = 0
     rope_attention_scale: float = 1.0
+    n_experts: int = 0
+    n_experts_per_token: int = 0
+    expert_hidden_dim: int = 0
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 0
+    mlp_only_layers: tuple[int, ...] = ()  # ascending
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the feed-forward of this layer is a mixture of experts."""
+        return (
+            self.n_experts > 0
+            and layer not in self.mlp_only_layers
+            and (layer + 1) % self.decoder_sparse_step == 0
+        )
 
     @property
     def q_dim(self) -> int:
@@ -162,6 +178,7 @@ class Config:
 # Tensors: the one ordered list
 
 ROPE_TENSOR = "rope.inverse_frequencies"
+ROUTER = "mlp.gate.weight"  # of a layer with experts; float32, as a rounding may choose other experts
 
 
 @dataclass(frozen=True)
@@ -180,7 +197,7 @@ class Tensor:
     name: str
     shape: tuple[int, ...]  # (rows, columns) of a matrix, (n,) of a vector
     parts: tuple[Part, ...]  # in row order; none for a tensor that is computed at export
-    quantized: bool  # matrices are INT8 tiles, vectors float32
+    quantized: bool  # matrices are INT8 tiles, vectors and routers float32
     offset: int
     size: int
 
@@ -215,10 +232,18 @@ def _shapes(c: Config) -> Iterator[tuple[str, tuple[int, ...], list[tuple[str, i
         o_proj = p + "self_attn.o_proj.weight"
         yield o_proj, (c.dim, c.q_dim), [(o_proj, c.dim)]
         yield _vector(p + "post_attention_layernorm.weight", c.dim)
-        gate_up = [(f"{p}mlp.{x}_proj.weight", c.hidden_dim) for x in ("gate", "up")]
-        yield p + "mlp.gate_up_proj.weight", (2 * c.hidden_dim, c.dim), gate_up
-        down_proj = p + "mlp.down_proj.weight"
-        yield down_proj, (c.dim, c.hidden_dim), [(down_proj, c.dim)]
+        # one feed-forward block, or the router and every expert's: all that lead up, then all that lead down,
+        # so that the chosen ones are read from front to back
+        blocks, hidden_dim = [p + "mlp."], c.hidden_dim
+        if c.has_experts(layer):
+            yield p + ROUTER, (c.n_experts, c.dim), [(p + ROUTER, c.n_experts)]
+            blocks, hidden_dim = [f"{p}mlp.experts.{e}." for e in range(c.n_experts)], c.expert_hidden_dim
+        for block in blocks:
+            gate_up = [(f"{block}{x}_proj.weight", hidden_dim) for x in ("gate", "up")]
+            yield block + "gate_up_proj.weight", (2 * hidden_dim, c.dim), gate_up
+        for block in blocks:
+            down_proj = block + "down_proj.weight"
+            yield down_proj, (c.dim, hidden_dim), [(down_proj, c.dim)]
     yield _vector("model.norm.weight", c.dim)
     head = embedding if c.tied_embedding else "lm_head.weight"
     yield head, (c.vocab_size, c.dim), [(head, c.vocab_size)]
@@ -236,8 +261,8 @@ def tensors(config: Config) -> list[Tensor]:
         for part_name, rows in sources:
             parts.append(Part(part_name, row, rows))
             row += rows
-        quantized = len(shape) == 2
-        size = matrix_size(shape[0], shape[-1], config.group_size) if quantized else 4 * shape[0]
+        quantized = len(shape) == 2 and not name.endswith(ROUTER)
+        size = matrix_size(shape[0], shape[-1], config.group_size) if quantized else 4 * math.prod(shape)
         result.append(Tensor(name, shape, tuple(parts), quantized, offset, size))
         offset = align(offset + size)
     return result
@@ -252,12 +277,19 @@ def check_range(field: str, value: float) -> None:
 
 def check_config(c: Config) -> None:
     """Raise ValueError, with the numbers, where a field is out of range or fields contradict each other."""
-    for field in Config.__dataclass_fields__:
+    for field in Config.__dataclass_fields__.keys() & _RANGES.keys():
         check_range(field, getattr(c, field))
+    _check_experts(c)
     if c.group_size not in GROUP_SIZES:
         raise ValueError(f"group_size is {c.group_size}, not one of {', '.join(map(str, GROUP_SIZES))}")
-    for name, columns in (("dim", c.dim), ("hidden_dim", c.hidden_dim), ("n_heads * head_dim", c.q_dim)):
-        if columns % c.group_size:
+    has_experts = {c.has_experts(layer) for layer in range(c.n_layers)}
+    for name, columns, used in (
+        ("dim", c.dim, True),
+        ("hidden_dim", c.hidden_dim, False in has_experts),
+        ("expert_hidden_dim", c.expert_hidden_dim, True in has_experts),
+        ("n_heads * head_dim", c.q_dim, True),
+    ):
+        if used and columns % c.group_size:
             raise ValueError(f"{name} = {columns} is not a multiple of group_size = {c.group_size}")
     if c.n_heads % c.n_kv_heads:
         raise ValueError(f"n_heads = {c.n_heads} is not a multiple of n_kv_heads = {c.n_kv_heads}")
@@ -265,6 +297,23 @@ def check_config(c: Config) -> None:
         raise ValueError(f"head_dim = {c.head_dim} is odd; rotary embedding needs pairs")
     if c.n_tokens > c.vocab_size:
         raise ValueError(f"n_tokens = {c.n_tokens} exceeds vocab_size = {c.vocab_size}")
+
+
+def _check_experts(c: Config) -> None:
+    numbers = ("n_experts_per_token", "expert_hidden_dim", "norm_topk_prob", "decoder_sparse_step")
+    for field in (*numbers, "mlp_only_layers"):
+        value = getattr(c, field)
+        if c.n_experts == 0 and value:
+            raise ValueError(f"{field} is {value}, but n_experts = 0")
+        if c.n_experts > 0 and not value and field not in ("norm_topk_prob", "mlp_only_layers"):
+            raise ValueError(f"{field} = 0, but n_experts = {c.n_experts}")
+    if c.n_experts_per_token > c.n_experts:
+        raise ValueError(f"n_experts_per_token = {c.n_experts_per_token} exceeds n_experts = {c.n_experts}")
+    if c.n_layers * c.n_experts > MAX_EXPERTS:
+        raise ValueError(f"n_layers = {c.n_layers} of n_experts = {c.n_experts} are more than {MAX_EXPERTS}")
+    layers = c.mlp_only_layers
+    if list(layers) != sorted({*layers}) or any(not 0 <= layer < c.n_layers for layer in layers):
+        raise ValueError(f"mlp_only_layers is {list(layers)}, not layers below {c.n_layers} in order")
 
 
 # ----------------------------------------------------------------------------
@@ -373,32 +422,36 @@ class ModelFile:
             raise ModelFileError(f"{self.path}: format version {version}, this program reads {VERSION}")
         (stored_crc,) = struct.unpack_from("<I", header, _CRC_OFFSET)
         self._expect("header CRC", zlib.crc32(header[:_CRC_OFFSET]), stored_crc)
-        if any(header[_FIELDS_OFFSET + _STRUCT.size : _CRC_OFFSET]):
+        if any(header[_LAYERS_OFFSET + _LAYERS_SIZE : _CRC_OFFSET]):
             raise ModelFileError(f"{self.path}: reserved header bytes are not zero")
         try:
             for name, value in fields.items():
                 check_range(name, value)
         except ValueError as error:
             raise ModelFileError(f"{self.path}: header field {error}") from None
+        bits = int.from_bytes(header[_LAYERS_OFFSET : _LAYERS_OFFSET + _LAYERS_SIZE], "little")
+        fields["mlp_only_layers"] = tuple(layer for layer in range(8 * _LAYERS_SIZE) if bits >> layer & 1)
         return fields
 
     def _check_layout(self, fields: dict[str, Any]) -> None:
         """Sections and tensors follow each other without holes or overlap and end at the end of the file."""
         self._expect("file_size", fields["file_size"], self.file_size)
         arguments = {name: fields[name] for name in Config.__dataclass_fields__}
-        for flag in ("tied_embedding", "qk_norm", "qkv_bias"):
+        for flag in ("tied_embedding", "qk_norm", "qkv_bias", "norm_topk_prob"):
             arguments[flag] = bool(arguments[flag])
         self.config = Config(**arguments)
         try:
             check_config(self.config)
         except ValueError as error:
             raise ModelFileError(f"{self.path}: header: {error}") from None
-        self.tensors = tensors(self.config)
         offset = HEADER_SIZE
         for section in SECTIONS:
             self._expect(f"{section}_offset", fields[f"{section}_offset"], offset)
             offset = align(offset + fields[f"{section}_size"])
-        self._expect("checksums_size", fields["checksums_size"], 4 * len(self.tensors))
+        # counted first: a file as small as its header says cannot ask for a long list
+        n_tensors = sum(1 for _ in _shapes(self.config))
+        self._expect("checksums_size", fields["checksums_size"], 4 * n_tensors)
+        self.tensors = tensors(self.config)
         self._expect("tensors_offset", fields["tensors_offset"], align(offset, PAGE))
         last = self.tensors[-1]
         self._expect("tensors_size", fields["tensors_size"], last.offset + last.size)
@@ -576,8 +629,8 @@ class ModelWriter:
         last = self.tensors[-1]
         fields["tensors_offset"], fields["tensors_size"] = align(offset, PAGE), last.offset + last.size
         fields["file_size"] = fields["tensors_offset"] + fields["tensors_size"]
-        for name, value in fields.items():
-            check_range(name, value)
+        for name in _RANGES:
+            check_range(name, fields[name])
         for section, text in self._sections.items():
             if b"\0" in text:
                 raise ValueError(f"{section} has a zero byte")
@@ -606,13 +659,16 @@ class ModelWriter:
 def pack_header(fields: dict[str, Any]) -> bytes:
     """The 512 header bytes for `fields` (names as in HEADER_FIELDS), CRC included."""
     header = MAGIC + _STRUCT.pack(*(fields[name] for name, _, _ in HEADER_FIELDS))
+    header += sum(1 << layer for layer in fields["mlp_only_layers"]).to_bytes(_LAYERS_SIZE, "little")
     header = header.ljust(_CRC_OFFSET, b"\0")
     return header + struct.pack("<I", zlib.crc32(header))
 
 
 def sections_crc(header: bytes, sections: bytes | bytearray | memoryview) -> int:
     """The CRC that ties the numbers to the texts: a patched number is noticed even under a right header CRC."""
-    return zlib.crc32(sections, zlib.crc32(header[_FIELDS_OFFSET:_SECTIONS_CRC_OFFSET]))
+    crc = zlib.crc32(sections, zlib.crc32(header[_FIELDS_OFFSET:_SECTIONS_CRC_OFFSET]))
+    # without the zeros at its end: for a model without such layers there is nothing to add
+    return zlib.crc32(header[_LAYERS_OFFSET : _LAYERS_OFFSET + _LAYERS_SIZE].rstrip(b"\0"), crc)
 
 
 def _lock(file: BinaryIO, wait: bool) -> None:

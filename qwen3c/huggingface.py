@@ -43,12 +43,14 @@ class Architecture:
     number: int  # in format.ARCHITECTURES
     qk_norm: bool
     qkv_bias: bool
+    experts: bool = False
     implied: tuple[str, ...] = ()  # keys that config.json need not state
 
 
 _IMPLIED = ("attention_bias", "head_dim")
 ARCHITECTURES = {
     "Qwen3ForCausalLM": Architecture(1, qk_norm=True, qkv_bias=False),
+    "Qwen3MoeForCausalLM": Architecture(2, qk_norm=True, qkv_bias=False, experts=True),
     "Qwen2ForCausalLM": Architecture(3, qk_norm=False, qkv_bias=True, implied=_IMPLIED),
     "LlamaForCausalLM": Architecture(4, qk_norm=False, qkv_bias=False, implied=_IMPLIED),
 }
@@ -67,7 +69,12 @@ _KEY_OF = {
 
 # Keys that change the forward pass, with the only value this engine runs
 _FIXED_KEYS = {"hidden_act": "silu", "attention_bias": False}
-_OPTIONAL_FIXED_KEYS = {"mlp_bias": False, "use_sliding_window": False, "partial_rotary_factor": 1.0}
+_OPTIONAL_FIXED_KEYS = {
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "shared_expert_intermediate_size": 0,
+}
 
 _GENERATION_KEYS = (
     "temperature",
@@ -317,6 +324,7 @@ def _read_config(
             raise SourceError(f"{keys.path}: {key}: {error}") from None
     config = format.Config(
         **values,
+        **(_read_experts(keys) if architecture.experts else {}),
         rope_theta=rope.theta,
         n_tokens=n_tokens,
         group_size=group_size,
@@ -332,6 +340,25 @@ def _read_config(
     except ValueError as error:
         raise SourceError(f"{keys.path}: {error}") from None
     return config
+
+
+def _read_experts(keys: Keys) -> dict[str, Any]:
+    """The fields of format.Config that a mixture of experts has."""
+    names = [name for name in ("num_experts", "num_local_experts") if keys.values.get(name) is not None]
+    counts = {keys.integer(name) for name in names or ["num_experts"]}
+    if len(counts) > 1:
+        raise SourceError(f"{keys.path}: num_experts and num_local_experts contradict each other")
+    dense = keys.require("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise SourceError(f"{keys.path}: mlp_only_layers is {dense!r}, expected a list of layers")
+    return {
+        "n_experts": counts.pop(),
+        "n_experts_per_token": keys.integer("num_experts_per_tok"),
+        "expert_hidden_dim": keys.integer("moe_intermediate_size"),
+        "norm_topk_prob": keys.flag("norm_topk_prob"),
+        "decoder_sparse_step": keys.integer("decoder_sparse_step"),
+        "mlp_only_layers": tuple(sorted({*dense})),
+    }
 
 
 def _head_dim(keys: Keys, architecture: Architecture) -> int:
@@ -700,6 +727,7 @@ def _open_tensors(files: Files, config: format.Config) -> dict[str, StoredTensor
         if tensor.dtype not in ITEM_SIZES:
             fault = _TAKE_UNQUANTIZED if _QUANTIZED_DTYPE.match(tensor.dtype) else "expected BF16, F16 or F32"
             raise SourceError(f"{tensor.path}: {tensor.name} is {tensor.dtype}: {fault}")
+    stored = _split_experts(stored, config)
     expected = {part.name: (part.rows, *t.shape[1:]) for t in format.tensors(config) for part in t.parts}
     for name, shape in expected.items():
         if name not in stored:
@@ -711,6 +739,25 @@ def _open_tensors(files: Files, config: format.Config) -> dict[str, StoredTensor
         if not _is_redundant(name, config):
             raise SourceError(f"{stored[name].path}: unexpected tensor {name}")
     return {name: stored[name] for name in expected}
+
+
+def _split_experts(stored: dict[str, StoredTensor], config: format.Config) -> dict[str, StoredTensor]:
+    """`stored` with the matrices of experts that are fused into one tensor, (n_experts, rows, columns), by name."""
+    result = {}
+    for name, tensor in stored.items():
+        fused = re.fullmatch(r"(.*\.mlp\.experts)\.(gate_up|down)_proj", name)
+        if not fused or len(tensor.shape) != 3 or tensor.shape[0] != config.n_experts:
+            result[name] = tensor
+            continue
+        _, rows, columns = tensor.shape
+        kinds = ["down"] if fused[2] == "down" else ["gate", "up"]
+        shape = (rows // len(kinds), columns)
+        size = math.prod(shape) * ITEM_SIZES[tensor.dtype]
+        for i in range(config.n_experts * len(kinds)):
+            expert, which = divmod(i, len(kinds))
+            part = f"{fused[1]}.{expert}.{kinds[which]}_proj.weight"
+            result[part] = replace(tensor, name=part, shape=shape, offset=tensor.offset + i * size)
+    return result
 
 
 def _is_redundant(name: str, config: format.Config) -> bool:

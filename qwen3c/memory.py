@@ -36,8 +36,11 @@ def default_context(config: Config, kv: str) -> int:
 
 def run_state_bytes(config: Config, rows: int = ROWS) -> int:
     """Bytes of the buffers of a forward pass of `rows` rows."""
-    c, widest = config, max(config.dim, config.q_dim, config.hidden_dim)
-    floats = 2 * c.dim + max(c.dim, c.q_dim) + c.q_dim + 2 * c.kv_dim + 3 * c.hidden_dim + c.head_dim
+    c, k = config, config.n_experts_per_token
+    hidden_dim = max(c.hidden_dim, k * c.expert_hidden_dim)
+    widest = max(c.dim, c.q_dim, hidden_dim, k * c.dim)
+    floats = 2 * c.dim + max(c.dim, c.q_dim) + c.q_dim + 2 * c.kv_dim + 3 * hidden_dim + c.head_dim
+    floats += c.n_experts + k * (c.dim + 4)
     return rows * (4 * floats + widest + 8 * widest // c.group_size)
 
 
@@ -83,7 +86,7 @@ def lines(config: Config, file_size: int, tokenizer_size: int) -> Iterator[str]:
 
 
 def _too_large(file_size: int) -> str:
-    return f"; the file ({gib(file_size)}) does not fit: it would be read from disk again for every token"
+    return f"; the file ({gib(file_size)}) does not fit: weights would be read from disk again and again"
 
 
 def gib(n_bytes: float) -> str:

@@ -29,6 +29,7 @@ def load_weights(file: ModelFile) -> dict[str, Array]:
     weights = {}
     for tensor in file.tensors:
         data = dequantize(file, tensor) if tensor.quantized else np.frombuffer(file.data(tensor), "<f4")
+        data = data.reshape(tensor.shape)
         weights[tensor.name] = data
         for part in tensor.parts:  # q, k and v are stored as one matrix, gate and up as another
             weights[part.name] = data[part.row : part.row + part.rows]
@@ -110,6 +111,21 @@ def feed_forward(x: Array, w: dict[str, Array], prefix: str) -> Array:
     return (silu * up) @ w[prefix + "down_proj.weight"].T
 
 
+def mixture(x: Array, c: Config, w: dict[str, Array], prefix: str) -> Array:
+    """Mixture of experts: each token goes through the few feed-forward blocks its router likes best. x (n, dim)."""
+    probabilities = softmax(x @ w[prefix + "gate.weight"].T)  # (n, n_experts)
+    chosen = np.argsort(-probabilities, axis=-1, kind="stable")[:, : c.n_experts_per_token]
+    shares = np.take_along_axis(probabilities, chosen, axis=-1)
+    if c.norm_topk_prob:
+        shares = shares / shares.sum(axis=-1, keepdims=True)
+    y = np.zeros_like(x)
+    for expert in range(c.n_experts):
+        tokens, rank = np.nonzero(chosen == expert)
+        out = feed_forward(x[tokens], w, f"{prefix}experts.{expert}.")
+        y[tokens] += shares[tokens, rank, None] * out
+    return y
+
+
 # ----------------------------------------------------------------------------
 # The forward pass
 
@@ -122,7 +138,9 @@ def forward(c: Config, w: dict[str, Array], ids: Sequence[int]) -> Array:
         h = rmsnorm(x, w[prefix + "input_layernorm.weight"], c.rms_eps)
         x = x + attention(h, c, w, prefix + "self_attn.")
         h = rmsnorm(x, w[prefix + "post_attention_layernorm.weight"], c.rms_eps)
-        x = x + feed_forward(h, w, prefix + "mlp.")
+        x = x + (
+            mixture(h, c, w, prefix + "mlp.") if c.has_experts(layer) else feed_forward(h, w, prefix + "mlp.")
+        )
     x = rmsnorm(x, w["model.norm.weight"], c.rms_eps)
     head = "model.embed_tokens.weight" if c.tied_embedding else "lm_head.weight"
     return x @ w[head].T

@@ -33,6 +33,8 @@ Array = NDArray[np.float32]
 
 MARKS = {" ": "·", "\n": "↵", "\t": "⇥"}
 
+BARS = "·▁▂▃▄▅▆▇█"
+
 # module, its name within a layer -> (what it reads, what it does)
 MODULES = {
     "model.embed_tokens": ("ids", "the row of the embedding that belongs to each token"),
@@ -50,6 +52,12 @@ MODULES = {
     "mlp.up_proj": ("post_attention_layernorm", "wider"),
     "mlp.down_proj.input": ("mlp.gate_proj", "silu(gate) * up"),
     "mlp.down_proj": ("mlp.down_proj.input", "back to the width of x, added to x"),
+    "mlp.gate": ("post_attention_layernorm", "router: a logit for each of {n_experts} experts"),
+    "mlp.gate.shares": (
+        "mlp.gate",
+        "of the {n_experts_per_token} likeliest experts; they sum to 1 or stay as they are",
+    ),
+    "mlp.experts": ("post_attention_layernorm", "sum of share * expert, added to x"),
     "x": ("x", "x, the residual stream, after the layer"),
     "model.norm": ("x", "x / rms(x) * weight"),
     "lm_head": ("model.norm", "one logit for every token of the vocabulary"),
@@ -165,6 +173,12 @@ def rows(model: Model, trace: dict[str, Array], exact: dict[str, Array] | None =
         yield Row(name, shapes[source], values.shape, what.format(**numbers), found, error)
 
 
+def routing(trace: dict[str, Array]) -> dict[str, NDArray[np.int64]]:
+    """How many tokens each expert got, (n_experts,), by layer."""
+    ends = ".mlp.gate.shares"
+    return {name.removesuffix(ends): (a > 0).sum(0) for name, a in trace.items() if name.endswith(ends)}
+
+
 def exact_trace(model: Model, ids: Sequence[int]) -> dict[str, Array]:
     """The trace of the same file with float32 activations and a float32 KV cache."""
     return engine.Model(model.path, model.threads, "f32", "float32").trace(ids)
@@ -235,6 +249,9 @@ def lines(model: Model, text: Text, level: str) -> Iterator[str]:
     found = list(rows(model, trace, exact_trace(model, text.ids) if verbose else None))
     yield ""
     yield from _flow_lines(found) if level == "input_flow" else _activation_lines(found, verbose)
+    if level != "input_flow" and model.config.n_experts:
+        yield ""
+        yield from _routing_lines(routing(trace))
     if verbose:
         yield ""
         yield from _weight_lines(model.file)
@@ -254,13 +271,15 @@ def describe(model: Model, text: Text, level: str) -> dict[str, Any]:
         if verbose:
             entry |= {"dtype": "float32", "bytes": row.bytes, "error": row.error}
         activations.append(entry)
-    result = {
+    result: dict[str, Any] = {
         "tokens": [{"token": id, "text": model.tokenizer.decode([id])} for id in text.ids],
         "prompt_tokens": text.n_prompt,
         "seed": text.seed,
         "alternatives": [dataclasses.asdict(place) for place in alternatives(model, text, trace["lm_head"])],
         "activations": activations,
     }
+    if level != "input_flow" and model.config.n_experts:
+        result["routing"] = {name: counts.tolist() for name, counts in routing(trace).items()}
     if verbose:
         result["weights"] = [dataclasses.asdict(weight) for weight in weights(file)]
         result["memory"] = memory.table(model.config, file.file_size, len(file.tokenizer))
@@ -313,6 +332,15 @@ def _activation_lines(found: list[Row], verbose: bool) -> Iterator[str]:
         if verbose:
             line += f" {s.mean:>9.2g} {s.std:>9.3g}  float32 {row.bytes:>10} {row.error:>11.3%}"
         yield line
+
+
+def _routing_lines(counts: dict[str, NDArray[np.int64]]) -> Iterator[str]:
+    """A histogram for each layer, a bar for each expert."""
+    yield f"{'routing':<18} {'idle':>6} {'busiest':>16}  tokens of each expert, the highest bar is the busiest"
+    for layer, tokens in counts.items():
+        best = int(tokens.argmax())
+        bars = "".join(BARS[-(-int(n) * (len(BARS) - 1) // int(tokens[best]))] for n in tokens)
+        yield f"{layer:<18} {int((tokens == 0).sum()):>6} {f'{best}: {tokens[best]}':>16}  {bars}"
 
 
 def _weight_lines(file: ModelFile) -> Iterator[str]:

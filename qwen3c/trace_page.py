@@ -28,7 +28,16 @@ FIRST_LINE = "<!doctype html><!-- a trace by qwen3c -->"
 MAX_ATTENTION = 16 << 20  # attention weights in a page, one byte each
 LENS_TOKENS = 5  # predictions shown after each layer
 LENS_ROWS = 64  # positions whose logits are held at once
-NAMES = ("model.embed_tokens", "model.layers.*[0-9]", "*.attn_weights", "*.o_proj", "*.down_proj", "lm_head")
+NAMES = (
+    "model.embed_tokens",
+    "model.layers.*[0-9]",
+    "*.attn_weights",
+    "*.o_proj",
+    "*.down_proj",
+    "*.experts",
+    "*.shares",
+    "lm_head",
+)
 
 
 def check_target(path: str) -> None:
@@ -105,14 +114,23 @@ def collect(model: Model, text: Text) -> dict[str, Any]:
             "attention": [
                 _rms(trace[f"model.layers.{layer}.self_attn.o_proj"]) for layer in range(c.n_layers)
             ],
-            "feed_forward": [
-                _rms(trace[f"model.layers.{layer}.mlp.down_proj"]) for layer in range(c.n_layers)
-            ],
+            "feed_forward": [_rms(trace[_feed_forward(c, layer)]) for layer in range(c.n_layers)],
         },
         "attention": _packed(
             trace[f"model.layers.{layer}.self_attn.attn_weights"] for layer in range(c.n_layers)
         ),
+        "experts": c.n_experts,
+        "routing": {
+            layer: base64.b64encode(_square_roots(trace[f"model.layers.{layer}.mlp.gate.shares"])).decode()
+            for layer in range(c.n_layers)
+            if c.has_experts(layer)
+        },
     }
+
+
+def _feed_forward(c: Config, layer: int) -> str:
+    """The name of what this layer's feed-forward adds."""
+    return f"model.layers.{layer}.mlp.{'experts' if c.has_experts(layer) else 'down_proj'}"
 
 
 def _lens(model: Model, stream: Array) -> dict[str, Any]:
@@ -141,5 +159,10 @@ def _packed(layers: Iterable[Array]) -> str:
     seen = []
     for weights in layers:
         rows, columns = np.tril_indices(weights.shape[-1])
-        seen.append(np.round(255 * np.sqrt(weights[:, rows, columns])).astype(np.uint8).tobytes())
+        seen.append(_square_roots(weights[:, rows, columns]))
     return base64.b64encode(b"".join(seen)).decode()
+
+
+def _square_roots(shares: Array) -> bytes:
+    """255 sqrt(share) of each in a byte, so that small ones show."""
+    return np.round(255 * np.sqrt(shares)).astype(np.uint8).tobytes()

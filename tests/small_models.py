@@ -36,12 +36,24 @@ DEFAULTS: dict[str, Any] = {
     "shards": 1,
     "std": 0.1,  # large enough that a small model's logits are far from flat
     "seed": 0,
-    "architecture": "qwen3",  # or qwen2, llama
+    "architecture": "qwen3",  # or qwen3_moe, qwen2, llama
+    "n_experts": 6,  # of qwen3_moe, with the next six
+    "n_experts_per_token": 2,
+    "expert_hidden_dim": 64,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "fused_experts": False,  # one tensor per layer on disk, (n_experts, rows, columns)
     "rope": {},  # the rope dict: {"rope_type": "yarn", "factor": 4.0, ...}
     "thinking": "hybrid",  # picks the chat template: hybrid, always, none
 }
 
-CLASSES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+CLASSES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
 # What config.json of the older families does not state (with head_dim = dim / n_heads)
 IMPLIED_KEYS = {"qwen2": ("attention_bias", "head_dim"), "llama": ("attention_bias",)}
 
@@ -129,6 +141,8 @@ def small_weights(**shape: Any) -> dict[str, NDArray[np.float32]]:
     q_dim, kv_dim = s["n_heads"] * head_dim, s["n_kv_heads"] * head_dim
     weights = {"model.embed_tokens.weight": normal(s["vocab_size"], dim), "model.norm.weight": near_one(dim)}
     for layer in range(s["n_layers"]):
+        if _has_experts(s, layer):
+            weights |= _expert_weights(s, f"model.layers.{layer}.mlp.", normal)
         if s["architecture"] == "qwen2":
             for name, n in (("q", q_dim), ("k", kv_dim), ("v", kv_dim)):
                 weights[f"model.layers.{layer}.self_attn.{name}_proj.bias"] = normal(n)
@@ -147,10 +161,29 @@ def small_weights(**shape: Any) -> dict[str, NDArray[np.float32]]:
                 "mlp.up_proj": normal(hidden_dim, dim),
                 "mlp.down_proj": normal(dim, hidden_dim),
             }.items()
-            if s["architecture"] == "qwen3" or name not in ("self_attn.q_norm", "self_attn.k_norm")
+            if s["architecture"].startswith("qwen3") or name not in ("self_attn.q_norm", "self_attn.k_norm")
+            if not (_has_experts(s, layer) and name.startswith("mlp."))
         }
     if not s["tied"]:
         weights["lm_head.weight"] = normal(s["vocab_size"], dim)
+    return weights
+
+
+def _has_experts(s: dict[str, Any], layer: int) -> bool:
+    sparse = layer not in s["mlp_only_layers"] and (layer + 1) % s["decoder_sparse_step"] == 0
+    return bool(s["architecture"] == "qwen3_moe" and sparse)
+
+
+def _expert_weights(s: dict[str, Any], prefix: str, normal: Any) -> dict[str, NDArray[np.float32]]:
+    n, dim, hidden_dim = s["n_experts"], s["dim"], s["expert_hidden_dim"]
+    gate_up, down = normal(n, 2 * hidden_dim, dim), normal(n, dim, hidden_dim)
+    weights = {prefix + "gate.weight": normal(n, dim)}
+    if s["fused_experts"]:
+        return weights | {prefix + "experts.gate_up_proj": gate_up, prefix + "experts.down_proj": down}
+    for e in range(n):
+        gate, up = np.split(gate_up[e], 2)
+        for name, matrix in {"gate": gate, "up": up, "down": down[e]}.items():
+            weights[f"{prefix}experts.{e}.{name}_proj.weight"] = np.ascontiguousarray(matrix)
     return weights
 
 
@@ -184,6 +217,16 @@ def config_json(**shape: Any) -> dict[str, Any]:
     }
     for key in IMPLIED_KEYS.get(s["architecture"], ()):
         del config[key]
+    if s["architecture"] == "qwen3_moe":
+        experts = "num_local_experts" if s["dialect"] == 5 else "num_experts"
+        config |= {
+            experts: s["n_experts"],
+            "num_experts_per_tok": s["n_experts_per_token"],
+            "moe_intermediate_size": s["expert_hidden_dim"],
+            "norm_topk_prob": s["norm_topk_prob"],
+            "decoder_sparse_step": s["decoder_sparse_step"],
+            "mlp_only_layers": s["mlp_only_layers"],
+        }
     if s["architecture"] == "llama":
         config["mlp_bias"] = False
     if s["dialect"] == 4:

@@ -727,7 +727,7 @@ def test_an_estimate_says_what_does_not_fit(
     assert main([str(source), "--estimate"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"disk: 0\.0 MiB free in .*: does not fit", out)
-    assert re.search(r"256 .* MiB   no\n", out) and "would be read from disk again for every token" in out
+    assert re.search(r"256 .* MiB   no\n", out) and "would be read from disk again and again" in out
 
 
 def test_an_estimate_refuses_what_an_export_refuses(source: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -130,9 +130,42 @@ SHAPES = [
         shards=2,
     ),
     case("qwen3, llama3 rope", 330, rope=LLAMA3),
+    case("experts", 330, architecture="qwen3_moe"),
+    case(
+        "experts, dialect 5, fused", 330, architecture="qwen3_moe", dialect=5, fused_experts=True, tied=False
+    ),
+    case(
+        "experts in every second layer",
+        150,
+        architecture="qwen3_moe",
+        n_layers=5,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+    ),
+    case(
+        "16 experts, not normalised, yarn",
+        600,
+        architecture="qwen3_moe",
+        n_experts=16,
+        n_experts_per_token=8,
+        norm_topk_prob=False,
+        rope=YARN,
+        expert_hidden_dim=32,
+        group_size=32,
+    ),
+    case(
+        "experts, llama3 rope, hidden_dim of no use",
+        150,
+        architecture="qwen3_moe",
+        rope=LLAMA3,
+        hidden_dim=100,
+        n_experts=3,
+        n_experts_per_token=3,
+    ),
 ]
 ORACLES = {
     "qwen3": transformers.Qwen3ForCausalLM,
+    "qwen3_moe": transformers.Qwen3MoeForCausalLM,
     "qwen2": transformers.Qwen2ForCausalLM,
     "llama": transformers.LlamaForCausalLM,
 }
@@ -144,8 +177,22 @@ def oracle(model: engine.Model, config: Any) -> Any:
     hf = ORACLES[config.model_type](config).eval()
     with torch.no_grad():
         for name, parameter in hf.named_parameters():  # a tied lm_head is not listed
-            parameter.copy_(torch.from_numpy(model.weight(name)))
+            parameter.copy_(torch.from_numpy(oracle_weight(model, name)))
     return hf
+
+
+def oracle_weight(model: engine.Model, name: str) -> NDArray[np.float32]:
+    """A weight by the name transformers has for it, which holds all experts of a layer in one tensor."""
+    prefix, fused, kind = name.partition(".experts.")
+    if not fused:
+        return model.weight(name)
+    kinds = ("down",) if kind == "down_proj" else ("gate", "up")
+    experts = range(model.config.n_experts)
+    matrices = [
+        np.concatenate([model.weight(f"{prefix}.experts.{e}.{k}_proj.weight") for k in kinds])
+        for e in experts
+    ]
+    return np.stack(matrices)
 
 
 def oracle_config(model: engine.Model) -> Any:
@@ -189,6 +236,12 @@ def hooked_activations(hf: Any, ids: NDArray[np.int64]) -> dict[str, NDArray[np.
         def hook(module: Any, inputs: Any, output: Any) -> None:
             if name.endswith("self_attn"):
                 keep(f"{name}.attn_weights", output[1])
+            elif name.endswith("mlp.gate"):  # the rows are flat: there is no batch axis
+                logits, shares, chosen = output
+                seen[name] = logits.numpy()
+                seen[f"{name}.shares"] = torch.zeros_like(logits).scatter(1, chosen, shares).numpy()
+            elif name.endswith("mlp.experts"):
+                seen[name] = output.numpy()
             else:
                 keep(name, output[0] if isinstance(output, tuple) else output)
 

@@ -192,6 +192,32 @@ def test_the_weights_have_their_statistics_and_rounding_error(
         assert weight.error == pytest.approx(lost, rel=0.1), weight.name
 
 
+def test_routing_counts_the_tokens_of_each_expert(tmp_path: Path):
+    shape = {"architecture": "qwen3_moe", "n_experts": 8, "n_experts_per_token": 3, "n_layers": 3}
+    model = Model(str(export_small_model(tmp_path, **shape)))
+    text = text_of(model, "def f(x):\n    return x")
+    arrays = model.trace(text.ids)
+    counts = trace.routing(arrays)
+    assert list(counts) == [f"model.layers.{layer}" for layer in range(3) if model.config.has_experts(layer)]
+    for layer, tokens in counts.items():
+        logits = arrays[f"{layer}.mlp.gate"]
+        chosen = np.argsort(-logits, axis=-1, kind="stable")[:, :3]
+        assert np.array_equal(tokens, np.bincount(chosen.ravel(), minlength=8))
+        assert tokens.sum() == 3 * len(text.ids)
+    shown = list(trace.lines(model, text, "compact"))
+    for layer, tokens in counts.items():
+        line = next(line for line in shown if re.match(rf"{layer} +\d+ +\d+: ", line))
+        bars = line.split("  ")[-1]
+        assert len(bars) == 8 and bars[tokens.argmax()] == "█"
+        assert [bar == "·" for bar in bars] == (tokens == 0).tolist()
+        assert f"{tokens.argmax()}: {tokens.max()}" in line
+    assert trace.describe(model, text, "compact")["routing"] == {k: v.tolist() for k, v in counts.items()}
+    assert any(
+        "router: a logit for each of 8 experts" in line for line in trace.lines(model, text, "input_flow")
+    )
+    list(trace.lines(model, text, "verbose"))
+
+
 def test_what_cannot_be_seen_is_written_out(small: Model):
     assert [trace.token_text(small, id) for id in small.tokenizer.encode("漢")] == ["\\xe6", "\\xbc", "\\xa2"]
     assert trace.visible(" a\tb\n") == "·a⇥b↵"

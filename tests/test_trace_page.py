@@ -105,6 +105,19 @@ def test_the_numbers_are_those_of_the_trace(model: Model):
     assert {str(id) for id in text.ids} <= {str(id) for id in data["texts"]}
 
 
+def test_the_routing_of_experts_is_on_the_page(tmp_path: Path):
+    model = Model(
+        str(export_small_model(tmp_path, architecture="qwen3_moe", n_experts=8, n_experts_per_token=3))
+    )
+    text = text_of(model)
+    data, arrays = trace_page.collect(model, text), model.trace(text.ids, "*.shares")
+    assert data["experts"] == 8 and len(data["routing"]) == len(arrays) > 0
+    for (layer, codes), (name, shares) in zip(data["routing"].items(), arrays.items(), strict=True):
+        assert name == f"model.layers.{layer}.mlp.gate.shares"
+        found = np.frombuffer(base64.b64decode(codes), np.uint8).reshape(len(text.ids), 8)
+        assert np.abs(found / 255 - np.sqrt(shares)).max() <= 0.51 / 255
+
+
 def test_a_page_is_written_whole_and_over_a_page_only(model: Model, tmp_path: Path):
     target = tmp_path / "trace.html"
     for n in (1, 2):

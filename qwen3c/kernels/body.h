@@ -105,6 +105,20 @@ static void add(float *y, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] += x[i];
 }
 
+static void add_scaled(float *y, const float *x, size_t n, float scale) {
+    for (size_t i = 0; i < n; i++) y[i] = fmaf(scale, x[i], y[i]);
+}
+
+static void matvec(float *y, const float *x, const float *w, size_t rows, size_t columns) {
+    for (size_t r = 0; r < rows; r++, w += columns) {
+        f32x16 sum = f32_set(0);
+        for (size_t c = 0; c < columns; c += 16)
+            sum = columns - c < 16 ? f32_fma(load_part(w + c, columns - c, 0), load_part(x + c, columns - c, 0), sum)
+                                   : f32_fma(f32_load(w + c), f32_load(x + c), sum);
+        y[r] = sum_lanes(sum);
+    }
+}
+
 /* ---------------------------------------------------------------------------- */
 /* Rotary embedding (RoFormer, https://arxiv.org/abs/2104.09864), rotate-half form */
 
@@ -646,6 +660,8 @@ const Kernels JOIN(kernels_, ISA) = {
     .attend = {attend_f32, attend_f16},
     .swiglu = swiglu,
     .add = add,
+    .add_scaled = add_scaled,
+    .matvec = matvec,
     .exponentials = exponentials,
     .top_k = top_k,
     .quantize_tiles = quantize_tiles,

@@ -108,6 +108,12 @@ typedef struct {
     /* y[i] += x[i] */
     void (*add)(float *y, const float *x, size_t n);
 
+    /* y[i] = fmaf(scale, x[i], y[i]) */
+    void (*add_scaled)(float *y, const float *x, size_t n, float scale);
+
+    /* y[r] = sum of w[r][c] x[c]: fmaf in 16 lanes, then the tree. w (rows, columns) is plain float32. */
+    void (*matvec)(float *y, const float *x, const float *w, size_t rows, size_t columns);
+
     /* y[i] = exp((x[i] - max x) * inverse_temperature); returns the sum of y (16 lanes, then the tree). */
     float (*exponentials)(float *y, const float *x, size_t n, float inverse_temperature);
 
