@@ -35,7 +35,7 @@ model: oracles
 	$(TRAIN) pretrain $(DATA)/text/train --validation $(DATA)/text/validation -o build/base --resume --compile \
 	    --preset micro --steps 2300 --batch 8 --learning-rate 3e-3 --warmup 100
 	$(TRAIN) sft $(DATA)/chat.jsonl --validation $(DATA)/chat_validation.jsonl --model build/base -o build/sft --resume --compile \
-	    --steps 560 --batch 8 --learning-rate 1e-3 --warmup 30
+	    --steps 760 --batch 8 --learning-rate 1e-3 --warmup 30
 	$(TRAIN) grpo $(DATA)/tasks.jsonl --model build/sft -o build/grpo --resume \
 	    --reward recipe.rewards:arithmetic --steps 100 --batch 16 --completions 8 --max-tokens 24 --learning-rate 1e-4
 	$(BIN)/python export.py build/grpo qwen3c/data/model.bin --name "qwen3c in the box"
