@@ -325,7 +325,6 @@ def _checkpoint(args: argparse.Namespace) -> Path | None:
         raise TrainingError(
             f"{args.out}: holds a run already; --resume goes on with it, or choose another directory"
         )
-    args.out.mkdir(parents=True, exist_ok=True)
     return found[-1] if found else None
 
 

@@ -114,6 +114,7 @@ class Trainer(ABC):
         self.model = compiled if settings.shard else self.accelerator.prepare(compiled)
         if resume:
             self._load(resume)
+        settings.out.mkdir(parents=True, exist_ok=True)
         self.metrics = Metrics(settings.out / "metrics.jsonl", self.step) if self.is_main else None
         self._signal: int | None = None
 
