@@ -16,6 +16,7 @@ from small_models import export_small_model, write_small_model
 
 from qwen3c.huggingface import thinking_kind
 from qwen3c.template import ChatTemplateError, Renderer
+from qwen3c.training.vocabulary import CHAT_TEMPLATE
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipe"
@@ -376,9 +377,7 @@ def test_small_talk_names_the_size_it_is_told() -> None:
 
 
 def render(messages: list[dict[str, str]], **variables: Any) -> str:
-    return Renderer().render(
-        (RECIPE / "chat_template.jinja").read_text(), {"messages": messages, **variables}
-    )
+    return Renderer().render(CHAT_TEMPLATE, {"messages": messages, **variables})
 
 
 def test_a_conversation_begins_with_the_prompt_it_came_from() -> None:
@@ -400,7 +399,7 @@ def test_a_conversation_begins_with_the_prompt_it_came_from() -> None:
 def test_the_template_neither_thinks_nor_calls_tools() -> None:
     messages = [{"role": "user", "content": "Hi"}]
     assert render(messages, enable_thinking=True) == render(messages)
-    assert thinking_kind((RECIPE / "chat_template.jinja").read_text()) == "none"
+    assert thinking_kind(CHAT_TEMPLATE) == "none"
     with pytest.raises(ChatTemplateError, match="calls no tools"):
         render(messages, tools=[{"name": "search"}])
 

@@ -144,7 +144,9 @@ def test_a_text_too_long_for_a_page_is_refused_with_both_numbers(
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
-def test_a_browser_draws_the_page(model: Model, tmp_path: Path):
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
+def test_a_browser_draws_the_page(architecture: str, tmp_path: Path):
+    model = Model(str(export_small_model(tmp_path, architecture=architecture)))
     text = text_of(model, HOSTILE)
     trace_page.write(model, text, str(tmp_path / "trace.html"))
     browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
@@ -158,5 +160,8 @@ def test_a_browser_draws_the_page(model: Model, tmp_path: Path):
     assert len(chips) == 2 * len(text.ids)  # the text, and what a token looks at
     cells = [tag for tag, _ in drawn.tags if tag == "td"]
     assert len(cells) == len(text.ids) * (model.config.n_layers + 2)
-    assert len([tag for tag, _ in drawn.tags if tag == "canvas"]) == model.config.n_heads + 1
+    maps = [attributes.get("id") for tag, attributes in drawn.tags if tag == "canvas"]
+    assert maps.count(None) == model.config.n_heads and {"map", "all-tokens", "one-token"} < {*maps}
+    routing = next(attributes for tag, attributes in drawn.tags if attributes.get("id") == "routing")
+    assert ("hidden" in routing) == (model.config.n_experts == 0)
     assert len(drawn.scripts) == 2 and "taken" not in drawn.title

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..terminal import one_line
 from . import TrainingError
@@ -63,9 +63,10 @@ def _check_libraries() -> None:
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"training {NEEDED} ({', '.join(missing)} missing)")
-    import transformers
+    from transformers.utils import logging
 
-    transformers.logging.disable_progress_bar()
+    silence: Any = logging.disable_progress_bar
+    silence()
 
 
 # ----------------------------------------------------------------------------
@@ -324,7 +325,6 @@ def _checkpoint(args: argparse.Namespace) -> Path | None:
         raise TrainingError(
             f"{args.out}: holds a run already; --resume goes on with it, or choose another directory"
         )
-    args.out.mkdir(parents=True, exist_ok=True)
     return found[-1] if found else None
 
 

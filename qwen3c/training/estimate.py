@@ -81,7 +81,8 @@ def _activations(model: PreTrainedModel, micro_batch: int, context: int) -> int:
         return tensor
 
     with FakeTensorMode():
-        copy = AutoModelForCausalLM.from_config(model.config)
+        factory: Any = AutoModelForCausalLM
+        copy = factory.from_config(model.config)
         weights = {p.untyped_storage()._cdata for p in copy.parameters()}
         tokens = torch.zeros((micro_batch, context), dtype=torch.int64)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -131,9 +131,9 @@ class GRPO(Trainer):
         advantages = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-4)
         n_sampled = sum(len(c.tokens) for group in groups for c in group)
         self.step_record = {
-            "reward": self._mean(rewards.mean()),
+            "reward": self._mean(float(rewards.mean())),
             "completion_tokens": self._mean(n_sampled / rewards.size),
-            "ended": self._mean(np.mean([c.ended for group in groups for c in group])),
+            "ended": self._mean(float(np.mean([c.ended for group in groups for c in group]))),
             "rollout_tokens_per_second": round(n_sampled / seconds, 1),
         }
         rows = [

@@ -86,7 +86,7 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Pr
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                weight /= math.sqrt(2 * shape.n_layers)
+                weight.div_(math.sqrt(2 * shape.n_layers))
     model.generation_config.eos_token_id = sorted({end_of_turn, end_of_text})
     model.generation_config.pad_token_id = end_of_text
     return model

@@ -106,15 +106,15 @@ class Trainer(ABC):
         self.step_record: dict[str, Any] = {}  # what a stage adds to the record of a step
         matrices = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim <= 1]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
             groups, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
         )
-        compiled = torch.compile(model) if settings.compile else model
+        compiled: Any = torch.compile(model) if settings.compile else model
         self.model = compiled if settings.shard else self.accelerator.prepare(compiled)
-        self.optimizer = optimizer
         if resume:
             self._load(resume)
+        settings.out.mkdir(parents=True, exist_ok=True)
         self.metrics = Metrics(settings.out / "metrics.jsonl", self.step) if self.is_main else None
         self._signal: int | None = None
 
@@ -214,7 +214,7 @@ class Trainer(ABC):
                 # data parallelism averages the gradients of the processes; the mean over all samples is wanted
                 (loss * (world / max(total, 1))).backward()
             losses += loss.detach().double().cpu()
-        norm = torch.nn.utils.clip_grad_norm_(self.plain_model.parameters(), self.settings.clip)
+        norm: Any = torch.nn.utils.clip_grad_norm_(self.plain_model.parameters(), self.settings.clip)
         norm = norm.full_tensor() if self.settings.shard else norm
         if torch.isfinite(norm):
             self.optimizer.step()
@@ -324,9 +324,10 @@ class Trainer(ABC):
             return self.plain_model.state_dict()
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        return get_model_state_dict(
-            self.plain_model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-        )
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights: dict[str, Any] = get_model_state_dict(self.plain_model, options=options)
+        tied = self.plain_model.all_tied_weights_keys
+        return {name: weight for name, weight in weights.items() if name not in tied}
 
     def _optimizer_state(self) -> dict[str, Any]:
         if not self.settings.shard:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import string
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import TrainingError
 
@@ -28,12 +28,11 @@ CHARACTERS = "\n\t" + "".join(c for c in string.printable if c.isprintable())  #
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
+{%- if tools %}{{ raise_exception("this model calls no tools") }}{% endif -%}
+{%- for message in messages -%}
+{{ "<|im_start|>" + message.role + "\\n" + message.content + "<|im_end|>\\n" }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\\n" }}{% endif -%}
 """
 
 
@@ -91,9 +90,8 @@ def characters() -> PreTrainedTokenizerFast:
 def _wrapped(tokenizer: Tokenizer, **settings: str) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, bos_token=None, **settings
-    )
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, bos_token=None, **settings)
 
 
 def load(directory: str | Path) -> PreTrainedTokenizerFast:
@@ -103,6 +101,9 @@ def load(directory: str | Path) -> PreTrainedTokenizerFast:
     if not (Path(directory) / "tokenizer.json").is_file():
         raise TrainingError(f"{directory}: has no tokenizer.json")
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # the libraries raise what they like
         raise TrainingError(f"{directory}: tokenizer: {' '.join(str(error).split())[:300]}") from None
+    return tokenizer

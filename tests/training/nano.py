@@ -45,7 +45,8 @@ def write_chat(path: Path, n: int = 60) -> Path:
 def write_tasks(path: Path) -> Path:
     tasks = [(a, b) for a in range(5) for b in range(5)]
     return write_jsonl(
-        path, [{"messages": [{"role": "user", "content": f"{a} + {b}?"}], "answer": str(a + b)} for a, b in tasks]
+        path,
+        [{"messages": [{"role": "user", "content": f"{a} + {b}?"}], "answer": str(a + b)} for a, b in tasks],
     )
 
 

@@ -6,7 +6,15 @@ import time
 import pytest
 
 from qwen3c.training import TrainingError
-from qwen3c.training.checkpoint import Metrics, checkpoints, prune, publish, read_metrics, replacing, write_directory
+from qwen3c.training.checkpoint import (
+    Metrics,
+    checkpoints,
+    prune,
+    publish,
+    read_metrics,
+    replacing,
+    write_directory,
+)
 
 
 def fill_with(text):

@@ -12,7 +12,9 @@ def data(tmp_path_factory):
     write_text(directory / "text")
     write_chat(directory / "chat.jsonl")
     write_tasks(directory / "tasks.jsonl")
-    assert train("pretrain", directory / "text", "-o", directory / "base", *NANO, "--steps", 1, "--quiet") == 0
+    assert (
+        train("pretrain", directory / "text", "-o", directory / "base", *NANO, "--steps", 1, "--quiet") == 0
+    )
     (directory / "broken").mkdir()
     (directory / "broken" / "config.json").write_text("{")
     (directory / "broken" / "tokenizer.json").write_text("{")
@@ -29,7 +31,10 @@ def data(tmp_path_factory):
         ("pretrain {d}/binary -o {o}", "is not text"),
         ("pretrain {d}/text -o {o} --context 100000", "too few for a window of 100000"),
         ("pretrain {d}/text -o {o} --dim 33", "dim = 33 is not a multiple of 32"),
-        ("pretrain {d}/text -o {o} --n-heads 3 --n-kv-heads 2", "n_heads = 3 is not a multiple of n_kv_heads = 2"),
+        (
+            "pretrain {d}/text -o {o} --n-heads 3 --n-kv-heads 2",
+            "n_heads = 3 is not a multiple of n_kv_heads = 2",
+        ),
         ("pretrain {d}/text -o {o} --n-layers 0", "n_layers is 0"),
         ("pretrain {d}/text -o {o} --vocab-size 10", "vocabulary of 10 tokens"),
         ("pretrain {d}/text -o {o} --warmup 5000", "--warmup 5000 is not from 0 to --steps"),
@@ -40,9 +45,18 @@ def data(tmp_path_factory):
         ("pretrain {d}/text -o {o} --shard", "--shard needs several processes"),
         ("sft {d}/bad.jsonl --model {d}/base -o {o}", "bad.jsonl: line 1: messages is not a list"),
         ("sft {d}/nowhere.jsonl --model {d}/base -o {o}", "nowhere.jsonl"),
-        ("sft {d}/chat.jsonl --model {d}/base -o {o} --context 4096", "--context 4096 exceeds the model's 64"),
-        ("grpo {d}/long.jsonl --model {d}/base -o {o} --reward nano:digits --max-tokens 8", "line 1: the prompt is"),
-        ("grpo {d}/bad.jsonl --model {d}/base -o {o} --reward nano:digits --max-tokens 8", "line 1: messages is not"),
+        (
+            "sft {d}/chat.jsonl --model {d}/base -o {o} --context 4096",
+            "--context 4096 exceeds the model's 64",
+        ),
+        (
+            "grpo {d}/long.jsonl --model {d}/base -o {o} --reward nano:digits --max-tokens 8",
+            "line 1: the prompt is",
+        ),
+        (
+            "grpo {d}/bad.jsonl --model {d}/base -o {o} --reward nano:digits --max-tokens 8",
+            "line 1: messages is not",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_line(arguments, message, data, tmp_path, capsys):
@@ -52,7 +66,9 @@ def test_what_cannot_be_trained_is_refused_in_one_line(arguments, message, data,
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("flag", ["--steps 0", "--batch -1", "--learning-rate nan", "--validation-fraction 1", "--clip 0"])
+@pytest.mark.parametrize(
+    "flag", ["--steps 0", "--batch -1", "--learning-rate nan", "--validation-fraction 1", "--clip 0"]
+)
 def test_numbers_out_of_range_are_refused_by_the_parser(flag, data, tmp_path, capsys):
     with pytest.raises(SystemExit) as status:
         train("pretrain", data / "text", "-o", tmp_path, *flag.split())
@@ -63,7 +79,9 @@ def test_numbers_out_of_range_are_refused_by_the_parser(flag, data, tmp_path, ca
 def test_an_estimate_is_printed_and_nothing_is_written(stage, data, tmp_path, capsys):
     assert train(*stage.format(d=data).split(), "-o", tmp_path / "out", "--estimate") == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("parameters", "optimizer", "activations", "KV cache", "FLOPs a token"))
+    assert all(
+        word in out for word in ("parameters", "optimizer", "activations", "KV cache", "FLOPs a token")
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -72,7 +90,9 @@ def test_help_and_a_missing_library_need_no_torch(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('imported')")
     path = {**environment(), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    run = subprocess.run([sys.executable, ROOT / "train.py", "--help"], env=path, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--help"], env=path, capture_output=True, text=True
+    )
     assert run.returncode == 0 and "pretrain | sft | grpo" in run.stdout
     code = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'accelerate' else f(n, *a)\n"
     code += "from qwen3c.training.cli import main; raise SystemExit(main(['pretrain', 'x', '-o', 'y']))"

@@ -45,7 +45,10 @@ def test_a_packed_sample_gets_the_logits_it_gets_alone(tmp_path, tokenizer):
     batch = collate([samples], 128, tokenizer.pad_token_id)
     with torch.no_grad():
         packed = model(
-            input_ids=batch["tokens"], position_ids=batch["positions"], attention_mask=batch["attention"], use_cache=False
+            input_ids=batch["tokens"],
+            position_ids=batch["positions"],
+            attention_mask=batch["attention"],
+            use_cache=False,
         ).logits[0]
         start = 0
         for sample in samples:
@@ -64,7 +67,12 @@ def test_without_the_mask_packed_samples_would_see_each_other(tmp_path, tokenize
     causal = torch.ones(128, 128, dtype=torch.bool).tril()[None, None]
     with torch.no_grad():
         logits = [
-            model(input_ids=batch["tokens"], position_ids=batch["positions"], attention_mask=mask, use_cache=False).logits[0]
+            model(
+                input_ids=batch["tokens"],
+                position_ids=batch["positions"],
+                attention_mask=mask,
+                use_cache=False,
+            ).logits[0]
             for mask in (batch["attention"], causal)
         ]
     n = len(samples[0].tokens)
@@ -96,7 +104,9 @@ def test_rows_may_be_asked_for_in_any_order():
 
 
 def test_samples_longer_than_the_context_are_counted(tmp_path, tokenizer):
-    path = write_jsonl(tmp_path / "chat.jsonl", [conversation("short", "ok"), conversation("long " * 200, "ok")])
+    path = write_jsonl(
+        tmp_path / "chat.jsonl", [conversation("short", "ok"), conversation("long " * 200, "ok")]
+    )
     samples, too_long = read_samples(path, tokenizer, 64)
     assert (len(samples), too_long) == (1, 1)
     with pytest.raises(TrainingError, match="all 2 samples are longer than the context of 4"):
@@ -135,7 +145,9 @@ def test_an_empty_or_binary_file_is_refused(tmp_path, tokenizer):
 
 def test_a_template_that_prompts_otherwise_than_it_renders_is_refused(tmp_path, tokenizer):
     other = train_bpe(["x"], 280)
-    other.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    other.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
     path = write_jsonl(tmp_path / "chat.jsonl", [conversation("a", "b")])
     with pytest.raises(TrainingError, match="renders message 1 otherwise"):
         read_samples(path, other, 64)

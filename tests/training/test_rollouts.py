@@ -68,7 +68,9 @@ def test_tokens_come_as_often_as_they_are_likely():
     uniform = np.random.default_rng(1).random(n)
     tokens, logprobs = choose(logits, 1.0, uniform)
     counts = np.bincount(tokens, minlength=4)
-    assert ((counts - n * probabilities) ** 2 / (n * probabilities)).sum() < 16.3  # chi-square, 3 degrees, p = 0.001
+    assert (
+        (counts - n * probabilities) ** 2 / (n * probabilities)
+    ).sum() < 16.3  # chi-square, 3 degrees, p = 0.001
     assert np.allclose(logprobs, np.log(probabilities)[tokens], atol=1e-6)
     edges, _ = choose(logits[:2], 1.0, np.array([0.0, 1 - 2**-53]))
     assert edges.tolist() == [0, 3]

@@ -57,7 +57,9 @@ def test_the_loss_falls_from_that_of_a_uniform_guess(base):
 
 
 def test_a_run_leaves_a_model_metrics_and_a_picture(base):
-    assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "curves.png"} <= set(os.listdir(base))
+    assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "curves.png"} <= set(
+        os.listdir(base)
+    )
     assert (base / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert not [name for name in os.listdir(base) if name.startswith(".")]
 
@@ -71,7 +73,9 @@ def test_every_stage_ends_in_a_model_that_the_engine_runs(data, base, tmp_path):
                  "--reward", "nano:digits", "--max-tokens", 8, "--learning-rate", 1e-3, *QUICK) == 0  # fmt: skip
     export(reinforced, tmp_path / "model.bin", group_size=32)
     model = qwen3c.Model(str(tmp_path / "model.bin"))
-    generation = model.generate(model.chat_prompt([{"role": "user", "content": "3 + 4?"}]), temperature=0, max_tokens=20)
+    generation = model.generate(
+        model.chat_prompt([{"role": "user", "content": "3 + 4?"}]), temperature=0, max_tokens=20
+    )
     for _ in generation:
         pass
     assert generation.reply.finish_reason == "stop" and generation.reply.text.strip().isdigit()
@@ -122,7 +126,9 @@ def test_a_resumed_run_has_the_same_losses_to_the_bit(stage, data, base, tmp_pat
         from qwen3c.training import trainer
 
         record = trainer.Trainer._record
-        trainer.Trainer._record = lambda self, r: os.kill(os.getpid(), 9) if r["step"] == 5 else record(self, r)
+        trainer.Trainer._record = lambda self, r: (
+            os.kill(os.getpid(), 9) if r["step"] == 5 else record(self, r)
+        )
         os._exit(train(*stage_arguments(stage, data, base, halves)))
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert len(losses(halves)) == 4
@@ -171,7 +177,17 @@ for i in range(20):
 
 
 def test_killed_at_twenty_points_a_run_keeps_its_last_checkpoint(data, tmp_path):
-    arguments = [data / "text", *NANO, "--steps", 100000, "--evaluate-every", 7, "--checkpoint-every", 1, "--quiet"]
+    arguments = [
+        data / "text",
+        *NANO,
+        "--steps",
+        100000,
+        "--evaluate-every",
+        7,
+        "--checkpoint-every",
+        1,
+        "--quiet",
+    ]
     run = subprocess.run(
         [sys.executable, "-c", KILL, *map(str, [tmp_path / "out", *arguments])],
         env=environment(), capture_output=True, text=True, timeout=300,
@@ -188,7 +204,9 @@ def test_two_processes_reach_the_losses_of_one(shard, data, base, tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]  # fmt: skip
     command = [sys.executable, *launch, ROOT / "train.py", *arguments, "-o", tmp_path / "two", *shard]
-    run = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=200)
+    run = subprocess.run(
+        list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=200
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
     export(tmp_path / "two", tmp_path / "model.bin", group_size=32)
@@ -197,7 +215,18 @@ def test_two_processes_reach_the_losses_of_one(shard, data, base, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(number, data, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, ROOT / "train.py", "pretrain", data / "text", "-o", out, *NANO, "--steps", 100000, "--quiet"]
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "pretrain",
+        data / "text",
+        "-o",
+        out,
+        *NANO,
+        "--steps",
+        100000,
+        "--quiet",
+    ]
     run = subprocess.Popen(list(map(str, command)), env=environment(), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 100
     while not ((out / "metrics.jsonl").exists() and losses(out)) and time.monotonic() < deadline:

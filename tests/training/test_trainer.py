@@ -7,7 +7,14 @@ from qwen3c.training.trainer import Settings
 
 
 def settings(**changes):
-    given = {"out": Path("x"), "steps": 100, "batch": 1, "micro_batch": 1, "learning_rate": 1e-3, "warmup": 10}
+    given = {
+        "out": Path("x"),
+        "steps": 100,
+        "batch": 1,
+        "micro_batch": 1,
+        "learning_rate": 1e-3,
+        "warmup": 10,
+    }
     return Settings(**(given | changes))
 
 
@@ -25,7 +32,10 @@ def test_only_matrices_decay(tmp_path, monkeypatch):
 
     seen = []
     monkeypatch.setattr(Trainer, "run", seen.append)
-    assert train("pretrain", write_text(tmp_path / "text"), "-o", tmp_path / "out", *NANO, "--weight-decay", 0.3) == 0
+    assert (
+        train("pretrain", write_text(tmp_path / "text"), "-o", tmp_path / "out", *NANO, "--weight-decay", 0.3)
+        == 0
+    )
     for group in seen[0].optimizer.param_groups:
         assert {p.ndim for p in group["params"]} == ({2} if group["weight_decay"] else {1})
     assert [g["weight_decay"] for g in seen[0].optimizer.param_groups] == [0.3, 0.0]
@@ -38,7 +48,21 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path):
 
     text = write_text(tmp_path / "text")
     for name, micro in (("whole", 8), ("parts", 2)):
-        assert train("pretrain", text, "-o", tmp_path / name, *NANO, "--steps", 5, "--micro-batch", micro, "--quiet") == 0
+        assert (
+            train(
+                "pretrain",
+                text,
+                "-o",
+                tmp_path / name,
+                *NANO,
+                "--steps",
+                5,
+                "--micro-batch",
+                micro,
+                "--quiet",
+            )
+            == 0
+        )
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
@@ -48,6 +72,22 @@ def test_bfloat16_trains_close_to_float32(tmp_path):
     text = write_text(tmp_path / "text")
     for precision in ("fp32", "bf16"):
         out = tmp_path / precision
-        assert train("pretrain", text, "-o", out, *NANO, "--steps", 5, "--precision", precision, "--batch", 2, "--quiet") == 0
+        assert (
+            train(
+                "pretrain",
+                text,
+                "-o",
+                out,
+                *NANO,
+                "--steps",
+                5,
+                "--precision",
+                precision,
+                "--batch",
+                2,
+                "--quiet",
+            )
+            == 0
+        )
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=1e-2)
     assert losses(tmp_path / "bf16") != losses(tmp_path / "fp32")
