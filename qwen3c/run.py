@@ -102,7 +102,7 @@ def generate(args: argparse.Namespace) -> int:
     model = _open_model(args, chats=not raw)
     max_tokens = args.max_tokens
     if raw:
-        prompt = model.tokenizer.encode(text)
+        prompt = [*model.tokenizer.opening, *model.tokenizer.encode(text)]
         max_tokens = RAW_TOKENS if max_tokens is None else max_tokens
     else:
         messages = [{"role": "system", "content": system}] if system is not None else []
@@ -145,7 +145,7 @@ def perplexity(args: argparse.Namespace) -> int:
 
     text = _read_text(args.file)
     model = _open_model(args)
-    ids = model.tokenizer.encode(text)
+    ids = [*model.tokenizer.opening, *model.tokenizer.encode(text)]
     window = args.context or min(model.config.context, WINDOW if args.context is None else sys.maxsize)
     status, begin = terminal.StatusLine(interval=0.5), time.monotonic()
 
