@@ -34,14 +34,20 @@ def test_every_make_command_is_a_target_with_a_help_line() -> None:
 
 
 def test_every_flag_of_a_command_in_the_readme_exists() -> None:
-    for script in ("run.py", "export.py"):
-        help_text = subprocess.run(
-            [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True
-        ).stdout
-        commands = [line.split(f"{script} ")[1] for line in indented(README) if f"python {script} " in line]
+    for script in ("run.py", "export.py", "train.py"):
+        # after python, or after the number of processes to launch
+        commands = re.findall(rf"^    .*(?:python|\d) {re.escape(script)} (.*)", README, re.MULTILINE)
         assert commands
         for command in commands:
-            for word in shlex.split(command, comments=True):
+            words = shlex.split(command, comments=True)
+            stage = words[:1] if script == "train.py" else []
+            help_text = subprocess.run(
+                [sys.executable, str(ROOT / script), *stage, "--help"],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for word in words:
                 if word.startswith("-"):
                     assert re.search(rf"(?<![\w-]){word}(?![\w-])", help_text), f"{script} {word}"
 
@@ -50,7 +56,9 @@ def test_the_tree_names_every_source_and_nothing_else() -> None:
     tree = README.split("## How it is built")[1].split("Start with")[0]
     named = set(re.findall(r"\b([a-z_]+\.(?:py|pyx|pyi|h|c|bin))\b", tree))
     sources = {
-        path.name for path in (ROOT / "qwen3c").glob("*.py*") if path.name not in ("__init__.py", "py.typed")
+        path.name
+        for path in (ROOT / "qwen3c").rglob("*.py*")
+        if path.suffix != ".pyc" and path.name not in ("__init__.py", "py.typed")
     }
     assert sources <= named, sources - named
     for name in named:

@@ -1,9 +1,9 @@
 """Checkpoints: whole directories that appear at once, under their final name, or not at all.
 
-    OUT/                      the best model so far, a Hugging Face directory
-    OUT/metrics.jsonl         one line per logged step, evaluation and reward
-    OUT/curves.png
-    OUT/checkpoints/step-N/   a Hugging Face directory and trainer.pt: what resuming needs
+OUT/                      the best model so far, a Hugging Face directory
+OUT/metrics.jsonl         one line per logged step, evaluation and reward
+OUT/curves.png
+OUT/checkpoints/step-N/   a Hugging Face directory and trainer.pt: what resuming needs
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..terminal import one_line
 from . import TrainingError
@@ -63,9 +63,10 @@ def _check_libraries() -> None:
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"training {NEEDED} ({', '.join(missing)} missing)")
-    import transformers
+    from transformers.utils import logging
 
-    transformers.logging.disable_progress_bar()
+    silence: Any = logging.disable_progress_bar
+    silence()
 
 
 # ----------------------------------------------------------------------------
@@ -74,15 +75,23 @@ def _check_libraries() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="train.py", description="Train a model: text in, a Hugging Face directory out, which export.py reads."
+        prog="train.py",
+        description="Train a model: text in, a Hugging Face directory out, which export.py reads.",
     )
     stages = parser.add_subparsers(dest="stage", required=True, metavar="pretrain | sft | grpo")
 
     pretrain = stages.add_parser("pretrain", help="the next token of text, from random weights or a model")
     pretrain.set_defaults(stage_function=_pretrain)
     pretrain.add_argument("data", nargs="+", type=Path, metavar="DATA", help="text files, or folders of them")
-    pretrain.add_argument("--validation", nargs="+", type=Path, metavar="DATA", help="text held out (default: a share of DATA)")
-    pretrain.add_argument("--validation-fraction", type=_fraction, default=0.05, help="share of documents held out (default: 0.05)")
+    pretrain.add_argument(
+        "--validation", nargs="+", type=Path, metavar="DATA", help="text held out (default: a share of DATA)"
+    )
+    pretrain.add_argument(
+        "--validation-fraction",
+        type=_fraction,
+        default=0.05,
+        help="share of documents held out (default: 0.05)",
+    )
     _new_model_arguments(pretrain)
     _common_arguments(pretrain, steps=2000, batch=8, micro_batch=8, learning_rate=2e-3)
 
@@ -90,18 +99,43 @@ def _parser() -> argparse.ArgumentParser:
     sft.set_defaults(stage_function=_sft)
     sft.add_argument("data", type=Path, metavar="CHAT.jsonl", help='one {"messages": [...]} a line')
     sft.add_argument("--model", type=Path, required=True, metavar="DIR", help="the model to tune")
-    sft.add_argument("--validation", type=Path, metavar="CHAT.jsonl", help="conversations held out (default: a share of DATA)")
-    sft.add_argument("--validation-fraction", type=_fraction, default=0.05, help="share of replies held out (default: 0.05)")
-    sft.add_argument("--context", type=_positive, metavar="N", help="tokens of a packed row (default: the model's, at most 2048)")
+    sft.add_argument(
+        "--validation",
+        type=Path,
+        metavar="CHAT.jsonl",
+        help="conversations held out (default: a share of DATA)",
+    )
+    sft.add_argument(
+        "--validation-fraction",
+        type=_fraction,
+        default=0.05,
+        help="share of replies held out (default: 0.05)",
+    )
+    sft.add_argument(
+        "--context",
+        type=_positive,
+        metavar="N",
+        help="tokens of a packed row (default: the model's, at most 2048)",
+    )
     _common_arguments(sft, steps=500, batch=8, micro_batch=8, learning_rate=3e-4)
 
     grpo = stages.add_parser("grpo", help="reinforcement: rewards of completions that the engine samples")
     grpo.set_defaults(stage_function=_grpo)
-    grpo.add_argument("data", type=Path, metavar="TASKS.jsonl", help='one {"messages": [...]} or {"prompt": "..."} a line')
-    grpo.add_argument("--model", type=Path, required=True, metavar="DIR", help="the model to tune, and the reference")
-    grpo.add_argument("--reward", required=True, metavar="MODULE:FUNCTION", help="(prompt, completion, task) -> number")
-    grpo.add_argument("--validation", type=Path, metavar="TASKS.jsonl", help="tasks held out (default: a share of DATA)")
-    grpo.add_argument("--validation-fraction", type=_fraction, default=0.1, help="share of tasks held out (default: 0.1)")
+    grpo.add_argument(
+        "data", type=Path, metavar="TASKS.jsonl", help='one {"messages": [...]} or {"prompt": "..."} a line'
+    )
+    grpo.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="the model to tune, and the reference"
+    )
+    grpo.add_argument(
+        "--reward", required=True, metavar="MODULE:FUNCTION", help="(prompt, completion, task) -> number"
+    )
+    grpo.add_argument(
+        "--validation", type=Path, metavar="TASKS.jsonl", help="tasks held out (default: a share of DATA)"
+    )
+    grpo.add_argument(
+        "--validation-fraction", type=_fraction, default=0.1, help="share of tasks held out (default: 0.1)"
+    )
     _policy_arguments(grpo)
     _common_arguments(grpo, steps=200, batch=16, micro_batch=64, learning_rate=5e-5)
     return parser
@@ -109,48 +143,137 @@ def _parser() -> argparse.ArgumentParser:
 
 def _policy_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("completions")
-    group.add_argument("--completions", type=_positive, default=8, metavar="G", help="per prompt (default: 8)")
-    group.add_argument("--max-tokens", type=_positive, default=64, metavar="N", help="of a completion (default: 64)")
-    group.add_argument("--temperature", type=_rate, default=1.0, metavar="X", help="they are sampled at (default: 1)")
-    group.add_argument("--updates", type=_positive, default=1, metavar="N", help="of the weights per step's completions (default: 1)")
-    group.add_argument("--clip-ratio", type=_fraction, default=0.2, metavar="X", help="of probabilities (default: 0.2)")
-    group.add_argument("--kl", type=float, default=0.02, metavar="X", help="weight of the divergence from the reference (default: 0.02)")
+    group.add_argument(
+        "--completions", type=_positive, default=8, metavar="G", help="per prompt (default: 8)"
+    )
+    group.add_argument(
+        "--max-tokens", type=_positive, default=64, metavar="N", help="of a completion (default: 64)"
+    )
+    group.add_argument(
+        "--temperature", type=_rate, default=1.0, metavar="X", help="they are sampled at (default: 1)"
+    )
+    group.add_argument(
+        "--updates",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="of the weights per step's completions (default: 1)",
+    )
+    group.add_argument(
+        "--clip-ratio", type=_fraction, default=0.2, metavar="X", help="of probabilities (default: 0.2)"
+    )
+    group.add_argument(
+        "--kl",
+        type=float,
+        default=0.02,
+        metavar="X",
+        help="weight of the divergence from the reference (default: 0.02)",
+    )
 
 
 def _new_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, metavar="DIR", help="go on training this model instead of a new one")
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="go on training this model instead of a new one"
+    )
     new = parser.add_argument_group("a new model")
     new.add_argument("--preset", choices=PRESETS, default="nano", help="its sizes (default: nano)")
     for name in Shape.__dataclass_fields__:
         new.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=argparse.SUPPRESS)
-    new.description = "single sizes: " + ", ".join(f"--{n.replace('_', '-')} N" for n in Shape.__dataclass_fields__)
-    new.add_argument("--tokenizer", default="bpe", metavar="bpe|char|DIR", help="trained on the data, characters, or a directory's")
-    new.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="tokens of a new BPE (default: 4096)")
+    new.description = "single sizes: " + ", ".join(
+        f"--{n.replace('_', '-')} N" for n in Shape.__dataclass_fields__
+    )
+    new.add_argument(
+        "--tokenizer",
+        default="bpe",
+        metavar="bpe|char|DIR",
+        help="trained on the data, characters, or a directory's",
+    )
+    new.add_argument(
+        "--vocab-size", type=int, default=4096, metavar="N", help="tokens of a new BPE (default: 4096)"
+    )
 
 
 def _common_arguments(
     parser: argparse.ArgumentParser, steps: int, batch: int, micro_batch: int, learning_rate: float
 ) -> None:
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="where the model, checkpoints and metrics go")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR, if there is one")
-    parser.add_argument("--estimate", action="store_true", help="print parameters, memory and FLOPs, then stop")
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where the model, checkpoints and metrics go",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in DIR, if there is one"
+    )
+    parser.add_argument(
+        "--estimate", action="store_true", help="print parameters, memory and FLOPs, then stop"
+    )
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     group = parser.add_argument_group("how to train")
-    group.add_argument("--steps", type=_positive, default=steps, metavar="N", help=f"steps of the optimiser (default: {steps})")
-    group.add_argument("--batch", type=_positive, default=batch, metavar="N", help=f"samples per step (default: {batch})")
-    group.add_argument("--micro-batch", type=_positive, default=micro_batch, metavar="N", help=f"samples per pass (default: {micro_batch})")
-    group.add_argument("--learning-rate", type=_rate, default=learning_rate, metavar="X", help=f"the highest (default: {learning_rate:g})")
-    group.add_argument("--warmup", type=int, metavar="N", help="steps of linear rise (default: 5 %% of the steps)")
-    group.add_argument("--min-learning-rate", type=_fraction, default=0.1, metavar="X", help="the last, as a share of the highest (default: 0.1)")
-    group.add_argument("--weight-decay", type=float, default=0.1, metavar="X", help="on matrices (default: 0.1)")
-    group.add_argument("--clip", type=_rate, default=1.0, metavar="X", help="largest norm of the gradient (default: 1)")
-    group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products (default: fp32)")
-    group.add_argument("--seed", type=int, default=1, metavar="N", help="of weights, order and samples (default: 1)")
-    group.add_argument("--evaluate-every", type=_positive, default=100, metavar="N", help="steps (default: 100)")
-    group.add_argument("--checkpoint-every", type=_positive, default=100, metavar="N", help="steps (default: 100)")
-    group.add_argument("--keep", type=_positive, default=2, metavar="N", help="checkpoints that stay (default: 2)")
+    group.add_argument(
+        "--steps",
+        type=_positive,
+        default=steps,
+        metavar="N",
+        help=f"steps of the optimiser (default: {steps})",
+    )
+    group.add_argument(
+        "--batch", type=_positive, default=batch, metavar="N", help=f"samples per step (default: {batch})"
+    )
+    group.add_argument(
+        "--micro-batch",
+        type=_positive,
+        default=micro_batch,
+        metavar="N",
+        help=f"samples per pass (default: {micro_batch})",
+    )
+    group.add_argument(
+        "--learning-rate",
+        type=_rate,
+        default=learning_rate,
+        metavar="X",
+        help=f"the highest (default: {learning_rate:g})",
+    )
+    group.add_argument(
+        "--warmup", type=int, metavar="N", help="steps of linear rise (default: 5 %% of the steps)"
+    )
+    group.add_argument(
+        "--min-learning-rate",
+        type=_fraction,
+        default=0.1,
+        metavar="X",
+        help="the last, as a share of the highest (default: 0.1)",
+    )
+    group.add_argument(
+        "--weight-decay", type=float, default=0.1, metavar="X", help="on matrices (default: 0.1)"
+    )
+    group.add_argument(
+        "--clip", type=_rate, default=1.0, metavar="X", help="largest norm of the gradient (default: 1)"
+    )
+    group.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products (default: fp32)"
+    )
+    group.add_argument(
+        "--seed", type=int, default=1, metavar="N", help="of weights, order and samples (default: 1)"
+    )
+    group.add_argument(
+        "--evaluate-every", type=_positive, default=100, metavar="N", help="steps (default: 100)"
+    )
+    group.add_argument(
+        "--checkpoint-every", type=_positive, default=100, metavar="N", help="steps (default: 100)"
+    )
+    group.add_argument(
+        "--keep", type=_positive, default=2, metavar="N", help="checkpoints that stay (default: 2)"
+    )
     group.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: as the engine)")
-    group.add_argument("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
+    group.add_argument(
+        "--shard", action="store_true", help="spread weights and optimiser over the processes (FSDP)"
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="torch.compile: a slow start, then faster steps"
+    )
 
 
 def _positive(text: str) -> int:
@@ -190,7 +313,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         **{
             name: getattr(args, name)
             for name in ("steps", "batch", "micro_batch", "learning_rate", "min_learning_rate", "weight_decay", "clip",
-                         "precision", "seed", "evaluate_every", "checkpoint_every", "keep", "compile", "quiet")
+                         "precision", "seed", "evaluate_every", "checkpoint_every", "keep", "shard", "compile", "quiet")
         },
     )  # fmt: skip
 
@@ -199,8 +322,9 @@ def _checkpoint(args: argparse.Namespace) -> Path | None:
     """The checkpoint to go on from. TrainingError if there is one and nobody asked to."""
     found = checkpoints(args.out)
     if found and not args.resume:
-        raise TrainingError(f"{args.out}: holds a run already; --resume goes on with it, or choose another directory")
-    args.out.mkdir(parents=True, exist_ok=True)
+        raise TrainingError(
+            f"{args.out}: holds a run already; --resume goes on with it, or choose another directory"
+        )
     return found[-1] if found else None
 
 
@@ -216,7 +340,11 @@ def _load(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     tokenizer = load(directory)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            directory,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except Exception as error:  # the libraries raise what they like
         raise TrainingError(f"{directory}: {' '.join(str(error).split())[:300]}") from None
@@ -278,7 +406,10 @@ def _sft(args: argparse.Namespace) -> None:
     else:
         train, validation = split(train, args.validation_fraction, args.seed)
     if too_long:
-        print(f"{too_long:,} samples are longer than the context of {context} tokens and left out", file=sys.stderr)
+        print(
+            f"{too_long:,} samples are longer than the context of {context} tokens and left out",
+            file=sys.stderr,
+        )
     resume = _checkpoint(args)
     if resume:
         model, tokenizer = _load(resume)
@@ -293,7 +424,9 @@ def _grpo(args: argparse.Namespace) -> None:
     context = reference.config.max_position_embeddings
     if args.estimate:
         return _estimate(reference, settings, context)
-    policy = Policy(args.completions, args.max_tokens, args.temperature, args.updates, args.clip_ratio, args.kl)
+    policy = Policy(
+        args.completions, args.max_tokens, args.temperature, args.updates, args.clip_ratio, args.kl
+    )
     reward = load_reward(args.reward)
     train = read_tasks(args.data, tokenizer, context - args.max_tokens)
     if args.validation:
@@ -311,9 +444,13 @@ def _grpo(args: argparse.Namespace) -> None:
 def _estimate(model: PreTrainedModel, settings: Settings, context: int) -> None:
     from .estimate import print_estimate
 
-    print_estimate(model, min(settings.micro_batch, settings.batch), context, settings.batch > settings.micro_batch)
+    print_estimate(
+        model, min(settings.micro_batch, settings.batch), context, settings.batch > settings.micro_batch
+    )
 
 
 def _shape(args: argparse.Namespace) -> Shape:
-    given = {name: getattr(args, name) for name in Shape.__dataclass_fields__ if getattr(args, name) is not None}
+    given = {
+        name: getattr(args, name) for name in Shape.__dataclass_fields__ if getattr(args, name) is not None
+    }
     return replace(PRESETS[args.preset], **given)

@@ -52,7 +52,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise TrainingError(f"{path}: line {number}: is not JSON: {error}") from None
         if not isinstance(value, dict):
-            raise TrainingError(f"{path}: line {number}: is a JSON {type(value).__name__}, expected an object")
+            raise TrainingError(
+                f"{path}: line {number}: is a JSON {type(value).__name__}, expected an object"
+            )
         empty = False
         yield number, value
     if empty:
@@ -93,7 +95,9 @@ class Renderer:
             prompt = self._render(messages[:i], True, where)
             whole = self._render(messages[: i + 1], False, where)
             if not whole.startswith(prompt):
-                raise TrainingError(f"{where}: the chat template renders message {i} otherwise than it prompts for it")
+                raise TrainingError(
+                    f"{where}: the chat template renders message {i} otherwise than it prompts for it"
+                )
             tokens = self._encode(prompt)
             reply = self._encode(whole[len(prompt) :])
             end = self.tokenizer.eos_token_id  # what the template puts behind it is not the assistant's
@@ -109,7 +113,9 @@ class Renderer:
                 messages, tokenize=False, add_generation_prompt=generation_prompt, enable_thinking=False
             )
         except Exception as error:  # whatever the template raises
-            raise TrainingError(f"{where}: the chat template refuses it: {' '.join(str(error).split())}") from None
+            raise TrainingError(
+                f"{where}: the chat template refuses it: {' '.join(str(error).split())}"
+            ) from None
         return str(text)
 
     def _encode(self, text: str) -> list[int]:

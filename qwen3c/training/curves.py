@@ -51,7 +51,15 @@ def _line(ax: Any, records: Records, name: str, colour: str, label: str) -> None
         ax.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
         ax.plot(steps, smooth, color=colour, linewidth=1.6, label=f"{label} {smooth[-1]:.4g}")
     else:
-        ax.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=3, label=f"{label} {values[-1]:.4g}")
+        ax.plot(
+            steps,
+            values,
+            color=colour,
+            linewidth=1.6,
+            marker="o",
+            markersize=3,
+            label=f"{label} {values[-1]:.4g}",
+        )
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:

@@ -81,7 +81,8 @@ def _activations(model: PreTrainedModel, micro_batch: int, context: int) -> int:
         return tensor
 
     with FakeTensorMode():
-        copy = AutoModelForCausalLM.from_config(model.config)
+        factory: Any = AutoModelForCausalLM
+        copy = factory.from_config(model.config)
         weights = {p.untyped_storage()._cdata for p in copy.parameters()}
         tokens = torch.zeros((micro_batch, context), dtype=torch.int64)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -96,7 +97,7 @@ def lines(e: Estimate, micro_batch: int, context: int) -> Iterator[str]:
     yield "training"
     for name in ("weights", "gradients", "optimizer", "activations"):
         yield f"  {name:<14}{_megabytes(getattr(e, name))}"
-    yield f"  {'peak':<14}{_megabytes(e.peak)}   micro-batches of {micro_batch} x {context}, libraries not counted"
+    yield f"  {'peak':<14}{_megabytes(e.peak)}   micro-batches of {micro_batch} x {context}; libraries and what malloc keeps not counted"
     yield f"  {'FLOPs a token':<14}{e.training_flops / 1e6:>13,.1f} M"
     yield "inference"
     yield f"  {'model.bin':<14}{_megabytes(e.file)}   INT8, without the tokenizer"

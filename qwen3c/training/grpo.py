@@ -63,7 +63,9 @@ def load_reward(name: str) -> Reward:
     try:
         reward: Reward = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever the module raises while it loads
-        raise TrainingError(f"--reward {name}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise TrainingError(
+            f"--reward {name}: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from None
     if not callable(reward):
         raise TrainingError(f"--reward {name}: is not a function")
     return reward
@@ -79,7 +81,9 @@ def read_tasks(path: Path, tokenizer: PreTrainedTokenizerFast, room: int) -> lis
         else:
             ids = Renderer(tokenizer).prompt(check_messages(value.get("messages"), where), where)
         if not 1 <= len(ids) <= room:
-            raise TrainingError(f"{where}: the prompt is {len(ids)} tokens, from 1 to {room} leave room for a completion")
+            raise TrainingError(
+                f"{where}: the prompt is {len(ids)} tokens, from 1 to {room} leave room for a completion"
+            )
         tasks.append(Task(ids, str(tokenizer.decode(ids)), value))
     return tasks
 
@@ -127,9 +131,9 @@ class GRPO(Trainer):
         advantages = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-4)
         n_sampled = sum(len(c.tokens) for group in groups for c in group)
         self.step_record = {
-            "reward": self._mean(rewards.mean()),
+            "reward": self._mean(float(rewards.mean())),
             "completion_tokens": self._mean(n_sampled / rewards.size),
-            "ended": self._mean(np.mean([c.ended for group in groups for c in group])),
+            "ended": self._mean(float(np.mean([c.ended for group in groups for c in group]))),
             "rollout_tokens_per_second": round(n_sampled / seconds, 1),
         }
         rows = [
@@ -148,9 +152,13 @@ class GRPO(Trainer):
         """This process's share of the step's tasks; every epoch has an order of its own."""
         s, accelerator = self.settings, self.accelerator
         chosen = []
-        for i in range(step * s.batch + accelerator.process_index, (step + 1) * s.batch, accelerator.num_processes):
+        for i in range(
+            step * s.batch + accelerator.process_index, (step + 1) * s.batch, accelerator.num_processes
+        ):
             epoch, place = divmod(i, len(self.train))
-            chosen.append(self.train[np.random.default_rng((s.seed, epoch)).permutation(len(self.train))[place]])
+            chosen.append(
+                self.train[np.random.default_rng((s.seed, epoch)).permutation(len(self.train))[place]]
+            )
         return chosen
 
     @contextlib.contextmanager
@@ -252,7 +260,9 @@ class GRPO(Trainer):
             greedy = self._complete(model, self.validation, 1, 0.0, 0)
         mean = {}
         for name, groups in (("validation_reward", sampled), ("validation_reward_greedy", greedy)):
-            mean[name] = float(np.mean([self._rewards(t, g) for t, g in zip(self.validation, groups, strict=True)]))
+            mean[name] = float(
+                np.mean([self._rewards(t, g) for t, g in zip(self.validation, groups, strict=True)])
+            )
         text = str(self.tokenizer.decode(greedy[0][0].tokens))
         return mean["validation_reward"], {**mean, "sample": self.validation[0].text + text}
 

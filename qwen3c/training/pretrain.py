@@ -42,7 +42,9 @@ class Pretraining(Trainer):
 
     def updates(self, step: int) -> Iterator[Sequence[Batch]]:
         s, accelerator = self.settings, self.accelerator
-        indices = range(step * s.batch + accelerator.process_index, (step + 1) * s.batch, accelerator.num_processes)
+        indices = range(
+            step * s.batch + accelerator.process_index, (step + 1) * s.batch, accelerator.num_processes
+        )
         windows = [self.train[i] for i in indices]
         yield [collate(windows[i : i + s.micro_batch]) for i in range(0, len(windows), s.micro_batch)]
 
@@ -62,7 +64,7 @@ class Pretraining(Trainer):
         windows = list(self.validation.in_order(self.validation_windows))
         for i in range(0, len(windows), self.settings.micro_batch):
             batch = collate(windows[i : i + self.settings.micro_batch])
-            loss, n = self.loss({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
+            loss, n = self.loss_of(batch)
             total, count = total + float(loss), count + n
         prompt = windows[0][:PROMPT_TOKENS].tolist()
         mean = total / count
@@ -80,7 +82,7 @@ def sample(trainer: Trainer, prompt: list[int], n_tokens: int) -> str | None:
     """Text that goes on from `prompt`, at temperature 0.8; None where the weights are sharded."""
     import torch
 
-    if trainer._is_sharded:
+    if trainer.settings.shard:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(trainer.settings.seed)

@@ -56,7 +56,9 @@ def rollout(
         active = [entry for entry in active if not entry[1].ended]
         if not active or position == max_tokens - 1:
             break
-        logits = np.stack(model.forward([(session, completion.tokens[-1:]) for session, completion, _ in active]))
+        logits = np.stack(
+            model.forward([(session, completion.tokens[-1:]) for session, completion, _ in active])
+        )
     return groups
 
 

@@ -43,7 +43,9 @@ class FineTuning(Trainer):
 
     def updates(self, step: int) -> Iterator[Sequence[Batch]]:
         s, accelerator = self.settings, self.accelerator
-        indices = range(step * s.batch + accelerator.process_index, (step + 1) * s.batch, accelerator.num_processes)
+        indices = range(
+            step * s.batch + accelerator.process_index, (step + 1) * s.batch, accelerator.num_processes
+        )
         rows = [self.train[i] for i in indices]
         yield [self._collate(rows[i : i + s.micro_batch]) for i in range(0, len(rows), s.micro_batch)]
 
@@ -54,10 +56,15 @@ class FineTuning(Trainer):
         from torch.nn.functional import cross_entropy
 
         logits = self.model(
-            input_ids=batch["tokens"], position_ids=batch["positions"], attention_mask=batch["attention"], use_cache=False
+            input_ids=batch["tokens"],
+            position_ids=batch["positions"],
+            attention_mask=batch["attention"],
+            use_cache=False,
         ).logits.float()
         targets = batch["targets"].flatten()
-        return cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum"), self.count(batch)
+        return cross_entropy(
+            logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum"
+        ), self.count(batch)
 
     def count(self, batch: Batch) -> int:
         return int((batch["targets"] != IGNORED).sum())
@@ -66,8 +73,11 @@ class FineTuning(Trainer):
         total, count = 0.0, 0
         for i in range(0, len(self.validation), self.settings.micro_batch):
             batch = self._collate(self.validation[i : i + self.settings.micro_batch])
-            loss, n = self.loss({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
+            loss, n = self.loss_of(batch)
             total, count = total + float(loss), count + n
         first = self.validation[0][0]
         mean = total / max(count, 1)
-        return mean, {"validation_loss": mean, "sample": sample(self, first.tokens[: first.prompt_length], SAMPLE_TOKENS)}
+        return mean, {
+            "validation_loss": mean,
+            "sample": sample(self, first.tokens[: first.prompt_length], SAMPLE_TOKENS),
+        }

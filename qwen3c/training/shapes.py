@@ -34,9 +34,13 @@ class Shape:
         for name, value in (("dim", self.dim), ("hidden_dim", self.hidden_dim),
                             ("n_heads * head_dim", self.n_heads * self.head_dim)):  # fmt: skip
             if value % 32:
-                raise TrainingError(f"{name} = {value} is not a multiple of 32, the smallest group of INT8 weights")
+                raise TrainingError(
+                    f"{name} = {value} is not a multiple of 32, the smallest group of INT8 weights"
+                )
         if self.n_heads % self.n_kv_heads:
-            raise TrainingError(f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.n_kv_heads}")
+            raise TrainingError(
+                f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.n_kv_heads}"
+            )
         if self.head_dim % 2:
             raise TrainingError(f"head_dim = {self.head_dim} is odd; rotary embedding needs pairs")
 
@@ -82,7 +86,7 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Pr
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                weight /= math.sqrt(2 * shape.n_layers)
+                weight.div_(math.sqrt(2 * shape.n_layers))
     model.generation_config.eos_token_id = sorted({end_of_turn, end_of_text})
     model.generation_config.pad_token_id = end_of_text
     return model

@@ -56,7 +56,9 @@ def _read(path: Path) -> Document:
         raise TrainingError(f"{path}: {error.strerror}") from None
     controls = sum(c < " " and c not in "\n\t\r\f\v" for c in text)
     if controls > MAX_CONTROL * len(text):
-        raise TrainingError(f"{path}: is not text: {controls} of {len(text)} characters are control characters")
+        raise TrainingError(
+            f"{path}: is not text: {controls} of {len(text)} characters are control characters"
+        )
     return Document(str(path), text)
 
 
@@ -81,9 +83,13 @@ class Windows:
     elsewhere and the order is new, both functions of (seed, epoch).
     """
 
-    def __init__(self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, context: int, seed: int) -> None:
+    def __init__(
+        self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, context: int, seed: int
+    ) -> None:
         stream: list[int] = []
-        for encoding in tokenizer.backend_tokenizer.encode_batch([d.text for d in documents], add_special_tokens=False):
+        for encoding in tokenizer.backend_tokenizer.encode_batch(
+            [d.text for d in documents], add_special_tokens=False
+        ):
             stream += encoding.ids
             stream.append(tokenizer.pad_token_id)
         self.stream = np.array(stream, dtype=np.int32)

@@ -47,13 +47,18 @@ class Settings:
     evaluate_every: int = 100
     checkpoint_every: int = 100
     keep: int = 2  # checkpoints that stay
+    shard: bool = False  # weights, gradients and optimiser over the processes (FSDP), else copies in each
     compile: bool = False
     quiet: bool = False
 
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the losses: those that must stay for a run to be resumed."""
         others = ("out", "evaluate_every", "checkpoint_every", "keep", "compile", "quiet")
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items() if name not in others}
+        return {
+            name: list(v) if isinstance(v, tuple) else v
+            for name, v in asdict(self).items()
+            if name not in others
+        }
 
     def learning_rate_at(self, step: int) -> float:
         if step < self.warmup:
@@ -77,30 +82,39 @@ class Trainer(ABC):
     best_is_highest = False  # of the judgement that picks the best checkpoint
 
     def __init__(
-        self, settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, resume: Path | None
+        self,
+        settings: Settings,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        resume: Path | None,
     ) -> None:
         import torch
         from accelerate import Accelerator
 
         self.settings, self.tokenizer = settings, tokenizer
-        self.accelerator = Accelerator(mixed_precision="no" if settings.precision == "fp32" else settings.precision)
+        self.accelerator = Accelerator(
+            mixed_precision="no" if settings.precision == "fp32" else settings.precision
+        )
         world = self.accelerator.num_processes
         if settings.batch % world:
             raise TrainingError(f"--batch {settings.batch} does not divide among {world} processes")
-        self.plain_model = model
+        self.plain_model = model.to(self.accelerator.device)
+        if settings.shard:
+            _shard(model)
         self.step = 0
         self.best: float | None = None
         self.step_record: dict[str, Any] = {}  # what a stage adds to the record of a step
         matrices = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim <= 1]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
             groups, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
         )
-        compiled = torch.compile(model) if settings.compile else model
-        self.model, self.optimizer = self.accelerator.prepare(compiled, optimizer)
+        compiled: Any = torch.compile(model) if settings.compile else model
+        self.model = compiled if settings.shard else self.accelerator.prepare(compiled)
         if resume:
             self._load(resume)
+        settings.out.mkdir(parents=True, exist_ok=True)
         self.metrics = Metrics(settings.out / "metrics.jsonl", self.step) if self.is_main else None
         self._signal: int | None = None
 
@@ -177,7 +191,13 @@ class Trainer(ABC):
                 f"step {self.step}: the loss is {mean:g} and its gradient's norm {norm:g}: training has diverged; "
                 f"try a lower --learning-rate than {self.settings.learning_rate:g}{kept}"
             )
-        record = {"step": self.step, "loss": mean, "learning_rate": learning_rate, "gradient_norm": norm, "tokens": int(count)}
+        record = {
+            "step": self.step,
+            "loss": mean,
+            "learning_rate": learning_rate,
+            "gradient_norm": norm,
+            "tokens": int(count),
+        }
         return {**record, **self.step_record}
 
     def _update(self, micro_batches: Sequence[Batch]) -> tuple[float, float, float]:
@@ -185,22 +205,36 @@ class Trainer(ABC):
         import torch
 
         world = self.accelerator.num_processes
-        losses, counts = torch.zeros((), dtype=torch.float64), 0
+        losses = torch.zeros((), dtype=torch.float64)
         own = sum(self.count(batch) for batch in micro_batches)
         total = int(self._sum(torch.tensor(own)))
         for i, batch in enumerate(micro_batches):
-            last = i == len(micro_batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss, n = self.loss({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
+            with self._syncing(i == len(micro_batches) - 1):
+                loss, _ = self.loss_of(batch)
                 # data parallelism averages the gradients of the processes; the mean over all samples is wanted
-                self.accelerator.backward(loss * (world / max(total, 1)))
+                (loss * (world / max(total, 1))).backward()
             losses += loss.detach().double().cpu()
-            counts += n
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        norm: Any = torch.nn.utils.clip_grad_norm_(self.plain_model.parameters(), self.settings.clip)
+        norm = norm.full_tensor() if self.settings.shard else norm
         if torch.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad()
         return float(self._sum(losses)), float(total), float(norm)
+
+    def loss_of(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        """`loss`, on this process's device and at the run's precision."""
+        with self.accelerator.autocast():
+            return self.loss({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
+
+    @contextlib.contextmanager
+    def _syncing(self, last: bool) -> Iterator[None]:
+        """Gradients of the processes meet in the last micro-batch of an update only."""
+        if self.settings.shard:
+            self.plain_model.set_requires_gradient_sync(last)
+            yield
+        else:
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                yield
 
     def count(self, batch: Batch) -> int:
         """How many losses `loss` will sum over."""
@@ -217,13 +251,17 @@ class Trainer(ABC):
         with torch.no_grad():
             judgement, record = self.judge()
         self._record({"step": self.step, **record})
-        better = self.best is None or (judgement > self.best if self.best_is_highest else judgement < self.best)
+        better = self.best is None or (
+            judgement > self.best if self.best_is_highest else judgement < self.best
+        )
         if better:
             self.best = judgement
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if isinstance(value, float))
+        figures = ", ".join(
+            f"{name} {value:.4g}" for name, value in record.items() if isinstance(value, float)
+        )
         self._say(f"step {self.step}: {figures}")
         self._draw()
-        return better and self.step > 0
+        return better
 
     # ------------------------------------------------------------------------
     # Checkpoints
@@ -246,7 +284,12 @@ class Trainer(ABC):
             def fill(directory: Path) -> None:
                 self.plain_model.save_pretrained(directory, state_dict=weights)
                 self.tokenizer.save_pretrained(directory)
-                state = {"step": self.step, "best": self.best, "settings": s.deciding(), "optimizer": optimizer}
+                state = {
+                    "step": self.step,
+                    "best": self.best,
+                    "settings": s.deciding(),
+                    "optimizer": optimizer,
+                }
                 torch.save(state, directory / STATE)
 
             write_directory(path, fill)
@@ -263,30 +306,36 @@ class Trainer(ABC):
         for name, value in self.settings.deciding().items():
             if state["settings"].get(name) != value:
                 flag = name.replace("_", "-")
-                raise TrainingError(f"{path}: was made with --{flag} {state['settings'].get(name)}, not {value}")
+                raise TrainingError(
+                    f"{path}: was made with --{flag} {state['settings'].get(name)}, not {value}"
+                )
         self.step, self.best = state["step"], state["best"]
-        if self._is_sharded:
+        if self.settings.shard:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
             options = StateDictOptions(full_state_dict=True)
-            set_optimizer_state_dict(self.model, self.optimizer.optimizer, state["optimizer"], options=options)
+            set_optimizer_state_dict(self.plain_model, self.optimizer, state["optimizer"], options=options)
         else:
             self.optimizer.load_state_dict(state["optimizer"])
 
-    @property
-    def _is_sharded(self) -> bool:
-        return str(self.accelerator.distributed_type).endswith("FSDP")
-
     def _weights(self) -> dict[str, torch.Tensor]:
-        return self.accelerator.get_state_dict(self.model) if self._is_sharded else self.plain_model.state_dict()
+        """All of them, by their names; every process takes part where they are sharded."""
+        if not self.settings.shard:
+            return self.plain_model.state_dict()
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights: dict[str, Any] = get_model_state_dict(self.plain_model, options=options)
+        tied = self.plain_model.all_tied_weights_keys
+        return {name: weight for name, weight in weights.items() if name not in tied}
 
     def _optimizer_state(self) -> dict[str, Any]:
-        if not self._is_sharded:
+        if not self.settings.shard:
             return self.optimizer.state_dict()
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
+        return get_optimizer_state_dict(self.plain_model, self.optimizer, options=options)
 
     # ------------------------------------------------------------------------
     # Telling
@@ -336,4 +385,20 @@ class Trainer(ABC):
 
         if self.accelerator.num_processes == 1:
             return self._signal or 0
-        return int(self.accelerator.gather(torch.tensor([self._signal or 0]).to(self.accelerator.device)).max())
+        return int(
+            self.accelerator.gather(torch.tensor([self._signal or 0]).to(self.accelerator.device)).max()
+        )
+
+
+def _shard(model: PreTrainedModel) -> None:
+    """Fully sharded data parallelism (https://arxiv.org/abs/2304.11277), a block at a time."""
+    import torch
+    from torch.distributed.fsdp import fully_shard
+
+    if not torch.distributed.is_initialized():
+        raise TrainingError(
+            "--shard needs several processes: accelerate launch --num_processes N train.py ..."
+        )
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)

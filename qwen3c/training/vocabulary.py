@@ -8,7 +8,7 @@ from __future__ import annotations
 import string
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import TrainingError
 
@@ -28,12 +28,11 @@ CHARACTERS = "\n\t" + "".join(c for c in string.printable if c.isprintable())  #
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
+{%- if tools %}{{ raise_exception("this model calls no tools") }}{% endif -%}
+{%- for message in messages -%}
+{{ "<|im_start|>" + message.role + "\\n" + message.content + "<|im_end|>\\n" }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\\n" }}{% endif -%}
 """
 
 
@@ -42,7 +41,16 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
 
     Every text has tokens (bytes are the alphabet). The end of a text is <|endoftext|>, of a turn <|im_end|>.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     specials = [END_OF_TEXT, START_OF_TURN, END_OF_TURN]
@@ -57,7 +65,9 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     ])  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(specials) - len(TAGS), initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=vocab_size - len(specials) - len(TAGS),
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in specials])
@@ -80,9 +90,8 @@ def characters() -> PreTrainedTokenizerFast:
 def _wrapped(tokenizer: Tokenizer, **settings: str) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, bos_token=None, **settings
-    )
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, bos_token=None, **settings)
 
 
 def load(directory: str | Path) -> PreTrainedTokenizerFast:
@@ -92,6 +101,9 @@ def load(directory: str | Path) -> PreTrainedTokenizerFast:
     if not (Path(directory) / "tokenizer.json").is_file():
         raise TrainingError(f"{directory}: has no tokenizer.json")
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # the libraries raise what they like
         raise TrainingError(f"{directory}: tokenizer: {' '.join(str(error).split())[:300]}") from None
+    return tokenizer
