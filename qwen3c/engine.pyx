@@ -1053,7 +1053,7 @@ cdef int forward(
 cdef float *_floats(Py_ssize_t n) except NULL:
     """n floats, 64-byte aligned."""
     cdef void *p = NULL
-    if posix_memalign(&p, 64, n * sizeof(float)):
+    if posix_memalign(&p, 64, max(n, 1) * sizeof(float)):
         raise MemoryError(f"no memory for a buffer of {n * sizeof(float):,} bytes")
     return <float *>p
 

@@ -166,7 +166,7 @@ def perplexity(args: argparse.Namespace) -> int:
 
     text = _read_text(args.file)
     model = _open_model(args)
-    ids = model.tokenizer.encode(text)
+    ids = [*model.tokenizer.opening, *model.tokenizer.encode(text)]
     window = args.context or min(model.config.context, WINDOW if args.context is None else sys.maxsize)
     status, begin = terminal.StatusLine(interval=0.5), time.monotonic()
 
@@ -296,7 +296,7 @@ def _is_raw(args: argparse.Namespace) -> bool:
 
 def _prompt_tokens(args: argparse.Namespace, model: Model, text: str) -> list[int]:
     if _is_raw(args):
-        return list(model.tokenizer.encode(text))
+        return [*model.tokenizer.opening, *model.tokenizer.encode(text)]
     system = _system(args)
     messages = [{"role": "system", "content": system}] if system is not None else []
     return model.chat_prompt([*messages, {"role": "user", "content": text}], args.thinking)

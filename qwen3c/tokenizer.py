@@ -87,6 +87,14 @@ class Tokenizer:
             raise ValueError("text becomes a control token in this vocabulary")
         return ids
 
+    @property
+    def opening(self) -> list[int]:
+        """What the vocabulary puts before a text of its own, such as Llama's begin-of-text; mostly nothing."""
+        inner = self._full.encode("a", add_special_tokens=False).ids
+        ids = self._full.encode("a", add_special_tokens=True).ids
+        starts = (i for i in range(len(ids)) if ids[i : i + len(inner)] == inner)
+        return ids[: next(starts, 0)]
+
     def escape(self, text: str, keep: Collection[str] = ()) -> str:
         """`text` with the text of every added token broken by ESCAPE, except of those in `keep`."""
 

@@ -200,6 +200,13 @@ static void rows(const Kernels *k, int spec) {
         add_digest(z, n * 4);
         k->add(y, x, n);
         add_digest(y, n * 4);
+        k->add_scaled(y, w, n, 0.3f);
+        add_digest(y, n * 4);
+        float score, expected = 0;
+        k->matvec(&score, x, w, 1, n);
+        for (size_t i = 0; i < n; i++) expected += x[i] * w[i];
+        CHECK(fabsf(score - expected) <= 1e-3f, "matvec %zu: %g %g", n, score, expected);
+        add_digest(&score, 4);
         float total = k->exponentials(y, x, n, 3);
         add_digest(&total, 4);
         add_digest(y, n * 4);

@@ -28,9 +28,23 @@ SHAPE = {
 }
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_small_model(tmp_path_factory.mktemp("engine"), context=2048, **SHAPE)
+ARCHITECTURES = {
+    "qwen3": {},
+    "qwen3_moe": {
+        "architecture": "qwen3_moe",
+        "n_experts": 9,
+        "n_experts_per_token": 3,
+        "expert_hidden_dim": 32,
+    },
+    "qwen2": {"architecture": "qwen2"},
+    "llama": {"architecture": "llama"},
+}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def path(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    shape = SHAPE | ARCHITECTURES[request.param]
+    return export_small_model(tmp_path_factory.mktemp("engine"), context=2048, **shape)
 
 
 @pytest.fixture(scope="module")

@@ -384,7 +384,14 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     "architecture missing": (edit_config(architectures=DELETE), "required key 'architectures' is missing"),
     "architecture unknown": (edit_config(architectures=["Gemma"]), "['Gemma'], supported: Qwen3ForCausalLM"),
     "architecture odd": (edit_config(architectures=[["x"]]), "supported: Qwen3ForCausalLM"),
-    "mixture of experts": (edit_config(architectures=["Qwen3MoeForCausalLM"]), "supported: Qwen3ForCausalLM"),
+    "experts without numbers": (
+        edit_config(architectures=["Qwen3MoeForCausalLM"]),
+        "required key 'mlp_only_layers' is missing",
+    ),
+    "shared expert": (
+        edit_config(shared_expert_intermediate_size=64),
+        "shared_expert_intermediate_size is 64, supported: 0",
+    ),
     "heads odd": (edit_config(num_key_value_heads=3), "n_heads = 4 is not a multiple of n_kv_heads = 3"),
     "zero heads": (edit_config(num_key_value_heads=0), "num_key_value_heads: n_kv_heads = 0 is outside"),
     "zero layers": (edit_config(num_hidden_layers=0), "num_hidden_layers: n_layers = 0 is outside 1..1024"),

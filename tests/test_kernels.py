@@ -63,6 +63,8 @@ MUTATIONS = {
     "float products skip a group": ("matmul", "body.h", "size_t g = 0; g < columns / group_size; g++, tiles", "size_t g = 1; g < columns / group_size; g++, tiles"),
     "rounding cuts": ("matmul", "scalar.c", "(a.lane[i] + 12582912.0f) - 12582912.0f", "truncf(a.lane[i])"),
     "rmsnorm forgets the tail": ("rows", "body.h", "if (whole < n) {", "if (0) {"),
+    "matvec forgets the tail": ("rows", "body.h", "c < columns; c += 16)", "c + 15 < columns; c += 16)"),
+    "add_scaled adds": ("rows", "body.h", "fmaf(scale, x[i], y[i])", "x[i] + y[i]"),
     "exp lacks a term": ("rows", "body.h", "f32_set(1.0f / 6)", "f32_set(1.0f / 7)"),
     "rotation turns the other way": ("rope", "body.h", "fmaf(x0, cosine[i], -(x1 * sine[i]))", "fmaf(x0, cosine[i], x1 * sine[i])"),
     "angles use a short pi": ("rope", "body.h", "1.57079632679489655800", "1.5707963267"),

@@ -295,6 +295,30 @@ def test_float32_logits_of_the_model_in_the_box_equal_those_of_transformers():
     assert nmse(model.session().forward(ids, logits="all"), expected) <= NMSE_BOUND
 
 
+def test_ten_thousand_tokens_are_routed_as_by_transformers(tmp_path: Path):
+    """A token of which another expert makes something else has other logits: rows are compared, not choices."""
+    shape = {"architecture": "qwen3_moe", "decoder_sparse_step": 2}  # experts in the last layer alone
+    path = export_small_model(tmp_path, n_experts=128, n_experts_per_token=8, context=1024, **shape)
+    model = engine.Model(str(path), kv="f32", activations="float32")
+    hf = oracle(model, transformers.AutoConfig.from_pretrained(tmp_path / "source"))
+    compared = different = 0
+    for seed in range(20):
+        ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, 500)
+        with torch.no_grad():
+            out = hf(torch.from_numpy(ids)[None], output_router_logits=True)
+        scores = np.sort(out.router_logits[-1].numpy(), axis=-1)
+        gap = scores[:, -8] - scores[:, -9]  # between the last expert chosen and the next
+        for found, expected, tie in zip(
+            model.session().forward(ids, logits="all"), out.logits[0].numpy(), gap <= 1e-6, strict=True
+        ):
+            compared += 1
+            if nmse(found, expected) > 1e-8:
+                different += 1
+                assert tie
+    print(f"{different} of {compared} tokens routed otherwise, all of them ties within 1e-6")
+    assert compared == 10_000
+
+
 @pytest.mark.parametrize("wrong", [{"rope_theta": 1.001e6}, {"rms_eps": 2e-6}], ids=str)
 def test_the_bound_notices_a_slightly_wrong_constant(wrong: dict[str, float], tmp_path: Path):
     model = engine.Model(str(export_small_model(tmp_path)), kv="f32", activations="float32")

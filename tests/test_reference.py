@@ -13,6 +13,9 @@ from qwen3c.format import ModelFile
 from qwen3c.reference import forward, load_weights
 
 SHAPES = [
+    {"architecture": "qwen2", "head_dim": 16},
+    {"architecture": "llama", "head_dim": 16, "tied": False},
+    {"architecture": "qwen3_moe", "n_layers": 3, "mlp_only_layers": [1]},
     {"tied": True, "n_heads": 4, "n_kv_heads": 4},
     {
         "tied": False,
