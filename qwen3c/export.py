@@ -1,17 +1,21 @@
-"""Hugging Face directory -> model.bin, streaming.
+"""Hugging Face directory or GGUF file -> model.bin, streaming.
 
     python export.py path/to/Qwen3-0.6B model.bin
+    python export.py path/to/Qwen3-0.6B model.bin --lora path/to/adapter
+    python export.py Qwen3-0.6B-Q8_0.gguf model.bin
 
     check      everything but the weights themselves, before any file is created
     convert    a million weights at a time to INT8 groups in tiles of 16 rows; each thread its own, in C
     write      in order, beside the target; renamed when whole
 
-The bytes depend on the contents of the source and the group size alone.
+The bytes depend on the contents of the source, the adapter and the group size alone. The codes and scales of
+Q8_0 weights are taken over as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -97,23 +101,33 @@ class Report:
 def export(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    group_size: int = 64,
+    group_size: int | None = None,
     threads: int | None = None,
     name: str | None = None,
     progress: ProgressCallback | None = None,
+    lora: str | os.PathLike[str] | None = None,
 ) -> Report:
-    """Convert the Hugging Face directory `source` into the file `target`.
+    """Convert the Hugging Face directory or GGUF file `source` into the file `target`.
 
+    group_size: weights that share a scale (default: 64; 32 for a GGUF file with Q8_0 weights).
     threads: for the quantisation (default: cpu.default_threads()); the result does not depend on it.
     name: what the model calls itself (default: from config.json).
+    lora: directory of a PEFT adapter, merged into the weights on their way.
     Raises SourceError (huggingface.py) or OSError; the target is then what it was before.
     """
     from .cpu import default_threads
+    from .gguf import GGUF
     from .huggingface import Checkpoint, Files, SourceError
+    from .lora import merge
 
     start = time.monotonic()
-    with Files(source) as files:
+    with contextlib.ExitStack() as opened:
+        files = opened.enter_context(GGUF(source) if os.path.isfile(source) else Files(source))
         checkpoint = Checkpoint(files, group_size, name)
+        if lora is not None:
+            adapter = opened.enter_context(Files(lora, "adapter_config.json"))
+            merge(checkpoint, adapter)
+            path = _check_target(target, adapter)
         path = _check_target(target, files)
         try:
             writer = format.ModelWriter(
@@ -193,13 +207,16 @@ class _Part(NamedTuple):
     first_row: int
     data: memoryview
 
+    @property
+    def n(self) -> int:
+        """Weights."""
+        return len(self.data) * math.prod(self.stored.shape) // self.stored.size
+
     def to_float32(self) -> NDArray[np.float32]:
         """Shape (n,); exact."""
-        import numpy as np
+        from .huggingface import to_float32
 
-        if self.stored.dtype == "BF16":  # the upper half of a float32
-            return (np.frombuffer(self.data, "<u2").astype(np.uint32) << 16).view(np.float32)
-        return np.frombuffer(self.data, {"F16": "<f2", "F32": "<f4"}[self.stored.dtype]).astype(np.float32)
+        return to_float32(self.data, self.stored.dtype)
 
 
 class _Converted(NamedTuple):
@@ -287,16 +304,52 @@ def _quantize(
     piece: Slice, parts: list[_Part], group_size: int, out: memoryview
 ) -> tuple[float, float, float]:
     """Fill `out`; return the largest error, the sum of squared errors and of squared weights."""
+    import numpy as np
+
     from . import engine
 
     sources: list[tuple[Any, str]] = [(part.data, part.stored.dtype) for part in parts]
-    if len({dtype for _, dtype in sources}) > 1:  # of q, k and v, or of gate and up; widening is exact
+    dtypes = {dtype for _, dtype in sources}
+    if "Q8_0" in dtypes:  # zeros, until their own codes take their place
+        weights = [np.zeros(p.n, np.float32) if p.stored.dtype == "Q8_0" else p.to_float32() for p in parts]
+        sources = [(w.view("u1"), "F32") for w in weights]
+    elif len(dtypes) > 1:  # of q, k and v, or of gate and up; widening is exact
         sources = [(part.to_float32().view("u1"), "F32") for part in parts]
     n_tiles = -(-piece.rows // format.TILE_ROWS)
     *errors, bad = engine.quantize_tiles(sources, piece.columns, group_size, 0, n_tiles, out)
     if bad >= 0:
         _refuse(piece, parts, bad)
+    if "Q8_0" in dtypes:
+        _take_over(piece, parts, out)
     return errors[0], errors[1], errors[2]
+
+
+def _take_over(piece: Slice, parts: list[_Part], out: memoryview) -> None:
+    """Put the codes and scales of Q8_0 parts where docs/FORMAT.md wants them, in tiles of group size 32.
+
+    A negative scale becomes positive with its codes. There is no code -128 in model.bin, nor a scale that
+    is not finite: both are refused.
+    """
+    import numpy as np
+
+    tile = np.dtype([("codes", "i1", (8, format.TILE_ROWS, 4)), ("scales", "<u2", format.TILE_ROWS)])
+    tiles = np.frombuffer(out, tile).reshape(-1, piece.columns // 32)
+    row, index = 0, 0
+    for part in parts:
+        n = part.n // piece.columns
+        if part.stored.dtype == "Q8_0":
+            blocks = np.frombuffer(part.data, [("scale", "<u2"), ("codes", "i1", 32)]).reshape(n, -1)
+            scales, codes = blocks["scale"], blocks["codes"]
+            bad = (scales & 0x7C00) == 0x7C00
+            if bad.any():
+                _refuse(piece, parts, index + 32 * int(np.argmax(bad)))
+            if codes.min() == -128:
+                _refuse(piece, parts, index + int(np.argmin(codes)))
+            codes = np.where(scales[:, :, None] >> 15, -codes, codes)
+            which, lane = np.divmod(np.arange(row, row + n), format.TILE_ROWS)
+            tiles["codes"][which, :, :, lane] = codes.reshape(n, -1, 8, 4)
+            tiles["scales"][which, :, lane] = scales & 0x7FFF
+        row, index = row + n, index + part.n
 
 
 def _refuse(piece: Slice, parts: list[_Part], index: int) -> NoReturn:
@@ -312,6 +365,7 @@ def _refuse(piece: Slice, parts: list[_Part], index: int) -> NoReturn:
     row, column = divmod(index, piece.columns)
     place = f"{first_row + row}, {column}" if piece.tensor.quantized else f"{first_row + row}"
     limit = f" up to {MAX_WEIGHT:.7g}" if piece.tensor.quantized else ""
+    limit += ", and of Q8_0 no code -128," if stored.dtype == "Q8_0" else ""
     value = f"{stored.name}[{place}] is {values[which][index]:g}"
     raise SourceError(f"{stored.path}: {value}; only finite weights{limit} can be stored")
 
@@ -395,7 +449,9 @@ def main(argv: list[str] | None = None) -> int:
 
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
-        report = export(args.source, args.target, args.group_size, args.threads, args.name, progress)
+        report = export(
+            args.source, args.target, args.group_size, args.threads, args.name, progress, args.lora
+        )
     except KeyboardInterrupt:
         return _fail(progress, f"{args.target}: interrupted, nothing was written", 130)
     except _Terminated:
@@ -416,16 +472,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="export.py", description="Convert a Hugging Face model directory into one model.bin."
+        prog="export.py",
+        description="Convert a Hugging Face model directory or a GGUF file into one model.bin.",
     )
     parser.add_argument(
-        "source", metavar="SRC", help="directory with config.json, tokenizer.json, *.safetensors"
+        "source",
+        metavar="SRC",
+        help="directory with config.json, tokenizer.json, *.safetensors; or a GGUF file",
     )
     parser.add_argument("target", metavar="OUT.bin", help="file to write")
     sizes = ", ".join(map(str, format.GROUP_SIZES))
     parser.add_argument(
-        "--group-size", type=int, default=64, help=f"weights per scale: {sizes} (default: 64)"
+        "--group-size", type=int, help=f"weights per scale: {sizes} (default: 64; 32 for Q8_0)"
     )
+    parser.add_argument("--lora", metavar="DIR", help="merge this PEFT adapter into the weights")
     parser.add_argument(
         "--threads", type=int, help="threads (default: the physical cores this process may use)"
     )
