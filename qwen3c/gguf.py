@@ -144,11 +144,19 @@ class GGUF(Files):
     def tensors(self) -> dict[str, StoredTensor]:
         file, lock = self.opened[0], threading.Lock()
         return {
-            _hugging_face_name(info.name): StoredTensor(
+            self._hugging_face_name(info.name): StoredTensor(
                 info.name, info.kind, info.shape, self.directory, file, lock, info.offset
             )
             for info in self._infos.values()
         }
+
+    def _hugging_face_name(self, name: str) -> str:
+        layer = re.fullmatch(r"blk\.(0|[1-9][0-9]*)\.(\w+)\.(weight|bias)", name)
+        if layer and layer[2] in _LAYER_NAMES:
+            return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{layer[3]}"
+        if name not in _NAMES:
+            raise SourceError(f"{self.directory}: unexpected tensor {name}")
+        return _NAMES[name]
 
     def _config(self, architecture: str) -> dict[str, Any]:
         """config.json. Two keys have defaults, those the specification gives them."""
@@ -230,14 +238,6 @@ def _rope_scaling(keys: Keys, architecture: str) -> dict[str, Any] | None:
         if prefix + key in keys.values:
             scaling[name] = keys.values[prefix + key]
     return scaling
-
-
-def _hugging_face_name(name: str) -> str:
-    """Names that are not known stay what they are, and are refused as unexpected."""
-    layer = re.fullmatch(r"blk\.(0|[1-9][0-9]*)\.(\w+)\.(weight|bias)", name)
-    if layer and layer[2] in _LAYER_NAMES:
-        return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{layer[3]}"
-    return _NAMES.get(name, name)
 
 
 def _text(keys: Keys, key: str, default: str) -> str:

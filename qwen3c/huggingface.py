@@ -562,7 +562,7 @@ def _open_tensors(files: Files, config: format.Config) -> dict[str, StoredTensor
             raise SourceError(f"{stored[name].path}: {name} has shape {found_shape}, expected {list(shape)}")
     for name in sorted(stored.keys() - expected.keys()):
         if not _is_redundant(name, config):
-            raise SourceError(f"{stored[name].path}: unexpected tensor {name}")
+            raise SourceError(f"{stored[name].path}: unexpected tensor {stored[name].name}")
     return {name: stored[name] for name in expected}
 
 
