@@ -159,7 +159,9 @@ def _pairs(adapter: Files) -> dict[str, tuple[StoredTensor, StoredTensor]]:
     for name, tensor in open_safetensors(adapter, TENSORS_NAME).items():
         known = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", name)
         if not known:
-            hint = ": DoRA is not supported" if "lora_magnitude_vector" in name else ""
+            hints = {"lora_magnitude": ": DoRA is not supported"}
+            hints |= {"base_layer": " of the base: save the adapter with save_embedding_layers=False"}
+            hint = next((hint for part, hint in hints.items() if part in name), "")
             raise SourceError(f"{path}: unexpected tensor {name}{hint}")
         check_dtype(tensor)
         if len(tensor.shape) != 2 or not all(tensor.shape):
