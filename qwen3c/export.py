@@ -310,6 +310,10 @@ def _quantize(
 
     sources: list[tuple[Any, str]] = [(part.data, part.stored.dtype) for part in parts]
     dtypes = {dtype for _, dtype in sources}
+    if dtypes == {"Q8_0"}:
+        np.frombuffer(out, np.uint8)[:] = 0  # the rows that pad the last tile
+        _take_over(piece, parts, out)
+        return 0.0, 0.0, 0.0
     if "Q8_0" in dtypes:  # zeros, until their own codes take their place
         weights = [np.zeros(p.n, np.float32) if p.stored.dtype == "Q8_0" else p.to_float32() for p in parts]
         sources = [(w.view("u1"), "F32") for w in weights]
@@ -345,7 +349,8 @@ def _take_over(piece: Slice, parts: list[_Part], out: memoryview) -> None:
                 _refuse(piece, parts, index + 32 * int(np.argmax(bad)))
             if codes.min() == -128:
                 _refuse(piece, parts, index + int(np.argmin(codes)))
-            codes = np.where(scales[:, :, None] >> 15, -codes, codes)
+            if (scales >> 15).any():
+                codes = np.where(scales[:, :, None] >> 15, -codes, codes)
             which, lane = np.divmod(np.arange(row, row + n), format.TILE_ROWS)
             tiles["codes"][which, :, :, lane] = codes.reshape(n, -1, 8, 4)
             tiles["scales"][which, :, lane] = scales & 0x7FFF

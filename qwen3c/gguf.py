@@ -118,7 +118,7 @@ class GGUF(Files):
         architecture = _check_kind(self._keys)
         for info in self._infos.values():
             if info.kind not in BLOCKS:
-                fault = f"{info.name} is {info.kind}, supported: {', '.join(BLOCKS)}"
+                fault = f"{info.name!r} is {info.kind}, supported: {', '.join(BLOCKS)}"
                 raise SourceError(f"{self.directory}: {fault}; take an F16, BF16 or Q8_0 file of the model")
         header.check_layout(self._infos)
         self.group_size = 32 if any(info.kind == "Q8_0" for info in self._infos.values()) else 64
@@ -155,7 +155,7 @@ class GGUF(Files):
         if layer and layer[2] in _LAYER_NAMES:
             return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{layer[3]}"
         if name not in _NAMES:
-            raise SourceError(f"{self.directory}: unexpected tensor {name}")
+            raise SourceError(f"{self.directory}: unexpected tensor {name!r}")
         return _NAMES[name]
 
     def _config(self, architecture: str) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def merge(checkpoint: Checkpoint, adapter: Files) -> None:
         if module == "lm_head" and checkpoint.config.tied_embedding:
             raise SourceError(f"{a.path}: adapts lm_head, which in this base is the embedding as well")
         if base is None or len(base.shape) != 2 or module == "model.embed_tokens":
-            raise SourceError(f"{a.path}: {module} is not a linear layer of the base model")
+            raise SourceError(f"{a.path}: {module!r} is not a linear layer of the base model")
         _check_shapes(keys, module, a, b, base)
         fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(StoredTensor)}
         fields |= {"name": f"{base.name} + LoRA", "dtype": "F32"}
@@ -162,15 +162,15 @@ def _pairs(adapter: Files) -> dict[str, tuple[StoredTensor, StoredTensor]]:
             hints = {"lora_magnitude": ": DoRA is not supported"}
             hints |= {"base_layer": " of the base: save the adapter with save_embedding_layers=False"}
             hint = next((hint for part, hint in hints.items() if part in name), "")
-            raise SourceError(f"{path}: unexpected tensor {name}{hint}")
+            raise SourceError(f"{path}: unexpected tensor {name!r}{hint}")
         check_dtype(tensor)
         if len(tensor.shape) != 2 or not all(tensor.shape):
-            raise SourceError(f"{path}: {name} has shape {list(tensor.shape)}, expected a matrix")
+            raise SourceError(f"{path}: {name!r} has shape {list(tensor.shape)}, expected a matrix")
         halves.setdefault(known[1], {})[known[2]] = tensor
     for module, half in halves.items():
         if len(half) != 2:
             missing = "B" if "A" in half else "A"
-            raise SourceError(f"{path}: tensor {_PREFIX}{module}.lora_{missing}.weight is missing")
+            raise SourceError(f"{path}: {module!r} has no tensor lora_{missing}.weight")
     if not halves:
         raise SourceError(f"{path}: has no tensors")
     return {module: (half["A"], half["B"]) for module, half in halves.items()}

@@ -282,7 +282,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: (d / "adapter_model.safetensors").write_bytes(b"\x10" + bytes(20)),
         "header of 16 bytes in a file of 21",
     ),
-    "half": (set_tensors(lambda t: t.pop(Q_PROJ + "B.weight")), "q_proj.lora_B.weight is missing"),
+    "half": (set_tensors(lambda t: t.pop(Q_PROJ + "B.weight")), "q_proj' has no tensor lora_B.weight"),
     "layer": (
         set_tensors(lambda t: (t.pop(Q_PROJ + "A.weight"), t.pop(Q_PROJ + "B.weight"))),
         "has no tensors for model.layers.0.self_attn.q_proj, which target_modules names",
@@ -291,16 +291,16 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "layer not named": (set_keys(layers_to_transform=[0]), "does not name model.layers.1."),
     "magnitude": (
         set_tensors(lambda t: t.update({Q_PROJ + "magnitude_vector": F32_4x64})),
-        "q_proj.lora_magnitude_vector: DoRA is not supported",
+        "q_proj.lora_magnitude_vector': DoRA is not supported",
     ),
     "base layer": (
         set_tensors(lambda t: t.update({"base_model.model.lm_head.base_layer.weight": F32_4x64})),
-        "unexpected tensor base_model.model.lm_head.base_layer.weight of the base: save the adapter with",
+        "unexpected tensor 'base_model.model.lm_head.base_layer.weight' of the base: save the adapter with",
     ),
-    "foreign tensor": (set_tensors(lambda t: t.update(x=F32_4x64)), "unexpected tensor x"),
+    "foreign tensor": (set_tensors(lambda t: t.update(x=F32_4x64)), "unexpected tensor 'x'"),
     "embedding": (
         set_tensors(lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": F32_4x64})),
-        "unexpected tensor base_model.model.model.embed_tokens.lora_embedding_A",
+        "unexpected tensor 'base_model.model.model.embed_tokens.lora_embedding_A'",
     ),
     "norm": (
         set_tensors(lambda t: t.update({f"base_model.model.model.norm.lora_{x}.weight": F32_4x64 for x in "AB"})),
@@ -308,7 +308,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no module": (
         set_tensors(lambda t: t.update({f"base_model.model.visual.lora_{x}.weight": F32_4x64 for x in "AB"})),
-        "visual is not a linear layer of the base model",
+        "'visual' is not a linear layer of the base model",
     ),
     "tied head": (
         set_tensors(lambda t: t.update({f"base_model.model.lm_head.lora_{x}.weight": F32_4x64 for x in "AB"})),
@@ -316,7 +316,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "vector": (
         set_tensors(lambda t: t.update({Q_PROJ + "A.weight": ("F32", (256,), bytes(1024))})),
-        "q_proj.lora_A.weight has shape [256], expected a matrix",
+        "q_proj.lora_A.weight' has shape [256], expected a matrix",
     ),
     "integers": (
         set_tensors(lambda t: t.update({Q_PROJ + "A.weight": ("I32", (4, 64), bytes(1024))})),
@@ -345,7 +345,7 @@ def test_fault_is_refused_in_one_line(tmp_path: Path, source: Path, fault: str) 
     ("shape", "reason"),
     [
         ({"n_layers": 3}, "has no tensors for model.layers.2.self_attn.q_proj"),
-        ({"n_layers": 1}, "model.layers.1.self_attn.q_proj is not a linear layer of the base model"),
+        ({"n_layers": 1}, "'model.layers.1.self_attn.q_proj' is not a linear layer of the base model"),
         ({"dim": 128}, "lora_A.weight has shape [4, 64], expected [4, 128]: made for another base model?"),
         ({"n_heads": 8}, "lora_B.weight has shape [128, 4], expected [256, 4]: made for another base model?"),
     ],
