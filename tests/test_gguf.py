@@ -146,6 +146,27 @@ def test_q8_0_weights_are_exactly_those_of_the_package(tmp_path: Path, shape: di
         assert (model.weight(name) == package.quants.dequantize(blocks, q8_0)).all(), name
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"n_heads": 2, "n_kv_heads": 1, "head_dim": 128, "tied": False},
+    ],
+)
+def test_logits_are_those_of_transformers_on_the_same_file(tmp_path: Path, shape: dict[str, Any]) -> None:
+    """transformers reads GGUF by itself: its own names, order of rows, dequantisation and numbers."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("gguf")
+    path = write_small(tmp_path, "Q8_0", **shape)
+    export(path, tmp_path / "model.bin")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    ids = list(range(5, 200))
+    with torch.no_grad():
+        expected = hf(torch.tensor([ids])).logits[0].numpy().astype(np.float64)
+    model = Model(tmp_path / "model.bin", activations="float32", kv="f32")
+    error = model.session().forward(ids, logits="all") - expected
+    assert (error**2).sum() <= 1e-10 * (expected**2).sum()
+
+
 def odd_blocks(n: int) -> NDArray[Any]:
     """Every code, and scales that are zero, negative, subnormal and the largest there is."""
     r = np.random.default_rng(0)
