@@ -1,0 +1,17 @@
+"""Training: text -> a Hugging Face directory that export.py reads (extra `train`; see train.py).
+
+shapes        presets and custom sizes -> a new model
+vocabulary    character and byte-level BPE tokenizers
+text          documents -> windows of tokens (pretrain)
+conversations messages -> packed samples with a loss mask (sft)
+rollouts      prompts -> completions with log-probabilities, by the engine (grpo)
+trainer       what the three stages share: optimiser, schedule, checkpoints, metrics, resume
+pretrain, sft, grpo   the stages
+estimate      parameters, memory and FLOPs before anything runs
+curves        metrics.jsonl -> a picture
+cli           arguments -> a stage
+"""
+
+
+class TrainingError(ValueError):
+    """Training cannot start or go on; the message is one line."""

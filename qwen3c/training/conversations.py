@@ -1,0 +1,216 @@
+"""Conversations (JSONL) -> samples -> packed rows.
+
+A sample is one reply of the assistant behind everything said before it, rendered by the model's own chat
+template and cut into tokens as at run time; only the reply's tokens, its end included, are learned. Rows hold
+several samples, none of which sees another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import TrainingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from .trainer import Batch
+
+IGNORED = -100  # a target that is not learned
+OPEN_ROWS = 32  # rows that a sample may still go into
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    tokens: list[int]
+    prompt_length: int  # tokens before the reply
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line that is not empty. TrainingError, with the line, for others."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise TrainingError(f"{path}: {error.strerror}") from None
+    empty = True
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise TrainingError(f"{path}: line {number}: byte {error.start} is not UTF-8") from None
+        except (ValueError, RecursionError) as error:
+            raise TrainingError(f"{path}: line {number}: is not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise TrainingError(
+                f"{path}: line {number}: is a JSON {type(value).__name__}, expected an object"
+            )
+        empty = False
+        yield number, value
+    if empty:
+        raise TrainingError(f"{path}: is empty")
+
+
+def check_messages(value: Any, where: str) -> list[Message]:
+    """`value` as a list of messages with role and text. TrainingError, naming `where`, if it is not."""
+    if not isinstance(value, list) or not value:
+        raise TrainingError(f"{where}: messages is not a list of messages")
+    for i, message in enumerate(value):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise TrainingError(f"{where}: message {i} has no role")
+        if not isinstance(message.get("content"), str):
+            raise TrainingError(f"{where}: the content of message {i} is not text")
+    return value
+
+
+class Renderer:
+    """Messages -> tokens, by the tokenizer's chat template. TrainingError if it has none or refuses."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        if not tokenizer.chat_template:
+            raise TrainingError("the model has no chat template: conversations cannot be rendered")
+        self.tokenizer = tokenizer
+        self.control = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+
+    def prompt(self, messages: list[Message], where: str) -> list[int]:
+        """The conversation up to where the assistant speaks."""
+        return self._encode(self._render(messages, True, where))
+
+    def samples(self, messages: list[Message], where: str) -> Iterator[Sample]:
+        """One sample per reply. TrainingError if there is no reply to learn."""
+        replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not replies:
+            raise TrainingError(f"{where}: has no message of the assistant: there is nothing to learn")
+        for i in replies:
+            prompt = self._render(messages[:i], True, where)
+            whole = self._render(messages[: i + 1], False, where)
+            if not whole.startswith(prompt):
+                raise TrainingError(
+                    f"{where}: the chat template renders message {i} otherwise than it prompts for it"
+                )
+            tokens = self._encode(prompt)
+            reply = self._encode(whole[len(prompt) :])
+            end = self.tokenizer.eos_token_id  # what the template puts behind it is not the assistant's
+            yield Sample(tokens + reply[: reply.index(end) + 1 if end in reply else None], len(tokens))
+
+    def _render(self, messages: list[Message], generation_prompt: bool, where: str) -> str:
+        for i, message in enumerate(messages):
+            for token in self.control:
+                if token in message["content"]:
+                    raise TrainingError(f"{where}: message {i} holds the control token {token}")
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation_prompt, enable_thinking=False
+            )
+        except Exception as error:  # whatever the template raises
+            raise TrainingError(
+                f"{where}: the chat template refuses it: {' '.join(str(error).split())}"
+            ) from None
+        return str(text)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def read_samples(path: Path, tokenizer: PreTrainedTokenizerFast, context: int) -> tuple[list[Sample], int]:
+    """(samples that fit into the context, how many do not) of a JSONL file of {"messages": [...]}."""
+    renderer = Renderer(tokenizer)
+    samples, too_long = [], 0
+    for number, value in read_jsonl(path):
+        where = f"{path}: line {number}"
+        for sample in renderer.samples(check_messages(value.get("messages"), where), where):
+            fits = len(sample.tokens) <= context
+            too_long += not fits
+            if fits:
+                samples.append(sample)
+    if not samples:
+        raise TrainingError(f"{path}: all {too_long} samples are longer than the context of {context} tokens")
+    return samples, too_long
+
+
+def split(samples: list[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """(train, validation): the `fraction` whose hash with the seed is smallest, at least one."""
+    if len(samples) < 2:
+        raise TrainingError("one sample alone cannot be split: give --validation")
+    ranked = sorted(samples, key=lambda s: hashlib.sha256(f"{seed} {s.tokens}".encode()).digest())
+    cut = max(1, round(fraction * len(samples)))
+    return ranked[cut:], ranked[:cut]
+
+
+class Rows:
+    """The endless sequence of packed rows: every epoch all samples, in a new order."""
+
+    def __init__(self, samples: Sequence[Sample], context: int, seed: int) -> None:
+        self.samples, self.context, self.seed = samples, context, seed
+        self._epoch, self._first, self._rows = 0, 0, self._pack(0)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Of the first epoch; others differ a little with their order."""
+        return len(self._pack(0))
+
+    def __getitem__(self, index: int) -> list[Sample]:
+        if index < self._first:
+            self._epoch, self._first, self._rows = 0, 0, self._pack(0)
+        while index >= self._first + len(self._rows):
+            self._first += len(self._rows)
+            self._epoch += 1
+            self._rows = self._pack(self._epoch)
+        return self._rows[index - self._first]
+
+    def _pack(self, epoch: int) -> list[list[Sample]]:
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.samples))
+        return pack([self.samples[i] for i in order], self.context)
+
+
+def pack(samples: Sequence[Sample], context: int) -> list[list[Sample]]:
+    """Rows of at most `context` tokens: first fit among the latest OPEN_ROWS rows."""
+    rows: list[list[Sample]] = []
+    room: list[int] = []
+    for sample in samples:
+        n = len(sample.tokens)
+        row = next((i for i in range(max(0, len(rows) - OPEN_ROWS), len(rows)) if room[i] >= n), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(context)
+        rows[row].append(sample)
+        room[row] -= n
+    return rows
+
+
+def collate(rows: Sequence[Sequence[Sample]], context: int, padding: int) -> Batch:
+    """tokens, positions, targets (n, context) int64; attention (n, 1, context, context), True where seen.
+
+    The target of a token is the next one of its sample, if that belongs to the reply.
+    """
+    import torch
+
+    n = len(rows)
+    tokens = np.full((n, context), padding, np.int64)
+    targets = np.full((n, context), IGNORED, np.int64)
+    positions = np.zeros((n, context), np.int64)
+    segments = np.zeros((n, context), np.int64)  # 0: padding
+    for i, row in enumerate(rows):
+        start = 0
+        for number, sample in enumerate(row, 1):
+            end = start + len(sample.tokens)
+            tokens[i, start:end] = sample.tokens
+            positions[i, start:end] = np.arange(end - start)
+            segments[i, start:end] = number
+            first = max(sample.prompt_length, 1)
+            targets[i, start + first - 1 : end - 1] = sample.tokens[first:]
+            start = end
+    same = segments[:, :, None] == segments[:, None, :]
+    attention = (same & np.tril(np.ones((context, context), bool)))[:, None]
+    arrays = {"tokens": tokens, "positions": positions, "targets": targets, "attention": attention}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

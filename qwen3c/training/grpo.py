@@ -1,0 +1,275 @@
+"""Group Relative Policy Optimisation (https://arxiv.org/abs/2402.03300, section 4.1).
+
+For each prompt G completions are sampled; a completion's advantage is its reward, normalised within the group.
+Completions come from the INT8 engine, so the policy that sampled differs a little from the one that learns: the
+ratio of their probabilities corrects for that, as it does for the updates since, and is clipped for both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import TrainingError
+from .conversations import Renderer, check_messages, read_jsonl
+from .rollouts import Completion, rollout
+from .trainer import Batch, Settings, Trainer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from .. import engine
+
+Reward = Callable[[str, str, dict[str, Any]], float]
+"""(prompt, completion, task) -> reward: texts, and the task's line with "ended", whether the completion ended itself."""
+
+
+@dataclass(frozen=True)
+class Task:
+    prompt: list[int]
+    text: str
+    values: dict[str, Any]  # the line of the file
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How completions are sampled and learned from."""
+
+    completions: int = 8  # per prompt, G
+    max_tokens: int = 64
+    temperature: float = 1.0
+    updates: int = 1  # of the optimiser per batch of completions
+    clip_ratio: float = 0.2
+    kl: float = 0.02  # weight of the divergence from the reference
+
+
+def load_reward(name: str) -> Reward:
+    """The function `module:function`, the current directory searched first."""
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise TrainingError(f"--reward {name}: expected module:function")
+    sys.path.insert(0, os.getcwd())
+    try:
+        reward: Reward = getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever the module raises while it loads
+        raise TrainingError(
+            f"--reward {name}: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from None
+    if not callable(reward):
+        raise TrainingError(f"--reward {name}: is not a function")
+    return reward
+
+
+def read_tasks(path: Path, tokenizer: PreTrainedTokenizerFast, room: int) -> list[Task]:
+    """Lines of {"messages": [...], ...} or {"prompt": "text", ...}, of at most `room` tokens each."""
+    tasks = []
+    for number, value in read_jsonl(path):
+        where = f"{path}: line {number}"
+        if isinstance(value.get("prompt"), str):
+            ids = list(tokenizer.backend_tokenizer.encode(value["prompt"], add_special_tokens=False).ids)
+        else:
+            ids = Renderer(tokenizer).prompt(check_messages(value.get("messages"), where), where)
+        if not 1 <= len(ids) <= room:
+            raise TrainingError(
+                f"{where}: the prompt is {len(ids)} tokens, from 1 to {room} leave room for a completion"
+            )
+        tasks.append(Task(ids, str(tokenizer.decode(ids)), value))
+    return tasks
+
+
+class GRPO(Trainer):
+    best_is_highest = True
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        resume: Path | None,
+        reference: PreTrainedModel,
+        policy: Policy,
+        train: list[Task],
+        validation: list[Task],
+        reward: Reward,
+    ) -> None:
+        super().__init__(settings, model, tokenizer, resume)
+        self.reference = reference.to(self.accelerator.device).eval().requires_grad_(False)
+        self.policy, self.train, self.validation, self.reward = policy, train, validation, reward
+        ends = model.generation_config.eos_token_id
+        self.end_tokens = frozenset([ends] if isinstance(ends, int) else ends or [tokenizer.eos_token_id])
+        self.n_tokens = len(tokenizer)
+        self._kl = 0.0
+
+    def describe(self) -> str:
+        p = self.policy
+        return (
+            f"{len(self.train):,} tasks, {len(self.validation):,} held out; each step {self.settings.batch} prompts with "
+            f"{p.completions} completions of at most {p.max_tokens} tokens"
+        )
+
+    # ------------------------------------------------------------------------
+    # Completions and what they are worth
+
+    def updates(self, step: int) -> Iterator[Sequence[Batch]]:
+        tasks = self._tasks(step)
+        begin = time.perf_counter()
+        with self._engine() as model:
+            groups = self._complete(model, tasks, self.policy.completions, self.policy.temperature, step)
+        seconds = time.perf_counter() - begin
+        rewards = np.array([self._rewards(task, group) for task, group in zip(tasks, groups, strict=True)])
+        advantages = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-4)
+        n_sampled = sum(len(c.tokens) for group in groups for c in group)
+        self.step_record = {
+            "reward": self._mean(rewards.mean()),
+            "completion_tokens": self._mean(n_sampled / rewards.size),
+            "ended": self._mean(np.mean([c.ended for group in groups for c in group])),
+            "rollout_tokens_per_second": round(n_sampled / seconds, 1),
+        }
+        rows = [
+            (task.prompt, completion, advantage)
+            for task, group, of_group in zip(tasks, groups, advantages, strict=True)
+            for completion, advantage in zip(group, of_group, strict=True)
+        ]
+        n = self.settings.micro_batch
+        batches = [self._with_reference(self._collate(rows[i : i + n])) for i in range(0, len(rows), n)]
+        self._kl = 0.0
+        for _ in range(self.policy.updates):
+            yield batches
+        self.step_record["kl"] = self._mean(self._kl / (self.policy.updates * max(n_sampled, 1)))
+
+    def _tasks(self, step: int) -> list[Task]:
+        """This process's share of the step's tasks; every epoch has an order of its own."""
+        s, accelerator = self.settings, self.accelerator
+        chosen = []
+        for i in range(
+            step * s.batch + accelerator.process_index, (step + 1) * s.batch, accelerator.num_processes
+        ):
+            epoch, place = divmod(i, len(self.train))
+            chosen.append(
+                self.train[np.random.default_rng((s.seed, epoch)).permutation(len(self.train))[place]]
+            )
+        return chosen
+
+    @contextlib.contextmanager
+    def _engine(self) -> Iterator[engine.Model]:
+        """The weights as they are now, in the engine."""
+        from .. import engine
+        from ..export import export
+
+        directory = self.settings.out / ".rollouts"
+        path = directory / "model.bin"
+        self.save_model(directory)
+        if self.is_main:
+            export(directory, path, group_size=self._group_size())
+        self.accelerator.wait_for_everyone()
+        model = engine.Model(str(path))
+        try:
+            yield model
+        finally:
+            self.accelerator.wait_for_everyone()
+
+    def _group_size(self) -> int:
+        c = self.plain_model.config
+        widths = (c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim)
+        return next(size for size in (64, 32) if not any(width % size for width in widths))
+
+    def _complete(
+        self, model: engine.Model, tasks: Sequence[Task], n: int, temperature: float, step: int
+    ) -> list[list[Completion]]:
+        p = self.policy
+        seed = (self.settings.seed, step, self.accelerator.process_index)
+        return rollout(model, [t.prompt for t in tasks], n, p.max_tokens, self.end_tokens, temperature, seed)
+
+    def _rewards(self, task: Task, group: Sequence[Completion]) -> list[float]:
+        rewards = []
+        for completion in group:
+            tokens = completion.tokens[:-1] if completion.ended else completion.tokens
+            text = str(self.tokenizer.decode(tokens))
+            try:
+                reward = float(self.reward(task.text, text, {**task.values, "ended": completion.ended}))
+            except Exception as error:  # whatever the user's function raises
+                what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise TrainingError(f"the reward function failed on {text!r}: {what}") from None
+            if not math.isfinite(reward):
+                raise TrainingError(f"the reward function returned {reward} for {text!r}")
+            rewards.append(reward)
+        return rewards
+
+    # ------------------------------------------------------------------------
+    # Learning from them
+
+    def _collate(self, rows: Sequence[tuple[list[int], Completion, float]]) -> Batch:
+        """tokens (n, length); targets' mask, old (sampled) logprobs and advantages, each (n, length - 1)."""
+        import torch
+
+        length = max(len(prompt) + len(completion.tokens) for prompt, completion, _ in rows)
+        tokens = np.full((len(rows), length), self.tokenizer.pad_token_id, np.int64)
+        mask = np.zeros((len(rows), length - 1), bool)
+        old, advantages = np.zeros(mask.shape, np.float32), np.zeros(mask.shape, np.float32)
+        for i, (prompt, completion, advantage) in enumerate(rows):
+            end = len(prompt) + len(completion.tokens)
+            tokens[i, :end] = prompt + completion.tokens
+            reply = slice(len(prompt) - 1, end - 1)
+            mask[i, reply], old[i, reply], advantages[i, reply] = True, completion.logprobs, advantage
+        arrays = {"tokens": tokens, "mask": mask, "old": old, "advantages": advantages}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _with_reference(self, batch: Batch) -> Batch:
+        import torch
+
+        with torch.no_grad():
+            reference = self._logprobs(self.reference, batch["tokens"].to(self.accelerator.device))
+        return {**batch, "reference": reference.cpu()}
+
+    def _logprobs(self, model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+        """(n, length - 1): of each token after the first, at the policy's temperature."""
+        import torch
+
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits[..., : self.n_tokens].float()
+        logprobs = torch.log_softmax(logits / self.policy.temperature, dim=-1)
+        return logprobs.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        import torch
+
+        p, mask, advantages = self.policy, batch["mask"], batch["advantages"]
+        logprobs = self._logprobs(self.model, batch["tokens"])
+        ratio = torch.exp(logprobs - batch["old"])
+        clipped = ratio.clamp(1 - p.clip_ratio, 1 + p.clip_ratio)
+        gain = torch.minimum(ratio * advantages, clipped * advantages)
+        # an estimate of the divergence that is never negative and right on average (Schulman, "Approximating KL")
+        log_ratio = batch["reference"] - logprobs
+        kl = torch.exp(log_ratio) - log_ratio - 1
+        self._kl += float((kl.detach() * mask).sum())
+        return ((p.kl * kl - gain) * mask).sum(), self.count(batch)
+
+    def judge(self) -> tuple[float, dict[str, Any]]:
+        with self._engine() as model:
+            sampled = self._complete(model, self.validation, 1, self.policy.temperature, 0)
+            greedy = self._complete(model, self.validation, 1, 0.0, 0)
+        mean = {}
+        for name, groups in (("validation_reward", sampled), ("validation_reward_greedy", greedy)):
+            mean[name] = float(
+                np.mean([self._rewards(t, g) for t, g in zip(self.validation, groups, strict=True)])
+            )
+        text = str(self.tokenizer.decode(greedy[0][0].tokens))
+        return mean["validation_reward"], {**mean, "sample": self.validation[0].text + text}
+
+    def _mean(self, value: float) -> float:
+        import torch
+
+        return float(self._sum(torch.tensor(value, dtype=torch.float32))) / self.accelerator.num_processes
+
+    def _status(self, record: dict[str, Any]) -> str:
+        return f"reward {record['reward']:.3f}, kl {record['kl']:.3f}"

@@ -1,0 +1,129 @@
+"""Text files -> documents -> windows of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import TrainingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MAX_CONTROL = 0.01  # share of control characters from which a file counts as binary
+
+
+@dataclass(frozen=True)
+class Document:
+    name: str
+    text: str
+
+
+def read_documents(paths: Sequence[Path]) -> list[Document]:
+    """Every file named, and every file below a folder named, in sorted order; hidden ones are left out.
+
+    TrainingError, one line, for what is missing, empty, not UTF-8 or binary.
+    """
+    documents = [_read(file) for path in paths for file in _files(path)]
+    documents = [d for d in documents if d.text.strip()]
+    if not documents:
+        raise TrainingError(f"{', '.join(map(str, paths))}: no text in there")
+    return documents
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+    elif path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file())
+        yield from (p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
+    else:
+        raise TrainingError(f"{path}: no such file or folder")
+
+
+def _read(path: Path) -> Document:
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise TrainingError(f"{path}: is not text: byte {error.start} is not UTF-8") from None
+    except OSError as error:
+        raise TrainingError(f"{path}: {error.strerror}") from None
+    controls = sum(c < " " and c not in "\n\t\r\f\v" for c in text)
+    if controls > MAX_CONTROL * len(text):
+        raise TrainingError(
+            f"{path}: is not text: {controls} of {len(text)} characters are control characters"
+        )
+    return Document(str(path), text)
+
+
+def split(documents: list[Document], fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
+    """(train, validation) by document: the `fraction` of them whose hash with the seed is smallest.
+
+    One document alone is cut instead, its end held out.
+    """
+    if len(documents) == 1:
+        name, text = documents[0].name, documents[0].text
+        cut = len(text) - max(1, round(fraction * len(text)))
+        return [Document(name, text[:cut])], [Document(name, text[cut:])]
+    ranked = sorted(documents, key=lambda d: hashlib.sha256(f"{seed} {d.text}".encode()).digest())
+    held_out = {id(d) for d in ranked[: max(1, round(fraction * len(documents)))]}
+    return [d for d in documents if id(d) not in held_out], [d for d in documents if id(d) in held_out]
+
+
+class Windows:
+    """Documents as one stream of tokens, each ended by the end-of-text token, cut into windows.
+
+    A window is (context + 1,) token ids: inputs and, one further, targets. In each epoch the cuts lie
+    elsewhere and the order is new, both functions of (seed, epoch).
+    """
+
+    def __init__(
+        self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, context: int, seed: int
+    ) -> None:
+        stream: list[int] = []
+        for encoding in tokenizer.backend_tokenizer.encode_batch(
+            [d.text for d in documents], add_special_tokens=False
+        ):
+            stream += encoding.ids
+            stream.append(tokenizer.pad_token_id)
+        self.stream = np.array(stream, dtype=np.int32)
+        self.context, self.seed = context, seed
+        self.bytes_per_token = sum(len(d.text.encode()) for d in documents) / len(stream)
+        if len(stream) <= context:
+            raise TrainingError(
+                f"{documents[0].name}{', ...' if len(documents) > 1 else ''}: {len(stream)} tokens in all, too few for a "
+                f"window of {context}: give more text or a --context of at most {len(stream) - 1}"
+            )
+        self._epoch: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.stream)
+
+    @property
+    def n_windows(self) -> int:
+        """Windows per epoch; where that leaves any, one less than fit, so that the first may begin anywhere."""
+        return max(1, (len(self.stream) - 1) // self.context - 1)
+
+    def __getitem__(self, index: int) -> NDArray[np.int32]:
+        """The window number `index` of the endless sequence of epochs."""
+        epoch, i = divmod(index, self.n_windows)
+        if self._epoch[0] != epoch:
+            random = np.random.default_rng((self.seed, epoch))
+            first = random.integers(min(self.context, len(self.stream) - self.n_windows * self.context))
+            self._epoch = epoch, first + self.context * random.permutation(self.n_windows)
+        start = int(self._epoch[1][i])
+        return self.stream[start : start + self.context + 1]
+
+    def in_order(self, limit: int) -> Iterator[NDArray[np.int32]]:
+        """At most `limit` windows, evenly spread over the text, the same ones each time (for validation)."""
+        n = (len(self.stream) - 1) // self.context
+        for i in range(min(n, limit)):
+            start = i * n // min(n, limit) * self.context
+            yield self.stream[start : start + self.context + 1]

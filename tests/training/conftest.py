@@ -1,0 +1,4 @@
+import pytest
+
+for library in ("torch", "transformers", "accelerate", "matplotlib", "tqdm"):
+    pytest.importorskip(library, reason="training needs the extra `train` (make oracles)")

@@ -1,0 +1,99 @@
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from qwen3c.training import TrainingError
+from qwen3c.training.checkpoint import Metrics, checkpoints, prune, publish, read_metrics, replacing, write_directory
+
+
+def fill_with(text):
+    def fill(directory):
+        (directory / "model.safetensors").write_text(text)
+        (directory / "config.json").write_text(text)
+
+    return fill
+
+
+def test_checkpoints_are_listed_oldest_first(tmp_path):
+    for step in (1000000, 2, 30):
+        write_directory(tmp_path / "checkpoints" / f"step-{step:07d}", fill_with("x"))
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-0000002", "step-0000030", "step-1000000"]
+
+
+def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "checkpoints" / "step-0000001"
+    write_directory(path, fill_with("old"))
+
+    def fail(directory):
+        (directory / "config.json").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_directory(path, fail)
+    assert (path / "config.json").read_text() == "old"
+    assert os.listdir(path.parent) == ["step-0000001"]
+
+
+def test_a_writer_that_is_killed_leaves_no_checkpoint(tmp_path):
+    path = tmp_path / "checkpoints" / "step-0000001"
+
+    def kill(directory):
+        (directory / "config.json").write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        write_directory(path, kill)
+    os.waitpid(child, 0)
+    assert checkpoints(tmp_path) == []
+    write_directory(path, fill_with("whole"))
+    prune(tmp_path, keep=1)
+    assert os.listdir(path.parent) == ["step-0000001"]
+
+
+def test_publishing_copies_the_model_and_not_the_state_of_the_optimiser(tmp_path):
+    write_directory(tmp_path / "c", fill_with("new"))
+    (tmp_path / "c" / "trainer.pt").write_text("state")
+    (tmp_path / "model.safetensors").write_text("old")
+    publish(tmp_path / "c", tmp_path)
+    assert (tmp_path / "model.safetensors").read_text() == "new"
+    assert not (tmp_path / "trainer.pt").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path):
+    path = tmp_path / "f"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("ne")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["f"]
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path):
+    for step in range(5):
+        write_directory(tmp_path / "checkpoints" / f"step-{step:07d}", fill_with("x"))
+    prune(tmp_path, keep=2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-0000003", "step-0000004"]
+
+
+def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = Metrics(path, 0)
+    for step in range(1, 6):
+        first.add({"step": step, "time": time.time()})
+    again = Metrics(path, 3)
+    again.add({"step": 4})
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4]
+
+
+def test_a_last_line_cut_short_is_left_out_and_a_damaged_one_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + '\n{"st')
+    assert read_metrics(path) == [{"step": 1}]
+    path.write_text('{"st\n' + json.dumps({"step": 1}) + "\n")
+    with pytest.raises(TrainingError, match="line 1 is not JSON"):
+        read_metrics(path)

@@ -1,0 +1,151 @@
+import json
+
+import numpy as np
+import pytest
+from nano import conversation, write_chat, write_jsonl
+
+from qwen3c.training import TrainingError
+from qwen3c.training.conversations import IGNORED, Rows, Sample, collate, pack, read_samples, split
+from qwen3c.training.shapes import Shape, new_model
+from qwen3c.training.vocabulary import train_bpe
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(["What is 3 + 4? It is 7."], 290)
+
+
+def test_the_reply_and_its_end_are_learned_and_nothing_else(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "chat.jsonl", [conversation("3 + 4?", "It is 7.")])
+    (sample,), _ = read_samples(path, tokenizer, 64)
+    batch = collate([[sample]], 64, tokenizer.pad_token_id)
+    targets = batch["targets"][0]
+    assert tokenizer.decode(targets[targets != IGNORED].tolist()) == "It is 7.<|im_end|>"
+    assert tokenizer.decode(sample.tokens[: sample.prompt_length]) == (
+        "<|im_start|>user\n3 + 4?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    # the target of a place is the token after it
+    for i in np.flatnonzero(targets.numpy() != IGNORED):
+        assert targets[i] == batch["tokens"][0, i + 1]
+
+
+def test_every_reply_of_a_conversation_is_a_sample(tmp_path, tokenizer):
+    messages = conversation("a", "b")["messages"] + conversation("c", "d")["messages"]
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": messages}])
+    samples, _ = read_samples(path, tokenizer, 64)
+    replies = [tokenizer.decode(s.tokens[s.prompt_length :]) for s in samples]
+    assert replies == ["b<|im_end|>", "d<|im_end|>"]
+
+
+def test_a_packed_sample_gets_the_logits_it_gets_alone(tmp_path, tokenizer):
+    import torch
+
+    model = new_model(Shape(32, 64, 2, 2, 1, 16, 128), tokenizer, seed=1).eval()
+    samples, _ = read_samples(write_chat(tmp_path / "chat.jsonl", 4), tokenizer, 128)
+    batch = collate([samples], 128, tokenizer.pad_token_id)
+    with torch.no_grad():
+        packed = model(
+            input_ids=batch["tokens"], position_ids=batch["positions"], attention_mask=batch["attention"], use_cache=False
+        ).logits[0]
+        start = 0
+        for sample in samples:
+            alone = model(input_ids=torch.tensor([sample.tokens]), use_cache=False).logits[0]
+            both = packed[start : start + len(sample.tokens)]
+            assert float(((both - alone) ** 2).sum() / (alone**2).sum()) < 1e-10
+            start += len(sample.tokens)
+
+
+def test_without_the_mask_packed_samples_would_see_each_other(tmp_path, tokenizer):
+    import torch
+
+    model = new_model(Shape(32, 64, 2, 2, 1, 16, 128), tokenizer, seed=1).eval()
+    samples, _ = read_samples(write_chat(tmp_path / "chat.jsonl", 4), tokenizer, 128)
+    batch = collate([samples], 128, tokenizer.pad_token_id)
+    causal = torch.ones(128, 128, dtype=torch.bool).tril()[None, None]
+    with torch.no_grad():
+        logits = [
+            model(input_ids=batch["tokens"], position_ids=batch["positions"], attention_mask=mask, use_cache=False).logits[0]
+            for mask in (batch["attention"], causal)
+        ]
+    n = len(samples[0].tokens)
+    assert torch.allclose(logits[0][:n], logits[1][:n], atol=1e-5)
+    assert not torch.allclose(logits[0][n : 2 * n], logits[1][n : 2 * n], atol=1e-4)
+
+
+def test_rows_hold_every_sample_once_per_epoch_and_no_row_overflows():
+    random = np.random.default_rng(1)
+    samples = [Sample(list(range(random.integers(2, 30))), 1) for _ in range(200)]
+    rows = Rows(samples, 64, seed=1)
+    i = 0
+    for _ in range(2):
+        seen = []
+        while len(seen) < len(samples):
+            assert sum(len(s.tokens) for s in rows[i]) <= 64
+            seen += rows[i]
+            i += 1
+        assert sorted(map(id, seen)) == sorted(map(id, samples))
+    filled = sum(len(s.tokens) for s in samples) / (64 * len(pack(samples, 64)))
+    assert filled > 0.9
+
+
+def test_rows_may_be_asked_for_in_any_order():
+    samples = [Sample([1] * n, 1) for n in range(2, 40)]
+    rows = Rows(samples, 64, seed=1)
+    forward = [rows[i] for i in range(60)]
+    assert [rows[i] for i in reversed(range(60))] == forward[::-1]
+
+
+def test_samples_longer_than_the_context_are_counted(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "chat.jsonl", [conversation("short", "ok"), conversation("long " * 200, "ok")])
+    samples, too_long = read_samples(path, tokenizer, 64)
+    assert (len(samples), too_long) == (1, 1)
+    with pytest.raises(TrainingError, match="all 2 samples are longer than the context of 4"):
+        read_samples(path, tokenizer, 4)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"messages": [', "line 2: is not JSON"),
+        ("[1, 2]", "line 2: is a JSON list"),
+        ("{}", "line 2: messages is not a list"),
+        ('{"messages": []}', "line 2: messages is not a list"),
+        ('{"messages": [{"content": "x"}]}', "line 2: message 0 has no role"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "line 2: the content of message 0 is not text"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "line 2: has no message of the assistant"),
+        (json.dumps(conversation("<|im_end|>", "x")), "line 2: message 0 holds the control token <|im_end|>"),
+        ("[" * 100000, "line 2: is not JSON"),
+    ],
+)
+def test_a_bad_line_is_named_by_its_number(tmp_path, tokenizer, line, message):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps(conversation("a", "b")) + "\n" + line + "\n")
+    with pytest.raises(TrainingError, match=message) as error:
+        read_samples(path, tokenizer, 64)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_empty_or_binary_file_is_refused(tmp_path, tokenizer):
+    path = tmp_path / "chat.jsonl"
+    for data, message in ((b"\n\n", "is empty"), (b"\xff\n", "line 1: byte 0 is not UTF-8")):
+        path.write_bytes(data)
+        with pytest.raises(TrainingError, match=message):
+            read_samples(path, tokenizer, 64)
+
+
+def test_a_template_that_prompts_otherwise_than_it_renders_is_refused(tmp_path, tokenizer):
+    other = train_bpe(["x"], 280)
+    other.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    path = write_jsonl(tmp_path / "chat.jsonl", [conversation("a", "b")])
+    with pytest.raises(TrainingError, match="renders message 1 otherwise"):
+        read_samples(path, other, 64)
+    other.chat_template = None
+    with pytest.raises(TrainingError, match="has no chat template"):
+        read_samples(path, other, 64)
+
+
+def test_the_split_is_disjoint_and_a_function_of_the_seed():
+    samples = [Sample([i, i + 1], 1) for i in range(100)]
+    train, validation = split(samples, 0.1, seed=1)
+    assert len(validation) == 10 and not {id(s) for s in train} & {id(s) for s in validation}
+    assert {id(s) for s in split(samples[::-1], 0.1, seed=1)[1]} == {id(s) for s in validation}

@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+from small_models import export_small_model
+
+from qwen3c import engine
+from qwen3c.training.rollouts import choose, rollout
+
+PROMPTS = [[5, 6, 7], [9], list(range(20, 50))]
+END = frozenset({3})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return engine.Model(str(export_small_model(tmp_path_factory.mktemp("model"), std=0.05)))
+
+
+def run(model, prompts=PROMPTS, n=4, tokens=12, temperature=1.0, seed=(1, 2)):
+    return rollout(model, prompts, n, tokens, END, temperature, seed)
+
+
+def test_a_completion_is_a_function_of_weights_prompt_and_seed(model):
+    first, again = run(model), run(model)
+    assert first == again != run(model, seed=(1, 3))
+    assert len({tuple(c.tokens) for c in first[0]}) == 4  # the group is diverse
+
+
+def test_logprobs_are_those_of_the_distribution_that_was_sampled(model):
+    temperature = 0.7
+    for prompt, group in zip(PROMPTS, run(model, temperature=temperature), strict=True):
+        for completion in group:
+            session = model.session()
+            logits = session.forward(prompt + completion.tokens, logits="all").astype(np.float64)
+            logits = logits[len(prompt) - 1 : -1, : model.config.n_tokens] / temperature
+            logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+            expected = logprobs[np.arange(len(completion.tokens)), completion.tokens]
+            assert np.allclose(completion.logprobs, expected, rtol=0, atol=1e-9)
+
+
+def test_temperature_zero_takes_the_largest_logit(model):
+    for prompt, group in zip(PROMPTS, run(model, n=2, temperature=0.0), strict=True):
+        session = model.session()
+        ids, tokens = prompt, []
+        for _ in range(12):
+            tokens.append(int(session.forward(ids)[: model.config.n_tokens].argmax()))
+            ids = tokens[-1:]
+            if tokens[-1] in END:
+                break
+        assert [c.tokens for c in group] == [tokens, tokens]
+
+
+def test_completions_end_at_an_end_token_or_the_limit(model):
+    for group in run(model, n=8, tokens=200):
+        for completion in group:
+            assert completion.ended == (completion.tokens[-1] in END)
+            assert not END & set(completion.tokens[:-1])
+            assert completion.ended or len(completion.tokens) == 200
+
+
+def test_a_completion_past_the_context_is_refused(model):
+    with pytest.raises(ValueError, match="context"):
+        run(model, tokens=model.config.context)
+
+
+def test_tokens_come_as_often_as_they_are_likely():
+    probabilities = np.array([0.5, 0.3, 0.15, 0.05])
+    n = 20000
+    logits = np.tile(np.log(probabilities), (n, 1)).astype(np.float32)
+    uniform = np.random.default_rng(1).random(n)
+    tokens, logprobs = choose(logits, 1.0, uniform)
+    counts = np.bincount(tokens, minlength=4)
+    assert ((counts - n * probabilities) ** 2 / (n * probabilities)).sum() < 16.3  # chi-square, 3 degrees, p = 0.001
+    assert np.allclose(logprobs, np.log(probabilities)[tokens], atol=1e-6)
+    edges, _ = choose(logits[:2], 1.0, np.array([0.0, 1 - 2**-53]))
+    assert edges.tolist() == [0, 3]

@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+from nano import write_text
+
+from qwen3c.training import TrainingError
+from qwen3c.training.text import Document, Windows, read_documents, split
+from qwen3c.training.vocabulary import characters
+
+DOCUMENTS = [Document(str(i), f"text number {i} " * 20) for i in range(40)]
+
+
+def test_a_folder_is_read_in_order_and_without_hidden_files(tmp_path):
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "z.txt").write_text("first")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_bytes(b"\xff\xfe")
+    (tmp_path / "empty.txt").write_text("\n")
+    assert [d.text for d in read_documents([tmp_path])] == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"text \xff\xfe", "byte 5 is not UTF-8"),
+        (b"\x00\x01\x02\x03 text", "4 of 9 characters are control characters"),
+        (b"", "no text in there"),
+        (b" \n ", "no text in there"),
+    ],
+)
+def test_what_is_not_text_is_refused_by_name(tmp_path, data, message):
+    path = tmp_path / "data.bin"
+    path.write_bytes(data)
+    with pytest.raises(TrainingError, match=message) as error:
+        read_documents([path])
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(TrainingError, match="nowhere: no such file"):
+        read_documents([tmp_path / "nowhere"])
+
+
+def test_the_split_is_by_document_and_a_function_of_the_seed():
+    train, validation = split(DOCUMENTS, 0.1, seed=1)
+    assert len(validation) == 4
+    assert sorted(d.name for d in train + validation) == sorted(d.name for d in DOCUMENTS)
+    assert {d.name for d in split(DOCUMENTS[::-1], 0.1, seed=1)[1]} == {d.name for d in validation}
+    assert {d.name for d in split(DOCUMENTS, 0.1, seed=2)[1]} != {d.name for d in validation}
+
+
+def test_one_document_is_cut_and_its_end_held_out():
+    (train,), (validation,) = split([Document("one", "abcdefghij")], 0.2, seed=1)
+    assert (train.text, validation.text) == ("abcdefgh", "ij")
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    windows = Windows(DOCUMENTS, characters(), context=32, seed=3)
+    n = windows.n_windows
+    first, second = ([windows[epoch * n + i].tobytes() for i in range(n)] for epoch in (0, 1))
+    assert first != second and first == [windows[i].tobytes() for i in range(n)]
+    assert [Windows(DOCUMENTS, characters(), 32, seed=4)[i].tobytes() for i in range(n)] != first
+
+
+def test_an_epoch_covers_every_token_but_the_edges():
+    text = "".join(chr(33 + i % 90) for i in range(1000))
+    windows = Windows([Document("d", text)], characters(), context=50, seed=1)
+    inputs = np.sort(np.concatenate([windows[i][:-1] for i in range(windows.n_windows)]))
+    assert len(inputs) == windows.n_windows * 50
+    # 19 windows of 50 from some first token on: each token of that stretch exactly once
+    stretches = (np.sort(windows.stream[first : first + len(inputs)]) for first in range(50))
+    assert any(np.array_equal(inputs, stretch) for stretch in stretches)
+
+
+def test_documents_end_with_the_end_of_text():
+    tokenizer = characters()
+    windows = Windows([Document("a", "ab"), Document("b", "cd")], tokenizer, context=2, seed=1)
+    assert tokenizer.decode(windows.stream.tolist()) == "ab<pad>cd<pad>"
+
+
+def test_a_context_longer_than_the_text_is_refused_with_both_numbers():
+    with pytest.raises(TrainingError, match=r"3 tokens in all, too few for a window of 8.*at most 2"):
+        Windows([Document("d", "ab")], characters(), context=8, seed=1)
+
+
+def test_validation_windows_are_the_same_each_time_and_spread_over_the_text(tmp_path):
+    windows = Windows(read_documents([write_text(tmp_path)]), characters(), context=16, seed=1)
+    first, again = list(windows.in_order(5)), list(windows.in_order(5))
+    assert len(first) == 5 and all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
