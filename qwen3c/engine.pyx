@@ -160,8 +160,9 @@ cdef struct Matrix:
 cdef struct Layer:
     const float *attention_norm  # (dim,)
     Matrix qkv  # (q_dim + 2 kv_dim, dim)
-    const float *q_norm  # (head_dim,)
-    const float *k_norm  # (head_dim,)
+    const float *qkv_bias  # (q_dim + 2 kv_dim,) or NULL
+    const float *q_norm  # (head_dim,) or NULL
+    const float *k_norm  # (head_dim,) or NULL
     Matrix o  # (dim, q_dim)
     const float *ffn_norm  # (dim,)
     Matrix gate_up  # (2 hidden_dim, dim)
@@ -372,8 +373,11 @@ cdef class Model:
             p = f"model.layers.{l}."
             layer.attention_norm = self._vector(places[p + "input_layernorm.weight"])
             layer.qkv = self._matrix(places[p + "self_attn.qkv_proj.weight"])
-            layer.q_norm = self._vector(places[p + "self_attn.q_norm.weight"])
-            layer.k_norm = self._vector(places[p + "self_attn.k_norm.weight"])
+            if self.config.qkv_bias:
+                layer.qkv_bias = self._vector(places[p + "self_attn.qkv_proj.bias"])
+            if self.config.qk_norm:
+                layer.q_norm = self._vector(places[p + "self_attn.q_norm.weight"])
+                layer.k_norm = self._vector(places[p + "self_attn.k_norm.weight"])
             layer.o = self._matrix(places[p + "self_attn.o_proj.weight"])
             layer.ffn_norm = self._vector(places[p + "post_attention_layernorm.weight"])
             layer.gate_up = self._matrix(places[p + "mlp.gate_up_proj.weight"])
@@ -602,7 +606,7 @@ cdef Py_ssize_t values_offset(Model m) noexcept nogil:
 
 
 cdef void rotate_and_store(Model m, const Span *span, Py_ssize_t l) noexcept nogil:
-    """q and k of a span: norm per head, rotate; k and v go to the cache; q is scaled by 1 / sqrt(head_dim)."""
+    """q and k of a span: bias, norm per head, rotate; k and v go to the cache; q is scaled by 1 / sqrt(head_dim)."""
     cdef const Layer *layer = &m.w.layers[l]
     cdef Py_ssize_t i, h, row, position, half = m.head_dim // 2, stride = m.q_dim + 2 * m.kv_dim
     cdef float *head
@@ -613,13 +617,17 @@ cdef void rotate_and_store(Model m, const Span *span, Py_ssize_t l) noexcept nog
     for i in range(span.n_rows):
         row, position = span.row + i, span.position + i
         cosine, sine = m.s.cosine + row * half, m.s.sine + row * half
+        if layer.qkv_bias:
+            kernels.add(m.s.qkv + row * stride, layer.qkv_bias, stride)
         for h in range(m.n_heads):
             head = m.s.qkv + row * stride + h * m.head_dim
-            kernels.rmsnorm(head, head, layer.q_norm, m.head_dim, m.eps)
+            if layer.q_norm:
+                kernels.rmsnorm(head, head, layer.q_norm, m.head_dim, m.eps)
             kernels.rope(head, cosine, sine, m.head_dim, scale)
         for h in range(m.n_kv_heads):
             head = m.s.qkv + row * stride + m.q_dim + h * m.head_dim
-            kernels.rmsnorm(head, head, layer.k_norm, m.head_dim, m.eps)
+            if layer.k_norm:
+                kernels.rmsnorm(head, head, layer.k_norm, m.head_dim, m.eps)
             kernels.rope(head, cosine, sine, m.head_dim, 1.0)
             keys = kv_at(m, span.blocks[position // KV_BLOCK], l, h)
             kernels.store_kv[<int>m.kv_type](keys, keys + values_offset(m), position % KV_BLOCK,
@@ -704,7 +712,7 @@ cdef int forward(
         rmsnorm(m, s.xb, s.x, layer.attention_norm, n)
         matmul(m, s.qkv, s.xb, n, &layer.qkv)
 
-        # norm q and k per head, rotate them by position, put k and v into the cache
+        # add the biases, norm q and k per head, rotate them by position, put k and v into the cache
         for i in prange(n_spans, schedule="static", num_threads=m.threads, use_threads_if=team(m, row_work) > 1):
             rotate_and_store(m, &spans[i], l)
 

@@ -106,6 +106,8 @@ def export(
     name: str | None = None,
     progress: ProgressCallback | None = None,
     lora: str | os.PathLike[str] | None = None,
+    yarn: float | None = None,
+    yarn_attn_factor: float | None = None,
 ) -> Report:
     """Convert the Hugging Face directory or GGUF file `source` into the file `target`.
 
@@ -113,6 +115,8 @@ def export(
     threads: for the quantisation (default: cpu.default_threads()); the result does not depend on it.
     name: what the model calls itself (default: from config.json).
     lora: directory of a PEFT adapter, merged into the weights on their way.
+    yarn: stretch the context of a model of default rope by this factor. yarn_attn_factor: the factor on cos and
+    sin, in place of what transformers computes from the configuration.
     Raises SourceError (huggingface.py) or OSError; the target is then what it was before.
     """
     from .cpu import default_threads
@@ -123,7 +127,7 @@ def export(
     start = time.monotonic()
     with contextlib.ExitStack() as opened:
         files = opened.enter_context(GGUF(source) if os.path.isfile(source) else Files(source))
-        checkpoint = Checkpoint(files, group_size, name)
+        checkpoint = Checkpoint(files, group_size, name, yarn, yarn_attn_factor)
         if lora is not None:
             adapter = opened.enter_context(Files(lora, "adapter_config.json"))
             merge(checkpoint, adapter)
@@ -455,7 +459,15 @@ def main(argv: list[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
         report = export(
-            args.source, args.target, args.group_size, args.threads, args.name, progress, args.lora
+            args.source,
+            args.target,
+            args.group_size,
+            args.threads,
+            args.name,
+            progress,
+            args.lora,
+            args.yarn,
+            args.yarn_attn_factor,
         )
     except KeyboardInterrupt:
         return _fail(progress, f"{args.target}: interrupted, nothing was written", 130)
@@ -495,6 +507,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--threads", type=int, help="threads (default: the physical cores this process may use)"
     )
     parser.add_argument("--name", help="what the model calls itself (default: from config.json)")
+    parser.add_argument(
+        "--yarn", type=float, metavar="FACTOR", help="stretch the context by this factor (default: as it is)"
+    )
+    parser.add_argument(
+        "--yarn-attn-factor",
+        type=float,
+        metavar="X",
+        help="factor on the rotary cosine and sine of a YaRN model (default: as transformers computes it)",
+    )
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     args = parser.parse_args(argv)
     if args.threads is not None and args.threads < 1:

@@ -44,8 +44,13 @@ PAGE = 16384  # the tensor region starts on a multiple of this (the largest page
 ALIGNMENT = 64  # every section and tensor starts on a multiple of this
 TILE_ROWS = 16
 GROUP_SIZES = (32, 64, 128, 256)
-ARCHITECTURES = {1: "qwen3"}  # MoE, Qwen2 and Llama get the next numbers
-ROPE_TYPES = {0: "default"}  # all kinds reduce to the table of inverse frequencies; this one is for people
+ARCHITECTURES = {1: "qwen3", 2: "qwen3_moe", 3: "qwen2", 4: "llama"}  # for people: the numbers say it all
+ROPE_TYPES = {
+    0: "default",
+    1: "linear",
+    2: "yarn",
+    3: "llama3",
+}  # all kinds reduce to the table of inverse frequencies; this one is for people
 THINKING_KINDS = ("hybrid", "always", "none")
 TEXTS = ("metadata", "tokenizer", "template")
 SECTIONS = (*TEXTS, "checksums")

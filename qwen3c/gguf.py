@@ -30,7 +30,16 @@ from pathlib import Path
 from typing import Any
 
 from . import format
-from .huggingface import BLOCKS, Files, Keys, SourceError, StoredTensor
+from .huggingface import (
+    BLOCKS,
+    Files,
+    Keys,
+    SourceError,
+    StoredTensor,
+    inverse_frequencies,
+    read_rope,
+    to_float32,
+)
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -39,7 +48,11 @@ MAX_ENTRIES = 1 << 16  # keys, and tensors
 MAX_DIMENSIONS = 4
 
 # general.architecture -> the class transformers runs it with
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
 
 # kind of a value -> struct code; 8 and 9 are texts and arrays
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -57,6 +70,7 @@ _NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+_ROPE_FACTORS = "rope_freqs.weight"  # (head_dim / 2,): what divides each frequency of Llama 3.1 and later
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -106,6 +120,7 @@ class GGUF(Files):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.directory = Path(path)
         self.opened = []
+        self._lock = threading.Lock()
         try:
             self._read()
         except BaseException:
@@ -115,7 +130,7 @@ class GGUF(Files):
     def _read(self) -> None:
         header = _Header(self.directory, self.open(""))
         self._keys, self._infos = header.read()
-        architecture = _check_kind(self._keys)
+        self.architecture = architecture = _check_kind(self._keys)
         for info in self._infos.values():
             if info.kind not in BLOCKS:
                 fault = f"{info.name!r} is {info.kind}, supported: {', '.join(BLOCKS)}"
@@ -142,13 +157,15 @@ class GGUF(Files):
         return self._texts[name].encode()
 
     def tensors(self) -> dict[str, StoredTensor]:
-        file, lock = self.opened[0], threading.Lock()
-        return {
-            self._hugging_face_name(info.name): StoredTensor(
-                info.name, info.kind, info.shape, self.directory, file, lock, info.offset
-            )
-            for info in self._infos.values()
-        }
+        known = {_ROPE_FACTORS} if self.architecture == "llama" else set()
+        infos = [info for info in self._infos.values() if info.name not in known]
+        return {self._hugging_face_name(info.name): self._tensor(info) for info in infos}
+
+    def _tensor(self, info: _Info) -> StoredTensor:
+        place = (info.name, info.kind, info.shape, self.directory, self.opened[0], self._lock, info.offset)
+        if self.architecture == "llama" and re.fullmatch(r"blk\.\d+\.attn_[qk]\.weight", info.name):
+            return _PairedRows(*place, head_dim=self._head_dim)
+        return StoredTensor(*place)
 
     def _hugging_face_name(self, name: str) -> str:
         layer = re.fullmatch(r"blk\.(0|[1-9][0-9]*)\.(\w+)\.(weight|bias)", name)
@@ -175,6 +192,7 @@ class GGUF(Files):
                 ("head_dim", "attention.key_length", dim // n_heads if n_heads else 0),
             )
         }
+        self._head_dim = Keys(self.directory, optional).integer("head_dim")
         for key, only in (
             ("attention.value_length", optional["head_dim"]),
             ("rope.dimension_count", optional["head_dim"]),
@@ -192,15 +210,64 @@ class GGUF(Files):
             "_name_or_path": _text(keys, "general.name", ""),
             "attention_bias": False,
             "hidden_act": "silu",
-            "rope_scaling": _rope_scaling(keys, architecture),
+            "rope_scaling": self._llama3_scaling(config) or _rope_scaling(keys, architecture),
             "tie_word_embeddings": "output.weight" not in self._infos,
             "vocab_size": embedding.shape[0],
         }  # fmt: skip
+
+    def _llama3_scaling(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        """rope_scaling of config.json from the factors that follow from it, if the file has them.
+
+        Only `factor` differs between the Llamas there are; factors that come of other numbers are refused.
+        """
+        import numpy as np
+
+        info = self._infos.get(_ROPE_FACTORS)
+        if info is None or self.architecture != "llama":
+            return None
+        if (info.kind, info.shape) != ("F32", (self._head_dim // 2,)):
+            expected = f"expected F32 [{self._head_dim // 2}]"
+            raise SourceError(
+                f"{self.directory}: {_ROPE_FACTORS} is {info.kind} {list(info.shape)}, {expected}"
+            )
+        data = memoryview(bytearray(info.size))
+        self._tensor(info).read(0, data)
+        factors = to_float32(data, info.kind)
+        scaling = {"rope_type": "llama3", "factor": float(factors.max())}
+        scaling |= {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        with np.errstate(all="ignore"):  # a base that is no base is refused with the other numbers
+            plain, scaled = (
+                inverse_frequencies(read_rope(Keys(self.directory, config | rope), self._head_dim))
+                for rope in ({}, {"rope_scaling": scaling})
+            )
+            fit = np.allclose(plain, scaled * factors, rtol=1e-4, atol=0)
+        if not fit:
+            raise SourceError(f"{self.directory}: {_ROPE_FACTORS} is not that of a Llama 3")
+        return scaling
 
     def _generation(self) -> dict[str, Any]:
         return {
             name: self._keys.values[key] for name, key in _SAMPLING_KEYS.items() if key in self._keys.values
         }
+
+
+@dataclass(frozen=True)
+class _PairedRows(StoredTensor):
+    """q_proj or k_proj of a Llama, whose heads GGUF stores for a rotary embedding of neighbouring rows.
+
+    There pair i of a head is rows 2i and 2i + 1; here, as in transformers, rows i and i + head_dim / 2.
+    """
+
+    head_dim: int
+
+    def read(self, start: int, out: memoryview) -> None:
+        """Fill `out` with whole rows from byte `start` on, in transformers' order."""
+        row_size = self.size // self.shape[0]
+        for at in range(0, len(out), row_size):
+            head, row = divmod((start + at) // row_size, self.head_dim)
+            half, pair = divmod(row, self.head_dim // 2)
+            stored = head * self.head_dim + 2 * pair + half
+            super().read(stored * row_size, out[at : at + row_size])
 
 
 def _check_kind(keys: Keys) -> str:

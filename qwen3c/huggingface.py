@@ -20,7 +20,7 @@ import stat
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,10 +43,15 @@ class Architecture:
     number: int  # in format.ARCHITECTURES
     qk_norm: bool
     qkv_bias: bool
+    implied: tuple[str, ...] = ()  # keys that config.json need not state
 
 
-# Qwen3MoeForCausalLM, Qwen2ForCausalLM (qkv_bias) and LlamaForCausalLM go here
-ARCHITECTURES = {"Qwen3ForCausalLM": Architecture(number=1, qk_norm=True, qkv_bias=False)}
+_IMPLIED = ("attention_bias", "head_dim")
+ARCHITECTURES = {
+    "Qwen3ForCausalLM": Architecture(1, qk_norm=True, qkv_bias=False),
+    "Qwen2ForCausalLM": Architecture(3, qk_norm=False, qkv_bias=True, implied=_IMPLIED),
+    "LlamaForCausalLM": Architecture(4, qk_norm=False, qkv_bias=False, implied=_IMPLIED),
+}
 
 # Config field -> key of config.json; all required
 _KEY_OF = {
@@ -55,7 +60,6 @@ _KEY_OF = {
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
     "vocab_size": "vocab_size",
     "context": "max_position_embeddings",
     "rms_eps": "rms_norm_eps",
@@ -99,14 +103,26 @@ class Checkpoint:
     Raises SourceError, before any weight is read, if anything is missing, contradictory or unsupported.
     """
 
-    def __init__(self, files: Files, group_size: int | None = None, name: str | None = None) -> None:
+    def __init__(
+        self,
+        files: Files,
+        group_size: int | None = None,
+        name: str | None = None,
+        yarn: float | None = None,
+        yarn_attn_factor: float | None = None,
+    ) -> None:
+        """yarn: stretch a model of default rope by this factor. yarn_attn_factor: its factor on cos and sin."""
         self.files = files
         group_size = files.group_size if group_size is None else group_size
         keys = files.keys("config.json")
         architecture = _supported_architecture(keys)
         self.tokenizer, n_tokens = _read_tokenizer(files, keys.integer("vocab_size"))
-        self.rope = read_rope(keys, keys.integer("head_dim"))
+        self.rope = read_rope(keys, _head_dim(keys, ARCHITECTURES[architecture]))
+        if yarn is not None or yarn_attn_factor is not None:
+            self.rope = _stretched(keys, self.rope, yarn, yarn_attn_factor)
         self.config = _read_config(keys, ARCHITECTURES[architecture], self.rope, n_tokens, group_size)
+        if yarn is not None:
+            self.config = _longer(keys, self.config, self.rope)
         self.template = _read_template(files)
         self.tensors = _open_tensors(files, self.config)
         generation = files.keys("generation_config.json", optional=True)
@@ -115,6 +131,7 @@ class Checkpoint:
             "thinking": thinking_kind(self.template),
             "eos_token_ids": _eos_token_ids(keys, generation, n_tokens),
             "generation": generation.numbers(_GENERATION_KEYS),
+            "rope": self.rope.description(),
             "special_tokens": _special_tokens(files.keys("tokenizer_config.json", optional=True)),
             "source": self._provenance(architecture, keys.values),
         }
@@ -291,7 +308,9 @@ def _supported_architecture(keys: Keys) -> str:
         supported = ", ".join(ARCHITECTURES)
         raise SourceError(f"{keys.path}: architectures is {names!r}, supported: {supported}")
     for key, only in _FIXED_KEYS.items():
-        if keys.require(key) != only:
+        if key not in ARCHITECTURES[names[0]].implied:
+            keys.require(key)
+        if keys.values.get(key, only) != only:
             raise SourceError(f"{keys.path}: {key} is {keys.values[key]!r}, supported: {only!r}")
     for key, only in _OPTIONAL_FIXED_KEYS.items():
         if keys.values.get(key) not in (None, only):
@@ -306,9 +325,10 @@ def _supported_architecture(keys: Keys) -> str:
 def _read_config(
     keys: Keys, architecture: Architecture, rope: Rope, n_tokens: int, group_size: int
 ) -> format.Config:
-    values: dict[str, Any] = {}
-    for field, key in _KEY_OF.items():
-        values[field] = keys.number(key) if field == "rms_eps" else keys.integer(key)
+    values: dict[str, Any] = {"head_dim": rope.head_dim}
+    for field, key in {**_KEY_OF, "head_dim": "head_dim"}.items():
+        if field != "head_dim":
+            values[field] = keys.number(key) if field == "rms_eps" else keys.integer(key)
         try:
             format.check_range(field, values[field])
         except ValueError as error:
@@ -332,22 +352,46 @@ def _read_config(
     return config
 
 
+def _head_dim(keys: Keys, architecture: Architecture) -> int:
+    """head_dim, which Qwen2 and Llama leave to hidden_size / num_attention_heads."""
+    if "head_dim" not in architecture.implied or keys.values.get("head_dim") is not None:
+        return keys.integer("head_dim")
+    dim, n_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+    if n_heads < 1 or dim % n_heads:
+        raise SourceError(
+            f"{keys.path}: hidden_size = {dim} is not a multiple of num_attention_heads = {n_heads}"
+        )
+    return dim // n_heads
+
+
 # ----------------------------------------------------------------------------
 # Rotary embedding
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Everything config.json says about the rotary embedding."""
+    """Everything config.json says about the rotary embedding; `factor` is how far it is stretched."""
 
     type: str
     theta: float
     head_dim: int
     attention_scale: float = 1.0  # factor on cos and sin
+    factor: float = 1.0
+    original_context: int = 0  # positions before it was stretched: yarn, llama3
+    beta_fast: float = 32.0  # yarn: turns in that context above which a frequency stays
+    beta_slow: float = 1.0  # and below which it is divided by `factor`
+    truncate: bool = True  # yarn: between whole pairs
+    low_freq_factor: float = 1.0  # llama3: the same two limits
+    high_freq_factor: float = 4.0
 
     @property
     def number(self) -> int:
         return next(n for n, name in format.ROPE_TYPES.items() if name == self.type)
+
+    def description(self) -> dict[str, Any]:
+        """For the metadata: the numbers of this type."""
+        fields = ["type", "theta", "attention_scale", *_ROPE_FIELDS[self.type]]
+        return {field: getattr(self, field) for field in dict.fromkeys(fields)}
 
 
 def _default_frequencies(rope: Rope) -> NDArray[np.float64]:
@@ -357,9 +401,63 @@ def _default_frequencies(rope: Rope) -> NDArray[np.float64]:
     return rope.theta ** (-2.0 * np.arange(rope.head_dim // 2) / rope.head_dim)
 
 
-# linear, yarn and llama3 go here, each with the keys of its dict
-_FREQUENCIES: dict[str, Callable[[Rope], NDArray[np.float64]]] = {"default": _default_frequencies}
-_ROPE_KEYS = {"default": {"rope_type", "type", "rope_theta", "partial_rotary_factor"}}
+def _linear_frequencies(rope: Rope) -> NDArray[np.float64]:
+    """Every frequency divided by `factor` (position interpolation, Chen et al. 2023)."""
+    return _default_frequencies(rope) / rope.factor
+
+
+def _yarn_frequencies(rope: Rope) -> NDArray[np.float64]:
+    """Fast frequencies stay, slow ones are divided by `factor`, a ramp between (YaRN, Peng et al. 2023, 3.2)."""
+    import numpy as np
+
+    def pair(turns: float) -> float:
+        """The index i whose frequency makes so many turns in the original context."""
+        period = rope.original_context / (turns * 2 * math.pi)
+        return rope.head_dim * math.log(period) / (2 * math.log(rope.theta))
+
+    low, high = pair(rope.beta_fast), pair(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.head_dim - 1)
+    high += 0.001 * (low == high)
+    ramp = np.clip((np.arange(rope.head_dim // 2) - low) / (high - low), 0, 1)
+    frequencies = _default_frequencies(rope)
+    return frequencies / rope.factor * ramp + frequencies * (1 - ramp)
+
+
+def _llama3_frequencies(rope: Rope) -> NDArray[np.float64]:
+    """As in YaRN, but the ramp runs over turns in the original context, between the two `freq_factor`s."""
+    import numpy as np
+
+    frequencies = _default_frequencies(rope)
+    turns = rope.original_context * frequencies / (2 * math.pi)
+    width = rope.high_freq_factor - rope.low_freq_factor
+    kept = np.clip((turns - rope.low_freq_factor) / width, 0, 1)
+    return frequencies / rope.factor * (1 - kept) + frequencies * kept
+
+
+_FREQUENCIES: dict[str, Callable[[Rope], NDArray[np.float64]]] = {
+    "default": _default_frequencies,
+    "linear": _linear_frequencies,
+    "yarn": _yarn_frequencies,
+    "llama3": _llama3_frequencies,
+}
+# Field of Rope -> key of the rope dict; those of _ROPE_OPTIONS may be missing
+_ROPE_FIELDS: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "yarn": {"factor": "factor", "original_context": "original_max_position_embeddings"},
+    "llama3": {
+        "factor": "factor",
+        "original_context": "original_max_position_embeddings",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+    },
+}
+_ROPE_OPTIONS = {"yarn": ("beta_fast", "beta_slow", "truncate")}
+_ANY_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+# DeepSeek-R1-0528-Qwen3-8B has attn_factor, which transformers ignores: see export.py --yarn-attn-factor
+_YARN_SCALE_KEYS = {"attention_factor", "mscale", "mscale_all_dim", "attn_factor"}
 
 
 def read_rope(keys: Keys, head_dim: int) -> Rope:
@@ -378,7 +476,8 @@ def read_rope(keys: Keys, head_dim: int) -> Rope:
     if not isinstance(rope_type, str) or rope_type not in _FREQUENCIES:
         supported = ", ".join(_FREQUENCIES)
         raise SourceError(f"{keys.path}: rope type {rope_type!r} is not supported (supported: {supported})")
-    unknown = sorted(values.keys() - _ROPE_KEYS[rope_type])
+    known = _ANY_ROPE_KEYS | {*_ROPE_FIELDS[rope_type].values(), *_ROPE_OPTIONS.get(rope_type, ())}
+    unknown = sorted(values.keys() - known - (_YARN_SCALE_KEYS if rope_type == "yarn" else set()))
     if unknown:
         raise SourceError(f"{keys.path}: unknown key {unknown[0]!r} beside rope type {rope_type!r}")
     if values.get("partial_rotary_factor") not in (None, 1.0):
@@ -389,7 +488,79 @@ def read_rope(keys: Keys, head_dim: int) -> Rope:
     if keys.values.get("rope_theta") is not None and keys.number("rope_theta") != theta:
         other = keys.values["rope_theta"]
         raise SourceError(f"{keys.path}: rope_theta is {other!r} and, in {found[0]}, {theta!r}")
-    return Rope(rope_type, theta, head_dim)
+    return _checked(keys, _read_rope_numbers(nested, Rope(rope_type, theta, head_dim)))
+
+
+def _read_rope_numbers(keys: Keys, rope: Rope) -> Rope:
+    """`rope` with the numbers of its type from its dict."""
+    numbers: dict[str, Any] = {}
+    for field, key in _ROPE_FIELDS[rope.type].items():
+        numbers[field] = keys.integer(key) if field == "original_context" else keys.number(key)
+    for key in _ROPE_OPTIONS.get(rope.type, ()):
+        if keys.values.get(key) is not None:
+            numbers[key] = keys.flag(key) if key == "truncate" else keys.number(key)
+    if rope.type == "yarn":
+        scales = keys.numbers(("attention_factor", "mscale", "mscale_all_dim"))
+        numbers["attention_scale"] = float(
+            scales.get("attention_factor", _yarn_scale(numbers["factor"], scales))
+        )
+    return replace(rope, **numbers)
+
+
+def _yarn_scale(factor: float, scales: dict[str, int | float]) -> float:
+    """0.1 ln(factor) + 1 (YaRN, 3.4), or DeepSeek's ratio of two such if the dict has both numbers."""
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+    numerator, denominator = scales.get("mscale"), scales.get("mscale_all_dim")
+    return scale(numerator) / scale(denominator) if numerator and denominator else scale(1)
+
+
+def _checked(keys: Keys, rope: Rope) -> Rope:
+    """`rope`, if its frequencies can be computed."""
+    limits = (
+        ("factor", 1 <= rope.factor <= 1e6),
+        ("original_context", 1 <= rope.original_context <= 1 << 24 or rope.type in ("default", "linear")),
+        ("beta_slow", 0 < rope.beta_slow < rope.beta_fast <= 1e6),
+        ("low_freq_factor", 0 <= rope.low_freq_factor < rope.high_freq_factor <= 1e6),
+        ("theta", rope.theta > 1 or rope.type != "yarn"),
+    )
+    for field, sound in limits:
+        if not sound:
+            raise SourceError(
+                f"{keys.path}: rope type {rope.type!r}: {field} = {getattr(rope, field)} is out of range"
+            )
+    return rope
+
+
+def _stretched(keys: Keys, rope: Rope, factor: float | None, attention_scale: float | None) -> Rope:
+    """`rope` with YaRN by `factor`, or with another factor on cos and sin; None leaves what there is."""
+    if factor is not None:
+        if rope.type != "default":
+            raise SourceError(f"{keys.path}: --yarn {factor:g}: the rope is {rope.type!r} already")
+        if not factor > 1:
+            raise SourceError(f"{keys.path}: --yarn {factor:g}: the factor must be more than 1")
+        context = keys.integer("max_position_embeddings")
+        # Qwen3 was trained on 32,768 positions; its config.json adds 8,192 (its model card)
+        original = 32768 if context == 40960 else context
+        scale = _yarn_scale(factor, {})
+        rope = replace(rope, type="yarn", factor=factor, original_context=original, attention_scale=scale)
+    if attention_scale is not None:
+        if rope.type != "yarn":
+            raise SourceError(f"{keys.path}: --yarn-attn-factor: the rope is {rope.type!r}, not 'yarn'")
+        rope = replace(rope, attention_scale=attention_scale)
+    return _checked(keys, rope)
+
+
+def _longer(keys: Keys, config: format.Config, rope: Rope) -> format.Config:
+    """`config` with the context that a rope stretched by the user reaches."""
+    config = replace(config, context=int(rope.factor * rope.original_context))
+    try:
+        format.check_config(config)
+    except ValueError as error:
+        raise SourceError(f"{keys.path}: --yarn {rope.factor:g}: {error}") from None
+    return config
 
 
 def inverse_frequencies(rope: Rope) -> NDArray[np.float32]:

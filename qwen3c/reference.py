@@ -79,13 +79,16 @@ def softmax(x: Array) -> Array:
 def attention(x: Array, c: Config, w: dict[str, Array], prefix: str) -> Array:
     """Causal self-attention with grouped queries: n_heads / n_kv_heads query heads share a KV head. x (n, dim)."""
     n = len(x)
-    q = (x @ w[prefix + "q_proj.weight"].T).reshape(n, c.n_heads, c.head_dim)
-    k = (x @ w[prefix + "k_proj.weight"].T).reshape(n, c.n_kv_heads, c.head_dim)
-    v = (x @ w[prefix + "v_proj.weight"].T).reshape(n, c.n_kv_heads, c.head_dim)
+    q, k, v = (x @ w[f"{prefix}{name}_proj.weight"].T for name in "qkv")
+    if c.qkv_bias:  # Qwen2
+        q, k, v = (y + w[f"{prefix}{name}_proj.bias"] for name, y in zip("qkv", (q, k, v), strict=True))
+    q = q.reshape(n, c.n_heads, c.head_dim)
+    k = k.reshape(n, c.n_kv_heads, c.head_dim)
+    v = v.reshape(n, c.n_kv_heads, c.head_dim)
 
-    # Qwen3 normalises every head of q and k before it rotates them by position
-    q = rmsnorm(q, w[prefix + "q_norm.weight"], c.rms_eps)
-    k = rmsnorm(k, w[prefix + "k_norm.weight"], c.rms_eps)
+    if c.qk_norm:  # Qwen3 normalises every head of q and k before it rotates them by position
+        q = rmsnorm(q, w[prefix + "q_norm.weight"], c.rms_eps)
+        k = rmsnorm(k, w[prefix + "k_norm.weight"], c.rms_eps)
     q = rotate(q, w[ROPE_TENSOR], c.rope_attention_scale)
     k = rotate(k, w[ROPE_TENSOR], c.rope_attention_scale)
 

@@ -53,8 +53,10 @@ _NAMES = {
 
 def small_gguf(dtype: str = "F32", **shape: Any) -> tuple[Keys, Tensors]:
     """Keys and tensors of a small model; matrices as `dtype`, vectors as F32."""
+    architecture = shape.get("architecture", "qwen3")
     config, generation = config_json(**shape), generation_config_json()
     thinking = shape.get("thinking", "hybrid")
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     keys: Keys = {
         "general.architecture": "qwen3",
         "general.type": "model",
@@ -66,20 +68,62 @@ def small_gguf(dtype: str = "F32", **shape: Any) -> tuple[Keys, Tensors]:
         "qwen3.feed_forward_length": config["intermediate_size"],
         "qwen3.attention.head_count": config["num_attention_heads"],
         "qwen3.attention.head_count_kv": config["num_key_value_heads"],
-        "qwen3.attention.key_length": config["head_dim"],
-        "qwen3.attention.value_length": config["head_dim"],
+        "qwen3.attention.key_length": head_dim,
+        "qwen3.attention.value_length": head_dim,
         "qwen3.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
         "qwen3.rope.freq_base": config.get("rope_theta") or config["rope_parameters"]["rope_theta"],
         "general.sampling.top_k": generation["top_k"],
         "general.sampling.top_p": generation["top_p"],
         "general.sampling.temp": generation["temperature"],
     }
+    keys = {key.replace("qwen3.", f"{architecture}."): value for key, value in keys.items()}
+    keys |= {"general.architecture": architecture} | rope_keys(architecture, shape.get("rope", {}))
     keys |= vocabulary_keys(json.loads(tokenizer_json()), config["vocab_size"], "qwen2")
     keys["tokenizer.chat_template"] = TEMPLATES[thinking]
     tensors: Tensors = {}
     for name, weights in small_weights(**shape).items():
+        if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            weights = pair_rows(weights, head_dim)
         tensors[gguf_name(name)] = encode(weights, dtype if weights.ndim > 1 else "F32")
+    if shape.get("rope", {}).get("rope_type") == "llama3":
+        factors = llama3_factors(shape["rope"], keys["llama.rope.freq_base"], head_dim)
+        tensors["rope_freqs.weight"] = encode(factors, "F32")
     return keys, tensors
+
+
+def pair_rows(weights: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
+    """Rows of q or k of a Llama as the converter orders them: i and i + head_dim / 2 become neighbours."""
+    heads = weights.reshape(-1, 2, head_dim // 2, weights.shape[1])
+    return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(weights.shape)
+
+
+def rope_keys(architecture: str, rope: dict[str, Any]) -> Keys:
+    names = {
+        "rope_type": "type",
+        "factor": "factor",
+        "original_max_position_embeddings": "original_context_length",
+        "beta_fast": "yarn_beta_fast",
+        "beta_slow": "yarn_beta_slow",
+    }
+    if rope.get("rope_type") == "llama3":
+        return {}
+    return {f"{architecture}.rope.scaling.{names[key]}": value for key, value in rope.items()}
+
+
+def llama3_factors(rope: dict[str, Any], theta: float, head_dim: int) -> NDArray[np.float32]:
+    """What divides each frequency: 1 where it makes many turns in the original context, `factor` where few."""
+    factors = []
+    for i in range(head_dim // 2):
+        turns = rope["original_max_position_embeddings"] * theta ** (-2 * i / head_dim) / (2 * np.pi)
+        if turns > rope["high_freq_factor"]:
+            factors.append(1.0)
+        elif turns < rope["low_freq_factor"]:
+            factors.append(rope["factor"])
+        else:
+            width = rope["high_freq_factor"] - rope["low_freq_factor"]
+            smooth = (turns - rope["low_freq_factor"]) / width
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.array(factors, np.float32)
 
 
 def vocabulary_keys(tokenizer: dict[str, Any], vocab_size: int, pre: str) -> Keys:

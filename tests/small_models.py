@@ -36,8 +36,14 @@ DEFAULTS: dict[str, Any] = {
     "shards": 1,
     "std": 0.1,  # large enough that a small model's logits are far from flat
     "seed": 0,
+    "architecture": "qwen3",  # or qwen2, llama
+    "rope": {},  # the rope dict: {"rope_type": "yarn", "factor": 4.0, ...}
     "thinking": "hybrid",  # picks the chat template: hybrid, always, none
 }
+
+CLASSES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+# What config.json of the older families does not state (with head_dim = dim / n_heads)
+IMPLIED_KEYS = {"qwen2": ("attention_bias", "head_dim"), "llama": ("attention_bias",)}
 
 # Qwen's pattern: contractions, words, single digits, punctuation, newlines, spaces
 SPLIT_PATTERN = (
@@ -123,6 +129,9 @@ def small_weights(**shape: Any) -> dict[str, NDArray[np.float32]]:
     q_dim, kv_dim = s["n_heads"] * head_dim, s["n_kv_heads"] * head_dim
     weights = {"model.embed_tokens.weight": normal(s["vocab_size"], dim), "model.norm.weight": near_one(dim)}
     for layer in range(s["n_layers"]):
+        if s["architecture"] == "qwen2":
+            for name, n in (("q", q_dim), ("k", kv_dim), ("v", kv_dim)):
+                weights[f"model.layers.{layer}.self_attn.{name}_proj.bias"] = normal(n)
         weights |= {
             f"model.layers.{layer}.{name}.weight": tensor
             for name, tensor in {
@@ -138,6 +147,7 @@ def small_weights(**shape: Any) -> dict[str, NDArray[np.float32]]:
                 "mlp.up_proj": normal(hidden_dim, dim),
                 "mlp.down_proj": normal(dim, hidden_dim),
             }.items()
+            if s["architecture"] == "qwen3" or name not in ("self_attn.q_norm", "self_attn.k_norm")
         }
     if not s["tied"]:
         weights["lm_head.weight"] = normal(s["vocab_size"], dim)
@@ -149,8 +159,8 @@ def config_json(**shape: Any) -> dict[str, Any]:
     s = _with_defaults(shape)
     torch_dtype = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[s["dtype"]]
     config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
+        "architectures": [CLASSES[s["architecture"]]],
+        "model_type": s["architecture"],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": token_id("<|endoftext|>"),
@@ -172,10 +182,14 @@ def config_json(**shape: Any) -> dict[str, Any]:
         "use_sliding_window": False,
         "vocab_size": s["vocab_size"],
     }
+    for key in IMPLIED_KEYS.get(s["architecture"], ()):
+        del config[key]
+    if s["architecture"] == "llama":
+        config["mlp_bias"] = False
     if s["dialect"] == 4:
-        rope = {"rope_scaling": None, "rope_theta": s["rope_theta"]}
+        rope = {"rope_scaling": s["rope"] or None, "rope_theta": s["rope_theta"]}
         return config | rope | {"torch_dtype": torch_dtype, "transformers_version": "4.51.0"}
-    rope = {"rope_parameters": {"rope_theta": s["rope_theta"], "rope_type": "default"}}
+    rope = {"rope_parameters": {"rope_theta": s["rope_theta"], "rope_type": "default"} | s["rope"]}
     layer_types = ["full_attention"] * s["n_layers"]
     config |= {"layer_types": layer_types, "pad_token_id": None, "dtype": torch_dtype}
     return config | rope | {"transformers_version": "5.23.0"}

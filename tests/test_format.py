@@ -269,7 +269,8 @@ def describes_another_sound_model(name: str, value: float) -> bool:
         return max(METADATA["eos_token_ids"]) < value <= CONFIG.vocab_size
     if name == "vocab_size":  # rows within the last tile
         return CONFIG.n_tokens <= value <= format.align(CONFIG.vocab_size, format.TILE_ROWS)
-    return name in {"context", "rms_eps", "rope_theta", "rope_attention_scale"} and low <= value <= high
+    free = {"context", "rms_eps", "rope_theta", "rope_attention_scale", "architecture", "rope_type"}
+    return name in free and low <= value <= high
 
 
 def with_header(data: bytes, fields: dict[str, Any]) -> bytes:

@@ -24,7 +24,9 @@ from small_gguf import (
     UNUSED,
     Keys,
     Tensors,
+    encode,
     gguf_name,
+    pair_rows,
     small_gguf,
     vocabulary_keys,
     write_gguf,
@@ -39,11 +41,26 @@ from qwen3c.gguf import GGUF, PRE_TOKENIZERS, Vocabulary
 from qwen3c.huggingface import Checkpoint, Files, SourceError
 from qwen3c.huggingface import Keys as JsonKeys
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SHAPES: list[dict[str, Any]] = [
     {},
     {"tied": False, "n_layers": 3, "rope_theta": 5e6, "rms_eps": 1e-5, "thinking": "always"},
     # k and v of 24 rows: tiles that hold rows of two tensors; 500 rows of vocabulary: a tile that is not full
     {"dim": 96, "n_heads": 8, "n_kv_heads": 2, "head_dim": 12, "vocab_size": 500, "context": 77},
+    {"architecture": "qwen2", "n_heads": 2, "n_kv_heads": 1, "rope": {"rope_type": "linear", "factor": 3.0}},
+    {
+        "architecture": "llama",
+        "rope_theta": 5e5,
+        "head_dim": 24,
+        "dim": 96,
+        "rope": LLAMA3,
+        "context": 131072,
+        "tied": False,
+    },
+    {"rope": YARN, "context": 131072, "n_layers": 1},
+    {"rope": YARN | {"beta_fast": 16.0, "beta_slow": 2.0}, "context": 131072, "n_layers": 1},
 ]
 
 
@@ -137,19 +154,26 @@ def test_q8_0_weights_are_exactly_those_of_the_package(tmp_path: Path, shape: di
     keys, tensors = small_gguf(**shape)
     q8_0 = package.GGMLQuantizationType.Q8_0
     for name, w in weights.items():
+        if shape.get("architecture") == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            w = pair_rows(w, shape["head_dim"])
         tensors[gguf_name(name)] = ("Q8_0", w.shape, package.quants.quantize(w, q8_0).tobytes())
     export(write_gguf(tmp_path / "model.gguf", keys, tensors), tmp_path / "model.bin")
     assert all(sound for _, sound in ModelFile(tmp_path / "model.bin").verify())
     model = Model(tmp_path / "model.bin")
     for name, w in weights.items():
         blocks = np.frombuffer(tensors[gguf_name(name)][2], np.uint8).reshape(w.shape[0], -1)
-        assert (model.weight(name) == package.quants.dequantize(blocks, q8_0)).all(), name
+        expected = package.quants.dequantize(blocks, q8_0)
+        if shape.get("architecture") == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            expected = expected.reshape(-1, shape["head_dim"] // 2, 2, w.shape[1]).swapaxes(1, 2)
+        assert (model.weight(name) == expected.reshape(w.shape)).all(), name
 
 
 @pytest.mark.parametrize(
     "shape",
     [
         {"n_heads": 2, "n_kv_heads": 1, "head_dim": 128, "tied": False},
+        {"architecture": "qwen2", "n_heads": 2, "n_kv_heads": 1, "context": 512},
+        {"architecture": "llama", "dim": 96, "n_heads": 4, "n_kv_heads": 2, "head_dim": 24, "tied": False},
     ],
 )
 def test_logits_are_those_of_transformers_on_the_same_file(tmp_path: Path, shape: dict[str, Any]) -> None:
@@ -358,6 +382,14 @@ def list_item(key: str, i: int, value: str) -> Callable[[Keys, Tensors], object]
     return lambda keys, tensors: keys[f"tokenizer.ggml.{key}"].__setitem__(i, value)
 
 
+def to_llama(keys: Keys, tensors: Tensors, factors: NDArray[np.float64]) -> None:
+    """Make a Llama with these factors of the file; the tensors it should not have come to nobody's notice."""
+    for key in [key for key in keys if key.startswith("qwen3.")]:
+        keys["llama." + key.removeprefix("qwen3.")] = keys.pop(key)
+    keys["general.architecture"] = "llama"
+    tensors["rope_freqs.weight"] = encode(factors.astype(np.float32), "F32")
+
+
 FAULTS: dict[str, tuple[Callable[[Keys, Tensors], object], str]] = {
     "architecture": (changed(general__architecture="gemma3"), "architecture 'gemma3' is not supported"),
     "adapter": (changed(general__type="adapter"), "general.type is 'adapter', expected 'model'"),
@@ -375,6 +407,19 @@ FAULTS: dict[str, tuple[Callable[[Keys, Tensors], object], str]] = {
     "unknown key": (changed(qwen3__logit_scale=2.0), "key 'qwen3.logit_scale' is not supported"),
     "attention factor": (changed(qwen3__rope__scaling__attn_factor=0.5), "attn_factor is 0.5, supported: 1.0"),
     "rope kind": (changed(qwen3__rope__scaling__type="longrope"), "rope type 'longrope' is not supported"),
+    "head of no size": (changed(qwen3__attention__key_length="x"), "head_dim is 'x', expected an integer"),
+    "factors of no Llama": (
+        lambda keys, tensors: to_llama(keys, tensors, np.linspace(1, 8, 16)),
+        "rope_freqs.weight is not that of a Llama 3",
+    ),
+    "factors that are few": (
+        lambda keys, tensors: to_llama(keys, tensors, np.ones(8)),
+        "rope_freqs.weight is F32 [8], expected F32 [16]",
+    ),
+    "factors that are no numbers": (
+        lambda keys, tensors: to_llama(keys, tensors, np.full(16, np.nan)),
+        "factor is nan, expected a finite number",
+    ),
     "epsilon": (changed(qwen3__attention__layer_norm_rms_epsilon=float("nan")), "NaN is not a JSON number"),
     "no embedding": (removed("token_embd.weight"), "tensor token_embd.weight is missing"),
     "no norm": (removed("blk.1.ffn_norm.weight"), "post_attention_layernorm.weight [64] is missing"),
@@ -470,9 +515,12 @@ def damaged(r: random.Random, data: bytes, header: int) -> bytes:
     return data[:at] + data[source : source + n] + data[at + n :]
 
 
-def test_thousands_of_damaged_files_end_in_one_line_or_in_a_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [{}, {"architecture": "llama", "rope": LLAMA3}])
+def test_thousands_of_damaged_files_end_in_one_line_or_in_a_model(
+    tmp_path: Path, shape: dict[str, Any]
+) -> None:
     """Never in another exception. A changed letter of a token or a name may pass: GGUF has no checksums."""
-    keys, tensors = small_gguf(n_layers=1)
+    keys, tensors = small_gguf(n_layers=1, **shape)
     words = keys["tokenizer.ggml.tokens"][:256] + ["<|im_end|>"]
     keys |= {"tokenizer.ggml.tokens": words, "tokenizer.ggml.token_type": [NORMAL] * 256 + [CONTROL]}
     keys |= {
@@ -484,14 +532,14 @@ def test_thousands_of_damaged_files_end_in_one_line_or_in_a_model(tmp_path: Path
     data, r, refused = path.read_bytes(), random.Random(0), 0
     header = len(data) - sum(len(content) for _, _, content in tensors.values())
     assert read(path).config.n_layers == 1
-    for _ in range(2000):
+    for _ in range(1000):
         path.write_bytes(damaged(r, data, header))
         try:
             read(path)
         except SourceError as error:
             assert "\n" not in str(error)
             refused += 1
-    assert 1000 < refused < 2000
+    assert 500 < refused < 1000
 
 
 def test_damaged_file_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ python -m pytest tests/test_huggingface.py
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -368,6 +369,7 @@ def retype(name: str, dtype: str, item_size: int) -> Callable[[dict[str, Any]], 
 
 Q, NORM = "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+NO_WIDTH = YARN | {"rope_type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 4.0}
 OVERLAP = '"data_offsets": [0, 65536]', '"data_offsets": [64, 65600]'
 
 # what is done to a sound directory -> what the one line says
@@ -414,8 +416,29 @@ FAULTS: dict[str, tuple[Damage, str]] = {
         "quantization_config says 'awq': already quantised",
     ),
     "quantised odd": (edit_config(quantization_config=[]), "quantization_config says []: already quantised"),
-    "yarn": (edit_config(rope_scaling=YARN), "rope type 'yarn' is not supported (supported: default)"),
-    "old spelling of linear": (edit_config(rope_scaling={"type": "linear"}), "rope type 'linear'"),
+    "rope unknown": (edit_config(rope_scaling={"type": "longrope"}), "rope type 'longrope' is not supported"),
+    "linear without factor": (
+        edit_config(rope_scaling={"type": "linear"}),
+        "required key 'factor' is missing",
+    ),
+    "yarn without context": (
+        edit_config(rope_scaling={"type": "yarn", "factor": 4}),
+        "required key 'original_max_position_embeddings' is missing",
+    ),
+    "yarn with an unknown key": (
+        edit_config(rope_scaling=YARN | {"x": 1}),
+        "unknown key 'x' beside rope type",
+    ),
+    "yarn that shrinks": (edit_config(rope_scaling=YARN | {"factor": 0.5}), "factor = 0.5 is out of range"),
+    "yarn with limits swapped": (
+        edit_config(rope_scaling=YARN | {"beta_fast": 1, "beta_slow": 32}),
+        "beta_slow = 32.0 is out of range",
+    ),
+    "yarn of a huge scale": (
+        edit_config(rope_scaling=YARN | {"attention_factor": 1e9}),
+        "rope_attention_scale = 1000000000.0 is outside",
+    ),
+    "llama3 without a width": (edit_config(rope_scaling=NO_WIDTH), "low_freq_factor = 4.0 is out of range"),
     "rope type odd": (edit_config(rope_scaling={"rope_type": ["x"]}), "rope type ['x'] is not supported"),
     "rope key unknown": (
         edit_config(rope_scaling={"factor": 2}),
@@ -581,6 +604,38 @@ def test_key_the_forward_pass_needs_has_no_default(tmp_path: Path, dialect: int)
             assert f"config.json: required key '{missing}' is missing" in refusal(source)
         else:
             read(source)
+
+
+def test_yarn_is_asked_for_at_export(tmp_path: Path) -> None:
+    source = write_small_model(tmp_path, context=40960)
+    with Files(source) as files:
+        checkpoint = Checkpoint(files, yarn=4.0)
+        assert checkpoint.config.context == 131072  # of the 32768 Qwen3 was trained on
+        assert checkpoint.metadata["rope"] == {
+            "type": "yarn",
+            "theta": 1e6,
+            "attention_scale": 0.1 * math.log(4) + 1,
+            "factor": 4.0,
+            "original_context": 32768,
+        }
+        change(source / "config.json", rope_scaling=YARN)
+        assert Checkpoint(files).rope == checkpoint.rope
+        assert Checkpoint(files, yarn_attn_factor=1.0).config.rope_attention_scale == 1.0
+        for wrong, reason in (
+            ({"yarn": 2.0}, "the rope is 'yarn' already"),
+            ({"yarn_attn_factor": math.nan}, "rope_attention_scale = nan is outside"),
+        ):
+            with pytest.raises(SourceError, match=reason):
+                Checkpoint(files, **wrong)
+        change(source / "config.json", rope_scaling=None)
+        for wrong, reason in (
+            ({"yarn": 1.0}, "the factor must be more than 1"),
+            ({"yarn": math.inf}, "factor = inf is out of range"),
+            ({"yarn": 1e5}, "context = 3276800000 is outside"),
+            ({"yarn_attn_factor": 1.0}, "the rope is 'default', not 'yarn'"),
+        ):
+            with pytest.raises(SourceError, match=reason):
+                Checkpoint(files, **wrong)
 
 
 def test_eos_must_be_named_somewhere(source: Path) -> None:

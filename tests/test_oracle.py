@@ -34,6 +34,17 @@ def case(name: str, length: int, **shape: Any) -> Any:
     return pytest.param(length, {"context": 1024, **shape}, id=name)
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "original_max_position_embeddings": 128,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+DEEPSEEK = YARN | {"attn_factor": 0.8782488562869419}  # which transformers ignores
+
 SHAPES = [
     case("1 query per kv head, tied", 330, n_heads=4, n_kv_heads=4),
     case("2 queries, untied, float32", 150, group_size=32, n_heads=4, n_kv_heads=2, tied=False, dtype="F32"),
@@ -47,13 +58,90 @@ SHAPES = [
     case("dialect 5, sharded, untied", 600, dialect=5, shards=3, tied=False, rope_theta=5e6, n_layers=3),
     case("odd sizes", 150, group_size=32, dim=96, hidden_dim=160, n_heads=6, n_kv_heads=3, vocab_size=501),
     case("head_dim 48", 330, group_size=32, n_heads=4, n_kv_heads=1, head_dim=48, n_layers=3),
+    # rope kinds: yarn and llama3 go far beyond the original 128 positions
+    case("linear", 330, rope=LINEAR),
+    case("linear, dialect 5, theta 1e4", 330, rope=LINEAR, dialect=5, rope_theta=1e4),
+    case("linear by 2.5, untied", 150, rope=LINEAR | {"factor": 2.5}, tied=False, head_dim=64),
+    case("linear, head_dim 48", 600, group_size=32, rope=LINEAR, head_dim=48),
+    case("yarn", 600, rope=YARN),
+    case("yarn of DeepSeek, untied", 330, rope=DEEPSEEK, tied=False),
+    case("yarn, dialect 5, theta 1e4, head_dim 128", 600, rope=YARN, dialect=5, rope_theta=1e4, head_dim=128),
+    case("yarn with mscale", 330, rope=YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 16}),
+    case("yarn with its scale", 330, rope=YARN | {"attention_factor": 1.5, "truncate": False}, dialect=5),
+    # architectures
+    case("qwen2", 330, architecture="qwen2", head_dim=16),
+    case(
+        "qwen2, untied, theta 1e4, eps 1e-5",
+        150,
+        architecture="qwen2",
+        head_dim=16,
+        tied=False,
+        rope_theta=1e4,
+        rms_eps=1e-5,
+    ),
+    case(
+        "qwen2, dialect 5, 3 layers", 330, architecture="qwen2", dim=128, head_dim=32, dialect=5, n_layers=3
+    ),
+    case(
+        "qwen2, 8 queries, yarn",
+        600,
+        group_size=32,
+        architecture="qwen2",
+        n_heads=8,
+        n_kv_heads=1,
+        head_dim=8,
+        rope=YARN,
+    ),
+    case(
+        "llama, llama3 rope, eps 1e-5",
+        600,
+        architecture="llama",
+        head_dim=16,
+        rope=LLAMA3,
+        rms_eps=1e-5,
+        rope_theta=5e5,
+    ),
+    case(
+        "llama, factor 32, untied",
+        600,
+        architecture="llama",
+        head_dim=64,
+        tied=False,
+        rope=LLAMA3 | {"factor": 32.0},
+        rope_theta=5e5,
+    ),
+    case(
+        "llama, dialect 5, llama3 rope",
+        330,
+        architecture="llama",
+        dim=128,
+        head_dim=32,
+        dialect=5,
+        rope=LLAMA3,
+        dtype="F16",
+    ),
+    case(
+        "llama, default rope, shards",
+        150,
+        architecture="llama",
+        n_heads=8,
+        head_dim=8,
+        group_size=32,
+        shards=2,
+    ),
+    case("qwen3, llama3 rope", 330, rope=LLAMA3),
 ]
+ORACLES = {
+    "qwen3": transformers.Qwen3ForCausalLM,
+    "qwen2": transformers.Qwen2ForCausalLM,
+    "llama": transformers.LlamaForCausalLM,
+}
 
 
 def oracle(model: engine.Model, config: Any) -> Any:
-    """transformers' Qwen3 in float32 with the dequantised weights of `model`."""
+    """transformers' model in float32 with the dequantised weights of `model`."""
     config._attn_implementation = "eager"
-    hf = transformers.Qwen3ForCausalLM(config).eval()
+    hf = ORACLES[config.model_type](config).eval()
     with torch.no_grad():
         for name, parameter in hf.named_parameters():  # a tied lm_head is not listed
             parameter.copy_(torch.from_numpy(model.weight(name)))
@@ -94,7 +182,7 @@ def nmse(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
 def test_float32_logits_equal_those_of_transformers(length: int, shape: dict[str, Any], tmp_path: Path):
     model = engine.Model(str(export_small_model(tmp_path, **shape)), kv="f32", activations="float32")
     # the oracle takes its numbers from the source's config.json, not from ours
-    hf = oracle(model, transformers.Qwen3Config.from_pretrained(tmp_path / "source"))
+    hf = oracle(model, transformers.AutoConfig.from_pretrained(tmp_path / "source"))
     ids = np.random.default_rng(1).integers(0, model.config.vocab_size, length)
     assert nmse(model.session().forward(ids, logits="all"), oracle_logits(hf, ids)) <= NMSE_BOUND
 
