@@ -261,7 +261,7 @@ class Trainer(ABC):
         )
         self._say(f"step {self.step}: {figures}")
         self._draw()
-        return better and self.step > 0
+        return better
 
     # ------------------------------------------------------------------------
     # Checkpoints
