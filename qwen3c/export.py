@@ -1,17 +1,21 @@
-"""Hugging Face directory -> model.bin, streaming.
+"""Hugging Face directory or GGUF file -> model.bin, streaming.
 
     python export.py path/to/Qwen3-0.6B model.bin
+    python export.py path/to/Qwen3-0.6B model.bin --lora path/to/adapter
+    python export.py Qwen3-0.6B-Q8_0.gguf model.bin
 
     check      everything but the weights themselves, before any file is created
     convert    a million weights at a time to INT8 groups in tiles of 16 rows; each thread its own, in C
     write      in order, beside the target; renamed when whole
 
-The bytes depend on the contents of the source and the group size alone.
+The bytes depend on the contents of the source, the adapter and the group size alone. The codes and scales of
+Q8_0 weights are taken over as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -100,27 +104,36 @@ class Report:
 def export(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    group_size: int = 64,
+    group_size: int | None = None,
     threads: int | None = None,
     name: str | None = None,
     progress: ProgressCallback | None = None,
+    lora: str | os.PathLike[str] | None = None,
     yarn: float | None = None,
     yarn_attn_factor: float | None = None,
 ) -> Report:
-    """Convert the Hugging Face directory `source` into the file `target`.
+    """Convert the Hugging Face directory or GGUF file `source` into the file `target`.
 
+    group_size: weights that share a scale (default: 64; 32 for a GGUF file with Q8_0 weights).
     threads: for the quantisation (default: cpu.default_threads()); the result does not depend on it.
     name: what the model calls itself (default: from config.json).
+    lora: directory of a PEFT adapter, merged into the weights on their way.
     yarn: stretch the context of a model of default rope by this factor. yarn_attn_factor: the factor on cos and
     sin, in place of what transformers computes from the configuration.
     Raises SourceError (huggingface.py) or OSError; the target is then what it was before.
     """
     from .cpu import default_threads
     from .huggingface import Checkpoint, Files
+    from .lora import merge
 
     start = time.monotonic()
-    with Files(source) as files:
+    with contextlib.ExitStack() as opened:
+        files = opened.enter_context(_source(source))
         checkpoint = Checkpoint(files, group_size, name, yarn, yarn_attn_factor)
+        if lora is not None:
+            adapter = opened.enter_context(Files(lora, "adapter_config.json"))
+            merge(checkpoint, adapter)
+            path = _check_target(target, adapter)
         path = _check_target(target, files)
         writer = _writer(path, checkpoint, files)
         _check_space(path, writer.file_size)
@@ -157,7 +170,7 @@ class Estimate:
 def estimate(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str] | None = None,
-    group_size: int = 64,
+    group_size: int | None = None,
     name: str | None = None,
     yarn: float | None = None,
     yarn_attn_factor: float | None = None,
@@ -166,15 +179,22 @@ def estimate(
 
     No weight is read and nothing is written. Raises SourceError or OSError, as export does.
     """
-    from .huggingface import Checkpoint, Files
+    from .huggingface import Checkpoint
 
-    with Files(source) as files:
+    with _source(source) as files:
         checkpoint = Checkpoint(files, group_size, name, yarn, yarn_attn_factor)
         path = Path("model.bin").absolute() if target is None else _check_target(target, files)
         writer = _writer(path, checkpoint, files)
     free = shutil.disk_usage(path.parent).free
     sizes = (checkpoint.size, writer.file_size, len(checkpoint.tokenizer))
     return Estimate(checkpoint.metadata["name"], checkpoint.config, *sizes, str(path.parent), free)
+
+
+def _source(source: str | os.PathLike[str]) -> Files:
+    from .gguf import GGUF
+    from .huggingface import Files
+
+    return GGUF(source) if os.path.isfile(source) else Files(source)
 
 
 def _writer(path: Path, checkpoint: Checkpoint, files: Files) -> format.ModelWriter:
@@ -251,13 +271,16 @@ class _Part(NamedTuple):
     first_row: int
     data: memoryview
 
+    @property
+    def n(self) -> int:
+        """Weights."""
+        return len(self.data) * math.prod(self.stored.shape) // self.stored.size
+
     def to_float32(self) -> NDArray[np.float32]:
         """Shape (n,); exact."""
-        import numpy as np
+        from .huggingface import to_float32
 
-        if self.stored.dtype == "BF16":  # the upper half of a float32
-            return (np.frombuffer(self.data, "<u2").astype(np.uint32) << 16).view(np.float32)
-        return np.frombuffer(self.data, {"F16": "<f2", "F32": "<f4"}[self.stored.dtype]).astype(np.float32)
+        return to_float32(self.data, self.stored.dtype)
 
 
 class _Converted(NamedTuple):
@@ -345,16 +368,57 @@ def _quantize(
     piece: Slice, parts: list[_Part], group_size: int, out: memoryview
 ) -> tuple[float, float, float]:
     """Fill `out`; return the largest error, the sum of squared errors and of squared weights."""
+    import numpy as np
+
     from . import engine
 
     sources: list[tuple[Any, str]] = [(part.data, part.stored.dtype) for part in parts]
-    if len({dtype for _, dtype in sources}) > 1:  # of q, k and v, or of gate and up; widening is exact
+    dtypes = {dtype for _, dtype in sources}
+    if dtypes == {"Q8_0"}:
+        np.frombuffer(out, np.uint8)[:] = 0  # the rows that pad the last tile
+        _take_over(piece, parts, out)
+        return 0.0, 0.0, 0.0
+    if "Q8_0" in dtypes:  # zeros, until their own codes take their place
+        weights = [np.zeros(p.n, np.float32) if p.stored.dtype == "Q8_0" else p.to_float32() for p in parts]
+        sources = [(w.view("u1"), "F32") for w in weights]
+    elif len(dtypes) > 1:  # of q, k and v, or of gate and up; widening is exact
         sources = [(part.to_float32().view("u1"), "F32") for part in parts]
     n_tiles = -(-piece.rows // format.TILE_ROWS)
     *errors, bad = engine.quantize_tiles(sources, piece.columns, group_size, 0, n_tiles, out)
     if bad >= 0:
         _refuse(piece, parts, bad)
+    if "Q8_0" in dtypes:
+        _take_over(piece, parts, out)
     return errors[0], errors[1], errors[2]
+
+
+def _take_over(piece: Slice, parts: list[_Part], out: memoryview) -> None:
+    """Put the codes and scales of Q8_0 parts where docs/FORMAT.md wants them, in tiles of group size 32.
+
+    A negative scale becomes positive with its codes. There is no code -128 in model.bin, nor a scale that
+    is not finite: both are refused.
+    """
+    import numpy as np
+
+    tile = np.dtype([("codes", "i1", (8, format.TILE_ROWS, 4)), ("scales", "<u2", format.TILE_ROWS)])
+    tiles = np.frombuffer(out, tile).reshape(-1, piece.columns // 32)
+    row, index = 0, 0
+    for part in parts:
+        n = part.n // piece.columns
+        if part.stored.dtype == "Q8_0":
+            blocks = np.frombuffer(part.data, [("scale", "<u2"), ("codes", "i1", 32)]).reshape(n, -1)
+            scales, codes = blocks["scale"], blocks["codes"]
+            bad = (scales & 0x7C00) == 0x7C00
+            if bad.any():
+                _refuse(piece, parts, index + 32 * int(np.argmax(bad)))
+            if codes.min() == -128:
+                _refuse(piece, parts, index + int(np.argmin(codes)))
+            if (scales >> 15).any():
+                codes = np.where(scales[:, :, None] >> 15, -codes, codes)
+            which, lane = np.divmod(np.arange(row, row + n), format.TILE_ROWS)
+            tiles["codes"][which, :, :, lane] = codes.reshape(n, -1, 8, 4)
+            tiles["scales"][which, :, lane] = scales & 0x7FFF
+        row, index = row + n, index + part.n
 
 
 def _refuse(piece: Slice, parts: list[_Part], index: int) -> NoReturn:
@@ -370,6 +434,7 @@ def _refuse(piece: Slice, parts: list[_Part], index: int) -> NoReturn:
     row, column = divmod(index, piece.columns)
     place = f"{first_row + row}, {column}" if piece.tensor.quantized else f"{first_row + row}"
     limit = f" up to {MAX_WEIGHT:.7g}" if piece.tensor.quantized else ""
+    limit += ", and of Q8_0 no code -128," if stored.dtype == "Q8_0" else ""
     value = f"{stored.name}[{place}] is {values[which][index]:g}"
     raise SourceError(f"{stored.path}: {value}; only finite weights{limit} can be stored")
 
@@ -465,6 +530,7 @@ def main(argv: list[str] | None = None) -> int:
             args.threads,
             args.name,
             progress,
+            args.lora,
             args.yarn,
             args.yarn_attn_factor,
         )
@@ -490,10 +556,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="export.py",
         usage="export.py SRC OUT.bin [options]",
-        description="Convert a Hugging Face model directory into one model.bin.",
+        description="Convert a Hugging Face model directory or a GGUF file into one model.bin.",
     )
     parser.add_argument(
-        "source", metavar="SRC", help="directory with config.json, tokenizer.json, *.safetensors"
+        "source",
+        metavar="SRC",
+        help="directory with config.json, tokenizer.json, *.safetensors; or a GGUF file",
     )
     parser.add_argument("target", metavar="OUT.bin", nargs="?", help="file to write")
     parser.add_argument(
@@ -503,8 +571,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     sizes = ", ".join(map(str, format.GROUP_SIZES))
     parser.add_argument(
-        "--group-size", type=int, default=64, help=f"weights per scale: {sizes} (default: 64)"
+        "--group-size", type=int, help=f"weights per scale: {sizes} (default: 64; 32 for Q8_0)"
     )
+    parser.add_argument("--lora", metavar="DIR", help="merge this PEFT adapter into the weights")
     parser.add_argument(
         "--threads", type=int, help="threads (default: the physical cores this process may use)"
     )

@@ -86,7 +86,8 @@ _GENERATION_KEYS = (
     "frequency_penalty",
 )
 
-ITEM_SIZES = {"BF16": 2, "F16": 2, "F32": 4}
+# dtype -> weights and bytes of its smallest unit; Q8_0 (GGUF alone) is an fp16 scale and 32 codes
+BLOCKS = {"BF16": (1, 2), "F16": (1, 2), "F32": (1, 4), "Q8_0": (32, 34)}
 _QUANTIZED_DTYPE = re.compile(r"[IU]\d+$|F[468](_|$)|BOOL$")
 _TAKE_UNQUANTIZED = "already quantised; take the model's original BF16, F16 or F32 repository instead"
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the limit of the safetensors library
@@ -97,7 +98,7 @@ SINGLE_NAME = "model.safetensors"
 
 
 class Checkpoint:
-    """A checked Hugging Face directory: its numbers, its texts and where its tensors are.
+    """A checked Hugging Face directory, or a GGUF file seen as one: its numbers, its texts, its tensors.
 
     config     format.Config, group size included
     rope       what inverse_frequencies needs
@@ -112,13 +113,14 @@ class Checkpoint:
     def __init__(
         self,
         files: Files,
-        group_size: int = 64,
+        group_size: int | None = None,
         name: str | None = None,
         yarn: float | None = None,
         yarn_attn_factor: float | None = None,
     ) -> None:
         """yarn: stretch a model of default rope by this factor. yarn_attn_factor: its factor on cos and sin."""
         self.files = files
+        group_size = files.group_size if group_size is None else group_size
         keys = files.keys("config.json")
         architecture = _supported_architecture(keys)
         self.tokenizer, n_tokens = _read_tokenizer(files, keys.integer("vocab_size"))
@@ -168,12 +170,14 @@ class Checkpoint:
 class Files:
     """The files of a directory; leaving the `with` block closes those that were opened."""
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    group_size = 64  # of the weights, where the caller has no wish
+
+    def __init__(self, directory: str | os.PathLike[str], expected: str = "config.json") -> None:
         self.directory = directory = Path(directory)
         self.opened: list[FileIO] = []
         if not directory.is_dir():
             problem = "is not a directory" if directory.exists() else "no such directory"
-            raise SourceError(f"{directory}: {problem}; expected one with config.json and *.safetensors")
+            raise SourceError(f"{directory}: {problem}; expected one with {expected} and *.safetensors")
 
     def __enter__(self) -> Files:
         return self
@@ -218,6 +222,20 @@ class Files:
         """The JSON object in a file; a file that may be missing is then an empty object."""
         path = self.path(name)
         return Keys(path, {} if optional and not self.exists(name) else parse_json(path, self.bytes(name)))
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor of every safetensors file, by its Hugging Face name."""
+        stored: dict[str, StoredTensor] = {}
+        for file_name, names in _shards(self).items():
+            found = open_safetensors(self, file_name)
+            path = self.path(file_name)
+            for name in sorted(found.keys() & stored.keys()):
+                raise SourceError(f"{path}: {name} is also in {stored[name].path.name}")
+            for name in sorted(found.keys() ^ names) if names is not None else ():
+                fault = "is here, but not by" if name in found else "is missing, though here by"
+                raise SourceError(f"{path}: {name} {fault} {INDEX_NAME}")
+            stored |= found
+        return stored
 
 
 class Keys:
@@ -686,7 +704,7 @@ def _describe_size(config: format.Config) -> str:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in an open safetensors file: row-major, little-endian."""
+    """A tensor in an open file: row-major, little-endian."""
 
     name: str
     dtype: str
@@ -698,7 +716,8 @@ class StoredTensor:
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+        weights, size = BLOCKS[self.dtype]
+        return math.prod(self.shape) // weights * size
 
     def read(self, start: int, out: memoryview) -> None:
         """Fill `out` with the bytes of the tensor from byte `start` on."""
@@ -711,22 +730,27 @@ class StoredTensor:
                 out = out[n:]
 
 
+def to_float32(data: memoryview, dtype: str) -> NDArray[np.float32]:
+    """The numbers of whole units (BLOCKS) of a tensor, shape (n,); exact."""
+    import numpy as np
+
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    if dtype == "Q8_0":
+        blocks = np.frombuffer(data, [("scale", "<f2"), ("codes", "i1", 32)])
+        with np.errstate(invalid="ignore"):  # a scale that is no number is found by who uses the weights
+            return (blocks["scale"].astype(np.float32)[:, None] * blocks["codes"]).ravel()
+    return np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float32)
+
+
 def _open_tensors(files: Files, config: format.Config) -> dict[str, StoredTensor]:
     """The tensors of format.tensors(config), no fewer and no more, each with its shape and a known dtype."""
-    stored: dict[str, StoredTensor] = {}
-    for file_name, names in _shards(files).items():
-        found = _open_shard(files, file_name)
-        path = files.path(file_name)
-        for name in sorted(found.keys() & stored.keys()):
-            raise SourceError(f"{path}: {name} is also in {stored[name].path.name}")
-        for name in sorted(found.keys() ^ names) if names is not None else ():
-            fault = "is here, but not by" if name in found else "is missing, though here by"
-            raise SourceError(f"{path}: {name} {fault} {INDEX_NAME}")
-        stored |= found
+    stored = files.tensors()
     for tensor in stored.values():
-        if tensor.dtype not in ITEM_SIZES:
-            fault = _TAKE_UNQUANTIZED if _QUANTIZED_DTYPE.match(tensor.dtype) else "expected BF16, F16 or F32"
-            raise SourceError(f"{tensor.path}: {tensor.name} is {tensor.dtype}: {fault}")
+        check_dtype(tensor)
+        if tensor.dtype == "Q8_0" and config.group_size != 32:
+            fault = f"is Q8_0: group_size is {config.group_size}, but its codes and scales fit 32 only"
+            raise SourceError(f"{tensor.path}: {tensor.name} {fault}")
     stored = _split_experts(stored, config)
     expected = {part.name: (part.rows, *t.shape[1:]) for t in format.tensors(config) for part in t.parts}
     for name, shape in expected.items():
@@ -737,7 +761,7 @@ def _open_tensors(files: Files, config: format.Config) -> dict[str, StoredTensor
             raise SourceError(f"{stored[name].path}: {name} has shape {found_shape}, expected {list(shape)}")
     for name in sorted(stored.keys() - expected.keys()):
         if not _is_redundant(name, config):
-            raise SourceError(f"{stored[name].path}: unexpected tensor {name}")
+            raise SourceError(f"{stored[name].path}: unexpected tensor {stored[name].name}")
     return {name: stored[name] for name in expected}
 
 
@@ -751,13 +775,19 @@ def _split_experts(stored: dict[str, StoredTensor], config: format.Config) -> di
             continue
         _, rows, columns = tensor.shape
         kinds = ["down"] if fused[2] == "down" else ["gate", "up"]
-        shape = (rows // len(kinds), columns)
-        size = math.prod(shape) * ITEM_SIZES[tensor.dtype]
         for i in range(config.n_experts * len(kinds)):
             expert, which = divmod(i, len(kinds))
-            part = f"{fused[1]}.{expert}.{kinds[which]}_proj.weight"
-            result[part] = replace(tensor, name=part, shape=shape, offset=tensor.offset + i * size)
+            name = f"{fused[1]}.{expert}.{kinds[which]}_proj.weight"
+            part = replace(tensor, name=name, shape=(rows // len(kinds), columns))
+            result[name] = replace(part, offset=tensor.offset + i * part.size)
     return result
+
+
+def check_dtype(tensor: StoredTensor) -> None:
+    """Raise SourceError unless the tensor's numbers can be read."""
+    if tensor.dtype not in BLOCKS:
+        fault = _TAKE_UNQUANTIZED if _QUANTIZED_DTYPE.match(tensor.dtype) else "expected BF16, F16 or F32"
+        raise SourceError(f"{tensor.path}: {tensor.name} is {tensor.dtype}: {fault}")
 
 
 def _is_redundant(name: str, config: format.Config) -> bool:
@@ -786,7 +816,7 @@ def _shards(files: Files) -> dict[str, set[str] | None]:
     return shards
 
 
-def _open_shard(files: Files, file_name: str) -> dict[str, StoredTensor]:
+def open_safetensors(files: Files, file_name: str) -> dict[str, StoredTensor]:
     """The tensors of one file: u64 header length, JSON header, tensor bytes without holes."""
     from safetensors import SafetensorError, safe_open
 

@@ -1,0 +1,247 @@
+"""A PEFT adapter, checked and merged into a checkpoint while it streams.
+
+    adapter_config.json        -> what is adapted, and by which factor
+    adapter_model.safetensors  -> A and B of each adapted matrix
+
+    W' = W + s B A,  s = alpha / r, or alpha / sqrt(r) (rsLoRA)       Hu et al. 2021; Kalajdzievski 2023
+
+as peft's merge_and_unload computes it, in float32: W (rows, columns), A (r, columns), B (rows, r). What would make
+peft compute anything else is refused by name. Nothing is kept in memory: the rows of B and A are read with those of W.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .huggingface import (
+    Checkpoint,
+    Files,
+    Keys,
+    SourceError,
+    StoredTensor,
+    check_dtype,
+    open_safetensors,
+    to_float32,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# Keys that are honoured, and keys of training or of where things came from. All others must be empty.
+_HONOURED = {
+    *(
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "bias",
+    ),
+    *("exclude_modules", "layers_to_transform", "init_lora_weights"),
+    "fan_in_fan_out",  # peft ignores it where the base has Linear layers, as all of ours have
+}
+_WITHOUT_EFFECT = {
+    *(
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "lora_dropout",
+        "peft_version",
+        "revision",
+    ),
+    *("task_type", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config"),
+    *("corda_config", "lora_ga_config", "ensure_weight_tying"),
+}
+# The other kinds of start (PiSSA, OLoRA, CorDA, LoftQ, ...) change the base as well
+_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def merge(checkpoint: Checkpoint, adapter: Files) -> None:
+    """Make the tensors of `checkpoint` that the adapter changes deliver the changed weights.
+
+    Raises SourceError, before any weight is read, where the adapter is damaged, asks for something else than
+    LoRA, or was trained on a model of another shape.
+    """
+    keys = adapter.keys(CONFIG_NAME)
+    _check_keys(keys)
+    pairs = _pairs(adapter)
+    _check_targets(keys, pairs, checkpoint)
+    for module, (a, b) in pairs.items():
+        name = f"{module}.weight"
+        base = checkpoint.tensors.get(name)
+        if module == "lm_head" and checkpoint.config.tied_embedding:
+            raise SourceError(f"{a.path}: adapts lm_head, which in this base is the embedding as well")
+        if base is None or len(base.shape) != 2 or module == "model.embed_tokens":
+            raise SourceError(f"{a.path}: {module!r} is not a linear layer of the base model")
+        _check_shapes(keys, module, a, b, base)
+        fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(StoredTensor)}
+        fields |= {"name": f"{base.name} + LoRA", "dtype": "F32"}
+        checkpoint.tensors[name] = MergedTensor(
+            **fields, base=base, a=a, b=b, scale=_scale(keys, module, a.shape[0])
+        )
+    kept = {key: keys.values[key] for key in sorted(_HONOURED & keys.values.keys())}
+    checkpoint.metadata["source"]["lora"] = kept
+
+
+@dataclass(frozen=True)
+class MergedTensor(StoredTensor):
+    """base + scale x b a, in float32."""
+
+    base: StoredTensor
+    a: StoredTensor  # (r, columns)
+    b: StoredTensor  # (rows, r)
+    scale: float
+
+    def read(self, start: int, out: memoryview) -> None:
+        """Fill `out` with whole rows from byte `start` on.
+
+        The product is summed in float64 and rounded once, so the order in which a BLAS adds does not show.
+        """
+        import numpy as np
+
+        row_size = 4 * self.shape[1]
+        first, n = start // row_size, len(out) // row_size
+        with np.errstate(all="ignore"):  # what is not finite is refused, by place, when it is quantised
+            a, b = _rows(self.a, 0, self.a.shape[0]), _rows(self.b, first, n)
+            delta = self.scale * (b.astype(np.float64) @ a.astype(np.float64))
+            merged = _rows(self.base, first, n) + delta.astype(np.float32)
+        np.frombuffer(out, "<f4")[:] = merged.ravel()
+
+
+def _rows(tensor: StoredTensor, first: int, n: int) -> NDArray[np.float32]:
+    """Rows `first` to `first + n` of a matrix, (n, columns)."""
+    row_size = tensor.size // tensor.shape[0]
+    data = memoryview(bytearray(n * row_size))
+    tensor.read(first * row_size, data)
+    return to_float32(data, tensor.dtype).reshape(n, -1)
+
+
+def _check_keys(keys: Keys) -> None:
+    """Refuse every key that would make peft's merge differ from the formula above."""
+    kind = keys.require("peft_type")
+    if kind != "LORA":
+        raise SourceError(f"{keys.path}: peft_type is {kind!r}, supported: 'LORA'")
+    for key, value in keys.values.items():
+        if key not in _HONOURED | _WITHOUT_EFFECT and value not in (None, False, [], {}, ""):
+            raise SourceError(f"{keys.path}: {key} is {str(value)[:60]!r}, which is not supported")
+    if keys.values.get("bias", "none") != "none":
+        raise SourceError(f"{keys.path}: bias is {keys.values['bias']!r}, supported: 'none'")
+    start = keys.values.get("init_lora_weights", True)
+    if start not in _INITIALISATIONS:
+        raise SourceError(
+            f"{keys.path}: init_lora_weights is {start!r}, which changes the base weights too; "
+            "convert it to plain LoRA with peft first"
+        )
+    if keys.integer("r") < 1:
+        raise SourceError(f"{keys.path}: r is {keys.values['r']}, at least 1 is needed")
+    keys.number("lora_alpha")
+
+
+def _pairs(adapter: Files) -> dict[str, tuple[StoredTensor, StoredTensor]]:
+    """Module -> its A and B, from tensors all of which are known by name."""
+    path = adapter.path(TENSORS_NAME)
+    if not adapter.exists(TENSORS_NAME):
+        pickle = adapter.exists("adapter_model.bin")
+        hint = " (adapter_model.bin is never opened: only safetensors are read)" if pickle else ""
+        raise SourceError(f"{path}: no such file{hint}")
+    halves: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in open_safetensors(adapter, TENSORS_NAME).items():
+        known = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", name)
+        if not known:
+            hints = {"lora_magnitude": ": DoRA is not supported"}
+            hints |= {"base_layer": " of the base: save the adapter with save_embedding_layers=False"}
+            hint = next((hint for part, hint in hints.items() if part in name), "")
+            raise SourceError(f"{path}: unexpected tensor {name!r}{hint}")
+        check_dtype(tensor)
+        if len(tensor.shape) != 2 or not all(tensor.shape):
+            raise SourceError(f"{path}: {name!r} has shape {list(tensor.shape)}, expected a matrix")
+        halves.setdefault(known[1], {})[known[2]] = tensor
+    for module, half in halves.items():
+        if len(half) != 2:
+            missing = "B" if "A" in half else "A"
+            raise SourceError(f"{path}: {module!r} has no tensor lora_{missing}.weight")
+    if not halves:
+        raise SourceError(f"{path}: has no tensors")
+    return {module: (half["A"], half["B"]) for module, half in halves.items()}
+
+
+def _check_targets(keys: Keys, pairs: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """The adapter has every matrix that target_modules names in this base, so the layers are as many.
+
+    Where target_modules is text, a regular expression, the adapter's own tensors say what it changes.
+    """
+    targets = keys.require("target_modules")
+    if isinstance(targets, str):
+        return
+    excluded = keys.values.get("exclude_modules") or []
+    for key, value in (("target_modules", targets), ("exclude_modules", excluded)):
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise SourceError(f"{keys.path}: {key} is {value!r}, expected a list of names")
+    layers = keys.values.get("layers_to_transform")
+    layers = [layers] if type(layers) is int else layers or []
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise SourceError(f"{keys.path}: layers_to_transform is {layers!r}, expected a list of integers")
+
+    def named(module: str, names: list[str]) -> bool:
+        return any(module == name or module.endswith(f".{name}") for name in names)
+
+    for name, tensor in checkpoint.tensors.items():
+        module = name.removesuffix(".weight")
+        layer = re.match(r"model\.layers\.(\d+)\.", module)
+        chosen = not layers or (layer is not None and int(layer[1]) in layers)
+        wanted = len(tensor.shape) == 2 and named(module, targets) and not named(module, excluded) and chosen
+        if wanted and module not in pairs:
+            fault = f"has no tensors for {module}, which target_modules names: made for another base model?"
+            raise SourceError(f"{keys.path}: {fault}")
+        if module in pairs and not wanted:
+            raise SourceError(f"{keys.path}: target_modules does not name {module}, but the adapter has it")
+
+
+def _check_shapes(keys: Keys, module: str, a: StoredTensor, b: StoredTensor, base: StoredTensor) -> None:
+    """A (r, columns) and B (rows, r) fit W (rows, columns), and r is what the configuration says."""
+    rank = _of_pattern(keys, "rank_pattern", module)
+    rank = keys.integer("r") if rank is None else rank
+    for tensor, expected in ((a, (rank, base.shape[-1])), (b, (base.shape[0], rank))):
+        if tensor.shape != expected:
+            found = f"{tensor.name} has shape {list(tensor.shape)}, expected {list(expected)}"
+            raise SourceError(f"{tensor.path}: {found}: made for another base model?")
+
+
+def _scale(keys: Keys, module: str, rank: int) -> float:
+    alpha = _of_pattern(keys, "alpha_pattern", module)
+    alpha = keys.number("lora_alpha") if alpha is None else alpha
+    rslora = "use_rslora" in keys.values and keys.flag("use_rslora")
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def _of_pattern(keys: Keys, key: str, module: str) -> Any:
+    """The value of the first pattern that matches the end of the module's name, None if none does.
+
+    The patterns are regular expressions; those with groups, or many repetitions, could take forever.
+    """
+    patterns = keys.values.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise SourceError(f"{keys.path}: {key} is {patterns!r}, expected an object")
+    for pattern, value in patterns.items():
+        simple = re.fullmatch(r"\^?[\w.*+-]*(\\[.d][\w.*+-]*)*\$?", pattern)
+        if not simple or pattern.count("*") + pattern.count("+") > 2 or len(pattern) > 200:
+            raise SourceError(f"{keys.path}: {key}: pattern {pattern[:80]!r} is not supported")
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise SourceError(f"{keys.path}: {key}: pattern {pattern!r}: {error}") from None
+        if found:
+            nested = Keys(keys.path, {f"{key}[{pattern!r}]": value})
+            return (nested.integer if key == "rank_pattern" else nested.number)(f"{key}[{pattern!r}]")
+    return None
