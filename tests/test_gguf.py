@@ -41,6 +41,7 @@ from qwen3c.gguf import GGUF, PRE_TOKENIZERS, Vocabulary
 from qwen3c.huggingface import Checkpoint, Files, SourceError
 from qwen3c.huggingface import Keys as JsonKeys
 
+MOE = {"architecture": "qwen3_moe", "n_experts": 5, "expert_hidden_dim": 64, "dim": 128}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -77,7 +78,7 @@ def write_small(tmp_path: Path, dtype: str = "F32", **shape: Any) -> Path:
 # The same model as from the directory
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, MOE])
 def test_numbers_and_texts_are_those_of_the_directory(tmp_path: Path, shape: dict[str, Any]) -> None:
     found = read(write_small(tmp_path, **shape), group_size=32)
     with Files(write_small_model(tmp_path / "source", **shape)) as files:
@@ -91,7 +92,7 @@ def test_numbers_and_texts_are_those_of_the_directory(tmp_path: Path, shape: dic
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, MOE])
 def test_weights_are_those_of_the_directory(tmp_path: Path, shape: dict[str, Any], dtype: str) -> None:
     export(write_small_model(tmp_path / "source", **shape), tmp_path / "directory.bin", group_size=32)
     export(write_small(tmp_path, dtype, **shape), tmp_path / "gguf.bin", group_size=32)
@@ -173,6 +174,7 @@ def test_q8_0_weights_are_exactly_those_of_the_package(tmp_path: Path, shape: di
     [
         {"n_heads": 2, "n_kv_heads": 1, "head_dim": 128, "tied": False},
         {"architecture": "qwen2", "n_heads": 2, "n_kv_heads": 1, "context": 512},
+        MOE | {"n_heads": 2, "n_kv_heads": 1, "head_dim": 128, "n_experts_per_token": 3},
         {"architecture": "llama", "dim": 96, "n_heads": 4, "n_kv_heads": 2, "head_dim": 24, "tied": False},
     ],
 )
@@ -407,6 +409,7 @@ FAULTS: dict[str, tuple[Callable[[Keys, Tensors], object], str]] = {
     "unknown key": (changed(qwen3__logit_scale=2.0), "key 'qwen3.logit_scale' is not supported"),
     "attention factor": (changed(qwen3__rope__scaling__attn_factor=0.5), "attn_factor is 0.5, supported: 1.0"),
     "rope kind": (changed(qwen3__rope__scaling__type="longrope"), "rope type 'longrope' is not supported"),
+    "experts of a dense model": (changed(qwen3__expert_count=8), "key 'qwen3.expert_count' is not supported"),
     "head of no size": (changed(qwen3__attention__key_length="x"), "head_dim is 'x', expected an integer"),
     "factors of no Llama": (
         lambda keys, tensors: to_llama(keys, tensors, np.linspace(1, 8, 16)),
@@ -515,7 +518,7 @@ def damaged(r: random.Random, data: bytes, header: int) -> bytes:
     return data[:at] + data[source : source + n] + data[at + n :]
 
 
-@pytest.mark.parametrize("shape", [{}, {"architecture": "llama", "rope": LLAMA3}])
+@pytest.mark.parametrize("shape", [MOE, {"architecture": "llama", "rope": LLAMA3}])
 def test_thousands_of_damaged_files_end_in_one_line_or_in_a_model(
     tmp_path: Path, shape: dict[str, Any]
 ) -> None:

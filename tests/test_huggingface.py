@@ -386,7 +386,7 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     "architecture odd": (edit_config(architectures=[["x"]]), "supported: Qwen3ForCausalLM"),
     "experts without numbers": (
         edit_config(architectures=["Qwen3MoeForCausalLM"]),
-        "required key 'mlp_only_layers' is missing",
+        "required key 'num_experts' is missing",
     ),
     "shared expert": (
         edit_config(shared_expert_intermediate_size=64),
