@@ -774,10 +774,10 @@ def _split_experts(stored: dict[str, StoredTensor], config: format.Config) -> di
     for name, tensor in stored.items():
         fused = re.fullmatch(r"(.*\.mlp\.experts)\.(gate_up|gate|up|down)_proj", name)
         kinds = fused[2].split("_") if fused else []
+        stacked = len(tensor.shape) == 3 and 0 < config.n_experts == tensor.shape[0]
         parts = {name: tensor}
-        if fused and len(tensor.shape) == 3 and 0 < config.n_experts == tensor.shape[0]:
-            if tensor.shape[1] % len(kinds) == 0:
-                parts = _experts_of(tensor, fused[1], kinds)
+        if fused and stacked and tensor.shape[1] % len(kinds) == 0:
+            parts = _experts_of(tensor, fused[1], kinds)
         for part in sorted(parts.keys() & result.keys()):
             raise SourceError(f"{tensor.path}: {tensor.name} has {part}, and so has {result[part].name}")
         result |= parts
