@@ -50,6 +50,7 @@ class Architecture:
 _IMPLIED = ("attention_bias", "head_dim")
 ARCHITECTURES = {
     "Qwen3ForCausalLM": Architecture(1, qk_norm=True, qkv_bias=False),
+    "Qwen3Model": Architecture(1, qk_norm=True, qkv_bias=False),
     "Qwen3MoeForCausalLM": Architecture(2, qk_norm=True, qkv_bias=False, experts=True),
     "Qwen2ForCausalLM": Architecture(3, qk_norm=False, qkv_bias=True, implied=_IMPLIED),
     "LlamaForCausalLM": Architecture(4, qk_norm=False, qkv_bias=False, implied=_IMPLIED),
@@ -131,7 +132,13 @@ class Checkpoint:
         if yarn is not None:
             self.config = _longer(keys, self.config, self.rope)
         self.template = _read_template(files)
-        self.tensors = _open_tensors(files, self.config)
+        stored = files.tensors()
+        if (
+            "embed_tokens.weight" in stored
+        ):  # saved without a head, as Qwen3-Embedding is: the embedding stands in
+            stored = {f"model.{tensor}": stored[tensor] for tensor in stored}
+            self.config = replace(self.config, tied_embedding=True)
+        self.tensors = _open_tensors(files, stored, self.config)
         generation = files.keys("generation_config.json", optional=True)
         self.metadata: dict[str, Any] = {
             "name": name or _base_name(keys.values) or _describe_size(self.config),
@@ -743,9 +750,10 @@ def to_float32(data: memoryview, dtype: str) -> NDArray[np.float32]:
     return np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float32)
 
 
-def _open_tensors(files: Files, config: format.Config) -> dict[str, StoredTensor]:
+def _open_tensors(
+    files: Files, stored: dict[str, StoredTensor], config: format.Config
+) -> dict[str, StoredTensor]:
     """The tensors of format.tensors(config), no fewer and no more, each with its shape and a known dtype."""
-    stored = files.tensors()
     for tensor in stored.values():
         check_dtype(tensor)
         if tensor.dtype == "Q8_0" and config.group_size != 32:
