@@ -624,7 +624,36 @@ def _read_tokenizer(files: Files, vocab_size: int) -> tuple[bytes, int]:
     token, highest = max(vocabulary.items(), key=lambda item: item[1])
     if highest >= vocab_size:
         raise SourceError(f"{path}: token {token!r} has id {highest}, but vocab_size is {vocab_size}")
-    return data, highest + 1
+    return _with_opening(files, data), highest + 1
+
+
+def _with_opening(files: Files, data: bytes) -> bytes:
+    """tokenizer.json, made to put bos_token first if tokenizer_config.json alone asks for it.
+
+    transformers does so for LlamaTokenizerFast, which is what DeepSeek's distilled models name.
+    """
+    from tokenizers import Tokenizer
+
+    keys = files.keys("tokenizer_config.json", optional=True)
+    if keys.values.get("add_bos_token") is not True:
+        return data
+    bos, tokenizer = _special_tokens(keys).get("bos_token"), Tokenizer.from_buffer(data)
+    id = None if bos is None else tokenizer.token_to_id(bos)
+    if id is None:
+        raise SourceError(f"{keys.path}: add_bos_token is true, but bos_token {bos!r} is no token")
+    if id in tokenizer.encode("a").ids[:1]:
+        return data
+    own, first = json.loads(data), {"SpecialToken": {"id": bos, "type_id": 0}}
+    text, other = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
+    opening = {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, other],
+        "special_tokens": {bos: {"id": bos, "ids": [id], "tokens": [bos]}},
+    }
+    steps = [step for step in (own.get("post_processor"), opening) if step]
+    own["post_processor"] = {"type": "Sequence", "processors": steps}
+    return json.dumps(own, ensure_ascii=False).encode()
 
 
 def _read_template(files: Files) -> str:
