@@ -2,7 +2,7 @@
 
     config.json (transformers 4 and 5 dialects)    -> format.Config
     generation_config.json, tokenizer_config.json  -> metadata: where a text ends, sampling defaults, origin
-    tokenizer.json, chat template                  -> stored as they are
+    tokenizer.json, chat template                  -> stored as they are (but see _with_opening)
     *.safetensors                                  -> the bytes of each tensor, read a few rows at a time
 
 Opening a Checkpoint reads no weights, yet finds every fault that does not sit in a weight itself. A key that
