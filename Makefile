@@ -36,8 +36,9 @@ model: oracles
 	    --preset micro --steps 2300 --batch 8 --learning-rate 3e-3 --warmup 100
 	$(TRAIN) sft $(DATA)/chat.jsonl --validation $(DATA)/chat_validation.jsonl --model build/base -o build/sft --resume --compile \
 	    --steps 760 --batch 8 --learning-rate 1e-3 --warmup 30
-	$(TRAIN) grpo $(DATA)/tasks.jsonl --model build/sft -o build/grpo --resume \
-	    --reward recipe.rewards:arithmetic --steps 100 --batch 16 --completions 8 --max-tokens 24 --learning-rate 1e-4
+	$(TRAIN) grpo $(DATA)/tasks.jsonl $(DATA)/functions.jsonl --model build/sft -o build/grpo --resume \
+	    --reward recipe.rewards:either --steps 120 --batch 8 --micro-batch 16 --max-tokens 128 --learning-rate 2e-4 \
+	    --evaluate-every 30
 	$(BIN)/python export.py build/grpo qwen3c/data/model.bin --name "qwen3c in the box"
 	$(BIN)/python recipe/evaluate.py --base build/base --sft build/sft --grpo build/grpo --data $(DATA) --json build/figures.json
 

@@ -8,6 +8,7 @@ writes
     text/train/, text/validation/            one file per module, split by document: for `train.py pretrain`
     chat.jsonl, chat_validation.jsonl        conversations: for `train.py sft`
     tasks.jsonl, tasks_validation.jsonl      sums with a checkable answer: for `train.py grpo`
+    functions.jsonl                          functions to complete, whose text can be checked: likewise
     headers_validation.jsonl                 100 functions to complete   } of validation documents,
     questions_validation.jsonl               200 definitions to explain  } for evaluate.py
     manifest.json                            every document and file, with size and SHA-256
@@ -60,6 +61,7 @@ VALIDATION_SHARE = 0.05
 SEED = 11  # of CPython 3.11, a validation side of 5.5 % of the text in which no module outweighs the others
 SEVERAL_TURNS, COMPARISONS, SORTINGS, COUNTINGS = 1200, 600, 600, 600  # conversations of these kinds
 TASKS, HELD_OUT_TASKS, HELD_OUT_HEADERS, HELD_OUT_QUESTIONS = 2000, 200, 100, 200
+FUNCTION_TASKS, LONGEST_FUNCTION_TASK = 1000, 700  # characters of question and answer
 DATA_LINE = re.compile(r"""[\s\d(){}\[\],:+.\-"'\\xXa-fA-F]*(#.*)?""")
 
 
@@ -277,6 +279,22 @@ def table(train: list[Sample], validation: list[Sample]) -> str:
     return "\n".join(lines)
 
 
+def function_tasks(samples: list[Sample], count: int, seed: int) -> list[dict[str, Any]]:
+    """Questions of the "complete" samples, short ones, with what rewards.function looks for in a reply."""
+    tasks = []
+    for sample in samples:
+        if sample.kind == "complete" and sample.characters <= LONGEST_FUNCTION_TASK:
+            question, code = sample.turns
+            found = ast.parse(code).body[0]
+            assert isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef)
+            if f"def {found.name}(" not in question:
+                continue  # asked for by what it does: its name cannot be known
+            names = [a.arg for a in [*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs]]
+            message = {"role": "user", "content": question}
+            tasks.append({"messages": [message], "function": found.name, "parameters": names})
+    return Random(f"{seed}:functions").sample(tasks, min(count, len(tasks)))
+
+
 def write(documents: list[Document], out: Path, parameters: str, seed: int) -> None:
     """Everything, with a table of it on stdout."""
     write_text(documents, out)
@@ -293,6 +311,7 @@ def write(documents: list[Document], out: Path, parameters: str, seed: int) -> N
     records: dict[str, list[dict[str, Any]]] = {
         "tasks.jsonl": arithmetic.tasks("tasks", seed, TASKS),
         "tasks_validation.jsonl": arithmetic.tasks("validation", seed, HELD_OUT_TASKS),
+        "functions.jsonl": function_tasks(chats[0], FUNCTION_TASKS, seed),
         "headers_validation.jsonl": held_out_headers(train, validation, HELD_OUT_HEADERS, seed),
         "questions_validation.jsonl": held_out_questions(train, validation, HELD_OUT_QUESTIONS, seed),
     }

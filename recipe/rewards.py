@@ -1,11 +1,49 @@
-"""Rewards for `train.py grpo`: functions of (prompt, completion, task), named as `recipe.rewards:arithmetic`."""
+"""Rewards for `train.py grpo`: functions of (prompt, completion, task), named as `recipe.rewards:either`."""
 
 from __future__ import annotations
 
+import ast
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 ONE_DIGIT_WRONG = 0.2
+NO_PARAMETER = 0.5  # a function that does something, but not with what it is given
+SAME_LINE = 2  # a line may come so often; more is a model that has lost its thread
+
+
+def either(prompt: object, completion: str, task: Mapping[str, Any]) -> float:
+    """The reward of a line of tasks.jsonl or of functions.jsonl."""
+    return (arithmetic if "answer" in task else function)(prompt, completion, task)
+
+
+def function(prompt: object, completion: str, task: Mapping[str, Any]) -> float:
+    """1 for a turn that ends after one whole function of the asked name, whose body uses a parameter; 0.5 if it uses none.
+
+    task: a line of functions.jsonl, with "ended". Text that does not parse, other code beside the function, an empty
+    body and a line repeated over and over have none. Whether the function is right cannot be checked.
+    """
+    lines = [line.strip() for line in completion.splitlines() if line.strip()]
+    if not task["ended"] or max(map(lines.count, lines), default=0) > SAME_LINE:
+        return 0.0
+    try:
+        with warnings.catch_warnings():  # of odd literals, that no one asked for
+            warnings.simplefilter("ignore")
+            tree = ast.parse(completion)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return 0.0
+    if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef | ast.AsyncFunctionDef):
+        return 0.0
+    found = tree.body[0]
+    body = found.body[ast.get_docstring(found) is not None :]
+    if (
+        found.name != task["function"]
+        or not body
+        or all(isinstance(statement, ast.Pass) for statement in body)
+    ):
+        return 0.0
+    used = {node.id for statement in body for node in ast.walk(statement) if isinstance(node, ast.Name)}
+    return 1.0 if not task["parameters"] or used & set(task["parameters"]) else NO_PARAMETER
 
 
 def arithmetic(prompt: object, completion: str, task: Mapping[str, Any]) -> float:

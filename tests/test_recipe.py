@@ -362,6 +362,41 @@ def test_only_the_right_answer_has_the_whole_reward(completion: str, reward: flo
     assert rewards.arithmetic("", completion, {**TASK, "ended": False}) == 0
 
 
+FUNCTION = {"function": "add", "parameters": ["a", "b"], "ended": True}
+
+
+@pytest.mark.parametrize(
+    "completion, reward",
+    [
+        ("def add(a, b):\n    return a + b", 1.0),
+        ('def add(a, b):\n    """Add."""\n    return b', 1.0),
+        ("def add(a, b):\n    return 3", 0.5),
+        ('def add(a, b):\n    """Add."""', 0.0),
+        ("def add(a, b):\n    pass", 0.0),
+        ("def sum(a, b):\n    return a + b", 0.0),
+        ("def add(a, b):\n    return a +", 0.0),
+        ("def add(a, b):\n    return a\nprint(add)", 0.0),
+        ("def add(a, b):\n" + "    a = b\n" * 3, 0.0),
+        ("add(a, b)", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_a_function_is_rewarded_for_being_whole_and_using_what_it_is_given(
+    completion: str, reward: float
+) -> None:
+    assert rewards.either("", completion, FUNCTION) == reward
+    assert rewards.either("", completion, {**FUNCTION, "ended": False}) == 0
+
+
+def test_functions_to_complete_come_from_training_text_with_a_reply_worth_the_whole_reward(
+    data: Path,
+) -> None:
+    tasks = lines(data / "functions.jsonl")
+    replies = {s["messages"][-2]["content"]: s["messages"][-1]["content"] for s in lines(data / "chat.jsonl")}
+    values = [rewards.function("", replies[t["messages"][0]["content"]], {**t, "ended": True}) for t in tasks]
+    assert tasks and sum(values) / len(values) > 0.5
+
+
 def test_a_wrong_answer_of_one_digit_has_none() -> None:
     assert rewards.arithmetic("", "7", {"answer": "8", "equation": "4 + 4", "ended": True}) == 0
 

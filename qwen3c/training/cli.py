@@ -122,7 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     grpo = stages.add_parser("grpo", help="reinforcement: rewards of completions that the engine samples")
     grpo.set_defaults(stage_function=_grpo)
     grpo.add_argument(
-        "data", type=Path, metavar="TASKS.jsonl", help='one {"messages": [...]} or {"prompt": "..."} a line'
+        "data",
+        nargs="+",
+        type=Path,
+        metavar="TASKS.jsonl",
+        help='one {"messages": [...]} or {"prompt": "..."} a line',
     )
     grpo.add_argument(
         "--model", type=Path, required=True, metavar="DIR", help="the model to tune, and the reference"
@@ -417,6 +421,7 @@ def _sft(args: argparse.Namespace) -> None:
 
 
 def _grpo(args: argparse.Namespace) -> None:
+    from .conversations import split
     from .grpo import GRPO, Policy, load_reward, read_tasks
 
     settings = _settings(args)
@@ -428,14 +433,11 @@ def _grpo(args: argparse.Namespace) -> None:
         args.completions, args.max_tokens, args.temperature, args.updates, args.clip_ratio, args.kl
     )
     reward = load_reward(args.reward)
-    train = read_tasks(args.data, tokenizer, context - args.max_tokens)
+    train = [task for path in args.data for task in read_tasks(path, tokenizer, context - args.max_tokens)]
     if args.validation:
         validation = read_tasks(args.validation, tokenizer, context - args.max_tokens)
-    elif len(train) < 2:
-        raise TrainingError(f"{args.data}: one task alone cannot be split: give --validation")
     else:
-        cut = max(1, round(args.validation_fraction * len(train)))
-        train, validation = train[cut:], train[:cut]
+        train, validation = split(train, args.validation_fraction, args.seed)
     resume = _checkpoint(args)
     model, _ = _load(resume or args.model)
     GRPO(settings, model, tokenizer, resume, reference, policy, train, validation, reward).run()

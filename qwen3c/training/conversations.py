@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -138,8 +138,16 @@ def read_samples(path: Path, tokenizer: PreTrainedTokenizerFast, context: int) -
     return samples, too_long
 
 
-def split(samples: list[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """(train, validation): the `fraction` whose hash with the seed is smallest, at least one."""
+class HasTokens(Protocol):
+    @property
+    def tokens(self) -> list[int]: ...
+
+
+Item = TypeVar("Item", bound=HasTokens)
+
+
+def split(samples: list[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """(train, validation): the `fraction` whose tokens' hash with the seed is smallest, at least one."""
     if len(samples) < 2:
         raise TrainingError("one sample alone cannot be split: give --validation")
     ranked = sorted(samples, key=lambda s: hashlib.sha256(f"{seed} {s.tokens}".encode()).digest())

@@ -37,7 +37,7 @@ Reward = Callable[[str, str, dict[str, Any]], float]
 
 @dataclass(frozen=True)
 class Task:
-    prompt: list[int]
+    tokens: list[int]  # of the prompt
     text: str
     values: dict[str, Any]  # the line of the file
 
@@ -137,10 +137,11 @@ class GRPO(Trainer):
             "rollout_tokens_per_second": round(n_sampled / seconds, 1),
         }
         rows = [
-            (task.prompt, completion, advantage)
+            (task.tokens, completion, advantage)
             for task, group, of_group in zip(tasks, groups, advantages, strict=True)
             for completion, advantage in zip(group, of_group, strict=True)
         ]
+        rows.sort(key=lambda row: len(row[0]) + len(row[1].tokens))  # little padding
         n = self.settings.micro_batch
         batches = [self._with_reference(self._collate(rows[i : i + n])) for i in range(0, len(rows), n)]
         self._kl = 0.0
@@ -189,7 +190,7 @@ class GRPO(Trainer):
     ) -> list[list[Completion]]:
         p = self.policy
         seed = (self.settings.seed, step, self.accelerator.process_index)
-        return rollout(model, [t.prompt for t in tasks], n, p.max_tokens, self.end_tokens, temperature, seed)
+        return rollout(model, [t.tokens for t in tasks], n, p.max_tokens, self.end_tokens, temperature, seed)
 
     def _rewards(self, task: Task, group: Sequence[Completion]) -> list[float]:
         rewards = []
