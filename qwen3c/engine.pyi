@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .format import Config, ModelFile
 
-Logits = Literal["last", "all"]
+Logits = Literal["last", "all", "hidden"]
 Activations = Literal["int8", "float32"]
 KV = Literal["f16", "f32"]
 
@@ -104,7 +104,9 @@ class Session:
     def kv_bytes(self) -> int:
         """Bytes of KV cache allocated so far (blocks shared after fork() count in each session)."""
     def forward(self, ids: ArrayLike, logits: Logits = "last") -> NDArray[np.float32]:
-        """Append ids; return (vocab_size,) logits of the last one, or (len(ids), vocab_size).
+        """Append ids; return (vocab_size,) logits of the last one, or (len(ids), vocab_size) of all.
+
+        logits "hidden": (dim,) of the last one after the final norm, which the logits would be made of.
 
         ValueError, with both numbers and the session unchanged, if ids is empty, an id is outside the
         vocabulary or the positions would pass the context. KeyboardInterrupt leaves the session as it was.

@@ -540,14 +540,14 @@ cdef class Model:
         return Session(self, context)
 
     def forward(self, batch, logits="last"):
-        if logits not in ("last", "all"):
-            raise ValueError(f"logits is {logits!r}, not 'last' or 'all'")
+        if logits not in ("last", "all", "hidden"):
+            raise ValueError(f"logits is {logits!r}, not 'last', 'all' or 'hidden'")
         batch = [(session, _token_ids(ids, self.vocab_size)) for session, ids in batch]
         if not batch:
             raise ValueError("the batch is empty")
         with self.lock:
             self._check_batch(batch)
-            return self._forward_batch(batch, logits == "all")
+            return self._forward_batch(batch, logits == "all", logits == "hidden")
 
     cdef _check_batch(self, list batch):
         seen = set()
@@ -560,8 +560,8 @@ cdef class Model:
             if session.position + len(ids) > session.context:
                 raise ValueError(f"{len(ids)} more ids from position {session.position} pass the context of {session.context}")
 
-    cdef _forward_batch(self, list batch, bint every):
-        """Cut the rows of the batch into passes of at most MAX_ROWS; collect the logits."""
+    cdef _forward_batch(self, list batch, bint every, bint hidden):
+        """Cut the rows of the batch into passes of at most MAX_ROWS; collect the logits, or what they are made of."""
         cdef Py_ssize_t n_total = sum([len(ids) for _, ids in batch]), start, n, out_row = 0, i, first, last
         cdef Session session
         for session, ids in batch:
@@ -570,7 +570,7 @@ cdef class Model:
         tokens = np.concatenate([ids for _, ids in batch])
         ends = np.cumsum([len(ids) for _, ids in batch])
         wanted = np.arange(n_total) if every else ends - 1  # rows whose logits are returned, ascending
-        out = np.empty((len(wanted), self.vocab_size), dtype=np.float32)
+        out = np.empty((len(wanted), self.dim if hidden else self.vocab_size), dtype=np.float32)
         for start in range(0, n_total, MAX_ROWS):
             n = min(MAX_ROWS, n_total - start)
             self.t.row = start
@@ -580,7 +580,7 @@ cdef class Model:
                 if first < last:
                     segments.append((session, first - start, last - first, session.position + first - (ends[i] - len(ids))))
             rows = wanted[(wanted >= start) & (wanted < start + n)] - start
-            self._forward_rows(tokens[start : start + n], segments, rows, out[out_row : out_row + len(rows)])
+            self._forward_rows(tokens[start : start + n], segments, rows, hidden, out[out_row : out_row + len(rows)])
             out_row += len(rows)
         for session, ids in batch:
             session.position += len(ids)
@@ -588,7 +588,7 @@ cdef class Model:
             return list(out)
         return [out[end - len(ids) : end] for end, (_, ids) in zip(ends, batch)]
 
-    cdef _forward_rows(self, const int32_t[::1] tokens, list segments, rows, float[:, ::1] out):
+    cdef _forward_rows(self, const int32_t[::1] tokens, list segments, rows, bint hidden, float[:, ::1] out):
         """One pass: hand plain arrays to `forward` and let go of the GIL."""
         cdef Py_ssize_t[::1] wanted = rows.astype(np.intp)
         cdef Py_ssize_t n = tokens.shape[0], n_wanted = wanted.shape[0], n_spans = 0, row
@@ -604,7 +604,7 @@ cdef class Model:
                     n_spans += 1
             with nogil:
                 forward(self, &tokens[0], n, spans, n_spans, &wanted[0] if n_wanted else NULL, n_wanted,
-                        &out[0, 0] if n_wanted else NULL)
+                        hidden, &out[0, 0] if n_wanted else NULL)
         finally:
             free(spans)
 
@@ -619,7 +619,7 @@ cdef class Model:
             try:
                 self._lay_out_trace(arrays, names, len(ids))
                 self._check_trace(arrays, len(ids))
-                logits = self._forward_batch(batch, _matches("model.norm", names) or _matches("lm_head", names))[0]
+                logits = self._forward_batch(batch, _matches("model.norm", names) or _matches("lm_head", names), False)[0]
             finally:
                 self._forget_trace()
         if _matches("lm_head", names):
@@ -987,7 +987,8 @@ cdef int forward(
     Py_ssize_t n_spans,
     const Py_ssize_t *wanted,  # (n_wanted,) rows whose logits are asked for, ascending
     Py_ssize_t n_wanted,
-    float *logits,  # (n_wanted, vocab_size)
+    bint hidden,  # stop before the product with the vocabulary
+    float *out,  # (n_wanted, vocab_size) logits, or (n_wanted, dim) if hidden
 ) except -1 nogil:
     cdef RunState *s = &m.s
     cdef Weights *w = &m.w
@@ -1042,8 +1043,10 @@ cdef int forward(
     for i in range(n_wanted):
         kernels.rmsnorm(s.xb + i * m.dim, s.x + wanted[i] * m.dim, w.final_norm, m.dim, m.eps)
     record(m.t.final_norm, row, s.xb, n_wanted, m.dim)
-    if n_wanted:
-        matmul(m, logits, s.xb, n_wanted, &w.lm_head)
+    if n_wanted and hidden:
+        memcpy(out, s.xb, n_wanted * m.dim * sizeof(float))
+    elif n_wanted:
+        matmul(m, out, s.xb, n_wanted, &w.lm_head)
     return 0
 
 

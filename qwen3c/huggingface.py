@@ -2,7 +2,7 @@
 
     config.json (transformers 4 and 5 dialects)    -> format.Config
     generation_config.json, tokenizer_config.json  -> metadata: where a text ends, sampling defaults, origin
-    tokenizer.json, chat template                  -> stored as they are
+    tokenizer.json, chat template                  -> stored as they are (but see _with_opening)
     *.safetensors                                  -> the bytes of each tensor, read a few rows at a time
 
 Opening a Checkpoint reads no weights, yet finds every fault that does not sit in a weight itself. A key that
@@ -50,6 +50,7 @@ class Architecture:
 _IMPLIED = ("attention_bias", "head_dim")
 ARCHITECTURES = {
     "Qwen3ForCausalLM": Architecture(1, qk_norm=True, qkv_bias=False),
+    "Qwen3Model": Architecture(1, qk_norm=True, qkv_bias=False),
     "Qwen3MoeForCausalLM": Architecture(2, qk_norm=True, qkv_bias=False, experts=True),
     "Qwen2ForCausalLM": Architecture(3, qk_norm=False, qkv_bias=True, implied=_IMPLIED),
     "LlamaForCausalLM": Architecture(4, qk_norm=False, qkv_bias=False, implied=_IMPLIED),
@@ -131,7 +132,13 @@ class Checkpoint:
         if yarn is not None:
             self.config = _longer(keys, self.config, self.rope)
         self.template = _read_template(files)
-        self.tensors = _open_tensors(files, self.config)
+        stored = files.tensors()
+        if (
+            "embed_tokens.weight" in stored
+        ):  # saved without a head, as Qwen3-Embedding is: the embedding stands in
+            stored = {f"model.{tensor}": stored[tensor] for tensor in stored}
+            self.config = replace(self.config, tied_embedding=True)
+        self.tensors = _open_tensors(files, stored, self.config)
         generation = files.keys("generation_config.json", optional=True)
         self.metadata: dict[str, Any] = {
             "name": name or _base_name(keys.values) or _describe_size(self.config),
@@ -617,7 +624,36 @@ def _read_tokenizer(files: Files, vocab_size: int) -> tuple[bytes, int]:
     token, highest = max(vocabulary.items(), key=lambda item: item[1])
     if highest >= vocab_size:
         raise SourceError(f"{path}: token {token!r} has id {highest}, but vocab_size is {vocab_size}")
-    return data, highest + 1
+    return _with_opening(files, data), highest + 1
+
+
+def _with_opening(files: Files, data: bytes) -> bytes:
+    """tokenizer.json, made to put bos_token first if tokenizer_config.json alone asks for it.
+
+    transformers does so for LlamaTokenizerFast, which is what DeepSeek's distilled models name.
+    """
+    from tokenizers import Tokenizer
+
+    keys = files.keys("tokenizer_config.json", optional=True)
+    if keys.values.get("add_bos_token") is not True:
+        return data
+    bos, tokenizer = _special_tokens(keys).get("bos_token"), Tokenizer.from_buffer(data)
+    id = None if bos is None else tokenizer.token_to_id(bos)
+    if id is None:
+        raise SourceError(f"{keys.path}: add_bos_token is true, but bos_token {bos!r} is no token")
+    if id in tokenizer.encode("a").ids[:1]:
+        return data
+    own, first = json.loads(data), {"SpecialToken": {"id": bos, "type_id": 0}}
+    text, other = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
+    opening = {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, other],
+        "special_tokens": {bos: {"id": bos, "ids": [id], "tokens": [bos]}},
+    }
+    steps = [step for step in (own.get("post_processor"), opening) if step]
+    own["post_processor"] = {"type": "Sequence", "processors": steps}
+    return json.dumps(own, ensure_ascii=False).encode()
 
 
 def _read_template(files: Files) -> str:
@@ -743,9 +779,10 @@ def to_float32(data: memoryview, dtype: str) -> NDArray[np.float32]:
     return np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float32)
 
 
-def _open_tensors(files: Files, config: format.Config) -> dict[str, StoredTensor]:
+def _open_tensors(
+    files: Files, stored: dict[str, StoredTensor], config: format.Config
+) -> dict[str, StoredTensor]:
     """The tensors of format.tensors(config), no fewer and no more, each with its shape and a known dtype."""
-    stored = files.tensors()
     for tensor in stored.values():
         check_dtype(tensor)
         if tensor.dtype == "Q8_0" and config.group_size != 32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,12 +40,22 @@ def lines(file: ModelFile) -> Iterator[str]:
     yield from _section("metadata", metadata | info["metadata"].get("source", {}))
     yield ""
     yield f"{'offset':>14} {'bytes':>13}  {'type':<9} {'shape':<15} tensor"
-    for tensor in info["tensors"]:
+    for tensor in _folded(info["tensors"]):
         shape = " x ".join(map(str, tensor["shape"]))
         place = f"{tensor['offset']:>14} {tensor['bytes']:>13}"
         yield f"{place}  {tensor['type']:<9} {shape:<15} {tensor['name']}"
     yield ""
     yield from memory.lines(file.config, file.file_size, len(file.tokenizer))
+
+
+def _folded(tensors: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The experts of a layer as one line: the place of the first, the bytes and the shape of all."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for tensor in tensors:
+        groups.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.*.", tensor["name"]), []).append(tensor)
+    for name, group in groups.items():
+        shape = [len(group), *group[0]["shape"]] if ".experts.*." in name else group[0]["shape"]
+        yield group[0] | {"name": name, "shape": shape, "bytes": sum(tensor["bytes"] for tensor in group)}
 
 
 def _section(title: str, values: dict[str, Any]) -> Iterator[str]:

@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
-from . import engine
+import numpy as np
+from numpy.typing import NDArray
+
+from . import engine, retrieval
 from .chat import END_THINK, ChatTemplate, last_control_token, may_think
 from .format import ModelFileError
 from .generate import CachedSession, Generation
@@ -117,6 +120,25 @@ class Model(engine.Model):
             cancel=cancel,
             progress=progress,
         )
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """The texts as vectors of length 1, (n, dim): products of rows are cosines. As Qwen3-Embedding's card has it.
+
+        A text ends with the vocabulary's own end, else <|endoftext|>; its vector is the final hidden state there.
+        A query goes through retrieval.instruct first. ValueError, before anything is computed, if a text is empty
+        or passes the context, or the vocabulary has no such token.
+        """
+        return retrieval.embed(self, texts)
+
+    def rerank(
+        self, query: str, documents: Sequence[str], instruction: str | None = None
+    ) -> NDArray[np.float32]:
+        """How likely each document meets the query, (n,) in 0..1, asked as Qwen3-Reranker's card has it.
+
+        instruction: what the search is for; None for a web search. ValueError, before anything is computed, if
+        a document passes the context or the vocabulary lacks a token of the recipe.
+        """
+        return retrieval.rerank(self, query, documents, instruction)
 
     def may_think(self, prompt: Sequence[int]) -> bool:
         """Whether the reply to `prompt` may begin with thought; a hybrid's may unless the prompt ends it."""

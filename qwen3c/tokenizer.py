@@ -90,10 +90,19 @@ class Tokenizer:
     @property
     def opening(self) -> list[int]:
         """What the vocabulary puts before a text of its own, such as Llama's begin-of-text; mostly nothing."""
+        return self._around()[0]
+
+    @property
+    def closing(self) -> list[int]:
+        """What the vocabulary puts after a text of its own, such as Qwen3-Embedding's end token; mostly nothing."""
+        return self._around()[1]
+
+    def _around(self) -> tuple[list[int], list[int]]:
         inner = self._full.encode("a", add_special_tokens=False).ids
         ids = self._full.encode("a", add_special_tokens=True).ids
         starts = (i for i in range(len(ids)) if ids[i : i + len(inner)] == inner)
-        return ids[: next(starts, 0)]
+        start = next(starts, 0)
+        return ids[:start], ids[start + len(inner) :]
 
     def escape(self, text: str, keep: Collection[str] = ()) -> str:
         """`text` with the text of every added token broken by ESCAPE, except of those in `keep`."""

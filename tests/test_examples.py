@@ -5,6 +5,7 @@ python -m pytest tests/test_examples.py
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from small_models import export_small_model
 
 from qwen3c import Model
 from qwen3c.perplexity import measure
+from qwen3c.retrieval import instruct
 from qwen3c.run import MODEL_IN_THE_BOX
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -73,6 +75,16 @@ def test_a_batch_says_what_each_prompt_says_alone(model: Model) -> None:
 def test_choose_prefers_what_fits() -> None:
     scores = re.findall(r"' (\w+):' +(-[\d.]+) nats", run("choose"))
     assert [answer for answer, _ in scores] == ["KeyError", "ValueError", "ZeroDivisionError", "banana"]
+
+
+def test_search_puts_the_nearest_text_first(model: Model) -> None:
+    out = run("search", str(MODEL_IN_THE_BOX), "what is a star?").splitlines()
+    assert out[0] == "what is a star?" and len(out) == 6
+    found = [(float(line[:7]), ast.literal_eval(line[9:])) for line in out[1:]]
+    assert found == sorted(found, key=lambda item: item[0], reverse=True)
+    query = model.embed([instruct("what is a star?")])[0]
+    for similarity, text in found:
+        assert similarity == pytest.approx(float(model.embed([text])[0] @ query), abs=1e-4)
 
 
 def test_every_example_runs_on_another_model_and_is_tested(tmp_path: Path) -> None:

@@ -365,6 +365,18 @@ def test_info_lists_the_header_and_every_tensor(small: str, capsys: pytest.Captu
     assert memory["resident_f32_bytes"] - memory["resident_f16_bytes"] == 256 * 2 * 2 * 64 * 2
 
 
+def test_info_folds_the_experts_of_a_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(export_small_model(tmp_path, architecture="qwen3_moe"))
+    told = in_process(capsys, path, "-m", "info").out
+    tensors = ModelFile(path).tensors
+    for kind, shape in (("gate_up", "6 x 128 x 64"), ("down", "6 x 64 x 64")):
+        for layer in range(2):
+            size = sum(t.size for t in tensors if re.search(rf"layers\.{layer}\..*\d\.{kind}_proj", t.name))
+            name = rf"model\.layers\.{layer}\.mlp\.experts\.\*\.{kind}_proj\.weight"
+            assert re.search(rf"^ +\d+ +{size}  int8 g64 +{shape} +{name}$", told, re.MULTILINE)
+    assert told.count(".experts.") == 4
+
+
 def test_verify_names_every_damaged_tensor(
     small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
