@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from .. import engine
+
+ROLLOUTS = ".rollouts"  # the folder in which the engine meets the weights of a step
 
 Reward = Callable[[str, str, dict[str, Any]], float]
 """(prompt, completion, task) -> reward: texts, and the task's line with "ended", whether the completion ended itself."""
@@ -118,6 +121,13 @@ class GRPO(Trainer):
             f"{p.completions} completions of at most {p.max_tokens} tokens"
         )
 
+    def run(self) -> None:
+        try:
+            super().run()
+        finally:
+            if self.is_main:
+                shutil.rmtree(self.settings.out / ROLLOUTS, ignore_errors=True)
+
     # ------------------------------------------------------------------------
     # Completions and what they are worth
 
@@ -168,7 +178,7 @@ class GRPO(Trainer):
         from .. import engine
         from ..export import export
 
-        directory = self.settings.out / ".rollouts"
+        directory = self.settings.out / ROLLOUTS
         path = directory / "model.bin"
         self.save_model(directory)
         if self.is_main:
