@@ -50,6 +50,7 @@ MAX_DIMENSIONS = 4
 # general.architecture -> the class transformers runs it with
 ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
@@ -83,7 +84,10 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
 }
+
+_EXPERTS = re.compile(r"blk\.(0|[1-9][0-9]*)\.ffn_(gate|up|down)_exps\.weight")  # (n_experts, rows, columns)
 
 # key of config.json -> key of the file, after "ARCH."
 _CONFIG_KEYS = {
@@ -101,6 +105,11 @@ _KNOWN_KEYS = {
     *("rope.dimension_count", "vocab_size", "pooling_type"),
     *(f"rope.scaling.{key}" for key in ("type", "factor", "original_context_length", "finetuned")),
     *(f"rope.scaling.{key}" for key in ("attn_factor", "yarn_beta_fast", "yarn_beta_slow")),
+}
+_EXPERT_KEYS = {
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
 }
 _SAMPLING_KEYS = {
     "temperature": "general.sampling.temp",
@@ -168,6 +177,9 @@ class GGUF(Files):
         return StoredTensor(*place)
 
     def _hugging_face_name(self, name: str) -> str:
+        experts = _EXPERTS.fullmatch(name)
+        if experts:
+            return f"model.layers.{experts[1]}.mlp.experts.{experts[2]}_proj"
         layer = re.fullmatch(r"blk\.(0|[1-9][0-9]*)\.(\w+)\.(weight|bias)", name)
         if layer and layer[2] in _LAYER_NAMES:
             return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{layer[3]}"
@@ -178,11 +190,15 @@ class GGUF(Files):
     def _config(self, architecture: str) -> dict[str, Any]:
         """config.json. Two keys have defaults, those the specification gives them."""
         keys = self._keys
-        known = {f"{architecture}.{key}" for key in _KNOWN_KEYS}
+        expert_keys = _EXPERT_KEYS if architecture == "qwen3moe" else {}
+        known = {f"{architecture}.{key}" for key in (*_KNOWN_KEYS, *expert_keys.values())}
         for key in keys.values:
             if key.startswith(f"{architecture}.") and key not in known:
                 raise SourceError(f"{keys.path}: key {key!r} is not supported")
-        config = {name: keys.require(f"{architecture}.{key}") for name, key in _CONFIG_KEYS.items()}
+        required = _CONFIG_KEYS | expert_keys
+        config = {name: keys.require(f"{architecture}.{key}") for name, key in required.items()}
+        if expert_keys:  # what GGUF does not say, llama.cpp does always
+            config |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
         n_heads = keys.integer(f"{architecture}.attention.head_count")
         dim = keys.integer(f"{architecture}.embedding_length")
         optional = {

@@ -803,20 +803,35 @@ def _open_tensors(
 
 
 def _split_experts(stored: dict[str, StoredTensor], config: format.Config) -> dict[str, StoredTensor]:
-    """`stored` with the matrices of experts that are fused into one tensor, (n_experts, rows, columns), by name."""
-    result = {}
+    """`stored` with the matrices of experts that are fused into one tensor, (n_experts, rows, columns), by name.
+
+    gate_up holds the rows of gate, then those of up, of each expert; GGUF has a tensor for each of the three.
+    """
+    result: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
-        fused = re.fullmatch(r"(.*\.mlp\.experts)\.(gate_up|down)_proj", name)
-        if not fused or len(tensor.shape) != 3 or tensor.shape[0] != config.n_experts:
-            result[name] = tensor
-            continue
-        _, rows, columns = tensor.shape
-        kinds = ["down"] if fused[2] == "down" else ["gate", "up"]
-        for i in range(config.n_experts * len(kinds)):
-            expert, which = divmod(i, len(kinds))
-            name = f"{fused[1]}.{expert}.{kinds[which]}_proj.weight"
-            part = replace(tensor, name=name, shape=(rows // len(kinds), columns))
-            result[name] = replace(part, offset=tensor.offset + i * part.size)
+        fused = re.fullmatch(r"(.*\.mlp\.experts)\.(gate_up|gate|up|down)_proj", name)
+        kinds = fused[2].split("_") if fused else []
+        stacked = len(tensor.shape) == 3 and 0 < config.n_experts == tensor.shape[0]
+        parts = {name: tensor}
+        if fused and stacked and tensor.shape[1] % len(kinds) == 0:
+            parts = _experts_of(tensor, fused[1], kinds)
+        for part in sorted(parts.keys() & result.keys()):
+            raise SourceError(f"{tensor.path}: {tensor.name} has {part}, and so has {result[part].name}")
+        result |= parts
+    return result
+
+
+def _experts_of(tensor: StoredTensor, prefix: str, kinds: list[str]) -> dict[str, StoredTensor]:
+    """The matrices in a fused tensor, by name; what each is called says where in the tensor it is."""
+    n_experts, rows, columns = tensor.shape
+    rows //= len(kinds)
+    result, offset = {}, tensor.offset
+    for expert in range(n_experts):
+        for i, kind in enumerate(kinds):
+            name = f"{tensor.name}[{expert}, {i * rows}:{(i + 1) * rows}]"
+            part = replace(tensor, name=name, shape=(rows, columns), offset=offset)
+            result[f"{prefix}.{expert}.{kind}_proj.weight"] = part
+            offset += part.size
     return result
 
 

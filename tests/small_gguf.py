@@ -45,6 +45,10 @@ _NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "mlp.gate.weight": "ffn_gate_inp.weight",
+    "mlp.experts.gate_proj": "ffn_gate_exps.weight",
+    "mlp.experts.up_proj": "ffn_up_exps.weight",
+    "mlp.experts.down_proj": "ffn_down_exps.weight",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -53,7 +57,7 @@ _NAMES = {
 
 def small_gguf(dtype: str = "F32", **shape: Any) -> tuple[Keys, Tensors]:
     """Keys and tensors of a small model; matrices as `dtype`, vectors as F32."""
-    architecture = shape.get("architecture", "qwen3")
+    architecture = shape.get("architecture", "qwen3").replace("_", "")
     config, generation = config_json(**shape), generation_config_json()
     thinking = shape.get("thinking", "hybrid")
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
@@ -81,14 +85,35 @@ def small_gguf(dtype: str = "F32", **shape: Any) -> tuple[Keys, Tensors]:
     keys |= vocabulary_keys(json.loads(tokenizer_json()), config["vocab_size"], "qwen2")
     keys["tokenizer.chat_template"] = TEMPLATES[thinking]
     tensors: Tensors = {}
-    for name, weights in small_weights(**shape).items():
+    if architecture == "qwen3moe":
+        keys |= {
+            "qwen3moe.expert_count": config["num_experts"],
+            "qwen3moe.expert_used_count": config["num_experts_per_tok"],
+            "qwen3moe.expert_feed_forward_length": config["moe_intermediate_size"],
+        }
+    for name, weights in stacked_experts(small_weights(**shape)).items():
         if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             weights = pair_rows(weights, head_dim)
-        tensors[gguf_name(name)] = encode(weights, dtype if weights.ndim > 1 else "F32")
+        tensors[gguf_name(name)] = encode(
+            weights, "F32" if weights.ndim == 1 or name.endswith("mlp.gate.weight") else dtype
+        )
     if shape.get("rope", {}).get("rope_type") == "llama3":
         factors = llama3_factors(shape["rope"], keys["llama.rope.freq_base"], head_dim)
         tensors["rope_freqs.weight"] = encode(factors, "F32")
     return keys, tensors
+
+
+def stacked_experts(weights: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """The matrices of a layer's experts as one (n_experts, rows, columns), under `...mlp.experts.up_proj`."""
+    result: dict[str, Any] = {}
+    for name, matrix in weights.items():
+        before, experts, after = name.partition(".mlp.experts.")
+        if experts:
+            kind = after.split(".")[1]
+            result.setdefault(f"{before}{experts}{kind}", []).append(matrix)
+        else:
+            result[name] = matrix
+    return {name: np.stack(matrix) if isinstance(matrix, list) else matrix for name, matrix in result.items()}
 
 
 def pair_rows(weights: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:

@@ -41,6 +41,7 @@ from qwen3c.gguf import GGUF, PRE_TOKENIZERS, Vocabulary
 from qwen3c.huggingface import Checkpoint, Files, SourceError
 from qwen3c.huggingface import Keys as JsonKeys
 
+MOE = {"architecture": "qwen3_moe", "n_experts": 5, "expert_hidden_dim": 64, "dim": 128}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -77,7 +78,7 @@ def write_small(tmp_path: Path, dtype: str = "F32", **shape: Any) -> Path:
 # The same model as from the directory
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, MOE])
 def test_numbers_and_texts_are_those_of_the_directory(tmp_path: Path, shape: dict[str, Any]) -> None:
     found = read(write_small(tmp_path, **shape), group_size=32)
     with Files(write_small_model(tmp_path / "source", **shape)) as files:
@@ -91,7 +92,7 @@ def test_numbers_and_texts_are_those_of_the_directory(tmp_path: Path, shape: dic
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, MOE])
 def test_weights_are_those_of_the_directory(tmp_path: Path, shape: dict[str, Any], dtype: str) -> None:
     export(write_small_model(tmp_path / "source", **shape), tmp_path / "directory.bin", group_size=32)
     export(write_small(tmp_path, dtype, **shape), tmp_path / "gguf.bin", group_size=32)
@@ -189,6 +190,41 @@ def test_logits_are_those_of_transformers_on_the_same_file(tmp_path: Path, shape
     model = Model(tmp_path / "model.bin", activations="float32", kv="f32")
     error = model.session().forward(ids, logits="all") - expected
     assert (error**2).sum() <= 1e-10 * (expected**2).sum()
+
+
+def test_q8_0_experts_are_exactly_those_of_the_package(tmp_path: Path) -> None:
+    package = pytest.importorskip("gguf")
+    keys, tensors = small_gguf("Q8_0", **MOE)
+    dequantised = {}
+    for name, (kind, dims, data) in tensors.items():
+        if kind == "Q8_0":
+            blocks = np.frombuffer(data, np.uint8).reshape(*dims[:-1], -1)
+            dequantised[name] = package.quants.dequantize(blocks, package.GGMLQuantizationType.Q8_0)
+    export(write_gguf(tmp_path / "model.gguf", keys, tensors), tmp_path / "model.bin")
+    assert all(sound for _, sound in ModelFile(tmp_path / "model.bin").verify())
+    model = Model(tmp_path / "model.bin")
+    for name, weights in small_weights(**MOE).items():
+        before, experts, after = name.partition(".mlp.experts.")
+        if experts:
+            expert, kind, _ = after.split(".")
+            expected = dequantised[gguf_name(f"{before}{experts}{kind}")][int(expert)]
+        else:
+            expected = dequantised.get(gguf_name(name), weights)
+        assert (model.weight(name) == expected).all(), name
+
+
+def test_logits_of_experts_are_those_of_transformers(tmp_path: Path) -> None:
+    """On the weights of the file, which are exact: transformers' own reader of GGUF cannot load such models."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from test_oracle import NMSE_BOUND, nmse, oracle, oracle_logits
+
+    export(write_small(tmp_path, "Q8_0", **MOE), tmp_path / "model.bin")
+    model = Model(tmp_path / "model.bin", activations="float32", kv="f32")
+    config = transformers.AutoConfig.from_pretrained(write_small_model(tmp_path / "source", **MOE))
+    ids = np.arange(5, 200)
+    with torch.no_grad():
+        expected = oracle_logits(oracle(model, config), ids)
+    assert nmse(model.session().forward(ids, logits="all"), expected) <= NMSE_BOUND
 
 
 def odd_blocks(n: int) -> NDArray[Any]:
@@ -407,6 +443,7 @@ FAULTS: dict[str, tuple[Callable[[Keys, Tensors], object], str]] = {
     "unknown key": (changed(qwen3__logit_scale=2.0), "key 'qwen3.logit_scale' is not supported"),
     "attention factor": (changed(qwen3__rope__scaling__attn_factor=0.5), "attn_factor is 0.5, supported: 1.0"),
     "rope kind": (changed(qwen3__rope__scaling__type="longrope"), "rope type 'longrope' is not supported"),
+    "experts of a dense model": (changed(qwen3__expert_count=8), "key 'qwen3.expert_count' is not supported"),
     "head of no size": (changed(qwen3__attention__key_length="x"), "head_dim is 'x', expected an integer"),
     "factors of no Llama": (
         lambda keys, tensors: to_llama(keys, tensors, np.linspace(1, 8, 16)),
@@ -460,12 +497,61 @@ FAULTS: dict[str, tuple[Callable[[Keys, Tensors], object], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_refused_in_one_line(tmp_path: Path, fault: str) -> None:
-    damage, reason = FAULTS[fault]
-    keys, tensors = small_gguf()
+EXPERT_FAULTS: dict[str, tuple[Callable[[Keys, Tensors], object], str]] = {
+    "no count": (removed("qwen3moe.expert_count"), "required key 'qwen3moe.expert_count' is missing"),
+    "no number used": (removed("qwen3moe.expert_used_count"), "required key 'qwen3moe.expert_used_count' is missing"),
+    "no width": (
+        removed("qwen3moe.expert_feed_forward_length"),
+        "required key 'qwen3moe.expert_feed_forward_length' is missing",
+    ),
+    "no experts": (changed(qwen3moe__expert_count=0), "n_experts_per_token is 2, but n_experts = 0"),
+    "none used": (changed(qwen3moe__expert_used_count=0), "n_experts_per_token = 0, but n_experts = 5"),
+    "more used than there are": (changed(qwen3moe__expert_used_count=6), "= 6 exceeds n_experts = 5"),
+    "count is text": (changed(qwen3moe__expert_count="5"), "is '5', expected an integer"),
+    "fewer experts": (changed(qwen3moe__expert_count=4), "mlp.gate.weight has shape [5, 128], expected [4, 128]"),
+    "other width": (changed(qwen3moe__expert_feed_forward_length=128), "has shape [64, 128], expected [128, 128]"),
+    "shared expert": (changed(qwen3moe__expert_shared_count=1), "key 'qwen3moe.expert_shared_count' is not supported"),
+    "other gating": (changed(qwen3moe__expert_gating_func=2), "key 'qwen3moe.expert_gating_func' is not supported"),
+    "no router": (removed("blk.1.ffn_gate_inp.weight"), "model.layers.1.mlp.gate.weight [5, 128] is missing"),
+    "no up": (removed("blk.1.ffn_up_exps.weight"), "model.layers.1.mlp.experts.0.up_proj.weight [64, 128] is missing"),
+    "dense layer": (
+        lambda keys, tensors: tensors.update({"blk.1.ffn_up.weight": encode(np.ones((192, 128), np.float32), "F32")}),
+        "unexpected tensor blk.1.ffn_up.weight",
+    ),
+    "experts one by one": (
+        renamed("blk.1.ffn_up_exps.weight", "blk.1.ffn_up.0.weight"),
+        "unexpected tensor 'blk.1.ffn_up.0.weight'",
+    ),
+    "experts of no layer": (changed(qwen3moe__block_count=1), "unexpected tensor blk.1."),
+    "two dimensions": (
+        lambda keys, tensors: tensors.update(
+            {"blk.1.ffn_up_exps.weight": ("F32", (320, 128), tensors["blk.1.ffn_up_exps.weight"][2])}
+        ),
+        "experts.0.up_proj.weight [64, 128] is missing",
+    ),
+    "Q4_0": (retyped("blk.0.ffn_down_exps.weight", "Q4_0"), "'blk.0.ffn_down_exps.weight' is Q4_0, supported"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "fault"), [*(({}, fault) for fault in FAULTS), *((MOE, fault) for fault in EXPERT_FAULTS)]
+)
+def test_fault_is_refused_in_one_line(tmp_path: Path, shape: dict[str, Any], fault: str) -> None:
+    damage, reason = (EXPERT_FAULTS if shape else FAULTS)[fault]
+    keys, tensors = small_gguf(**shape)
     damage(keys, tensors)
     assert reason in refusal(write_gguf(tmp_path / "model.gguf", keys, tensors))
+
+
+def test_weight_of_an_expert_that_is_no_number_is_refused_by_place(tmp_path: Path) -> None:
+    keys, tensors = small_gguf(**MOE)
+    kind, dims, data = tensors["blk.1.ffn_up_exps.weight"]
+    weights = np.frombuffer(data, "<f4").reshape(dims).copy()
+    weights[3, 7, 11] = np.nan
+    tensors["blk.1.ffn_up_exps.weight"] = (kind, dims, weights.tobytes())
+    with pytest.raises(SourceError, match=r"blk\.1\.ffn_up_exps\.weight\[3, 0:64\]\[7, 11\] is nan"):
+        export(write_gguf(tmp_path / "model.gguf", keys, tensors), tmp_path / "model.bin")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
 BYTES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
@@ -515,7 +601,7 @@ def damaged(r: random.Random, data: bytes, header: int) -> bytes:
     return data[:at] + data[source : source + n] + data[at + n :]
 
 
-@pytest.mark.parametrize("shape", [{}, {"architecture": "llama", "rope": LLAMA3}])
+@pytest.mark.parametrize("shape", [MOE, {"architecture": "llama", "rope": LLAMA3}])
 def test_thousands_of_damaged_files_end_in_one_line_or_in_a_model(
     tmp_path: Path, shape: dict[str, Any]
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -369,6 +370,7 @@ def retype(name: str, dtype: str, item_size: int) -> Callable[[dict[str, Any]], 
 
 Q, NORM = "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+EXPERTS = "model.layers.1.mlp.experts."
 NO_WIDTH = YARN | {"rope_type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 4.0}
 OVERLAP = '"data_offsets": [0, 65536]', '"data_offsets": [64, 65600]'
 
@@ -595,6 +597,36 @@ def test_fault_is_refused_in_one_line(source: Path, fault: str) -> None:
     damage, expected = FAULTS[fault]
     damage(source)
     assert expected in refusal(source)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (
+            lambda t: t.update({EXPERTS + "0.up_proj.weight": ("F32", (64, 64), bytes(1 << 14))}),
+            f"has {EXPERTS}0.up_proj.weight, and so has ",
+        ),
+        (
+            lambda t: t.update({EXPERTS + "gate_up_proj": ("F32", (6, 129, 64), bytes(4 * 6 * 129 * 64))}),
+            f"{EXPERTS}0.gate_proj.weight [64, 64] is missing",
+        ),
+        (
+            lambda t: t.update({EXPERTS + "down_proj": ("F32", (5, 64, 64), bytes(4 * 5 * 64 * 64))}),
+            f"{EXPERTS}0.down_proj.weight [64, 64] is missing",
+        ),
+    ],
+    ids=["an expert twice", "halves that are none", "another number of experts"],
+)
+def test_fused_experts_of_another_shape_are_refused(
+    tmp_path: Path, damage: Callable[[dict[str, Any]], object], expected: str
+) -> None:
+    shape: dict[str, Any] = {"architecture": "qwen3_moe", "fused_experts": True}
+    source = write_small_model(tmp_path / "source", **shape)
+    stored = {name: encode_tensor(w, "F32") for name, w in small_weights(**shape).items()}
+    damage(stored)
+    write_safetensors(source / "model.safetensors", stored)
+    with pytest.raises(SourceError, match=re.escape(expected)), Files(source) as files:
+        Checkpoint(files)
 
 
 @pytest.mark.parametrize("dialect", [4, 5])

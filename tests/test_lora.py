@@ -209,6 +209,69 @@ def test_exact_merge_of_peft_gives_the_same_file(tmp_path: Path, source: Path) -
 
 
 # ----------------------------------------------------------------------------
+# Experts
+
+MOE = {"architecture": "qwen3_moe", "tied": False}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_adapter_of_experts_is_merged_as_peft_merges_it(tmp_path: Path, fused: bool) -> None:
+    """Trained where each expert is a module; the base may have them fused or not."""
+    torch = pytest.importorskip("torch")
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    source = write_small_model(tmp_path / "source", dtype="F32", fused_experts=fused, **MOE)
+    adapter = write_adapter(tmp_path / "adapter", LINEAR, task_type="CAUSAL_LM", shape=MOE)
+    base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    expected = {name: w.detach().numpy() for name, w in model.state_dict().items()}
+    found, plain = merged(source, adapter), small_weights(**MOE)
+    assert found.keys() == plain.keys()
+    for name, weights in found.items():
+        before, experts, after = name.partition(".experts.")
+        right = expected.get(name)
+        if experts:
+            expert, kind, _ = after.split(".")
+            if kind == "down_proj":
+                right = expected[f"{before}{experts}down_proj"][int(expert)]
+            else:
+                halves = np.split(expected[f"{before}{experts}gate_up_proj"][int(expert)], 2)
+                right = halves[kind == "up_proj"]
+        assert right is not None
+        np.testing.assert_allclose(weights, right, rtol=1e-6, atol=1e-6 * np.abs(right).max(), err_msg=name)
+        assert (weights == plain[name]).all() == (name.split(".")[-2] not in LINEAR), name
+
+
+def test_names_of_dense_modules_pass_fused_experts_by(tmp_path: Path) -> None:
+    source = write_small_model(tmp_path / "source", dtype="F32", **MOE)
+    adapter = write_adapter(tmp_path / "adapter", shape=MOE)
+    set_keys(target_modules=LINEAR)(adapter)
+    found, plain = merged(source, adapter), small_weights(**MOE)
+    changed = {name for name in plain if not (found[name] == plain[name]).all()}
+    assert changed == {name for name in plain if name.split(".")[-2] in ATTENTION}
+
+
+def test_adapter_with_some_of_the_experts_is_refused(tmp_path: Path) -> None:
+    source = write_small_model(tmp_path / "source", dtype="F32", **MOE)
+    adapter = write_adapter(tmp_path / "adapter", LINEAR, shape=MOE)
+    expert = "model.layers.1.mlp.experts.3.up_proj"
+    set_tensors(lambda t: [t.pop(f"base_model.model.{expert}.lora_{half}.weight") for half in "AB"])(adapter)
+    with pytest.raises(SourceError, match=f"has no tensors for {expert}, which target_modules names"):
+        merged(source, adapter)
+
+
+def test_adapter_of_fused_experts_is_refused_by_name(tmp_path: Path) -> None:
+    """What peft makes of the same targets where the experts are parameters."""
+    torch = pytest.importorskip("torch")
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    source = write_small_model(tmp_path / "source", dtype="F32", **MOE)
+    base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_parameters=["mlp.experts.down_proj"])
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(SourceError, match="target_parameters is .*down_proj.*, which is not supported"):
+        merged(source, tmp_path / "adapter")
+
+
+# ----------------------------------------------------------------------------
 # Refused
 
 
