@@ -151,7 +151,8 @@ class Generation(Iterator[Event]):
             raise ValueError(f"logprobs = {logprobs} is outside 0..{model.config.n_tokens}")
         self._sampler = Sampler(sampling, self._prompt, model.config.n_tokens, model.undefined_tokens)
         stops = [stop] if isinstance(stop, str) else stop
-        in_thought = last_control_token(model.tokenizer, self._prompt) == model.tokenizer.control_id(THINK)
+        think = model.tokenizer.control_id(THINK)
+        in_thought = think is not None and last_control_token(model.tokenizer, self._prompt) == think
         self._stream = ReplyStream(model.tokenizer, in_thought, stops)
         self._end_tokens = frozenset(model.metadata["eos_token_ids"])
         self.session = session

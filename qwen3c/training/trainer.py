@@ -251,8 +251,8 @@ class Trainer(ABC):
         with torch.no_grad():
             judgement, record = self.judge()
         self._record({"step": self.step, **record})
-        better = self.best is None or (
-            judgement > self.best if self.best_is_highest else judgement < self.best
+        better = self.step > 0 and (  # the model that training began with is no result of it
+            self.best is None or (judgement > self.best if self.best_is_highest else judgement < self.best)
         )
         if better:
             self.best = judgement

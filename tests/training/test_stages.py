@@ -92,13 +92,14 @@ def test_reinforcement_raises_the_reward(data, base, tmp_path):
 
 def test_the_character_tokenizer_trains_exports_and_generates(data, tmp_path):
     arguments = [a for a in NANO if a not in ("--vocab-size", "320")]
-    assert train("pretrain", data / "text", "-o", tmp_path / "out", *arguments, "--tokenizer", "char", "--steps", 40,
+    assert train("pretrain", data / "text", "-o", tmp_path / "out", *arguments, "--tokenizer", "char", "--steps", 150,
                  "--learning-rate", 1e-2, *QUICK) == 0  # fmt: skip
     export(tmp_path / "out", tmp_path / "model.bin", group_size=32)
     model = qwen3c.Model(str(tmp_path / "model.bin"))
     prompt = model.tokenizer.encode("3 + 4 =")
-    text = "".join(event.text for event in model.generate(prompt, temperature=0, max_tokens=4))
-    assert text.strip()[:1].isdigit()
+    events = list(model.generate(prompt, temperature=0, max_tokens=4))
+    assert "".join(event.text for event in events).strip()[:1].isdigit()
+    assert not any(event.thinking for event in events)  # its vocabulary has no tag to think in
 
 
 def test_trained_weights_give_the_engine_the_logits_of_transformers(base, tmp_path):

@@ -31,7 +31,7 @@ def test_only_matrices_decay(tmp_path, monkeypatch):
     from qwen3c.training.trainer import Trainer
 
     seen = []
-    monkeypatch.setattr(Trainer, "run", seen.append)
+    monkeypatch.setattr(Trainer, "run", lambda self: seen.append(self))
     assert (
         train("pretrain", write_text(tmp_path / "text"), "-o", tmp_path / "out", *NANO, "--weight-decay", 0.3)
         == 0

@@ -50,7 +50,7 @@ def test_the_engine_cuts_text_into_the_same_tokens(kind):
     ids = tokenizer.encode(CODE)
     assert ours.encode(CODE) == ids and ours.decode(ids) == CODE
     stream = ours.stream()
-    assert "".join([stream.push(id) for id in ids] + [stream.finish()]) == CODE
+    assert "".join([stream.push(id) for id in ids] + [stream.flush()]) == CODE
 
 
 def test_a_saved_tokenizer_loads_again(tmp_path):
