@@ -26,7 +26,7 @@ oracles: $(VENV)/ready
 	$(BIN)/python -m pip install -q torch==2.13.0
 	$(BIN)/python -m pip install -q -e '.[oracles]'
 
-## make model      train the model in the box again, in build/ (about 100 minutes on two cores); resumes where it stopped
+## make model      train a model from this Python's library into build/model.bin (100 minutes, two cores); resumes
 # Every figure of docs/MODEL_CARD.md comes from these lines, seed 1.
 TRAIN := $(BIN)/python train.py
 DATA := build/box
@@ -39,7 +39,7 @@ model: oracles
 	$(TRAIN) grpo $(DATA)/tasks.jsonl $(DATA)/functions.jsonl --model build/sft -o build/grpo --resume \
 	    --reward recipe.rewards:either --steps 120 --batch 8 --micro-batch 16 --max-tokens 128 --learning-rate 2e-4 \
 	    --evaluate-every 30
-	$(BIN)/python export.py build/grpo qwen3c/data/model.bin --name "qwen3c in the box"
+	$(BIN)/python export.py build/grpo build/model.bin --name qwen3c-box
 	$(BIN)/python recipe/evaluate.py --base build/base --sft build/sft --grpo build/grpo --data $(DATA) --json build/figures.json
 
 ## make test-arm   the NEON kernels under qemu-user (Debian: qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross)

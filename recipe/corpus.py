@@ -289,7 +289,8 @@ def function_tasks(samples: list[Sample], count: int, seed: int) -> list[dict[st
             assert isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef)
             if f"def {found.name}(" not in question:
                 continue  # asked for by what it does: its name cannot be known
-            names = [a.arg for a in [*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs]]
+            arguments = [*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs]
+            names = [a.arg for a in arguments if a.arg not in ("self", "cls")]
             message = {"role": "user", "content": question}
             tasks.append({"messages": [message], "function": found.name, "parameters": names})
     return Random(f"{seed}:functions").sample(tasks, min(count, len(tasks)))

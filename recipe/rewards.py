@@ -20,8 +20,8 @@ def either(prompt: object, completion: str, task: Mapping[str, Any]) -> float:
 def function(prompt: object, completion: str, task: Mapping[str, Any]) -> float:
     """1 for a turn that ends after one whole function of the asked name, whose body uses a parameter; 0.5 if it uses none.
 
-    task: a line of functions.jsonl, with "ended". Text that does not parse, other code beside the function, an empty
-    body and a line repeated over and over have none. Whether the function is right cannot be checked.
+    task: a line of functions.jsonl, with "ended". Text that does not parse, other code beside the function, a body
+    that is empty or begins with the return of a bare name or constant, and a line repeated over and over have none. Whether the function is right cannot be checked.
     """
     lines = [line.strip() for line in completion.splitlines() if line.strip()]
     if not task["ended"] or max(map(lines.count, lines), default=0) > SAME_LINE:
@@ -42,6 +42,8 @@ def function(prompt: object, completion: str, task: Mapping[str, Any]) -> float:
         or all(isinstance(statement, ast.Pass) for statement in body)
     ):
         return 0.0
+    if isinstance(body[0], ast.Return) and isinstance(body[0].value, ast.Name | ast.Constant | None):
+        return 0.0  # `return self` and the like: whole, and worth nothing
     used = {node.id for statement in body for node in ast.walk(statement) if isinstance(node, ast.Name)}
     return 1.0 if not task["parameters"] or used & set(task["parameters"]) else NO_PARAMETER
 

@@ -369,8 +369,11 @@ FUNCTION = {"function": "add", "parameters": ["a", "b"], "ended": True}
     "completion, reward",
     [
         ("def add(a, b):\n    return a + b", 1.0),
-        ('def add(a, b):\n    """Add."""\n    return b', 1.0),
-        ("def add(a, b):\n    return 3", 0.5),
+        ('def add(a, b):\n    """Add."""\n    return sum([b, a])', 1.0),
+        ("def add(a, b):\n    return sum(c)", 0.5),
+        ("def add(a, b):\n    return a", 0.0),
+        ("def add(a, b):\n    return None", 0.0),
+        ("def add(a, b):\n    return", 0.0),
         ('def add(a, b):\n    """Add."""', 0.0),
         ("def add(a, b):\n    pass", 0.0),
         ("def sum(a, b):\n    return a + b", 0.0),

@@ -6,6 +6,7 @@ completion is a function of (weights, prompt, seed) alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import engine
+
+BLOCK = 64  # tokens whose probabilities are summed at once
 
 
 @dataclass
@@ -39,41 +42,40 @@ def rollout(
 
     # every prompt is computed once; its completions go on from forks
     first = [model.session(len(prompt) + max_tokens) for prompt in prompts]
-    logits = np.stack(model.forward(list(zip(first, prompts, strict=True))))
+    after_prompt = model.forward(list(zip(first, prompts, strict=True)))
     active = [
         (session if i == 0 else session.fork(), completion, uniform[row, i])
         for row, (session, group) in enumerate(zip(first, groups, strict=True))
         for i, completion in enumerate(group)
     ]
-    logits = np.repeat(logits, n_completions, axis=0)
+    logits = [row for row in after_prompt for _ in range(n_completions)]
     for position in range(max_tokens):
-        numbers = np.array([random[position] for _, _, random in active])
-        tokens, logprobs = choose(logits[:, : model.config.n_tokens], temperature, numbers)
-        for (_, completion, _), token, logprob in zip(active, tokens, logprobs, strict=True):
-            completion.tokens.append(int(token))
-            completion.logprobs.append(float(logprob))
-            completion.ended = int(token) in end_tokens
+        for row, (_, completion, numbers) in zip(logits, active, strict=True):
+            token, logprob = choose(row[: model.config.n_tokens], temperature, numbers[position])
+            completion.tokens.append(token)
+            completion.logprobs.append(logprob)
+            completion.ended = token in end_tokens
         active = [entry for entry in active if not entry[1].ended]
         if not active or position == max_tokens - 1:
             break
-        logits = np.stack(
-            model.forward([(session, completion.tokens[-1:]) for session, completion, _ in active])
-        )
+        logits = model.forward([(session, completion.tokens[-1:]) for session, completion, _ in active])
     return groups
 
 
-def choose(
-    logits: NDArray[np.float32], temperature: float, uniform: NDArray[np.float64]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """One token per row of logits (n, vocab_size), and its log-probability; (n,) each."""
-    scaled = logits.astype(np.float64) / (temperature or 1.0)
-    scaled -= scaled.max(axis=1, keepdims=True)
-    cumulative = np.cumsum(np.exp(scaled), axis=1)
-    totals = cumulative[:, -1]
+def choose(logits: NDArray[np.float32], temperature: float, number: float) -> tuple[int, float]:
+    """A token and its log-probability. logits: (vocab_size,); number: uniform in 0..1; temperature: 0 is greedy."""
     if temperature == 0:
-        tokens = logits.argmax(axis=1)
-    else:
-        # the first token whose cumulative probability exceeds the number
-        tokens = (cumulative <= (uniform * totals)[:, None]).sum(axis=1)
-    rows = np.arange(len(logits))
-    return tokens, scaled[rows, tokens] - np.log(totals)
+        token = int(logits.argmax())
+        return token, float(logits[token]) - engine.log_sum_exp(logits)
+    probabilities = engine.softmax(logits, temperature)
+    # the first token whose cumulative probability exceeds the number: its block by their sums, then within that
+    sums = np.add.reduceat(probabilities, np.arange(0, len(probabilities), BLOCK), dtype=np.float64)
+    ends = np.cumsum(sums)
+    target = number * ends[-1]
+    block = min(int(np.searchsorted(ends, target, side="right")), len(ends) - 1)
+    within = np.cumsum(probabilities[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
+    target = min(
+        target - (ends[block] - sums[block]), np.nextafter(within[-1], 0)
+    )  # the sums round differently
+    token = block * BLOCK + int(np.searchsorted(within, target, side="right"))
+    return token, math.log(probabilities[token] / ends[-1])
