@@ -6,6 +6,7 @@ text          documents -> windows of tokens (pretrain)
 conversations messages -> packed samples with a loss mask (sft)
 rollouts      prompts -> completions with log-probabilities, by the engine (grpo)
 trainer       what the three stages share: optimiser, schedule, checkpoints, metrics, resume
+next_token    what pretraining and fine-tuning share
 pretrain, sft, grpo   the stages
 estimate      parameters, memory and FLOPs before anything runs
 curves        metrics.jsonl -> a picture

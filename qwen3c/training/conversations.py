@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from . import TrainingError
+from .next_token import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from .trainer import Batch
 
-IGNORED = -100  # a target that is not learned
 OPEN_ROWS = 32  # rows that a sample may still go into
 
 Message = dict[str, Any]

@@ -5,7 +5,8 @@ import pytest
 from nano import conversation, write_chat, write_jsonl
 
 from qwen3c.training import TrainingError
-from qwen3c.training.conversations import IGNORED, Rows, Sample, collate, pack, read_samples, split
+from qwen3c.training.conversations import Rows, Sample, collate, pack, read_samples, split
+from qwen3c.training.next_token import IGNORED
 from qwen3c.training.shapes import Shape, new_model
 from qwen3c.training.vocabulary import train_bpe
 
