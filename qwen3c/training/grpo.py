@@ -175,6 +175,8 @@ class GRPO(Trainer):
     @contextlib.contextmanager
     def _engine(self) -> Iterator[engine.Model]:
         """The weights as they are now, in the engine."""
+        import torch
+
         from .. import engine
         from ..export import export
 
@@ -184,7 +186,7 @@ class GRPO(Trainer):
         if self.is_main:
             export(directory, path, group_size=self._group_size())
         self.accelerator.wait_for_everyone()
-        model = engine.Model(str(path))
+        model = engine.Model(str(path), torch.get_num_threads())
         try:
             yield model
         finally:
