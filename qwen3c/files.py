@@ -1,19 +1,48 @@
-"""Text files written whole or not at all."""
+"""Files written whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path whose file, once the block is done, takes the place of `path`; on any error nothing does."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write `text` beside `path` and rename it over; on any error the target is what it was. OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """What was written to a file is on the disk when this returns."""
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
+
+
+def sync_directory(directory: Path) -> None:
+    """The same for what was created or renamed in it, where the system can say so."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such call
+            raise
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)

@@ -17,7 +17,6 @@ Everything is little-endian. A matrix is INT8 in groups along its input dimensio
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import mmap
@@ -36,6 +35,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+from .files import sync_directory
 
 MAGIC = b"QWEN3C\x1a\n"
 VERSION = 1
@@ -591,7 +592,7 @@ class ModelWriter:
                 ):  # Windows renames no open file; elsewhere the lock is kept until it has its name
                     self._file.close()
                 os.replace(self._temporary, self.path)
-                _fsync_directory(self.path.parent)
+                sync_directory(self.path.parent)
         finally:
             try:
                 self._file.close()
@@ -675,18 +676,3 @@ def _lock(file: BinaryIO, wait: bool) -> None:
     """Lock an open file until it is closed. OSError if another process holds the lock and wait is false."""
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-
-
-def _fsync_directory(directory: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno not in (
-                errno.EINVAL,
-                errno.ENOTSUP,
-            ):  # some network file systems have no such call
-                raise
-        finally:
-            os.close(descriptor)

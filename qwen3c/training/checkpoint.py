@@ -8,15 +8,15 @@ OUT/checkpoints/step-N/   a Hugging Face directory and trainer.pt: what resuming
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..files import replacing, sync, sync_directory
 from . import TrainingError
 
 FOLDER = "checkpoints"
@@ -39,12 +39,12 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     try:
         fill(temporary)
         for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync_directory(temporary)
         if path.exists():
             shutil.rmtree(path)
         temporary.rename(path)
-        _sync(path.parent)
+        sync_directory(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -58,33 +58,12 @@ def publish(directory: Path, out: Path) -> None:
             shutil.copyfile(file, temporary)
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path whose file, once the block is done, takes the place of `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def prune(out: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and what writers that were killed left behind."""
     for path in checkpoints(out)[:-keep]:
         shutil.rmtree(path)
     for path in out.glob(f"{FOLDER}/.step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Metrics:

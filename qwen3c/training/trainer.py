@@ -18,8 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from ..files import replacing
 from . import TrainingError
-from .checkpoint import FOLDER, STATE, Metrics, checkpoints, prune, publish, replacing, write_directory
+from .checkpoint import FOLDER, STATE, Metrics, checkpoints, prune, publish, write_directory
 
 if TYPE_CHECKING:
     import torch

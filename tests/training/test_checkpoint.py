@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from qwen3c.files import replacing
 from qwen3c.training import TrainingError
 from qwen3c.training.checkpoint import (
     Metrics,
@@ -12,7 +13,6 @@ from qwen3c.training.checkpoint import (
     prune,
     publish,
     read_metrics,
-    replacing,
     write_directory,
 )
 
