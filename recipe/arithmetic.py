@@ -2,6 +2,9 @@
 
 A problem (its operator and operands) belongs to one of three sets by a hash: those that conversations show, those
 that reinforcement learning asks, and those held out for measuring. One-digit problems are all shown.
+
+An answer works digit by digit from the right, as on paper, before it says the result: each step is a sum of one-digit
+numbers, of which there are few enough for a small model to know (https://arxiv.org/abs/2307.03381, section 5).
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from random import Random
 from typing import Any, Literal
 
 Use = Literal["chat", "tasks", "validation"]
+LARGER = 14_000  # problems with a number of three digits
 
 QUESTIONS = {
     "+": [
@@ -51,6 +55,25 @@ class Problem:
     def answer(self) -> int:
         return {"+": self.a + self.b, "-": self.a - self.b, "*": self.a * self.b}[self.operator]
 
+    @property
+    def solution(self) -> str:
+        """The steps, if there are any to take, and the equation: "7 + 5 = 12, 2 + 4 + 1 = 7: 27 + 45 = 72"."""
+        result = f"{self.equation} = {self.answer}"
+        if max(self.a, self.b) < 10 or self.operator == "*":
+            return result
+        steps, carry = [], 0
+        for place in range(len(str(max(self.a, self.b)))):
+            a, b = (value // 10**place % 10 for value in (self.a, self.b))
+            if self.operator == "+":
+                steps.append(f"{a} + {b}" + (" + 1" if carry else "") + f" = {a + b + carry}")
+                carry = (a + b + carry) // 10
+            else:
+                a -= carry
+                carry = int(a < b)
+                a += 10 * carry
+                steps.append(f"{a} - {b} = {a - b}")
+        return f"{', '.join(steps)}: {result}"
+
     def use(self, seed: int) -> Use:
         """The set this problem belongs to; a + b and b + a are one problem."""
         if max(self.a, self.b) < 10 or self.operator == "*":
@@ -67,8 +90,12 @@ class Problem:
 
 
 def problems(use: Use, seed: int) -> list[Problem]:
-    """Every problem of a set, shuffled: sums and differences (not below 0) of 0 to 99, products of 0 to 12."""
-    random = Random(f"{seed}:{use}")
+    """Problems of a set, shuffled.
+
+    Every sum and difference (not below 0) of 0 to 99, every product of 0 to 12, and LARGER sums and differences drawn
+    of numbers up to 999.
+    """
+    random = Random(f"{seed}:problems")
     found = []
     for a in range(100):
         for b in range(a + 1):
@@ -76,16 +103,20 @@ def problems(use: Use, seed: int) -> list[Problem]:
             found += [Problem(first, "+", second), Problem(a, "-", b)]
             if a <= 12:
                 found.append(Problem(first, "*", second))
+    pairs = [sorted((random.randrange(100, 1000), random.randrange(1000))) for _ in range(LARGER // 2)]
+    for b, a in dict.fromkeys(map(tuple, pairs)):
+        first, second = random.sample((a, b), 2)
+        found += [Problem(first, "+", second), Problem(a, "-", b)]
     found = [problem for problem in found if problem.use(seed) == use]
-    random.shuffle(found)
+    Random(f"{seed}:{use}").shuffle(found)
     return found
 
 
 def exchanges(use: Use, seed: int) -> Iterator[tuple[str, str]]:
-    """(question, answer) of every problem of a set. The answer repeats the problem, then solves it."""
+    """(question, answer) of every problem of a set."""
     random = Random(f"{seed}:{use}:questions")
     for problem in problems(use, seed):
-        yield problem.question(random), f"{problem.equation} = {problem.answer}"
+        yield problem.question(random), problem.solution
 
 
 def tasks(use: Use, seed: int, count: int) -> list[dict[str, Any]]:
@@ -121,19 +152,3 @@ def sorting(random: Random) -> tuple[str, str]:
         ["Sort {a}, {b} and {c}.", "Sort these numbers: {a}, {b}, {c}", "Put {a}, {b}, {c} in order."]
     )
     return question.format(a=a, b=b, c=c), ", ".join(map(str, sorted(numbers)))
-
-
-def counting(random: Random, words: list[str]) -> tuple[str, str]:
-    word = random.choice(words)
-    if random.random() < 0.5:
-        question = random.choice(
-            ['How many letters are in "{w}"?', "How many letters does the word {w} have?"]
-        )
-        return question.format(w=word), f"{word} has {len(word)} letters."
-    letter = random.choice(word) if random.random() < 0.8 else random.choice("aeioustr")
-    count = word.count(letter)
-    question = random.choice(
-        ['How often does the letter {l} occur in "{w}"?', "How many times is the letter {l} in {w}?"]
-    )
-    times = "once" if count == 1 else "twice" if count == 2 else f"{count} times"
-    return question.format(l=letter, w=word), f"{letter} occurs {times} in {word}."

@@ -15,6 +15,12 @@ LONGEST_SAMPLE = 1500  # characters of all messages: about a context of 512 toke
 LONGEST_SOURCE = 450  # characters of code in a question about it
 LONGEST_DOCSTRING = 400  # characters of a docstring in a question
 LONGEST_FUNCTION = 40  # lines to write in an answer
+EVERYDAY = """argparse base64 bisect calendar collections contextlib copy csv dataclasses datetime difflib enum fnmatch
+    fractions functools glob gzip hashlib heapq html inspect json keyword logging operator os os.path pathlib pickle platform
+    pprint queue random re secrets shelve shlex shutil socket statistics string subprocess tempfile textwrap threading
+    timeit traceback types typing unittest urllib.parse urllib.request uuid warnings webbrowser zipfile""".split()
+# modules whose functions and classes people ask about: each is asked about in so many ways
+EVERYDAY_FORMS = 5
 SAME_ANSWER = 3  # definitions that may share a sentence: more of them teach nothing
 
 WHAT_BY_NAME = [
@@ -158,10 +164,13 @@ def about_definitions(definitions: list[Definition], seed: int) -> Iterator[Samp
     modules = Counter(d.name for d in definitions if d.public and d.kind != "method")
     for definition in definitions:
         random = Random(f"{seed}:{full_name(definition)}")
+        everyday = definition.module in EVERYDAY and definition.kind != "method"
+        forms = EVERYDAY_FORMS if everyday else 1
         seen[definition.sentence] += 1
         if definition.sentence and seen[definition.sentence] <= SAME_ANSWER:
             if definition.public and random.random() < (0.5 if definition.kind == "method" else 1):
-                yield Sample("what by name", by_name(definition, random))
+                for _ in range(forms):
+                    yield Sample("what by name", by_name(definition, random))
             if random.random() < 0.8:
                 yield Sample("what of code", of_code(definition, random))
             if definition.kind != "class" and random.random() < 0.2:
@@ -169,14 +178,11 @@ def about_definitions(definitions: list[Definition], seed: int) -> Iterator[Samp
         if is_short(definition) and random.random() < (0.4 if definition.docstring else 0.1):
             yield Sample("complete", completion(definition, random))
         if definition.public and definition.kind == "function" and "()" not in definition.header:
-            yield Sample("signature", signature(definition, random))
-        if (
-            definition.public
-            and definition.kind != "method"
-            and modules[definition.name] == 1
-            and random.random() < 0.5
-        ):
-            yield Sample("which module", which_module(definition, random))
+            for _ in range(forms):
+                yield Sample("signature", signature(definition, random))
+        if definition.public and definition.kind != "method" and modules[definition.name] == 1:
+            for _ in range(3 if everyday else random.randrange(2)):
+                yield Sample("which module", which_module(definition, random))
 
 
 def about_modules(sentences: dict[str, str], definitions: list[Definition], seed: int) -> Iterator[Sample]:
@@ -189,7 +195,7 @@ def about_modules(sentences: dict[str, str], definitions: list[Definition], seed
         random = Random(f"{seed}:{module}:module")
         if any(part.startswith("_") for part in module.split(".")):
             continue
-        for form in random.sample(MODULE, 2) if sentence else []:
+        for form in random.sample(MODULE, 5 if module in EVERYDAY else 2) if sentence else []:
             yield Sample("module", (form.format(module=module), sentence))
         names = contents.get(module, [])
         if len(names) >= 3:

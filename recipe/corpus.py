@@ -59,7 +59,8 @@ DATA_SHARE = 0.5  # a module with a larger share of lines without a word of code
 SMALLEST_DOCUMENT = 200  # characters
 VALIDATION_SHARE = 0.05
 SEED = 11  # of CPython 3.11, a validation side of 5.5 % of the text in which no module outweighs the others
-SEVERAL_TURNS, COMPARISONS, SORTINGS, COUNTINGS = 1200, 600, 600, 600  # conversations of these kinds
+SEVERAL_TURNS, COMPARISONS, SORTINGS = 1200, 600, 600  # conversations of these kinds
+REHEARSED = 1200  # functions as plain text among the conversations, so that completing text is not forgotten
 TASKS, HELD_OUT_TASKS, HELD_OUT_HEADERS, HELD_OUT_QUESTIONS = 2000, 200, 100, 200
 FUNCTION_TASKS, LONGEST_FUNCTION_TASK = 1000, 700  # characters of question and answer
 DATA_LINE = re.compile(r"""[\s\d(){}\[\],:+.\-"'\\xXa-fA-F]*(#.*)?""")
@@ -127,7 +128,23 @@ def read_library(source: Path, seed: int) -> Iterator[Document]:
             yield Document(path.as_posix(), text, is_validation(path.as_posix(), seed))
 
 
-def write_text(documents: list[Document], out: Path) -> None:
+def short_functions(definitions: Iterable[Definition]) -> dict[str, list[str]]:
+    """By path, the documented short functions of a module and of its classes, each at the margin.
+
+    In a module most functions are methods, indented and in the company of others; here a header at the margin is
+    followed by one body and an end, as whoever wants a single function completed writes it.
+    """
+    found: dict[str, list[str]] = {}
+    for d in definitions:
+        if conversations.is_short(d) and 0 < len(d.docstring) <= conversations.LONGEST_DOCSTRING:
+            function = f"{conversations.header_with_docstring(d)}\n{d.body}\n"
+            if functions.has_body(function):
+                found.setdefault(d.path, []).append(function)
+    return found
+
+
+def write_text(documents: list[Document], short: dict[str, list[str]], out: Path) -> None:
+    """Every module as a file of its side; beside it in train/, as NAME.functions.py, its short functions."""
     for split in ("train", "validation"):
         folder = out / "text" / split
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,6 +153,9 @@ def write_text(documents: list[Document], out: Path) -> None:
         for document in documents:
             if document.validation == (split == "validation"):
                 (folder / document.path.replace("/", ".")).write_text(document.text, encoding="utf-8")
+    for path, texts in short.items():
+        name = path.replace("/", ".").removesuffix(".py") + ".functions.py"
+        (out / "text" / "train" / name).write_text("\n\n".join(texts), encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------
@@ -170,13 +190,6 @@ def chat_samples(side: Side, validation: bool, parameters: str, seed: int) -> li
     random.shuffle(small_talk)
     held_out = len(small_talk) // 20
     small_talk = small_talk[:held_out] if validation else small_talk[held_out:]
-    words = sorted(
-        {
-            word
-            for d in side.definitions
-            for word in re.findall(r"(?<![A-Za-z])[a-z]{3,8}(?![A-Za-z])", d.name)
-        }
-    )
     scale = 20 if validation else 1
     samples = list(conversations.about_definitions(side.definitions, seed))
     samples += conversations.about_modules(side.module_sentences(), side.definitions, seed)
@@ -186,10 +199,6 @@ def chat_samples(side: Side, validation: bool, parameters: str, seed: int) -> li
     samples += [Sample("sums", exchange) for exchange in sums]
     samples += [Sample("comparisons", arithmetic.comparison(random)) for _ in range(COMPARISONS // scale)]
     samples += [Sample("sorting", arithmetic.sorting(random)) for _ in range(SORTINGS // scale)]
-    samples += [
-        Sample("counting letters", arithmetic.counting(random, words))
-        for _ in range(COUNTINGS // scale if words else 0)
-    ]
     samples += [Sample("small talk", exchange) for exchange in small_talk]
     samples = [s for s in samples if s.characters <= conversations.LONGEST_SAMPLE]
     random.shuffle(samples)
@@ -298,14 +307,22 @@ def function_tasks(samples: list[Sample], count: int, seed: int) -> list[dict[st
 
 def write(documents: list[Document], out: Path, parameters: str, seed: int) -> None:
     """Everything, with a table of it on stdout."""
-    write_text(documents, out)
-    for split in ("train", "validation"):
-        texts = [document.text for document in documents if document.validation == (split == "validation")]
-        print(f"{split:<12}{len(texts):>6} documents{sum(map(len, texts)):>12} characters")
-
     train, validation = Side.of(documents, False), Side.of(documents, True)
+    short = short_functions(train.definitions)
+    write_text(documents, short, out)
+    texts = {
+        "train": [d.text for d in train.documents],
+        "functions": [text for texts in short.values() for text in texts],
+        "validation": [d.text for d in validation.documents],
+    }
+    for name, parts in texts.items():
+        print(f"{name:<12}{len(parts):>6} documents{sum(map(len, parts)):>12} characters")
     chats = [chat_samples(side, side is validation, parameters, seed) for side in (train, validation)]
-    write_lines(out / "chat.jsonl", (s.line() for s in chats[0]))
+    rehearsed = Random(f"{seed}:rehearsed").sample(
+        texts["functions"], min(REHEARSED, len(texts["functions"]))
+    )
+    texts_lines = (json.dumps({"text": text}, ensure_ascii=False) for text in rehearsed)
+    write_lines(out / "chat.jsonl", [*(s.line() for s in chats[0]), *texts_lines])
     write_lines(out / "chat_validation.jsonl", (s.line() for s in chats[1]))
     print(table(*chats))
 

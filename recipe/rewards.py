@@ -51,13 +51,13 @@ def function(prompt: object, completion: str, task: Mapping[str, Any]) -> float:
 def arithmetic(prompt: object, completion: str, task: Mapping[str, Any]) -> float:
     """1 for a turn that ends after the right answer, alone or as `equation = answer`; 0.2 if one digit is wrong.
 
-    task: a line of tasks.jsonl, with "ended", whether the completion ended its turn. The partial reward is for
-    groups in which nobody is right: a slipped carry is better than nonsense, so there is something to learn. It
-    is small, so that being right now and then pays more than being nearly right always.
+    task: a line of tasks.jsonl, with "ended". What stands before the last colon, the working, is the model's own
+    affair. The partial reward is for groups in which nobody is right: a slipped carry is better than nonsense, so
+    there is something to learn. It is small, so that being right now and then pays more than being nearly right always.
     """
     if not task["ended"]:
         return 0.0
-    said = completion.strip().removesuffix(".").removeprefix(f"{task['equation']} = ")
+    said = completion.rpartition(": ")[2].strip().removesuffix(".").removeprefix(f"{task['equation']} = ")
     answer = task["answer"]
     if said == answer:
         return 1.0

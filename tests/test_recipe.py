@@ -111,6 +111,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def conversation_lines(path: Path) -> list[dict[str, Any]]:
+    """Without the plain text among them."""
+    return [line for line in lines(path) if "messages" in line]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
@@ -131,7 +136,8 @@ def test_the_same_library_and_seed_give_the_same_bytes(library: Path, data: Path
 def test_the_split_is_by_document_and_leaves_out_what_is_not_library_code(library: Path, data: Path) -> None:
     train = {f.name: f.read_text() for f in (data / "text" / "train").iterdir()}
     validation = {f.name: f.read_text() for f in (data / "text" / "validation").iterdir()}
-    assert len(train) + len(validation) == 121  # 120 modules and a package's
+    modules = {name: text for name, text in train.items() if not name.endswith(".functions.py")}
+    assert len(modules) + len(validation) == 121  # 120 modules and a package's
     assert (
         validation and not set(train) & set(validation) and not set(train.values()) & set(validation.values())
     )
@@ -158,8 +164,8 @@ def test_text_is_code_without_tabs_trailing_blanks_or_tables() -> None:
 
 def test_every_conversation_ends_with_an_answer_and_fits(data: Path) -> None:
     for name in ("chat.jsonl", "chat_validation.jsonl"):
-        samples = lines(data / name)
-        assert len({s["kind"] for s in samples}) >= 12
+        samples = conversation_lines(data / name)
+        assert len({s["kind"] for s in samples}) >= 11
         for sample in samples:
             messages = [m for m in sample["messages"] if m["role"] != "system"]
             assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2) and messages
@@ -182,7 +188,11 @@ def test_conversations_are_about_the_documents_of_their_side(data: Path) -> None
 
 
 def test_completed_functions_parse_and_have_no_docstring(data: Path) -> None:
-    answers = [s["messages"][-1]["content"] for s in lines(data / "chat.jsonl") if s["kind"] == "complete"]
+    answers = [
+        s["messages"][-1]["content"]
+        for s in conversation_lines(data / "chat.jsonl")
+        if s["kind"] == "complete"
+    ]
     assert answers
     for answer in answers:
         assert functions.has_body(answer) and '"""' not in answer
@@ -195,9 +205,9 @@ def test_sums_are_right_and_no_problem_is_in_two_sets(data: Path) -> None:
 
     shown = set()
     for name in ("chat.jsonl", "chat_validation.jsonl"):
-        for sample in lines(data / name):
+        for sample in conversation_lines(data / name):
             for message in sample["messages"]:
-                found = re.fullmatch(r"(\d+ [-+*] \d+) = (\d+)", message["content"])
+                found = re.search(r"(?:^|: )(\d+ [-+*] \d+) = (\d+)$", message["content"])
                 if found and message["role"] == "assistant":
                     assert eval(found[1]) == int(found[2])
                     if name == "chat.jsonl":
@@ -211,7 +221,7 @@ def test_sums_are_right_and_no_problem_is_in_two_sets(data: Path) -> None:
             assert sorted(numbers) == sorted(re.findall(r"\d+", task["equation"]))
         asked[name] = {canonical(task["equation"]) for task in tasks}
         assert len(asked[name]) == len(tasks)
-    assert len(shown) > 6000
+    assert len(shown) > 12_000
     assert not shown & asked["tasks.jsonl"] and not shown & asked["tasks_validation.jsonl"]
     assert not asked["tasks.jsonl"] & asked["tasks_validation.jsonl"]
 
@@ -223,7 +233,35 @@ def test_each_use_has_sums_and_differences(use: arithmetic.Use) -> None:
     assert {p.use(SEED) for p in found} == {use}
 
 
-def test_other_answers_about_numbers_and_letters_are_right() -> None:
+@pytest.mark.parametrize(
+    "problem, solution",
+    [
+        (arithmetic.Problem(3, "+", 4), "3 + 4 = 7"),
+        (arithmetic.Problem(12, "*", 11), "12 * 11 = 132"),
+        (arithmetic.Problem(27, "+", 45), "7 + 5 = 12, 2 + 4 + 1 = 7: 27 + 45 = 72"),
+        (arithmetic.Problem(97, "+", 45), "7 + 5 = 12, 9 + 4 + 1 = 14: 97 + 45 = 142"),
+        (arithmetic.Problem(302, "-", 17), "12 - 7 = 5, 9 - 1 = 8, 2 - 0 = 2: 302 - 17 = 285"),
+    ],
+)
+def test_an_answer_works_from_the_right_before_it_says_the_result(
+    problem: arithmetic.Problem, solution: str
+) -> None:
+    assert problem.solution == solution
+
+
+def test_every_step_of_the_working_is_right_and_its_last_digits_are_the_result() -> None:
+    for problem in arithmetic.problems("chat", SEED)[:3000]:
+        working, _, _ = problem.solution.rpartition(": ")
+        digits = ""
+        for step in working.split(", ") if working else []:
+            left, right = step.split(" = ")
+            assert eval(left) == int(right)
+            digits = right[-1] + digits
+        if working:
+            assert str(problem.answer).zfill(len(digits)).endswith(digits)
+
+
+def test_other_answers_about_numbers_are_right() -> None:
     from random import Random
 
     random = Random(1)
@@ -239,14 +277,6 @@ def test_other_answers_about_numbers_and_letters_are_right() -> None:
             )
         question, answer = arithmetic.sorting(random)
         assert [int(n) for n in answer.split(", ")] == sorted(map(int, re.findall(r"\d+", question)))
-        question, answer = arithmetic.counting(random, ["kiwi", "bookkeeper"])
-        word = "kiwi" if "kiwi" in question else "bookkeeper"
-        if "letters" in answer:
-            assert answer == f"{word} has {len(word)} letters."
-        else:
-            times = {"once": "1 times", "twice": "2 times"}
-            letter, said = re.fullmatch(r"(.) occurs (.*) in \w+\.", answer).groups()  # type: ignore[union-attr]
-            assert times.get(said, said) == f"{word.count(letter)} times"
 
 
 def test_what_is_held_out_comes_from_validation_documents(data: Path) -> None:
@@ -343,6 +373,8 @@ TASK = {"answer": "82", "equation": "37 + 45", "ended": True}
     "completion, reward",
     [
         ("37 + 45 = 82", 1.0),
+        ("7 + 5 = 12, 3 + 4 + 1 = 8: 37 + 45 = 82", 1.0),
+        ("37 + 45 = 82: 7 + 5 = 12", 0.0),
         ("82", 1.0),
         (" 82.\n", 1.0),
         ("37 + 45 = 72", 0.2),
@@ -391,11 +423,21 @@ def test_a_function_is_rewarded_for_being_whole_and_using_what_it_is_given(
     assert rewards.either("", completion, {**FUNCTION, "ended": False}) == 0
 
 
+def test_functions_rehearsed_as_text_are_of_training_documents(data: Path) -> None:
+    training = {f.name: f.read_text() for f in (data / "text" / "train").glob("*.functions.py")}
+    rehearsed = [line["text"] for line in lines(data / "chat.jsonl") if "text" in line]
+    assert rehearsed and all(functions.has_body(text) for text in rehearsed)
+    assert all(any(text in whole for whole in training.values()) for text in rehearsed)
+
+
 def test_functions_to_complete_come_from_training_text_with_a_reply_worth_the_whole_reward(
     data: Path,
 ) -> None:
     tasks = lines(data / "functions.jsonl")
-    replies = {s["messages"][-2]["content"]: s["messages"][-1]["content"] for s in lines(data / "chat.jsonl")}
+    replies = {
+        s["messages"][-2]["content"]: s["messages"][-1]["content"]
+        for s in conversation_lines(data / "chat.jsonl")
+    }
     values = [rewards.function("", replies[t["messages"][0]["content"]], {**t, "ended": True}) for t in tasks]
     assert tasks and sum(values) / len(values) > 0.5
 

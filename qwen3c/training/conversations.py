@@ -1,8 +1,9 @@
 """Conversations (JSONL) -> samples -> packed rows.
 
 A sample is one reply of the assistant behind everything said before it, rendered by the model's own chat
-template and cut into tokens as at run time; only the reply's tokens, its end included, are learned. Rows hold
-several samples, none of which sees another.
+template and cut into tokens as at run time; only the reply's tokens, its end included, are learned. Plain text may
+stand among the conversations, so that a model does not forget how to go on with one: it is learned whole. Rows
+hold several samples, none of which sees another.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Message = dict[str, Any]
 @dataclass(frozen=True)
 class Sample:
     tokens: list[int]
-    prompt_length: int  # tokens before the reply
+    prompt_length: int  # tokens before the reply; 0 of plain text
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -103,11 +104,21 @@ class Renderer:
             end = self.tokenizer.eos_token_id  # what the template puts behind it is not the assistant's
             yield Sample(tokens + reply[: reply.index(end) + 1 if end in reply else None], len(tokens))
 
+    def text(self, text: Any, where: str) -> Sample:
+        """Plain text and its end."""
+        if not isinstance(text, str) or not text:
+            raise TrainingError(f"{where}: text is not a text")
+        self._refuse_control_tokens(text, f"{where}: text")
+        return Sample([*self._encode(text), self.tokenizer.pad_token_id], 0)
+
+    def _refuse_control_tokens(self, text: str, where: str) -> None:
+        for token in self.control:
+            if token in text:
+                raise TrainingError(f"{where} holds the control token {token}")
+
     def _render(self, messages: list[Message], generation_prompt: bool, where: str) -> str:
         for i, message in enumerate(messages):
-            for token in self.control:
-                if token in message["content"]:
-                    raise TrainingError(f"{where}: message {i} holds the control token {token}")
+            self._refuse_control_tokens(message["content"], f"{where}: message {i}")
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generation_prompt, enable_thinking=False
@@ -123,12 +134,16 @@ class Renderer:
 
 
 def read_samples(path: Path, tokenizer: PreTrainedTokenizerFast, context: int) -> tuple[list[Sample], int]:
-    """(samples that fit into the context, how many do not) of a JSONL file of {"messages": [...]}."""
+    """(samples that fit into the context, how many do not) of JSONL: {"messages": [...]} or {"text": "..."} a line."""
     renderer = Renderer(tokenizer)
     samples, too_long = [], 0
     for number, value in read_jsonl(path):
         where = f"{path}: line {number}"
-        for sample in renderer.samples(check_messages(value.get("messages"), where), where):
+        if "text" in value and "messages" not in value:
+            found = iter([renderer.text(value["text"], where)])
+        else:
+            found = renderer.samples(check_messages(value.get("messages"), where), where)
+        for sample in found:
             fits = len(sample.tokens) <= context
             too_long += not fits
             if fits:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the assistant's tokens of conversations."""
+"""Supervised fine-tuning: the assistant's tokens of conversations, and plain text beside them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FineTuning(NextToken):
         epochs = self.settings.steps * self.settings.batch / self.train.rows_per_epoch
         learned = sum(len(s.tokens) - s.prompt_length for s in self.train.samples)
         return (
-            f"{len(self.train.samples):,} replies of {learned:,} tokens, packed into {self.train.rows_per_epoch:,} "
+            f"{len(self.train.samples):,} samples with {learned:,} tokens to learn, packed into {self.train.rows_per_epoch:,} "
             f"rows of {self.context}; {sum(map(len, self.validation)):,} held out; "
             f"{self.settings.steps:,} steps are {epochs:.2f} epochs"
         )
@@ -49,4 +49,4 @@ class FineTuning(NextToken):
 
     def sample_prompt(self) -> list[int]:
         first = self.validation[0][0]
-        return first.tokens[: first.prompt_length]
+        return first.tokens[: max(first.prompt_length, 1)]

@@ -30,6 +30,25 @@ def test_the_reply_and_its_end_are_learned_and_nothing_else(tmp_path, tokenizer)
         assert targets[i] == batch["tokens"][0, i + 1]
 
 
+def test_plain_text_among_conversations_is_learned_whole(tmp_path, tokenizer):
+    lines = [conversation("3 + 4?", "It is 7."), {"text": "What is 3 + 4?"}]
+    samples, _ = read_samples(write_jsonl(tmp_path / "chat.jsonl", lines), tokenizer, 64)
+    targets = collate([samples[1:]], 64, tokenizer.pad_token_id)["targets"][0]
+    first, *rest = samples[1].tokens  # nothing foretells the first token
+    assert targets[targets != IGNORED].tolist() == rest
+    assert tokenizer.decode([first, *rest]) == "What is 3 + 4?<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [(7, "text is not a text"), ("", "text is not a text"), ("a<|im_end|>", "text holds the")],
+)
+def test_bad_plain_text_is_refused_with_its_line(tmp_path, tokenizer, text, complaint):
+    path = write_jsonl(tmp_path / "chat.jsonl", [conversation("a", "b"), {"text": text}])
+    with pytest.raises(TrainingError, match=f"line 2: {complaint}"):
+        read_samples(path, tokenizer, 64)
+
+
 def test_every_reply_of_a_conversation_is_a_sample(tmp_path, tokenizer):
     messages = conversation("a", "b")["messages"] + conversation("c", "d")["messages"]
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": messages}])
