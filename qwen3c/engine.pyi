@@ -68,7 +68,12 @@ class Model:
     activations: Activations
 
     def __init__(
-        self, path: str, threads: int | None = None, kv: KV = "f16", activations: Activations = "int8"
+        self,
+        path: str,
+        threads: int | None = None,
+        kv: KV = "f16",
+        activations: Activations = "int8",
+        huge_pages: bool = False,
     ) -> None: ...
     def session(self, context: int | None = None) -> Session:
         """An empty sequence of at most `context` positions (default: the model's). Memory grows with use."""

@@ -25,7 +25,7 @@ import numpy as np
 from . import BORROWED_VARIABLE
 from .cpu import default_threads
 from .format import ROPE_TENSOR, ROUTER, ModelFile
-from .memory import available
+from .memory import available, in_huge_pages
 
 cimport cython
 from cython.parallel cimport prange
@@ -372,7 +372,7 @@ cdef class Model:
     cdef KVType kv_type
     cdef bint int8
 
-    def __cinit__(self, path, threads=None, kv="f16", activations="int8", **_):
+    def __cinit__(self, path, threads=None, kv="f16", activations="int8", huge_pages=False, **_):
         if kv not in ("f16", "f32"):
             raise ValueError(f"kv is {kv!r}, not 'f16' or 'f32'")
         if activations not in ("int8", "float32"):
@@ -382,6 +382,8 @@ cdef class Model:
             raise ValueError(f"threads = {wanted} is outside 1..1024")
         self.lock = threading.Lock()
         self.file = ModelFile(path)
+        if huge_pages:
+            self.file.use_copy(in_huge_pages(self.file.weights))
         self.path, self.kv, self.activations = self.file.path, kv, activations
         self.config, self.metadata = self.file.config, self.file.metadata
         self.kv_type = KV_F16 if kv == "f16" else KV_F32
@@ -394,7 +396,7 @@ cdef class Model:
             raise MemoryError(f"no memory for {self.n_layers} layers")
         self._reserve(1)
 
-    def __init__(self, path, threads=None, kv="f16", activations="int8"):
+    def __init__(self, path, threads=None, kv="f16", activations="int8", huge_pages=False):
         pass
 
     def __dealloc__(self):

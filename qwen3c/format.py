@@ -338,6 +338,7 @@ class ModelFile:
             # a size that matches was checked first, so this maps what exists and reads nothing
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._fields = fields
+        self.weights = memoryview(self.map)[fields["tensors_offset"] :]
         crc = sections_crc(header, memoryview(self.map)[HEADER_SIZE : fields["tensors_offset"]])
         self._expect("sections_crc", crc, fields["sections_crc"])
         self._check_gaps()
@@ -363,8 +364,13 @@ class ModelFile:
 
     def data(self, tensor: Tensor) -> memoryview:
         """The stored bytes of one tensor, in place."""
-        start = self.tensors_offset + tensor.offset
-        return memoryview(self.map)[start : start + tensor.size]
+        return self.weights[tensor.offset : tensor.offset + tensor.size]
+
+    def use_copy(self, weights: memoryview) -> None:
+        """Take the tensors from a copy of `self.weights` from now on; the pages of the map are let go."""
+        self.weights = weights
+        if hasattr(self.map, "madvise"):
+            self.map.madvise(mmap.MADV_DONTNEED)
 
     def verify(self) -> Iterator[tuple[Tensor, bool]]:
         """Read every tensor; yield it with whether it is sound.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from .format import Config
 
 DEFAULT_CONTEXT = 8192  # enough for a long conversation; longer ones are asked for
 CGROUP = Path("/sys/fs/cgroup")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 CONTEXTS = (1024, 4096, 8192, 16384, 32768, 65536, 131072)
 ROWS = 256  # the engine's MAX_ROWS: rows of a prompt in flight
 PROGRAM = 45 << 20  # bytes of Python, NumPy, tokenizers and Jinja (measured)
@@ -92,6 +94,31 @@ def _too_large(file_size: int) -> str:
 def gib(n_bytes: float) -> str:
     """A size for people: GiB, or MiB below a tenth of one."""
     return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 / 10 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def in_huge_pages(weights: memoryview) -> memoryview:
+    """A copy in memory that asks the system for pages of 2 MiB.
+
+    A file is mapped in pages of 4 KiB, and looking up each of them costs bandwidth. The price of the copy is the time
+    to read the whole file, and memory that no other process shares and the system cannot take back.
+    ValueError if the system has no such pages to give or not so much memory.
+    """
+    size, free = len(weights), available()
+    if not hasattr(mmap, "MADV_HUGEPAGE") or "[never]" in _huge_pages_setting():
+        raise ValueError("huge pages: this system has none to give")
+    if free is not None and size > free:
+        raise ValueError(f"huge pages: the weights take {size:,} bytes, {free:,} are available")
+    copy = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    copy.madvise(mmap.MADV_HUGEPAGE)
+    copy[:] = weights
+    return memoryview(copy).toreadonly()
+
+
+def _huge_pages_setting() -> str:
+    try:
+        return HUGE_PAGES.read_text()
+    except OSError:
+        return "[never]"
 
 
 def _of_machine() -> int | None:

@@ -22,8 +22,9 @@ class Model(engine.Model):
     """A model.bin, ready to be asked.
 
     path: the file. threads: None for as many as this machine can feed. kv: "f16" or "f32", the KV cache.
-    activations: "int8", or "float32" to compare with other implementations. renderer: of chat
-    templates, if one has been started already; any number of models may share it.
+    activations: "int8", or "float32" to compare with other implementations. huge_pages: copy the weights into
+    memory of large pages (memory.in_huge_pages says what that costs and gains). renderer: of chat templates, if
+    one has been started already; any number of models may share it.
     ModelFileError, one line, if the file is not a model.bin that this version can run.
     """
 
@@ -33,10 +34,11 @@ class Model(engine.Model):
         threads: int | None = None,
         kv: engine.KV = "f16",
         activations: engine.Activations = "int8",
+        huge_pages: bool = False,
         *,
         renderer: Renderer | None = None,
     ) -> None:
-        super().__init__(path, threads, kv, activations)
+        super().__init__(path, threads, kv, activations, huge_pages)
         try:
             self.sampling(thinking=False)
             self.sampling(thinking=True)

@@ -221,7 +221,7 @@ def _open_model(args: argparse.Namespace, chats: bool = False) -> Model:
 
     if args.isa:
         engine.set_isa(args.isa)
-    return Model(args.model, args.threads, args.kv, args.activations, renderer=renderer)
+    return Model(args.model, args.threads, args.kv, args.activations, args.huge_pages, renderer=renderer)
 
 
 def _context(args: argparse.Namespace, model: Model) -> int:
@@ -465,6 +465,8 @@ def _add_machine(group: Any) -> None:
     add("--kv", choices=("f16", "f32"), default="f16", help="type of the KV cache (default: f16)")
     add("--activations", choices=("int8", "float32"), default="int8",
         help="float32 is slow and for comparing with other programs (default: int8)")  # fmt: skip
+    add("--huge-pages", action="store_true", help="copy the weights into memory of large pages: more bandwidth for "
+        "a slower start and memory of their own")  # fmt: skip
     add("--isa", metavar="NAME", help="instruction set (default: QWEN3C_ISA, else the widest here)")
 
 

@@ -5,16 +5,18 @@ python -m pytest tests/test_memory.py
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from small_models import export_small_model
 
-from qwen3c import memory
+from qwen3c import engine, memory
 from qwen3c.format import Config, ModelFile
 
 
@@ -35,6 +37,50 @@ def test_the_context_is_what_fits_in_half_of_the_memory(monkeypatch: pytest.Monk
     ]:
         monkeypatch.setattr(memory, "available", lambda free=free: free)
         assert memory.default_context(config(model_context), "f16") == expected
+
+
+def of_huge_pages(address: int) -> str:
+    """The lines of /proc/self/smaps about the mapping that holds an address."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    heads = [i for i, line in enumerate(lines) if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line)]
+    for i, end in zip(heads, [*heads[1:], len(lines)], strict=True):
+        first, last = (int(part, 16) for part in lines[i].split()[0].split("-"))
+        if first <= address < last:
+            return "\n".join(lines[i:end])
+    return ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux alone")
+def test_weights_in_huge_pages_compute_the_same_bits_in_memory_of_their_own(tmp_path: Path) -> None:
+    path = str(export_small_model(tmp_path))
+    mapped = engine.Model(path)
+    copied = engine.Model(path, huge_pages=True)
+    ids = np.arange(20)
+    assert (mapped.session().forward(ids) == copied.session().forward(ids)).all()
+    address = np.frombuffer(copied.file.weights, np.uint8).ctypes.data
+    mapping = of_huge_pages(address)
+    assert path not in mapping and re.search(r"VmFlags:.* hg\b", mapping)
+    assert path in of_huge_pages(np.frombuffer(mapped.file.weights, np.uint8).ctypes.data)
+    tensor = copied.file.tensors[-1]
+    assert bytes(copied.file.data(tensor)) == bytes(mapped.file.data(tensor))
+    with pytest.raises(TypeError):
+        copied.file.weights[0] = 1
+
+
+def test_huge_pages_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = str(export_small_model(tmp_path))
+    setting = tmp_path / "enabled"
+    setting.write_text("always madvise [never]\n")
+    monkeypatch.setattr(memory, "HUGE_PAGES", setting)
+    for file in (setting, tmp_path / "missing"):
+        monkeypatch.setattr(memory, "HUGE_PAGES", file)
+        with pytest.raises(ValueError, match="^huge pages: this system has none to give$"):
+            engine.Model(path, huge_pages=True)
+    setting.write_text("always [madvise] never\n")
+    monkeypatch.setattr(memory, "HUGE_PAGES", setting)
+    monkeypatch.setattr(memory, "available", lambda: 1000)
+    with pytest.raises(ValueError, match=r"^huge pages: the weights take [\d,]+ bytes, 1,000 are available$"):
+        engine.Model(path, huge_pages=True)
 
 
 def test_a_container_counts_with_its_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
