@@ -23,11 +23,11 @@ import shutil
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
 from . import format, memory
@@ -300,30 +300,53 @@ def _stream(
     report: Report,
     progress: ProgressCallback | None,
 ) -> None:
-    """Workers read and quantise slices; this thread writes them in order and lets the next ones start."""
+    """Workers read and quantise slices; this thread writes them in order and lets the next ones start.
+
+    They talk through SimpleQueues, the one kind that a signal cannot leave locked: Ctrl-C raises in this thread
+    wherever it is, and inside an executor's locks that would hang it and its workers for ever. For the same reason
+    nobody waits for a worker to end: with nothing left to do it ends by itself.
+    """
     work = [piece for tensor in writer.tensors for piece in slices(tensor)]
     size = 4 * max(piece.rows * piece.columns for piece in work)
     # slices in flight: each worker's, and two that are ready when their turn comes
     window = max(3, min(threads + 2, MAX_BUFFERS // (2 * size)))
     sources, targets = ([_buffer(size) for _ in range(window)] for _ in range(2))
+    jobs: SimpleQueue[int | None] = SimpleQueue()
+    results: list[SimpleQueue[_Converted | BaseException]] = [SimpleQueue() for _ in range(window)]
+
+    def convert_slices() -> None:
+        while (job := jobs.get()) is not None:
+            place = job % window
+            try:
+                results[place].put(_convert(checkpoint, work[job], sources[place], targets[place]))
+            except BaseException as error:  # whoever waits must hear of it
+                results[place].put(error)
+
     done = 0
-    with ThreadPoolExecutor(window - 2) as pool:
-
-        def start(i: int) -> Future[_Converted]:
-            return pool.submit(_convert, checkpoint, work[i], sources[i % window], targets[i % window])
-
-        started = deque(start(i) for i in range(min(window, len(work))))
+    try:
+        for _ in range(window - 2):
+            Thread(target=convert_slices, daemon=True).start()
+        for i in range(min(window, len(work))):
+            jobs.put(i)
         for i, piece in enumerate(work):
-            converted = started.popleft().result()
+            converted = results[i % window].get()
+            if isinstance(converted, BaseException):
+                raise converted
             writer.write(converted.data)
             if piece.is_last:
                 writer.end_tensor()
             if i + window < len(work):
-                started.append(start(i + window))
+                jobs.put(i + window)
             report.add(piece, converted)
             done += converted.source_size
             if progress:
                 progress(done, report.source_size)
+    finally:
+        with contextlib.suppress(Empty):
+            while True:
+                jobs.get_nowait()
+        for _ in range(window - 2):
+            jobs.put(None)
 
 
 def _convert(checkpoint: Checkpoint, piece: Slice, source: memoryview, target: memoryview) -> _Converted:

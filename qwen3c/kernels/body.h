@@ -6,23 +6,7 @@
 #define UNROLL _Pragma("GCC unroll 16")
 
 /* ---------------------------------------------------------------------------- */
-/* Sums over lanes, exp */
-
-/* The one tree: lane i + lane i + 8, then + 4, + 2, + 1. */
-static float sum_lanes(f32x16 a) {
-    float lane[16];
-    f32_store(lane, a);
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; i++) lane[i] += lane[i + width];
-    return lane[0];
-}
-
-static float max_lanes(f32x16 a) {
-    float lane[16];
-    f32_store(lane, a);
-    for (int i = 1; i < 16; i++) lane[0] = lane[i] > lane[0] ? lane[i] : lane[0];
-    return lane[0];
-}
+/* exp */
 
 /* exp x = 2^n exp r, n = round(x / ln 2), |r| <= ln 2 / 2: Taylor to degree 7, error below 1e-8 of the result.
    Below -87.7 the power of 2 has no normal exponent left and the result is exactly 0; a NaN stays one. */
@@ -69,7 +53,7 @@ static void rmsnorm(float *y, const float *x, const float *weight, size_t n, flo
         f32x16 v = load_part(x + whole, n - whole, 0);
         squares = f32_fma(v, v, squares);
     }
-    float inverse = 1.0f / sqrtf(sum_lanes(squares) / (float)n + eps);
+    float inverse = 1.0f / sqrtf(f32_sum_lanes(squares) / (float)n + eps);
     for (size_t i = 0; i < n; i++) y[i] = x[i] * inverse * weight[i];
 }
 
@@ -77,7 +61,7 @@ static void quantize(Int8Rows *row, const float *x, size_t n, size_t group_size)
     for (size_t g = 0; g < n / group_size; g++, x += group_size) {
         f32x16 largest = f32_set(0);
         for (size_t i = 0; i < group_size; i += 16) largest = f32_max(largest, f32_abs(f32_load(x + i)));
-        float max = max_lanes(largest);
+        float max = f32_max_lanes(largest);
         float inverse = max < 1e-30f ? 0.0f : 127.0f / max;
         int8_t *codes = row->codes + g * group_size;
         for (size_t i = 0; i < group_size; i += 16)
@@ -115,7 +99,7 @@ static void matvec(float *y, const float *x, const float *w, size_t rows, size_t
         for (size_t c = 0; c < columns; c += 16)
             sum = columns - c < 16 ? f32_fma(load_part(w + c, columns - c, 0), load_part(x + c, columns - c, 0), sum)
                                    : f32_fma(f32_load(w + c), f32_load(x + c), sum);
-        y[r] = sum_lanes(sum);
+        y[r] = f32_sum_lanes(sum);
     }
 }
 
@@ -354,13 +338,13 @@ static float exponentiate(float *p, size_t seen, float *max) {
     for (size_t j = seen; j < end; j++) p[j] = -INFINITY;
     f32x16 m = f32_load(p), sum = f32_set(0);
     for (size_t j = 16; j < end; j += 16) m = f32_max(m, f32_load(p + j));
-    *max = max_lanes(m);
+    *max = f32_max_lanes(m);
     for (size_t j = 0; j < end; j += 16) {
         f32x16 e = f32_exp(f32_sub(f32_load(p + j), f32_set(*max)));
         f32_store(p + j, e);
         sum = f32_add(sum, e);
     }
-    return sum_lanes(sum);
+    return f32_sum_lanes(sum);
 }
 
 /* weights[j] = exp(score - max) * inverse in place of the scores of n positions */
@@ -471,7 +455,7 @@ static float exponentials(float *y, const float *x, size_t n, float inverse_temp
     f32x16 largest = f32_set(-INFINITY), sum = f32_set(0);
     for (size_t i = 0; i < n; i += 16)
         largest = f32_max(largest, n - i < 16 ? load_part(x + i, n - i, -INFINITY) : f32_load(x + i));
-    f32x16 max = f32_set(max_lanes(largest)), factor = f32_set(inverse_temperature);
+    f32x16 max = f32_set(f32_max_lanes(largest)), factor = f32_set(inverse_temperature);
     for (size_t i = 0; i < n; i += 16) {
         f32x16 v = n - i < 16 ? load_part(x + i, n - i, -INFINITY) : f32_load(x + i);
         f32x16 e = f32_exp(f32_mul(f32_sub(v, max), factor));
@@ -479,7 +463,7 @@ static float exponentials(float *y, const float *x, size_t n, float inverse_temp
         else f32_store(y + i, e);
         sum = f32_add(sum, e);
     }
-    return sum_lanes(sum);
+    return f32_sum_lanes(sum);
 }
 
 INLINE int ranks_before(const float *x, int32_t a, int32_t b) { return x[a] > x[b] || (x[a] == x[b] && a < b); }
@@ -504,7 +488,7 @@ static int top_k(int32_t *ids, const float *x, size_t n, size_t k) {
     for (size_t i = k; i < n;) {
         if (n - i >= 64) {  /* most blocks of 64 hold nothing large enough */
             f32x16 m = f32_max(f32_max(f32_load(x + i), f32_load(x + i + 16)), f32_max(f32_load(x + i + 32), f32_load(x + i + 48)));
-            if (max_lanes(m) <= x[ids[0]]) {
+            if (f32_max_lanes(m) <= x[ids[0]]) {
                 i += 64;
                 continue;
             }
@@ -550,9 +534,9 @@ static float largest_magnitude(const float *w, size_t n, float *square) {
         zero = f32_fma(v, f32_set(0), zero);  /* NaN if v is NaN or infinite */
         squares = f32_fma(v, v, squares);
     }
-    *square = sum_lanes(squares);
-    float max = max_lanes(largest);
-    return sum_lanes(zero) == 0 && max <= 127.0f * 65504.0f ? max : -1.0f;
+    *square = f32_sum_lanes(squares);
+    float max = f32_max_lanes(largest);
+    return f32_sum_lanes(zero) == 0 && max <= 127.0f * 65504.0f ? max : -1.0f;
 }
 
 static int64_t first_bad(const float *w, size_t n) {
@@ -561,35 +545,28 @@ static int64_t first_bad(const float *w, size_t n) {
     return 0;
 }
 
-/* Codes of one row of one group for a scale; returns the square of what is lost. */
-static float round_group(int8_t *codes, const float *w, float scale, size_t n, float *largest) {
-    f32x16 largest_off = f32_set(0), squares = f32_set(0);
+/* What rounding one row of one group with a scale gives, beside its codes. */
+typedef struct {
+    float largest;  /* max |w - scale code| */
+    float lost;     /* sum (w - scale code)^2 */
+    float fitted;   /* sum w code / sum code^2, the scale that loses least for these codes; 0 if they are 0 */
+} Rounded;
+
+static Rounded round_group(int8_t *codes, const float *w, float scale, size_t n) {
+    f32x16 largest = f32_set(0), lost = f32_set(0), products = f32_set(0), squares = f32_set(0);
     for (size_t i = 0; i < n; i += 16) {
         f32x16 v = f32_load(w + i), code = f32_set(0);
         if (scale > 0) code = f32_round(f32_div(v, f32_set(scale)));
         code = f32_max(f32_set(-127), f32_min(f32_set(127), code));
         f32_store_i8(codes + i, code);
         f32x16 off = f32_sub(v, f32_mul(code, f32_set(scale)));
-        largest_off = f32_max(largest_off, f32_abs(off));
-        squares = f32_add(f32_mul(off, off), squares);
+        largest = f32_max(largest, f32_abs(off));
+        lost = f32_add(f32_mul(off, off), lost);
+        products = f32_add(f32_mul(v, code), products);
+        squares = f32_add(f32_mul(code, code), squares);  /* exact: at most 16 * 127^2 a lane */
     }
-    *largest = max_lanes(largest_off);
-    return sum_lanes(squares);
-}
-
-/* The scale that loses least for given codes: sum w code / sum code^2. */
-static float fitted_scale(const int8_t *codes, const float *w, size_t n) {
-    f32x16 products = f32_set(0);
-    int32_t squares = 0;
-    for (size_t i = 0; i < n; i += 16) {
-        float lane[16];
-        for (size_t j = 0; j < 16; j++) {
-            lane[j] = (float)codes[i + j];
-            squares += codes[i + j] * codes[i + j];
-        }
-        products = f32_add(f32_mul(f32_load(w + i), f32_load(lane)), products);
-    }
-    return squares ? sum_lanes(products) / (float)squares : 0.0f;
+    float square = f32_sum_lanes(squares);
+    return (Rounded){f32_max_lanes(largest), f32_sum_lanes(lost), square > 0 ? f32_sum_lanes(products) / square : 0.0f};
 }
 
 /* fp16 scales of 16 rows, and back; none so small that max would lie more than half a step beyond 127 */
@@ -607,7 +584,8 @@ static void quantize_tiles(uint8_t *tiles, const void *const rows[TILE_ROWS], So
     int8_t codes[16][256], refitted[256];
     uint16_t halves[16], refitted_halves[16];
     for (size_t g = 0; g < columns / group_size; g++, tiles += TILE_BYTES(group_size)) {
-        float lost[16], largest[16], square[16];
+        Rounded rounded[16];
+        float square[16];
         for (size_t r = 0; r < 16; r++) {
             load_source(w[r], rows[r], type, g * group_size, group_size);
             max[r] = largest_magnitude(w[r], group_size, &square[r]);
@@ -619,21 +597,20 @@ static void quantize_tiles(uint8_t *tiles, const void *const rows[TILE_ROWS], So
         }
         round_scales(halves, first, scales, max);
         for (size_t r = 0; r < 16; r++) {
-            lost[r] = round_group(codes[r], w[r], first[r], group_size, &largest[r]);
-            scales[r] = fitted_scale(codes[r], w[r], group_size);
+            rounded[r] = round_group(codes[r], w[r], first[r], group_size);
+            scales[r] = rounded[r].fitted;
         }
         round_scales(refitted_halves, second, scales, max);
         for (size_t r = 0; r < 16; r++) {
-            float largest_off, lost_now = round_group(refitted, w[r], second[r], group_size, &largest_off);
-            if (lost_now < lost[r]) {
-                lost[r] = lost_now;
-                largest[r] = largest_off;
+            Rounded again = second[r] == first[r] ? rounded[r] : round_group(refitted, w[r], second[r], group_size);
+            if (again.lost < rounded[r].lost) {
+                rounded[r] = again;
                 halves[r] = refitted_halves[r];
                 memcpy(codes[r], refitted, group_size);
             }
             for (size_t c = 0; c < group_size; c += 4) memcpy(tiles + c * 16 + r * 4, &codes[r][c], 4);
-            if (largest[r] > error->largest) error->largest = largest[r];
-            error->error_square += lost[r];
+            if (rounded[r].largest > error->largest) error->largest = rounded[r].largest;
+            error->error_square += rounded[r].lost;
             error->square += square[r];
         }
         memcpy(tiles + 16 * group_size, halves, sizeof halves);

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "lanes_x86.h"
 
 typedef struct { __m256 low, high; } f32x16;
 typedef struct { __m256i low, high; } i32x16;
@@ -27,6 +28,8 @@ static inline f32x16 f32_abs(f32x16 a) {
 static inline f32x16 f32_fma(f32x16 a, f32x16 b, f32x16 c) {
     return BOTH(f32x16, _mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high));
 }
+static inline float f32_sum_lanes(f32x16 a) { return sum_of_8(_mm256_add_ps(a.low, a.high)); }
+static inline float f32_max_lanes(f32x16 a) { return max_of_8(_mm256_max_ps(a.low, a.high)); }
 static inline f32x16 f32_round(f32x16 a) {
     return BOTH(f32x16, _mm256_round_ps(a.low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
                 _mm256_round_ps(a.high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

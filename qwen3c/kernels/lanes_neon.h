@@ -23,6 +23,14 @@ static inline f32x16 f32_max(f32x16 a, f32x16 b) { f32x16 r; EACH_QUARTER(vmaxq_
 static inline f32x16 f32_min(f32x16 a, f32x16 b) { f32x16 r; EACH_QUARTER(vminq_f32(a.val[i], b.val[i])); }
 static inline f32x16 f32_abs(f32x16 a) { f32x16 r; EACH_QUARTER(vabsq_f32(a.val[i])); }
 static inline f32x16 f32_fma(f32x16 a, f32x16 b, f32x16 c) { f32x16 r; EACH_QUARTER(vfmaq_f32(c.val[i], a.val[i], b.val[i])); }
+static inline float f32_sum_lanes(f32x16 a) {
+    float32x4_t b = vaddq_f32(vaddq_f32(a.val[0], a.val[2]), vaddq_f32(a.val[1], a.val[3]));
+    float32x2_t c = vadd_f32(vget_low_f32(b), vget_high_f32(b));
+    return vget_lane_f32(c, 0) + vget_lane_f32(c, 1);
+}
+static inline float f32_max_lanes(f32x16 a) {
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.val[0], a.val[2]), vmaxq_f32(a.val[1], a.val[3])));
+}
 static inline f32x16 f32_round(f32x16 a) { f32x16 r; EACH_QUARTER(vrndnq_f32(a.val[i])); }
 static inline f32x16 f32_from_i32(i32x16 a) { f32x16 r; EACH_QUARTER(vcvtq_f32_s32(a.val[i])); }
 static inline f32x16 f32_power_of_2(f32x16 n) {

@@ -24,6 +24,18 @@ static inline f32x16 f32_min(f32x16 a, f32x16 b) { f32x16 r; EACH_LANE(a.lane[i]
 static inline f32x16 f32_abs(f32x16 a) { f32x16 r; EACH_LANE(fabsf(a.lane[i])); }
 static inline f32x16 f32_fma(f32x16 a, f32x16 b, f32x16 c) { f32x16 r; EACH_LANE(fmaf(a.lane[i], b.lane[i], c.lane[i])); }
 
+/* The one tree: lane i and lane i + 8, then + 4, + 2, + 1. */
+static inline float f32_sum_lanes(f32x16 a) {
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) a.lane[i] += a.lane[i + width];
+    return a.lane[0];
+}
+static inline float f32_max_lanes(f32x16 a) {
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) a.lane[i] = a.lane[i] > a.lane[i + width] ? a.lane[i] : a.lane[i + width];
+    return a.lane[0];
+}
+
 /* adding and taking away 1.5 * 2^23 rounds |x| < 2^22 to an integer, ties to even */
 static inline f32x16 f32_round(f32x16 a) { f32x16 r; EACH_LANE((a.lane[i] + 12582912.0f) - 12582912.0f); }
 static inline f32x16 f32_from_i32(i32x16 a) { f32x16 r; EACH_LANE((float)a.lane[i]); }
