@@ -588,6 +588,41 @@ def test_signal_ends_the_export_and_leaves_nothing(
     assert leftovers(tmp_path) == []
 
 
+INTERRUPTED_EXPORTS = """
+import random, signal, sys, time
+from qwen3c.export import export
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+export(*sys.argv[1:], threads=2)  # imports what it needs
+start = time.perf_counter()
+export(*sys.argv[1:], threads=2)
+seconds = time.perf_counter() - start
+interrupted = 0
+for i in range(150):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.Random(i).uniform(1e-5, seconds))
+        export(*sys.argv[1:], threads=2)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        interrupted += 1
+print(interrupted)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that signal")
+def test_an_interrupt_at_any_moment_ends_the_export(tmp_path: Path, source: Path) -> None:
+    target = tmp_path / "model.bin"
+    command = [sys.executable, "-c", INTERRUPTED_EXPORTS, str(source), str(target)]
+    run = subprocess.run(command, cwd=PACKAGES, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert int(run.stdout) > 30
+    ModelFile(target)
+    assert len(leftovers(tmp_path)) <= 1  # one that died before it could be told from another's goes with the next
+
+
 # ----------------------------------------------------------------------------
 # The command
 
