@@ -294,14 +294,11 @@ def function_tasks(samples: list[Sample], count: int, seed: int) -> list[dict[st
     for sample in samples:
         if sample.kind == "complete" and sample.characters <= LONGEST_FUNCTION_TASK:
             question, code = sample.turns
-            found = ast.parse(code).body[0]
-            assert isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef)
-            if f"def {found.name}(" not in question:
+            name, parameters = functions.name_and_parameters(code)
+            if f"def {name}(" not in question:
                 continue  # asked for by what it does: its name cannot be known
-            arguments = [*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs]
-            names = [a.arg for a in arguments if a.arg not in ("self", "cls")]
             message = {"role": "user", "content": question}
-            tasks.append({"messages": [message], "function": found.name, "parameters": names})
+            tasks.append({"messages": [message], "function": name, "parameters": parameters})
     return Random(f"{seed}:functions").sample(tasks, min(count, len(tasks)))
 
 

@@ -22,7 +22,9 @@ docstring F1
     definition's own name, which takes no model.
 sums: reward, right
     on 200 held-out problems: mean of rewards.arithmetic over 4 replies each, sampled at temperature 1 with fixed
-    seeds (at most 32 tokens), and share of greedy replies with reward 1.
+    seeds (at most 96 tokens), and share of greedy replies with reward 1.
+functions: reward
+    mean of rewards.function over 4 replies each to the 100 headers as messages, sampled likewise (at most 256 tokens).
 perplexity
     of the validation text, INT8 engine against transformers in float32 with the directory's own weights, over
     the same windows of the model's context (only for a directory; needs torch and transformers).
@@ -41,8 +43,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import functions
 import rewards
-from functions import has_body
 
 from qwen3c import Model
 from qwen3c.export import export
@@ -51,7 +53,7 @@ from qwen3c.huggingface import SourceError
 from qwen3c.perplexity import Perplexity, measure
 from qwen3c.sampler import Sampling
 
-FUNCTION_TOKENS, ANSWER_TOKENS, SUM_TOKENS = 256, 64, 32  # the longest reply of each kind
+FUNCTION_TOKENS, ANSWER_TOKENS, SUM_TOKENS = 256, 64, 96  # the longest reply of each kind
 SAMPLES = 4  # replies to each problem at temperature 1
 END_OF_TEXT = "<|endoftext|>"
 PROMPTS = [
@@ -97,16 +99,21 @@ def functions_in_text(model: Model, headers: list[dict[str, str]]) -> float:
     whole = 0
     for line in headers:
         text, _ = reply(model, model.tokenizer.encode(line["header"]), FUNCTION_TOKENS)
-        whole += has_body(line["header"] + before_margin(text))
+        whole += functions.has_body(line["header"] + before_margin(text))
     return whole / len(headers)
 
 
-def functions_in_chat(model: Model, headers: list[dict[str, str]]) -> float:
-    asked = [
-        {"role": "user", "content": f"Complete this function:\n\n{line['header'].rstrip()}"}
-        for line in headers
-    ]
-    return sum(has_body(chat_reply(model, [message], FUNCTION_TOKENS)[0]) for message in asked) / len(headers)
+def function_task(line: dict[str, str]) -> dict[str, Any]:
+    """A held-out header as a message, with what rewards.function looks for in the reply."""
+    name, parameters = functions.name_and_parameters(line["header"] + line["body"])
+    content = f"Complete this function:\n\n{line['header'].rstrip()}"
+    message = {"role": "user", "content": content}
+    return {"messages": [message], "function": name, "parameters": parameters}
+
+
+def functions_in_chat(model: Model, tasks: list[dict[str, Any]]) -> float:
+    replies = [chat_reply(model, task["messages"], FUNCTION_TOKENS)[0] for task in tasks]
+    return sum(map(functions.has_body, replies)) / len(tasks)
 
 
 def words(text: str) -> Counter[str]:
@@ -129,19 +136,27 @@ def explanations(model: Model, questions: list[dict[str, Any]]) -> dict[str, flo
     return {"docstring_f1": sum(f1) / len(f1), "ended": sum(ended for _, ended in replies) / len(replies)}
 
 
-def sums(model: Model, tasks: list[dict[str, Any]], seed: int) -> dict[str, float]:
-    def reward(task: dict[str, Any], **sampling: Any) -> float:
-        said, ended = chat_reply(model, task["messages"], SUM_TOKENS, **sampling)
-        return rewards.arithmetic(task["messages"], said, {**task, "ended": ended})
+def rewards_of(
+    model: Model, tasks: list[dict[str, Any]], max_tokens: int, n: int, temperature: float, seed: int
+) -> list[float]:
+    """Of n replies to each task."""
+    found = []
+    for i, task in enumerate(tasks):
+        for s in range(seed, seed + n):
+            said, ended = chat_reply(
+                model, task["messages"], max_tokens, temperature=temperature, seed=i * 1000 + s
+            )
+            found.append(rewards.either(task["messages"], said, {**task, "ended": ended}))
+    return found
 
-    seeds = range(seed, seed + SAMPLES)
-    sampled = [
-        reward(task, temperature=1.0, seed=i * 1000 + s) for i, task in enumerate(tasks) for s in seeds
-    ]
+
+def sums(model: Model, tasks: list[dict[str, Any]], seed: int) -> dict[str, float]:
+    sampled = rewards_of(model, tasks, SUM_TOKENS, SAMPLES, 1.0, seed)
+    greedy = rewards_of(model, tasks, SUM_TOKENS, 1, 0.0, seed)
     return {
         "reward": sum(sampled) / len(sampled),
         "sampled_right": sum(r == 1 for r in sampled) / len(sampled),
-        "greedy_right": sum(reward(task) == 1 for task in tasks) / len(tasks),
+        "greedy_right": sum(r == 1 for r in greedy) / len(greedy),
     }
 
 
@@ -214,10 +229,13 @@ def evaluate(source: Path, data: Path, seed: int, limit: int) -> dict[str, Any]:
             export(source, path)
         model = Model(str(path))
         headers = read_lines(data / "headers_validation.jsonl")[:limit]
+        asked = [function_task(line) for line in headers]
+        sampled = rewards_of(model, asked, FUNCTION_TOKENS, SAMPLES, 1.0, seed)
         return {
             "model": source.name,
             "functions_in_text": functions_in_text(model, headers),
-            "functions_in_chat": functions_in_chat(model, headers),
+            "functions_in_chat": functions_in_chat(model, asked),
+            "function_reward": sum(sampled) / len(sampled),
             **explanations(model, read_lines(data / "questions_validation.jsonl")[:limit]),
             **sums(model, read_lines(data / "tasks_validation.jsonl")[:limit], seed),
             **perplexities(model, source, data / "text" / "validation"),
@@ -228,6 +246,7 @@ def evaluate(source: Path, data: Path, seed: int, limit: int) -> dict[str, Any]:
 ROWS = [
     ("functions parse (text)", "functions_in_text", ".0%"),
     ("functions parse (chat)", "functions_in_chat", ".0%"),
+    ("functions: mean reward at temperature 1", "function_reward", ".3f"),
     ("docstring F1", "docstring_f1", ".3f"),
     ("replies that end", "ended", ".0%"),
     ("sums: mean reward at temperature 1", "reward", ".3f"),

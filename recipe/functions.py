@@ -146,6 +146,14 @@ def has_body(code: str) -> bool:
     return len(tree.body[0].body) > (ast.get_docstring(tree.body[0]) is not None)
 
 
+def name_and_parameters(code: str) -> tuple[str, list[str]]:
+    """Of the function that `code` begins with; self and cls are not counted."""
+    found = ast.parse(code).body[0]
+    assert isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef)
+    arguments = [*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs]
+    return found.name, [a.arg for a in arguments if a.arg not in ("self", "cls")]
+
+
 Node = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 

@@ -620,7 +620,9 @@ def test_an_interrupt_at_any_moment_ends_the_export(tmp_path: Path, source: Path
     assert (run.returncode, run.stderr) == (0, "")
     assert int(run.stdout) > 30
     ModelFile(target)
-    assert len(leftovers(tmp_path)) <= 1  # one that died before it could be told from another's goes with the next
+    assert (
+        len(leftovers(tmp_path)) <= 1
+    )  # one that died before it could be told from another's goes with the next
 
 
 # ----------------------------------------------------------------------------

@@ -553,12 +553,12 @@ def test_every_stage_is_measured_and_the_same_model_gives_the_same_figures(
     )
     stages = json.loads(figures.read_text())["stages"]
     assert stages["base"] == stages["sft"] and set(stages) == {"base", "sft"}
-    for _, key, _ in evaluate.ROWS[:8]:
+    for _, key, _ in evaluate.ROWS[:9]:
         assert math.isfinite(stages["base"][key])
     assert len(stages["base"]["samples"]) == len(evaluate.PROMPTS) + len(evaluate.OPENINGS)
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "| | base | sft |"
-    assert f"| perplexity, INT8 engine | {stages['base']['perplexity']:.4f} |" in shown[9]
+    assert f"| perplexity, INT8 engine | {stages['base']['perplexity']:.4f} |" in shown[10]
 
 
 def test_perplexity_is_measured_on_the_windows_that_transformers_is_given(few: Path, tmp_path: Path) -> None:
