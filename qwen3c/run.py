@@ -347,9 +347,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error("-m perplexity needs a text: run.py [MODEL] -m perplexity FILE")
     if len(paths) > 1:
         parser.error(f"one model at a time, not {len(paths)}: {' '.join(paths)}")
-    if not paths and not MODEL_IN_THE_BOX.exists():
-        parser.error(f"which model? There is none in the box ({MODEL_IN_THE_BOX})")
-    args.model = paths[0] if paths else str(MODEL_IN_THE_BOX)
+    args.model = paths[0] if paths else os.environ.get("QWEN3C_MODEL") or str(MODEL_IN_THE_BOX)
+    if not paths and not os.path.exists(args.model):
+        parser.error(f"which model? There is none at {args.model}")
     _check_combination(parser, args)
     return args
 
@@ -403,7 +403,12 @@ def _parser() -> _Parser:
         "makers recommend (thinking: 0.6/0.95/20, not thinking: 0.7/0.8/20).",
     )
     add = parser.add_argument
-    add("paths", nargs="*", metavar="MODEL", help="file made by export.py (default: the model in the box)")
+    add(
+        "paths",
+        nargs="*",
+        metavar="MODEL",
+        help="file made by export.py (default: QWEN3C_MODEL, else the model in the box)",
+    )
     add("-m", "--mode", choices=MODES, help="chat; generate: one reply or completion; trace: look inside "
         "while a text flows through; info: what is in the file and the memory it takes; perplexity FILE: how well the model predicts a text")  # fmt: skip
     add("--version", action="version", version=_version())

@@ -18,6 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# A Qwen3 of 4 million parameters, trained on Python source, that can think: for what random weights cannot show
+TINY_QWEN3 = Path(__file__).with_name("tiny-qwen3.bin")
+
 # Everything write_small_model understands, and what it assumes where the caller says nothing
 DEFAULTS: dict[str, Any] = {
     "dim": 64,

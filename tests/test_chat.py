@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_models import SPECIAL_TOKENS, TAG_TOKENS, TEMPLATES, tokenizer_json
+from small_models import SPECIAL_TOKENS, TAG_TOKENS, TEMPLATES, TINY_QWEN3, tokenizer_json
 
 from qwen3c.chat import (
     ChatTemplate,
@@ -26,7 +26,6 @@ from qwen3c.chat import (
     normalized,
 )
 from qwen3c.format import ModelFile
-from qwen3c.run import MODEL_IN_THE_BOX
 from qwen3c.tokenizer import Tokenizer
 
 REAL = os.environ.get("QWEN3C_TOKENIZER")
@@ -36,11 +35,11 @@ USER = {"role": "user", "content": "hi"}
 
 @pytest.fixture(scope="module")
 def source() -> tuple[str, str]:
-    """(tokenizer.json, chat template): those of Qwen3 itself if given, else of the model in the box."""
+    """(tokenizer.json, chat template): those of Qwen3 itself if given, else of a small one."""
     if REAL:
         config = json.loads((Path(REAL) / "tokenizer_config.json").read_text())
         return (Path(REAL) / "tokenizer.json").read_text(), config["chat_template"]
-    file = ModelFile(MODEL_IN_THE_BOX)
+    file = ModelFile(TINY_QWEN3)
     return file.tokenizer.decode(), file.template
 
 

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_models import export_small_model
+from small_models import TINY_QWEN3, export_small_model
 
 from qwen3c import Model
 from qwen3c.conversation import SETTINGS, Conversation, read_conversation
-from qwen3c.run import MODEL_IN_THE_BOX
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return Model(str(MODEL_IN_THE_BOX), threads=1)
+    return Model(str(TINY_QWEN3), threads=1)
 
 
 def talk(model: Model, **options: Any) -> Conversation:

@@ -13,12 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_models import export_small_model
+from small_models import TINY_QWEN3, export_small_model
 
 from qwen3c import Model
 from qwen3c.perplexity import measure
 from qwen3c.retrieval import instruct
-from qwen3c.run import MODEL_IN_THE_BOX
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -40,11 +39,11 @@ def run(name: str, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return Model(str(MODEL_IN_THE_BOX))
+    return Model(str(TINY_QWEN3))
 
 
 def test_chat_remembers_both_questions() -> None:
-    out = run("chat", str(MODEL_IN_THE_BOX), "Who?", "And when?")
+    out = run("chat", str(TINY_QWEN3), "Who?", "And when?")
     assert "> Who?" in out and "> And when?" in out
     messages, tokens = map(int, re.search(r"(\d+) messages, (\d+) tokens in the session", out).groups())
     assert messages == 4 and tokens > 60
@@ -52,13 +51,15 @@ def test_chat_remembers_both_questions() -> None:
 
 def test_stream_shows_a_reply_and_why_it_ended() -> None:
     assert re.search(
-        r"^, name\):\n.*\n\[(stop|length|cancelled): \d+ tokens, \d+ a second\]\n$", run("stream"), re.DOTALL
+        r"^, name\):\n.*\n\[(stop|length|cancelled): \d+ tokens, \d+ a second\]\n$",
+        run("stream", str(TINY_QWEN3)),
+        re.DOTALL,
     )
 
 
 def test_logprobs_agree_with_the_perplexity(model: Model) -> None:
     text = "import os\nimport sys\n"
-    out = run("logprobs", str(MODEL_IN_THE_BOX), text)
+    out = run("logprobs", str(TINY_QWEN3), text)
     expected = measure(model, model.tokenizer.encode(text), 256).perplexity
     assert float(re.search(r"perplexity ([\d.]+)", out)[1]) == pytest.approx(expected, abs=0.01)
     shown = re.findall(r"([\d.]+)%   of '.*?' ([\d.]+)%", out.split("the reply")[1])
@@ -66,19 +67,19 @@ def test_logprobs_agree_with_the_perplexity(model: Model) -> None:
 
 
 def test_a_batch_says_what_each_prompt_says_alone(model: Model) -> None:
-    out = run("batch")
+    out = run("batch", str(TINY_QWEN3))
     for prompt in ("def add(a, b):", "class Queue:\n"):
         alone = model.generate(model.tokenizer.encode(prompt), 24, temperature=0)
         assert prompt + "".join(event.text for event in alone) + "\n---" in out
 
 
 def test_choose_prefers_what_fits() -> None:
-    scores = re.findall(r"' (\w+):' +(-[\d.]+) nats", run("choose"))
+    scores = re.findall(r"' (\w+):' +(-[\d.]+) nats", run("choose", str(TINY_QWEN3)))
     assert [answer for answer, _ in scores] == ["KeyError", "ValueError", "ZeroDivisionError", "banana"]
 
 
 def test_search_puts_the_nearest_text_first(model: Model) -> None:
-    out = run("search", str(MODEL_IN_THE_BOX), "what is a star?").splitlines()
+    out = run("search", str(TINY_QWEN3), "what is a star?").splitlines()
     assert out[0] == "what is a star?" and len(out) == 6
     found = [(float(line[:7]), ast.literal_eval(line[9:])) for line in out[1:]]
     assert found == sorted(found, key=lambda item: item[0], reverse=True)

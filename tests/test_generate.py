@@ -12,19 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_models import export_small_model
+from small_models import TINY_QWEN3, export_small_model
 
 from qwen3c import Model
 from qwen3c.format import ModelFileError
 from qwen3c.generate import CachedSession, Event, Generation
-from qwen3c.run import MODEL_IN_THE_BOX
 
 PROMPT = "def fibonacci(n):\n"
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return Model(str(MODEL_IN_THE_BOX), threads=1)
+    return Model(str(TINY_QWEN3), threads=1)
 
 
 @pytest.fixture(scope="module")

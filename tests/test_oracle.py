@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from small_models import config_json, export_small_model
+from small_models import TINY_QWEN3, config_json, export_small_model
 
 from qwen3c import Model, engine
 
@@ -25,8 +25,6 @@ transformers = pytest.importorskip("transformers", reason="needs transformers; `
 # A rearranged float32 sum gives 1e-12 to 4e-12 on these shapes (measured); another theta or eps gives
 # more than this bound, as the test of the bound shows
 NMSE_BOUND = 1e-10
-
-MODEL_IN_THE_BOX = Path(engine.__file__).parent / "data" / "model.bin"
 
 
 def case(name: str, length: int, **shape: Any) -> Any:
@@ -289,7 +287,7 @@ def test_a_layer_that_computes_something_else_is_named(tmp_path: Path):
 
 
 def test_float32_logits_of_the_model_in_the_box_equal_those_of_transformers():
-    model = engine.Model(str(MODEL_IN_THE_BOX), kv="f32", activations="float32")
+    model = engine.Model(str(TINY_QWEN3), kv="f32", activations="float32")
     ids = python_source(1000)
     expected = oracle_logits(oracle(model, oracle_config(model)), ids)
     assert nmse(model.session().forward(ids, logits="all"), expected) <= NMSE_BOUND
@@ -337,7 +335,7 @@ def test_the_bound_notices_a_slightly_wrong_constant(wrong: dict[str, float], tm
 
 @pytest.mark.parametrize("kv", ["f16", "f32"])
 def test_int8_activations_keep_the_probabilities_of_the_model_in_the_box(kv: engine.KV):
-    model = engine.Model(str(MODEL_IN_THE_BOX), kv=kv)
+    model = engine.Model(str(TINY_QWEN3), kv=kv)
     hf = oracle(model, oracle_config(model))
     divergence, same_top, loss, expected_loss = [], [], [], []
     for ids in np.split(python_source(4096), 4):
@@ -354,7 +352,7 @@ def test_int8_activations_keep_the_probabilities_of_the_model_in_the_box(kv: eng
 
 def python_source(n: int) -> NDArray[np.int64]:
     """n tokens of Python source, which is what the model in the box was trained on."""
-    ids = np.array(Model(str(MODEL_IN_THE_BOX)).tokenizer.encode(inspect.getsource(argparse))[:n])
+    ids = np.array(Model(str(TINY_QWEN3)).tokenizer.encode(inspect.getsource(argparse))[:n])
     assert len(ids) == n
     return ids
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_models import export_small_model
+from small_models import TINY_QWEN3, export_small_model
 
 from qwen3c import Model, run, trace
 from qwen3c.format import ModelFile
@@ -30,15 +30,21 @@ from qwen3c.repl import parse_command
 
 ROOT = Path(__file__).parents[1]
 RUN = [sys.executable, str(ROOT / "run.py"), "-j", "1"]  # two threads on a busy machine wait for each other
-BOX = str(run.MODEL_IN_THE_BOX)
+TINY = str(TINY_QWEN3)
 PROMPT = "def fibonacci(n):\n"
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, terminals and /dev are POSIX")
 
 
+@pytest.fixture(autouse=True)
+def default_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that can think, for every command that names none."""
+    monkeypatch.setenv("QWEN3C_MODEL", TINY)
+
+
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return Model(BOX, threads=1)
+    return Model(TINY, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +97,21 @@ def test_stdout_carries_the_text_of_the_model_alone(model: Model) -> None:
         r"\| cut at max tokens \(-n\)",
         speed,
     )
+
+
+def test_the_model_is_the_one_named_else_that_of_the_environment_else_the_one_in_the_box(
+    small: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def path_of(*args: str) -> str:
+        return json.loads(in_process(capsys, *args, "-m", "info", "--json").out)["path"]
+
+    assert path_of() == TINY and path_of(small) == small
+    for unset in (None, ""):
+        monkeypatch.setenv("QWEN3C_MODEL", unset) if unset is not None else monkeypatch.delenv("QWEN3C_MODEL")
+        assert path_of() == str(run.MODEL_IN_THE_BOX)
+    monkeypatch.setenv("QWEN3C_MODEL", "/missing.bin")
+    done = in_process(capsys)
+    assert done.status == 2 and "which model? There is none at /missing.bin" in done.err
 
 
 def test_the_prompt_comes_from_where_it_is_said(
@@ -414,7 +435,7 @@ def test_perplexity_is_that_of_the_logits(
     told = json.loads(done.out)
     assert told["tokens"] == n and told["window"] == 300
     assert told["perplexity"] == pytest.approx(math.exp(nats / n), rel=1e-5)
-    told_people = in_process(capsys, BOX, str(tmp_path / "text"), "-m", "perplexity", "-c", "300").out
+    told_people = in_process(capsys, TINY, str(tmp_path / "text"), "-m", "perplexity", "-c", "300").out
     assert (
         told_people.startswith(f"perplexity {told['perplexity']:.4f} (") and f"over {n} tokens" in told_people
     )
