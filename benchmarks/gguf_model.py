@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3c.gguf import ARCHITECTURES as CLASSES
+from qwen3c.gguf import GGUF
 from qwen3c.huggingface import Checkpoint, Files, Rope, StoredTensor, inverse_frequencies
 
 try:
@@ -33,8 +34,11 @@ SLICE = 8 << 20  # bytes of the source quantised at a time
 
 
 def write_gguf(source: Path, target: Path, kind: str = "Q8_0") -> None:
-    """Write `target`; matrices as `kind`, vectors and routers as F32. SourceError if we cannot read `source`."""
-    with Files(source) as files:
+    """Write `target`; matrices as `kind`, vectors and routers as F32. SourceError if we cannot read `source`.
+
+    `source` may be a GGUF file too, whose weights are dequantised first.
+    """
+    with GGUF(source) if source.is_file() else Files(source) as files:
         checkpoint = Checkpoint(files, group_size=32)
         architecture = ARCHITECTURES[checkpoint.metadata["source"]["architecture"]]
         writer = gguf.GGUFWriter(target, architecture)
@@ -157,7 +161,7 @@ def _add_vocabulary(writer: Any, checkpoint: Checkpoint) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("source", metavar="SRC", type=Path, help="Hugging Face directory")
+    parser.add_argument("source", metavar="SRC", type=Path, help="Hugging Face directory, or GGUF")
     parser.add_argument("target", metavar="OUT", type=Path, help="file to write")
     parser.add_argument("--type", choices=KINDS, default="Q8_0", help="of the matrices (default: Q8_0)")
     args = parser.parse_args()
