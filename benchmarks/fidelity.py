@@ -2,9 +2,11 @@
 
     python benchmarks/fidelity.py Qwen3-0.6B --text heldout.txt
     python benchmarks/fidelity.py Qwen3-0.6B --windows 4 --window 128 --llama-cpp
+    python benchmarks/fidelity.py build/llama --text heldout.txt --rope llama3
 
-The reference is Qwen3ForCausalLM in float32 with the original weights. Text is cut into windows, each read from
-an empty cache. Without --text the tokens are uniformly random. Per token, with p the reference's
+The reference is transformers in float32 with the original weights. Text is cut into windows, each read from
+an empty cache. --rope has both read the model with another rotary embedding than its own, stretched from
+256 positions. Without --text the tokens are uniformly random. Per token, with p the reference's
 probabilities and q the candidate's: KL divergence sum p ln(p / q) in nats, whether both prefer the same
 token, the loss of the token that really comes next.
 Needs torch and transformers (`make oracles`); --llama-cpp needs llama-cpp-python and gguf.
@@ -13,6 +15,7 @@ Needs torch and transformers (`make oracles`); --llama-cpp needs llama-cpp-pytho
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import tempfile
@@ -30,6 +33,18 @@ from qwen3c.export import export
 Ids = NDArray[np.int64]
 Forward = Callable[[Ids], NDArray[np.float32]]  # (n,) tokens from an empty cache -> (n, vocab_size) logits
 ROWS = 64  # logits compared at a time, in float64
+
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 256},
+    "llama3": {
+        "factor": 8.0,
+        "original_max_position_embeddings": 256,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+}
 
 
 @dataclass
@@ -108,7 +123,7 @@ def reference(source: Path) -> Forward:
     library: Any = transformers
     library.logging.set_verbosity_error()
     library.logging.disable_progress_bar()
-    model = library.Qwen3ForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    model = library.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
 
     def forward(ids: Ids) -> NDArray[np.float32]:
         with torch.no_grad():
@@ -156,6 +171,19 @@ def candidates(args: argparse.Namespace, work: Path) -> Iterator[tuple[str, Forw
 # Windows of tokens
 
 
+def with_rope(source: Path, target: Path, kind: str) -> Path:
+    """The same model, but for its rotary embedding, in the directory `target`."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.name != "config.json":
+            (target / path.name).symlink_to(path.resolve())
+    config = json.loads((source / "config.json").read_text())
+    theta = (config.pop("rope_parameters", None) or config)["rope_theta"]
+    config["rope_theta"], config["rope_scaling"] = theta, {"rope_type": kind} | ROPES[kind]
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
 def windows(args: argparse.Namespace) -> list[Ids]:
     from tokenizers import Tokenizer
 
@@ -172,8 +200,10 @@ def windows(args: argparse.Namespace) -> list[Ids]:
 
 def measure(args: argparse.Namespace) -> dict[str, Difference]:
     """The difference of every candidate over all windows."""
-    forward = reference(args.source)
     with tempfile.TemporaryDirectory() as work:
+        if args.rope:
+            args.source = with_rope(args.source, Path(work) / "source", args.rope)
+        forward = reference(args.source)
         models = dict(candidates(args, Path(work)))
         differences = {name: Difference() for name in models}
         texts = windows(args)
@@ -230,6 +260,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--activations", choices=("int8", "float32"), nargs="+", default=["int8"], help="default: int8"
     )
+    parser.add_argument("--rope", choices=ROPES, help="of all, in place of the model's own")
     parser.add_argument("--llama-cpp", action="store_true", help="compare llama.cpp's Q8_0 too")
     parser.add_argument("--text", metavar="FILE", type=Path, help="UTF-8 text (default: random tokens)")
     parser.add_argument("--window", metavar="N", type=int, default=1024, help="tokens (default: 1024)")

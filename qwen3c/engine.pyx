@@ -238,6 +238,9 @@ cdef struct LayerTrace:
     float *down  # (n, dim)
     float *router  # (n, n_experts) logits; with experts, in place of the three above
     float *shares  # (n, n_experts) of the chosen experts, zero of the others
+    float *expert_gate_up  # (n, n_experts_per_token, 2 expert_hidden_dim) of each row's experts, ascending
+    float *expert_hidden  # (n, n_experts_per_token, expert_hidden_dim)
+    float *expert_down  # (n, n_experts_per_token, dim)
     float *experts  # (n, dim) sum of share times expert
     float *x  # (n, dim) residual stream after the layer
 
@@ -652,6 +655,10 @@ cdef class Model:
             if self.w.layers[l].router != NULL:
                 t.router = _traced(arrays, names, p + "mlp.", {"gate": self.n_experts}, (n, self.n_experts))
                 t.shares = _traced(arrays, names, p + "mlp.", {"gate.shares": self.n_experts}, (n, self.n_experts))
+                e, each = self.expert_hidden_dim, (n, self.n_experts_per_token)
+                t.expert_gate_up = _traced(arrays, names, p + "mlp.experts.", {"gate_proj": e, "up_proj": e}, (*each, 2 * e))
+                t.expert_hidden = _traced(arrays, names, p + "mlp.experts.", {"down_proj.input": e}, (*each, e))
+                t.expert_down = _traced(arrays, names, p + "mlp.experts.", {"down_proj": dim}, (*each, dim))
                 t.experts = _traced(arrays, names, p + "mlp.", {"experts": dim}, (n, dim))
             else:
                 gate_up = {"gate_proj": self.hidden_dim, "up_proj": self.hidden_dim}
@@ -952,6 +959,14 @@ cdef void combine(Model m, Py_ssize_t row) noexcept nogil:
         kernels.add_scaled(y, m.s.xs + m.s.slots[i] * m.dim, m.dim, m.s.shares[i])
 
 
+cdef void record_slots(Model m, float *to, const float *values, Py_ssize_t n, Py_ssize_t columns) noexcept nogil:
+    """Copy (slots, columns) to a trace (n, n_experts_per_token, columns), if it has that array."""
+    cdef Py_ssize_t i, k = m.n_experts_per_token
+    if to != NULL:
+        for i in range(n * k):
+            memcpy(to + (m.t.row * k + i) * columns, values + m.s.slots[i] * columns, columns * sizeof(float))
+
+
 cdef void mixture(Model m, const Layer *layer, const LayerTrace *t, Py_ssize_t n) noexcept nogil:
     """y (n, dim) = sum over each row's experts of share * down(silu(gate(xb)) * up(xb)), grouped by expert."""
     cdef Py_ssize_t i, n_groups, n_slots = n * m.n_experts_per_token
@@ -961,8 +976,11 @@ cdef void mixture(Model m, const Layer *layer, const LayerTrace *t, Py_ssize_t n
     for i in prange(n_slots, schedule="static", num_threads=m.threads, use_threads_if=threads > 1):
         memcpy(m.s.xs + i * m.dim, m.s.xb + m.s.slot_rows[i] * m.dim, m.dim * sizeof(float))
     matmul_groups(m, m.s.h, m.s.xs, n_slots, m.s.groups, n_groups, layer.gate_up)
+    record_slots(m, t.expert_gate_up, m.s.h, n, 2 * m.expert_hidden_dim)
     swiglu(m, n_slots, m.expert_hidden_dim)
+    record_slots(m, t.expert_hidden, m.s.hb, n, m.expert_hidden_dim)
     matmul_groups(m, m.s.xs, m.s.hb, n_slots, m.s.groups, n_groups, layer.down)
+    record_slots(m, t.expert_down, m.s.xs, n, m.dim)
     for i in prange(n, schedule="static", num_threads=m.threads, use_threads_if=threads > 1):
         combine(m, i)
     record(t.experts, m.t.row, m.s.y, n, m.dim)

@@ -7,6 +7,9 @@
 
 as peft's merge_and_unload computes it, in float32: W (rows, columns), A (r, columns), B (rows, r). What would make
 peft compute anything else is refused by name. Nothing is kept in memory: the rows of B and A are read with those of W.
+
+transformers 5 holds the experts of a layer in two parameters, (n_experts, rows, columns), which peft adapts as
+target_parameters: A (n_experts r, columns) has r rows for each expert, B (rows, r n_experts) every n_experts-th column.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate|up|down)_proj\.weight")  # a tensor of the checkpoint
+_FUSED = re.compile(r".*\.experts\.(gate_up|down)_proj")  # a parameter in transformers
 
 # Keys that are honoured, and keys of training or of where things came from. All others must be empty.
 _HONOURED = {
@@ -49,6 +55,7 @@ _HONOURED = {
         "bias",
     ),
     *("exclude_modules", "layers_to_transform", "init_lora_weights"),
+    "target_parameters",
     "fan_in_fan_out",  # peft ignores it where the base has Linear layers, as all of ours have
 }
 _WITHOUT_EFFECT = {
@@ -76,6 +83,12 @@ def merge(checkpoint: Checkpoint, adapter: Files) -> None:
     keys = adapter.keys(CONFIG_NAME)
     _check_keys(keys)
     pairs = _pairs(adapter)
+    parameters = _parameters(keys, checkpoint)
+    for parameter, place in _places(parameters).items():
+        if place not in pairs:
+            fault = f"has no tensors for {parameter}, which target_parameters names"
+            raise SourceError(f"{keys.path}: {fault}: made for another base model?")
+        _adapt(keys, checkpoint, parameter, parameters[parameter], *pairs.pop(place))
     _check_targets(keys, pairs, checkpoint)
     for module, (a, b) in pairs.items():
         name = f"{module}.weight"
@@ -84,14 +97,34 @@ def merge(checkpoint: Checkpoint, adapter: Files) -> None:
             raise SourceError(f"{a.path}: adapts lm_head, which in this base is the embedding as well")
         if base is None or len(base.shape) != 2 or module == "model.embed_tokens":
             raise SourceError(f"{a.path}: {module!r} is not a linear layer of the base model")
-        _check_shapes(keys, module, a, b, base)
+        _adapt(keys, checkpoint, module, [name], a, b)
+    kept = {key: keys.values[key] for key in sorted(_HONOURED & keys.values.keys())}
+    checkpoint.metadata["source"]["lora"] = kept
+
+
+def _adapt(
+    keys: Keys, checkpoint: Checkpoint, target: str, names: list[str], a: StoredTensor, b: StoredTensor
+) -> None:
+    """Merge A and B into the tensors that make up `target`: of each expert in turn, in the order of their rows."""
+    first = checkpoint.tensors[names[0]]
+    n_experts = checkpoint.config.n_experts if _FUSED.fullmatch(target) else 1
+    n_parts = len(names) // n_experts
+    rows, columns = first.shape
+    rank = _rank(keys, target)
+    _check_shapes(a, b, (n_experts * rank, columns), (n_parts * rows, rank * n_experts))
+    for i, name in enumerate(names):
+        expert, part = divmod(i, n_parts)
+        base = checkpoint.tensors[name]
         fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(StoredTensor)}
         fields |= {"name": f"{base.name} + LoRA", "dtype": "F32"}
         checkpoint.tensors[name] = MergedTensor(
-            **fields, base=base, a=a, b=b, scale=_scale(keys, module, a.shape[0])
+            **fields,
+            base=base,
+            a=_slice(a, expert * rank, rank),
+            b=_slice(b, part * rows, rows),
+            b_columns=slice(expert, None, n_experts),
+            scale=_scale(keys, target, rank),
         )
-    kept = {key: keys.values[key] for key in sorted(_HONOURED & keys.values.keys())}
-    checkpoint.metadata["source"]["lora"] = kept
 
 
 @dataclass(frozen=True)
@@ -100,7 +133,8 @@ class MergedTensor(StoredTensor):
 
     base: StoredTensor
     a: StoredTensor  # (r, columns)
-    b: StoredTensor  # (rows, r)
+    b: StoredTensor  # (rows, r n_experts)
+    b_columns: slice  # of b, r of them
     scale: float
 
     def read(self, start: int, out: memoryview) -> None:
@@ -113,10 +147,16 @@ class MergedTensor(StoredTensor):
         row_size = 4 * self.shape[1]
         first, n = start // row_size, len(out) // row_size
         with np.errstate(all="ignore"):  # what is not finite is refused, by place, when it is quantised
-            a, b = _rows(self.a, 0, self.a.shape[0]), _rows(self.b, first, n)
+            a, b = _rows(self.a, 0, self.a.shape[0]), _rows(self.b, first, n)[:, self.b_columns]
             delta = self.scale * (b.astype(np.float64) @ a.astype(np.float64))
             merged = _rows(self.base, first, n) + delta.astype(np.float32)
         np.frombuffer(out, "<f4")[:] = merged.ravel()
+
+
+def _slice(tensor: StoredTensor, first: int, n: int) -> StoredTensor:
+    """Rows `first` to `first + n` of a matrix, as a tensor."""
+    row_size = tensor.size // tensor.shape[0]
+    return dataclasses.replace(tensor, shape=(n, tensor.shape[1]), offset=tensor.offset + first * row_size)
 
 
 def _rows(tensor: StoredTensor, first: int, n: int) -> NDArray[np.float32]:
@@ -176,12 +216,41 @@ def _pairs(adapter: Files) -> dict[str, tuple[StoredTensor, StoredTensor]]:
     return {module: (half["A"], half["B"]) for module, half in halves.items()}
 
 
+def _parameters(keys: Keys, checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Parameter of transformers' that target_parameters names -> the tensors that make it up, in order."""
+    targets = keys.values.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise SourceError(f"{keys.path}: target_parameters is {targets!r}, expected a list of names")
+    parameters: dict[str, list[str]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        expert = _EXPERT.fullmatch(name)
+        parameter = f"{expert[1]}.{'down' if expert[2] == 'down' else 'gate_up'}_proj" if expert else name
+        named = any(parameter == target or parameter.endswith(f".{target}") for target in targets)
+        if named and len(tensor.shape) == 2:
+            parameters.setdefault(parameter, []).append(name)
+    return parameters
+
+
+def _places(parameters: Iterable[str]) -> dict[str, str]:
+    """Parameter -> the name its A and B are under: peft wraps a module once for each, the first one innermost."""
+    modules: dict[str, list[str]] = {}
+    for parameter in parameters:
+        modules.setdefault(parameter.rpartition(".")[0], []).append(parameter)
+    return {
+        parameter: module + ".base_layer" * depth
+        for module, inside in modules.items()
+        for depth, parameter in enumerate(reversed(inside))
+    }
+
+
 def _check_targets(keys: Keys, pairs: dict[str, Any], checkpoint: Checkpoint) -> None:
     """The adapter has every matrix that target_modules names in this base, so the layers are as many.
 
     Where target_modules is text, a regular expression, the adapter's own tensors say what it changes.
     """
     targets = keys.require("target_modules")
+    if targets is None and keys.values.get("target_parameters"):
+        targets = []
     if isinstance(targets, str):
         return
     excluded = keys.values.get("exclude_modules") or []
@@ -211,25 +280,30 @@ def _check_targets(keys: Keys, pairs: dict[str, Any], checkpoint: Checkpoint) ->
             raise SourceError(f"{keys.path}: target_modules does not name {module}, but the adapter has it")
 
 
-def _check_shapes(keys: Keys, module: str, a: StoredTensor, b: StoredTensor, base: StoredTensor) -> None:
-    """A (r, columns) and B (rows, r) fit W (rows, columns), and r is what the configuration says."""
-    rank = _of_pattern(keys, "rank_pattern", module)
-    rank = keys.integer("r") if rank is None else rank
-    for tensor, expected in ((a, (rank, base.shape[-1])), (b, (base.shape[0], rank))):
+def _check_shapes(
+    a: StoredTensor, b: StoredTensor, a_shape: tuple[int, int], b_shape: tuple[int, int]
+) -> None:
+    """They fit the base, and the rank is what the configuration says."""
+    for tensor, expected in ((a, a_shape), (b, b_shape)):
         if tensor.shape != expected:
             found = f"{tensor.name} has shape {list(tensor.shape)}, expected {list(expected)}"
             raise SourceError(f"{tensor.path}: {found}: made for another base model?")
 
 
-def _scale(keys: Keys, module: str, rank: int) -> float:
-    alpha = _of_pattern(keys, "alpha_pattern", module)
+def _rank(keys: Keys, target: str) -> int:
+    rank = _of_pattern(keys, "rank_pattern", target)
+    return keys.integer("r") if rank is None else int(rank)
+
+
+def _scale(keys: Keys, target: str, rank: int) -> float:
+    alpha = _of_pattern(keys, "alpha_pattern", target)
     alpha = keys.number("lora_alpha") if alpha is None else alpha
     rslora = "use_rslora" in keys.values and keys.flag("use_rslora")
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
-def _of_pattern(keys: Keys, key: str, module: str) -> Any:
-    """The value of the first pattern that matches the end of the module's name, None if none does.
+def _of_pattern(keys: Keys, key: str, target: str) -> Any:
+    """The value of the first pattern that matches the end of the target's name, None if none does.
 
     The patterns are regular expressions; those with groups, or many repetitions, could take forever.
     """
@@ -241,7 +315,7 @@ def _of_pattern(keys: Keys, key: str, module: str) -> Any:
         if not simple or pattern.count("*") + pattern.count("+") > 2 or len(pattern) > 200:
             raise SourceError(f"{keys.path}: {key}: pattern {pattern[:80]!r} is not supported")
         try:
-            found = re.match(rf"(.*\.)?({pattern})$", module)
+            found = re.match(rf"(.*\.)?({pattern})$", target)
         except re.error as error:
             raise SourceError(f"{keys.path}: {key}: pattern {pattern!r}: {error}") from None
         if found:

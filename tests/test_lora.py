@@ -223,8 +223,51 @@ def test_adapter_of_experts_is_merged_as_peft_merges_it(tmp_path: Path, fused: b
     adapter = write_adapter(tmp_path / "adapter", LINEAR, task_type="CAUSAL_LM", shape=MOE)
     base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    changed = compare_with_peft(merged(source, adapter), model)
+    assert changed == {name for name in small_weights(**MOE) if name.split(".")[-2] in LINEAR}
+
+
+FUSED_TARGETS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"target_parameters": ["mlp.experts.down_proj"]}, ["down_proj"]),
+    ({"target_parameters": ["experts.gate_up_proj"], "use_rslora": True, "r": 3}, ["gate_proj", "up_proj"]),
+    (
+        {"target_parameters": ["down_proj", "gate_up_proj"], "target_modules": ["q_proj"]},
+        ["gate_proj", "up_proj", "down_proj", "q_proj"],
+    ),
+    ({"target_parameters": ["gate.weight", "v_proj.weight", "gate_up_proj"], "alpha_pattern": {"gate.weight": 3}},
+     ["gate", "v_proj", "gate_proj", "up_proj"]),
+    ({"target_parameters": ["model.layers.1.mlp.experts.down_proj"]}, ["down_proj"]),
+    ({"target_modules": "all-linear"}, [*LINEAR, "gate"]),  # peft makes parameters of it, and ranks by pattern
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "targets"), FUSED_TARGETS)
+def test_adapter_of_fused_experts_is_merged_as_peft_merges_it(
+    tmp_path: Path, options: dict[str, Any], targets: list[str]
+) -> None:
+    """Trained where the experts of a layer are one parameter."""
+    torch = pytest.importorskip("torch")
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    source = write_small_model(tmp_path / "source", dtype="F32", **MOE)
+    base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **{"r": 4, **options}, init_lora_weights=False)
+    model = peft.get_peft_model(base, config)
+    for name, weights in model.named_parameters():
+        if "lora_" in name:
+            weights.data.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    set_keys(init_lora_weights=True)(tmp_path / "adapter")
+    changed = compare_with_peft(merged(source, tmp_path / "adapter"), model.merge_and_unload())
+    layers = ("model.layers.1.",) if "model.layers.1" in str(options) else ("model.layers.", "lm_head")
+    names = {name for name in small_weights(**MOE) if name.startswith(layers)}
+    assert changed == {name for name in names if name.split(".")[-2] in targets}
+
+
+def compare_with_peft(found: Arrays, model: Any) -> set[str]:
+    """Hold every weight to that of the merged `model`; returns the names of those that are not the base's."""
     expected = {name: w.detach().numpy() for name, w in model.state_dict().items()}
-    found, plain = merged(source, adapter), small_weights(**MOE)
+    plain = small_weights(**MOE)
     assert found.keys() == plain.keys()
     for name, weights in found.items():
         before, experts, after = name.partition(".experts.")
@@ -238,7 +281,7 @@ def test_adapter_of_experts_is_merged_as_peft_merges_it(tmp_path: Path, fused: b
                 right = halves[kind == "up_proj"]
         assert right is not None
         np.testing.assert_allclose(weights, right, rtol=1e-6, atol=1e-6 * np.abs(right).max(), err_msg=name)
-        assert (weights == plain[name]).all() == (name.split(".")[-2] not in LINEAR), name
+    return {name for name, weights in plain.items() if not (weights == found[name]).all()}
 
 
 def test_names_of_dense_modules_pass_fused_experts_by(tmp_path: Path) -> None:
@@ -259,16 +302,42 @@ def test_adapter_with_some_of_the_experts_is_refused(tmp_path: Path) -> None:
         merged(source, adapter)
 
 
-def test_adapter_of_fused_experts_is_refused_by_name(tmp_path: Path) -> None:
-    """What peft makes of the same targets where the experts are parameters."""
-    torch = pytest.importorskip("torch")
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    source = write_small_model(tmp_path / "source", dtype="F32", **MOE)
-    base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_parameters=["mlp.experts.down_proj"])
-    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    with pytest.raises(SourceError, match="target_parameters is .*down_proj.*, which is not supported"):
-        merged(source, tmp_path / "adapter")
+def write_fused_adapter(directory: Path, **keys: Any) -> Path:
+    """Of down_proj, of all experts of layers 0 and 1, rank 4."""
+    tensors = {
+        f"base_model.model.model.layers.{layer}.mlp.experts.lora_{half}.weight": encode_tensor(
+            np.zeros((24, 64), np.float32) if half == "A" else np.zeros((64, 24), np.float32), "F32"
+        )
+        for layer in range(2)
+        for half in "AB"
+    }
+    directory.mkdir()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": None}
+    write_json(directory / "adapter_config.json", config | {"target_parameters": ["down_proj"]} | keys)
+    write_safetensors(directory / "adapter_model.safetensors", tensors)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("keys", "shape", "reason"),
+    [
+        ({"target_parameters": "down_proj"}, MOE, "target_parameters is 'down_proj', expected a list of names"),
+        ({"target_parameters": None}, MOE, "target_modules is None, expected a list of names"),
+        ({"target_parameters": ["gate_up_proj"]}, MOE, "lora_B.weight has shape [64, 24], expected [128, 24]"),
+        ({"target_parameters": ["down_proj", "gate_up_proj"]}, MOE, "no tensors for model.layers.0.mlp.experts.gate_up_proj"),
+        ({}, MOE | {"n_layers": 3}, "no tensors for model.layers.2.mlp.experts.down_proj, which target_parameters names"),
+        ({}, MOE | {"n_experts": 8}, "lora_A.weight has shape [24, 64], expected [32, 64]: made for another base"),
+        ({}, {}, "'model.layers.0.mlp.experts' is not a linear layer of the base model"),
+    ],
+)  # fmt: skip
+def test_adapter_of_other_fused_experts_is_refused(
+    tmp_path: Path, keys: dict[str, Any], shape: dict[str, Any], reason: str
+) -> None:
+    source = write_small_model(tmp_path / "source", **shape)
+    merged(write_small_model(tmp_path / "right", **MOE), write_fused_adapter(tmp_path / "plain"))
+    with pytest.raises(SourceError) as caught:
+        merged(source, write_fused_adapter(tmp_path / "adapter", **keys))
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
 # ----------------------------------------------------------------------------
@@ -325,7 +394,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "modules to save": (set_keys(modules_to_save=["lm_head"]), "modules_to_save is"),
     "bias": (set_keys(bias="all"), "bias is 'all', supported: 'none'"),
     "bias of the adapter": (set_keys(lora_bias=True), "lora_bias is 'True', which is not supported"),
-    "parameters": (set_keys(target_parameters=["experts.down_proj"]), "target_parameters is"),
+    "parameters": (set_keys(target_parameters=["norm.weight"], target_modules=None), "does not name model.layers.0.self_attn"),
     "replicated layers": (set_keys(layer_replication=[[0, 2]]), "layer_replication is"),
     "key of the future": (set_keys(use_sorcery={"on": True}), "use_sorcery is"),
     "PiSSA": (set_keys(init_lora_weights="pissa_niter_4"), "'pissa_niter_4', which changes the base weights too"),

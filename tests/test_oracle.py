@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from numpy.typing import NDArray
 from small_models import TINY_QWEN3, config_json, export_small_model
 
 from qwen3c import Model, engine
+from qwen3c.export import export
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from relatives import write_relative
 
 torch = pytest.importorskip("torch", reason="needs torch; `make oracles` installs it")
 transformers = pytest.importorskip("transformers", reason="needs transformers; `make oracles` installs it")
@@ -230,6 +236,16 @@ def hooked_activations(hf: Any, ids: NDArray[np.int64]) -> dict[str, NDArray[np.
     def keep(name: str, value: Any) -> None:
         seen[name] = value.detach()[0].numpy()
 
+    def keep_each_expert(name: str, module: Any, x: Any, chosen: Any) -> None:
+        """(n, n_experts_per_token, columns): what a row's experts make of it, in ascending order."""
+        chosen = chosen.sort(dim=1).values
+        gate_up = torch.einsum("nd,nkhd->nkh", x, module.gate_up_proj[chosen])
+        gate, up = gate_up.chunk(2, dim=-1)
+        hidden = torch.nn.functional.silu(gate) * up
+        down = torch.einsum("nkh,nkdh->nkd", hidden, module.down_proj[chosen])
+        parts = {"gate_proj": gate, "up_proj": up, "down_proj.input": hidden, "down_proj": down}
+        seen.update({f"{name}.{part}": values.numpy() for part, values in parts.items()})
+
     def on_output(name: str) -> Any:
         def hook(module: Any, inputs: Any, output: Any) -> None:
             if name.endswith("self_attn"):
@@ -240,6 +256,7 @@ def hooked_activations(hf: Any, ids: NDArray[np.int64]) -> dict[str, NDArray[np.
                 seen[f"{name}.shares"] = torch.zeros_like(logits).scatter(1, chosen, shares).numpy()
             elif name.endswith("mlp.experts"):
                 seen[name] = output.numpy()
+                keep_each_expert(name, module, *inputs[:2])
             else:
                 keep(name, output[0] if isinstance(output, tuple) else output)
 
@@ -294,25 +311,23 @@ def test_float32_logits_of_the_model_in_the_box_equal_those_of_transformers():
 
 
 def test_ten_thousand_tokens_are_routed_as_by_transformers(tmp_path: Path):
-    """A token of which another expert makes something else has other logits: rows are compared, not choices."""
     shape = {"architecture": "qwen3_moe", "decoder_sparse_step": 2}  # experts in the last layer alone
     path = export_small_model(tmp_path, n_experts=128, n_experts_per_token=8, context=1024, **shape)
     model = engine.Model(str(path), kv="f32", activations="float32")
     hf = oracle(model, transformers.AutoConfig.from_pretrained(tmp_path / "source"))
+    name = "model.layers.1.mlp.gate"
     compared = different = 0
     for seed in range(20):
         ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, 500)
-        with torch.no_grad():
-            out = hf(torch.from_numpy(ids)[None], output_router_logits=True)
-        scores = np.sort(out.router_logits[-1].numpy(), axis=-1)
-        gap = scores[:, -8] - scores[:, -9]  # between the last expert chosen and the next
-        for found, expected, tie in zip(
-            model.session().forward(ids, logits="all"), out.logits[0].numpy(), gap <= 1e-6, strict=True
-        ):
-            compared += 1
-            if nmse(found, expected) > 1e-8:
-                different += 1
-                assert tie
+        expected, found = hooked_activations(hf, ids), model.trace(ids, f"{name}*")
+        scores = np.sort(expected[name], axis=-1)
+        tie = scores[:, -8] - scores[:, -9] <= 1e-6  # the last expert chosen and the next
+        same = np.all((found[f"{name}.shares"] > 0) == (expected[f"{name}.shares"] > 0), axis=-1)
+        assert np.all(same | tie)
+        shares = found[f"{name}.shares"][same]
+        assert np.allclose(shares, expected[f"{name}.shares"][same], rtol=1e-4, atol=0)
+        assert np.all((shares > 0).sum(-1) == 8)
+        compared, different = compared + len(ids), different + int((~same).sum())
     print(f"{different} of {compared} tokens routed otherwise, all of them ties within 1e-6")
     assert compared == 10_000
 
@@ -330,24 +345,81 @@ def test_the_bound_notices_a_slightly_wrong_constant(wrong: dict[str, float], tm
 
 # Against the same dequantised weights, on 4096 tokens each of three modules of the standard library, measured:
 # KL divergence 3.6e-4 to 4.0e-4 nats, same top token 98.5 to 98.8 %, perplexity 1.0001 to 1.0012 times as high.
+# Its relatives of the other architectures: 3.1e-4 to 1.1e-3, 97.2 to 99.2 %, 0.998 to 1.001; of the experts' tokens
+# 6 to 8 % are routed otherwise, and with those the divergence is 4.3e-3 to 5.3e-3.
 # benchmarks/fidelity.py measures the whole loss, against the original weights.
 
 
 @pytest.mark.parametrize("kv", ["f16", "f32"])
 def test_int8_activations_keep_the_probabilities_of_the_model_in_the_box(kv: engine.KV):
     model = engine.Model(str(TINY_QWEN3), kv=kv)
-    hf = oracle(model, oracle_config(model))
-    divergence, same_top, loss, expected_loss = [], [], [], []
-    for ids in np.split(python_source(4096), 4):
+    check_int8(model, oracle(model, oracle_config(model)), np.split(python_source(4096), 4))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rope"),
+    [
+        ("qwen3", YARN),
+        ("qwen2", {}),
+        ("qwen2", YARN),
+        ("llama", LLAMA3),
+        ("llama", LINEAR | {"factor": 2.0}),
+        ("qwen3_moe", {}),
+        ("qwen3_moe", LLAMA3),
+    ],
+)
+def test_int8_activations_keep_the_probabilities_of_its_relatives(
+    architecture: str, rope: dict[str, Any], tmp_path: Path
+):
+    ids = python_source(2048)
+    write_relative(tmp_path / "source", Model(str(TINY_QWEN3)), architecture, ids[:1024].tolist(), rope)
+    export(tmp_path / "source", tmp_path / "model.bin")
+    model = engine.Model(str(tmp_path / "model.bin"))
+    hf = oracle(model, transformers.AutoConfig.from_pretrained(tmp_path / "source"))
+    bounds = {"divergence": 2e-3, "same_top": 0.96, "perplexity": 0.01}
+    check_int8(model, hf, [ids[1024:]], rerouted(model, ids[1024:]), **bounds)
+
+
+def rerouted(model: engine.Model, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """The tokens that some layer sends to other experts than it would with float32 activations, (n,)."""
+    exact = engine.Model(model.path, kv="f32", activations="float32")
+    different = np.zeros(len(ids), bool)
+    if model.config.n_experts:
+        expected = exact.trace(ids, "*.gate.shares")
+        for name, shares in model.trace(ids, "*.gate.shares").items():
+            different |= ((shares > 0) != (expected[name] > 0)).any(-1)
+    return different
+
+
+def check_int8(
+    model: engine.Model,
+    hf: Any,
+    windows: list[NDArray[np.int64]],
+    rerouted: NDArray[np.bool_] | bool = False,
+    divergence: float = 1e-3,
+    same_top: float = 0.975,
+    perplexity: float = 0.005,
+) -> None:
+    """The probabilities of `model` are nearly those of `hf`, which expects something of the text.
+
+    Where two experts nearly tie and the other one is taken, a token's may differ by more; that is seldom.
+    """
+    divergences, tops, losses, expected_losses = [], [], [], []
+    for ids in windows:
         expected = log_softmax(oracle_logits(hf, ids))
         found = log_softmax(model.session().forward(ids, logits="all"))
-        divergence.append((np.exp(expected) * (expected - found)).sum(-1))
-        same_top.append(expected.argmax(-1) == found.argmax(-1))
-        loss.append(-found[np.arange(len(ids) - 1), ids[1:]])
-        expected_loss.append(-expected[np.arange(len(ids) - 1), ids[1:]])
-    assert np.mean(divergence) <= 1e-3
-    assert np.mean(same_top) >= 0.975
-    assert abs(np.exp(np.mean(loss) - np.mean(expected_loss)) - 1) <= 0.005
+        divergences.append((np.exp(expected) * (expected - found)).sum(-1))
+        tops.append(expected.argmax(-1) == found.argmax(-1))
+        losses.append(-found[np.arange(len(ids) - 1), ids[1:]])
+        expected_losses.append(-expected[np.arange(len(ids) - 1), ids[1:]])
+    of_token = np.concatenate(divergences)
+    routed = np.broadcast_to(~np.array(rerouted), of_token.shape)
+    assert np.mean(expected_losses) < 0.75 * np.log(model.config.vocab_size)
+    assert np.mean(of_token[routed]) <= divergence
+    assert np.mean(routed) >= 0.85
+    assert np.mean(of_token) <= 1e-2
+    assert np.mean(tops) >= same_top
+    assert abs(np.exp(np.mean(losses) - np.mean(expected_losses)) - 1) <= perplexity
 
 
 def python_source(n: int) -> NDArray[np.int64]:
