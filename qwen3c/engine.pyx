@@ -854,8 +854,9 @@ cdef void attention(Model m, const Span *spans, Py_ssize_t n_spans, Py_ssize_t l
     """xb (n, q_dim) for all rows: one task per span, KV head and at most ATTENTION_ROWS of its query heads."""
     cdef Py_ssize_t i, group = m.n_heads // m.n_kv_heads, heads = min(group, ATTENTION_ROWS)
     cdef Py_ssize_t parts = ceil_div(group, heads), per_span = m.n_kv_heads * parts
+    # span after span of one head: what they all read of the cache stays near
     for i in prange(n_spans * per_span, schedule="dynamic", num_threads=m.threads, use_threads_if=team(m, work) > 1):
-        attend(m, &spans[i // per_span], l, i % per_span // parts, i % parts, heads)
+        attend(m, &spans[i % n_spans], l, i // n_spans // parts, i // n_spans % parts, heads)
 
 
 cdef void add(Model m, float *x, const float *y, Py_ssize_t n) noexcept nogil:

@@ -388,7 +388,7 @@ INLINE void values_float(float *o, const float *p, size_t rows, const char *valu
 
 /* ---- the same with an int8 cache: the products of attention are those of matmul_int8 */
 
-/* Rows of int8 in scratch, INT8_ROW_FLOATS for each of ATTENTION_ROWS. */
+/* Rows of int8 in scratch, INT8_FLOATS for each of ATTENTION_ROWS. */
 static Int8Rows scratch_rows(float *scratch, size_t columns, size_t group_size) {
     size_t n_scales = ATTENTION_ROWS * (columns / group_size);
     return (Int8Rows){.scales = scratch, .sums = (int32_t *)(scratch + n_scales), .codes = (int8_t *)(scratch + 2 * n_scales)};
@@ -499,7 +499,7 @@ INLINE void attend(const Attention *a, KVType type) {
     float *p = a->scratch, *o = p + ATTENTION_ROWS * KV_BLOCK;
     float *max = o + ATTENTION_ROWS * width, *sum = max + ATTENTION_ROWS, *rest = sum + ATTENTION_ROWS;
     Int8Rows p8 = scratch_rows(rest, KV_BLOCK, VALUE_GROUP);
-    Int8Rows q8 = scratch_rows(rest + ATTENTION_ROWS * INT8_ROW_FLOATS(KV_BLOCK, VALUE_GROUP), width, width);
+    Int8Rows q8 = scratch_rows(rest + ATTENTION_ROWS * INT8_FLOATS(KV_BLOCK, VALUE_GROUP), width, width);
     const float *q[ATTENTION_ROWS];
     float *out[ATTENTION_ROWS], *weights[ATTENTION_ROWS];
     for (size_t r = 0; r < rows; r++) {
@@ -568,7 +568,7 @@ static void store_kv_f16(char *keys, char *values, size_t index, const float *k,
 }
 
 static void store_kv_i8(char *keys, char *values, size_t index, const float *k, const float *v, size_t head_dim) {
-    int8_t codes[1024];
+    int8_t codes[MAX_HEAD_DIM];
     size_t width = PADDED(head_dim), i = index % VALUE_GROUP;
     char *tile = keys + index / 16 * TILE_BYTES(width), *group = values + index / VALUE_GROUP * VALUE_GROUP_BYTES(width);
     uint16_t scale = quantize_head(codes, k, head_dim);

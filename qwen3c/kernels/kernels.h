@@ -7,7 +7,7 @@
      - a lane is an output (a row, a position, a column): no sum is ever split between lanes,
        except the sums over 16 lanes named below, which have one fixed tree;
      - float operations are single IEEE operations or one fmaf, in the order written here;
-     - int8 dot products are exact in int32, and as floats: |sum| <= 1024 * 127 * 128 < 2^24.
+     - int8 dot products are exact in int32, and as floats: |sum| <= MAX_HEAD_DIM * 127 * 128 < 2^24.
 
    All arrays are row-major; (a, b) is a rows of b. Pointers need no alignment. A kernel cannot fail. */
 #ifndef QWEN3C_KERNELS_H
@@ -17,6 +17,7 @@
 #include <stdint.h>
 
 #define TILE_ROWS 16       /* output rows of a weight tile = lanes of a vector */
+#define MAX_HEAD_DIM 1024  /* that a model.bin may have; its groups of weights are 256 columns at most */
 #define KV_BLOCK 256       /* positions in a KV block: block b holds positions [256 b, 256 (b + 1)) */
 #define VALUE_GROUP 32     /* positions whose attention weights share a scale where the KV cache is int8 */
 #define ATTENTION_ROWS 16  /* query rows (tokens x grouped heads) that one attend() call takes at most */
@@ -58,13 +59,11 @@ typedef struct {
     size_t weights_token, weights_head;  /* tokens and heads so many floats apart */
 } Attention;
 
-#define PADDED(head_dim) (((head_dim) + 15) / 16 * 16)
-#define VALUE_GROUP_BYTES(head_dim) (VALUE_GROUP * ((size_t)PADDED(head_dim) + 2))
-#define INT8_ROW_FLOATS(columns, group_size) ((columns) / 4 + 2 * ((columns) / (group_size)))  /* one of Int8Rows */
-#define ATTENTION_SCRATCH(head_dim)                                        \
-    (ATTENTION_ROWS * (KV_BLOCK + (size_t)PADDED(head_dim) + 2 +           \
-                       INT8_ROW_FLOATS(PADDED(head_dim), PADDED(head_dim)) + \
-                       INT8_ROW_FLOATS(KV_BLOCK, VALUE_GROUP)))
+#define PADDED(head_dim) (((size_t)(head_dim) + 15) / 16 * 16)
+#define VALUE_GROUP_BYTES(head_dim) (VALUE_GROUP * (PADDED(head_dim) + 2))
+#define INT8_FLOATS(columns, group_size) ((columns) / 4 + 2 * ((columns) / (group_size)))  /* as large as one of Int8Rows */
+#define ATTENTION_SCRATCH(head_dim) \
+    (ATTENTION_ROWS * (KV_BLOCK + PADDED(head_dim) + 2 + INT8_FLOATS(KV_BLOCK, VALUE_GROUP) + INT8_FLOATS(PADDED(head_dim), PADDED(head_dim))))
 
 /* Bytes of the keys of one KV head in a block, and of its values. */
 static inline size_t key_bytes(KVType type, size_t head_dim) {
