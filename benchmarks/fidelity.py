@@ -256,7 +256,9 @@ def parse() -> argparse.Namespace:
         default=[64, 32],
         help="of the exports made here (default: 64 32)",
     )
-    parser.add_argument("--kv", choices=("f16", "f32"), nargs="+", default=["f16"], help="default: f16")
+    parser.add_argument(
+        "--kv", choices=("int8", "f16", "f32"), nargs="+", default=["f16"], help="default: f16"
+    )
     parser.add_argument(
         "--activations", choices=("int8", "float32"), nargs="+", default=["int8"], help="default: int8"
     )

@@ -10,7 +10,7 @@ from .format import Config, ModelFile
 
 Logits = Literal["last", "all", "hidden"]
 Activations = Literal["int8", "float32"]
-KV = Literal["f16", "f32"]
+KV = Literal["int8", "f16", "f32"]
 
 ISA_NAMES: tuple[str, ...]
 """Every instruction set compiled in, narrowest first."""

@@ -24,7 +24,7 @@ import numpy as np
 
 from . import BORROWED_VARIABLE
 from .cpu import default_threads
-from .format import ROPE_TENSOR, ROUTER, ModelFile
+from .format import KV_TYPES, ROPE_TENSOR, ROUTER, ModelFile
 from .memory import available, in_huge_pages
 
 cimport cython
@@ -49,11 +49,12 @@ cdef extern from "kernels/openmp.h" nogil:
 cdef extern from "kernels/kernels.h" nogil:
     const Py_ssize_t KV_BLOCK
     const Py_ssize_t ATTENTION_ROWS
-    Py_ssize_t PADDED(Py_ssize_t head_dim)
     Py_ssize_t ATTENTION_SCRATCH(Py_ssize_t head_dim)
     Py_ssize_t TILE_BYTES(Py_ssize_t group_size)
     ctypedef enum KVType:
-        KV_F32, KV_F16
+        KV_F32, KV_F16, KV_I8
+    Py_ssize_t key_bytes(KVType type, Py_ssize_t head_dim)
+    Py_ssize_t value_bytes(KVType type, Py_ssize_t head_dim)
     ctypedef enum SourceType:
         SOURCE_BF16, SOURCE_F16, SOURCE_F32
     ctypedef struct Int8Rows:
@@ -81,8 +82,8 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*dequantize_row)(float *, const uint8_t *, size_t, size_t, size_t) noexcept nogil
         void (*rope_angles)(float *, float *, const float *, size_t, size_t, float) noexcept nogil
         void (*rope)(float *, const float *, const float *, size_t, float) noexcept nogil
-        void (*store_kv[2])(char *, char *, size_t, const float *, const float *, size_t) noexcept nogil
-        void (*attend[2])(const Attention *) noexcept nogil
+        void (*store_kv[3])(char *, char *, size_t, const float *, const float *, size_t) noexcept nogil
+        void (*attend[3])(const Attention *) noexcept nogil
         void (*swiglu)(float *, const float *, const float *, size_t) noexcept nogil
         void (*add)(float *, const float *, size_t) noexcept nogil
         void (*add_scaled)(float *, const float *, size_t, float) noexcept nogil
@@ -376,8 +377,8 @@ cdef class Model:
     cdef bint int8
 
     def __cinit__(self, path, threads=None, kv="f16", activations="int8", huge_pages=False, **_):
-        if kv not in ("f16", "f32"):
-            raise ValueError(f"kv is {kv!r}, not 'f16' or 'f32'")
+        if kv not in KV_TYPES:
+            raise ValueError(f"kv is {kv!r}, not 'int8', 'f16' or 'f32'")
         if activations not in ("int8", "float32"):
             raise ValueError(f"activations is {activations!r}, not 'int8' or 'float32'")
         wanted = default_threads() if threads is None else _integer("threads", threads)
@@ -389,7 +390,7 @@ cdef class Model:
             self.file.use_copy(in_huge_pages(self.file.weights))
         self.path, self.kv, self.activations = self.file.path, kv, activations
         self.config, self.metadata = self.file.config, self.file.metadata
-        self.kv_type = KV_F16 if kv == "f16" else KV_F32
+        self.kv_type = {"int8": KV_I8, "f16": KV_F16, "f32": KV_F32}[kv]
         self.int8 = activations == "int8"
         self._set_dimensions()
         self._map_weights()
@@ -419,8 +420,7 @@ cdef class Model:
         self.n_experts, self.n_experts_per_token, self.expert_hidden_dim = c.n_experts, c.n_experts_per_token, c.expert_hidden_dim
         self.norm_topk_prob = c.norm_topk_prob
         self.eps, self.rope_scale = c.rms_eps, c.rope_attention_scale
-        cdef Py_ssize_t element = 2 if self.kv_type == KV_F16 else 4
-        self.head_bytes = KV_BLOCK * (self.head_dim + PADDED(self.head_dim)) * element
+        self.head_bytes = key_bytes(self.kv_type, self.head_dim) + value_bytes(self.kv_type, self.head_dim)
         self.block_bytes = self.n_layers * self.n_kv_heads * self.head_bytes
 
     # ---- weights
@@ -797,12 +797,8 @@ cdef void rope_table(Model m, const Span *span) noexcept nogil:
 
 
 cdef char *kv_at(Model m, char *block, Py_ssize_t layer, Py_ssize_t kv_head) noexcept nogil:
-    """Where a block holds the keys of a layer and head; the values follow KV_BLOCK * head_dim elements later."""
+    """Where a block holds the keys of a layer and head; the values follow them."""
     return block + (layer * m.n_kv_heads + kv_head) * m.head_bytes
-
-
-cdef Py_ssize_t values_offset(Model m) noexcept nogil:
-    return KV_BLOCK * m.head_dim * (2 if m.kv_type == KV_F16 else 4)
 
 
 cdef void rotate_and_store(Model m, const Span *span, Py_ssize_t l) noexcept nogil:
@@ -834,7 +830,7 @@ cdef void rotate_and_store(Model m, const Span *span, Py_ssize_t l) noexcept nog
             record(t.k_norm, (m.t.row + row) * m.n_kv_heads + h, head, 1, m.head_dim)
             kernels.rope(head, cosine, sine, m.head_dim, 1.0)
             keys = kv_at(m, span.blocks[position // KV_BLOCK], l, h)
-            kernels.store_kv[<int>m.kv_type](keys, keys + values_offset(m), position % KV_BLOCK,
+            kernels.store_kv[<int>m.kv_type](keys, keys + key_bytes(m.kv_type, m.head_dim), position % KV_BLOCK,
                                         head, head + m.kv_dim, m.head_dim)
 
 
@@ -852,7 +848,7 @@ cdef void attend(Model m, const Span *span, Py_ssize_t l, Py_ssize_t kv_head, Py
     task.position = span.position
     task.blocks = span.blocks
     task.k_offset = (l * m.n_kv_heads + kv_head) * m.head_bytes
-    task.v_offset = task.k_offset + values_offset(m)
+    task.v_offset = task.k_offset + key_bytes(m.kv_type, m.head_dim)
     task.scratch = m.s.scratch + thread_index() * ATTENTION_SCRATCH(m.head_dim)
     task.weights = m.t.layers[l].attention
     if task.weights != NULL:
@@ -865,8 +861,9 @@ cdef void attention(Model m, const Span *spans, Py_ssize_t n_spans, Py_ssize_t l
     """xb (n, q_dim) for all rows: one task per span, KV head and at most ATTENTION_ROWS of its query heads."""
     cdef Py_ssize_t i, group = m.n_heads // m.n_kv_heads, heads = min(group, ATTENTION_ROWS)
     cdef Py_ssize_t parts = ceil_div(group, heads), per_span = m.n_kv_heads * parts
+    # span after span of one head: what they all read of the cache stays near
     for i in prange(n_spans * per_span, schedule="dynamic", num_threads=m.threads, use_threads_if=team(m, work) > 1):
-        attend(m, &spans[i // per_span], l, i % per_span // parts, i % parts, heads)
+        attend(m, &spans[i % n_spans], l, i // n_spans // parts, i // n_spans % parts, heads)
 
 
 cdef void add(Model m, float *x, const float *y, Py_ssize_t n) noexcept nogil:

@@ -52,6 +52,7 @@ ROPE_TYPES = {
     2: "yarn",
     3: "llama3",
 }  # all kinds reduce to the table of inverse frequencies; this one is for people
+KV_TYPES = ("int8", "f16", "f32")  # of the cache that a model fills, smallest first
 THINKING_KINDS = ("hybrid", "always", "none")
 TEXTS = ("metadata", "tokenizer", "template")
 SECTIONS = (*TEXTS, "checksums")
@@ -171,8 +172,14 @@ class Config:
         return sum(math.prod(t.shape) for t in tensors(self) if t.name != ROPE_TENSOR)
 
     def kv_bytes_per_token(self, kv: str) -> int:
-        """Bytes of KV cache one position takes, kv = "f16" or "f32"."""
-        return 2 * self.n_layers * self.kv_dim * {"f16": 2, "f32": 4}[kv]
+        """Bytes of KV cache one position takes, kv one of KV_TYPES."""
+        padded = -(-self.head_dim // 16) * 16
+        head = {
+            "int8": 2 * (padded + 2),  # codes and an fp16 scale, for the key and for the value
+            "f16": 2 * (self.head_dim + padded),
+            "f32": 4 * (self.head_dim + padded),
+        }[kv]
+        return self.n_layers * self.n_kv_heads * head
 
 
 # ----------------------------------------------------------------------------

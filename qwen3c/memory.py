@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .format import Config
+from .format import KV_TYPES, Config
 
 DEFAULT_CONTEXT = 8192  # enough for a long conversation; longer ones are asked for
 CGROUP = Path("/sys/fs/cgroup")
@@ -56,9 +56,9 @@ def table(config: Config, file_size: int, tokenizer_size: int) -> list[dict[str,
     free, rows = available(), []
     for context in sorted({*(n for n in CONTEXTS if n < config.context), config.context}):
         row: dict[str, Any] = {"context": context}
-        for kv in ("f16", "f32"):
+        for kv in KV_TYPES:
             row[f"kv_{kv}_bytes"] = context * config.kv_bytes_per_token(kv)
-        for kv in ("f16", "f32"):
+        for kv in KV_TYPES:
             resident = program + row[f"kv_{kv}_bytes"]
             row |= {
                 f"resident_{kv}_bytes": resident,
@@ -71,18 +71,15 @@ def table(config: Config, file_size: int, tokenizer_size: int) -> list[dict[str,
 def lines(config: Config, file_size: int, tokenizer_size: int) -> Iterator[str]:
     """The same for people."""
     free = available()
-    yield f"{'context':>9} {'KV f16':>10} {'KV f32':>10} {'resident f16':>13} {'resident f32':>13}   fits here"
+    heads = "".join(f"{'KV ' + kv:>11}" for kv in KV_TYPES)
+    heads += "".join(f"{'resident ' + kv:>15}" for kv in KV_TYPES)
+    yield f"{'context':>9}{heads}   fits here"
     for row in table(config, file_size, tokenizer_size):
-        sizes = (
-            row["kv_f16_bytes"],
-            row["kv_f32_bytes"],
-            row["resident_f16_bytes"],
-            row["resident_f32_bytes"],
-        )
-        kv_f16, kv_f32, f16, f32 = map(gib, sizes)
-        fits = ["yes" if row["fits_f16"] else "no", "yes" if row["fits_f32"] else "no"]
-        verdict = "" if free is None else fits[0] if fits[0] == fits[1] else "f16 only"
-        yield f"{row['context']:>9} {kv_f16:>10} {kv_f32:>10} {f16:>13} {f32:>13}   {verdict}"
+        sizes = "".join(f"{gib(row[f'kv_{kv}_bytes']):>11}" for kv in KV_TYPES)
+        sizes += "".join(f"{gib(row[f'resident_{kv}_bytes']):>15}" for kv in KV_TYPES)
+        fits = [kv for kv in KV_TYPES if row[f"fits_{kv}"]]
+        verdict = {0: "no", len(KV_TYPES): "yes"}.get(len(fits), ", ".join(fits) + " only")
+        yield f"{row['context']:>9}{sizes}   {'' if free is None else verdict}"
     if free is not None:
         yield f"available: {gib(free)}" + ("" if file_size <= free else _too_large(file_size))
 

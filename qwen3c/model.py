@@ -21,7 +21,7 @@ from .tokenizer import BackgroundTokenizer, Tokenizer
 class Model(engine.Model):
     """A model.bin, ready to be asked.
 
-    path: the file. threads: None for as many as this machine can feed. kv: "f16" or "f32", the KV cache.
+    path: the file. threads: None for as many as this machine can feed. kv: "f16", "f32" or "int8", the KV cache.
     activations: "int8", or "float32" to compare with other implementations. huge_pages: copy the weights into
     memory of large pages (memory.in_huge_pages says what that costs and gains). renderer: of chat templates, if
     one has been started already; any number of models may share it.

@@ -246,16 +246,62 @@ static void ropes(const Kernels *k, int spec) {
 
 /* ---- attention */
 
-static float cached(float x, KVType type) {  /* what the cache keeps of x: |x| < 2^16, not subnormal here */
-    if (type == KV_F32 || x == 0) return x;
+static float as_half(float x) {  /* |x| < 2^16, not subnormal here */
     int exponent;
     frexpf(x, &exponent);
-    return ldexpf(nearbyintf(ldexpf(x, 11 - exponent)), exponent - 11);
+    return x == 0 ? x : ldexpf(nearbyintf(ldexpf(x, 11 - exponent)), exponent - 11);
 }
 
+static float largest_of(const float *x, size_t n) {
+    float largest = 0;
+    for (size_t i = 0; i < n; i++) largest = fmaxf(largest, fabsf(x[i]));
+    return largest;
+}
+
+static void as_cached(float *kept, const float *x, size_t n, KVType type) {  /* what the cache keeps of a row */
+    float max = largest_of(x, n), scale = as_half(max / 127);
+    int exponent;
+    frexpf(scale, &exponent);
+    if (max > 127.5f * scale) scale += ldexpf(1, exponent - 11);
+    for (size_t i = 0; i < n; i++)
+        kept[i] = type == KV_F32 ? x[i] : type == KV_F16 ? as_half(x[i]) : scale * fminf(127, fmaxf(-127, nearbyintf(x[i] / scale)));
+}
+
+/* softmax(q . k) v of one query row in double: weights (seen), out (head_dim) */
+static void attend_in_double(double *weights, double *out, const float *q, const float *keys, const float *values, size_t seen, size_t head_dim) {
+    double sum = 0;
+    for (size_t j = 0; j < seen; j++) {
+        double score = 0;
+        for (size_t d = 0; d < head_dim; d++) score += (double)q[d] * keys[j * head_dim + d];
+        sum += weights[j] = exp(score);
+    }
+    for (size_t d = 0; d < head_dim; d++) out[d] = 0;
+    for (size_t j = 0; j < seen; j++) {
+        weights[j] /= sum;
+        for (size_t d = 0; d < head_dim; d++) out[d] += weights[j] * values[j * head_dim + d];
+    }
+}
+
+/* half a step of the int8 attention weights, times what it meets: how far one dimension of out may be off */
+static double weight_rounding(const double *weights, const float *values, size_t seen, size_t head_dim, size_t d) {
+    double off = 0;
+    for (size_t from = 0; from < seen; from += VALUE_GROUP) {
+        double largest = 0, codes = 0;
+        for (size_t j = from; j < seen && j < from + VALUE_GROUP; j++) {
+            double scale = largest_of(values + j * head_dim, head_dim) / 127.0;
+            largest = fmax(largest, weights[j] * scale);
+            codes += fabs(values[j * head_dim + d]) / fmax(scale, 1e-30);
+        }
+        off += largest / 254 * codes;
+    }
+    return off * 1.01;  /* the largest code may be 126 */
+}
+
+static double int8_error, int8_square;  /* of the outputs with an int8 cache, from those with all in double */
+
 static void attention_case(const Kernels *k, int spec, size_t head_dim, size_t group, size_t n, size_t position, KVType type) {
-    size_t element = type == KV_F16 ? 2 : 4, total = position + n, n_blocks = (total + KV_BLOCK - 1) / KV_BLOCK;
-    size_t keys = KV_BLOCK * head_dim * element, block = keys + KV_BLOCK * PADDED(head_dim) * element;
+    size_t total = position + n, n_blocks = (total + KV_BLOCK - 1) / KV_BLOCK;
+    size_t keys = key_bytes(type, head_dim), block = keys + value_bytes(type, head_dim);
     char **blocks = malloc(n_blocks * sizeof *blocks);
     float *k_rows = floats(total * head_dim, 2), *v_rows = floats(total * head_dim, 2);
     for (size_t b = 0; b < n_blocks; b++) blocks[b] = guarded(block);
@@ -273,27 +319,36 @@ static void attention_case(const Kernels *k, int spec, size_t head_dim, size_t g
     k->attend[type](&task);
     CHECK(memcmp(out, again, size * 4) == 0, "attention head_dim %zu group %zu: asking for the weights changes the output", head_dim, group);
     for (size_t row = 0; row < n * group; row++) add_digest(weights + row * total, (position + row / group + 1) * 4);
+    float *k_kept = malloc(total * head_dim * 4), *v_kept = malloc(total * head_dim * 4), *q_kept = malloc(head_dim * 4);
+    double *w = malloc(total * sizeof *w), *o = malloc(head_dim * sizeof *o);
+    for (size_t p = 0; spec && p < total; p++) {
+        as_cached(k_kept + p * head_dim, k_rows + p * head_dim, head_dim, type);
+        as_cached(v_kept + p * head_dim, v_rows + p * head_dim, head_dim, type);
+    }
     for (size_t row = 0; spec && row < n * group; row++) {
         size_t seen = position + row / group + 1;
-        double sum = 0, *o = calloc(head_dim, sizeof *o), largest = 0;
-        for (size_t j = 0; j < seen; j++) {
-            double score = 0;
-            for (size_t d = 0; d < head_dim; d++) score += (double)q[row * head_dim + d] * cached(k_rows[j * head_dim + d], type);
-            sum += exp(score);
-            for (size_t d = 0; d < head_dim; d++) o[d] += exp(score) * cached(v_rows[j * head_dim + d], type);
+        const float *query = q + row * head_dim, *found = out + row * head_dim;
+        float max = largest_of(query, head_dim);
+        for (size_t d = 0; d < head_dim; d++) q_kept[d] = type == KV_I8 ? max / 127 * nearbyintf(query[d] * (127 / max)) : query[d];
+        attend_in_double(w, o, q_kept, k_kept, v_kept, seen, head_dim);
+        for (size_t j = 0; j < seen; j++)
+            CHECK(fabs(weights[row * total + j] - w[j]) < 1e-6, "attention head_dim %zu group %zu row %zu: weight %g %g", head_dim, group,
+                  row, weights[row * total + j], w[j]);
+        double largest = 0;
+        for (size_t d = 0; d < head_dim; d++) largest = fmax(largest, fabs(o[d]));
+        for (size_t d = 0; d < head_dim; d++) {
+            double off = type == KV_I8 ? weight_rounding(w, v_kept, seen, head_dim, d) : 0;
+            CHECK(fabs(found[d] - o[d]) < 1e-6 * largest + 1e-6 + off, "attention type %d head_dim %zu group %zu row %zu: %g %g, off by %g", (int)type,
+                  head_dim, group, row, found[d], o[d], off);
         }
-        for (size_t j = 0; j < seen; j++) {
-            double score = 0;
-            for (size_t d = 0; d < head_dim; d++) score += (double)q[row * head_dim + d] * cached(k_rows[j * head_dim + d], type);
-            CHECK(fabs(weights[row * total + j] - exp(score) / sum) < 1e-6, "attention head_dim %zu group %zu row %zu: weight %g %g",
-                  head_dim, group, row, weights[row * total + j], exp(score) / sum);
+        if (type != KV_I8) continue;
+        attend_in_double(w, o, query, k_rows, v_rows, seen, head_dim);
+        for (size_t d = 0; d < head_dim; d++) {
+            int8_error += (found[d] - o[d]) * (found[d] - o[d]);
+            int8_square += o[d] * o[d];
         }
-        for (size_t d = 0; d < head_dim; d++) largest = fmax(largest, fabs(o[d] / sum));
-        for (size_t d = 0; d < head_dim; d++)
-            CHECK(fabs(out[row * head_dim + d] - o[d] / sum) < 1e-6 * largest + 1e-6, "attention head_dim %zu group %zu row %zu: %g %g",
-                  head_dim, group, row, out[row * head_dim + d], o[d] / sum);
-        free(o);
     }
+    free(k_kept); free(v_kept); free(q_kept); free(w); free(o);
     for (size_t b = 0; b < n_blocks; b++) release(blocks[b], block);
     release(k_rows, total * head_dim * 4); release(v_rows, total * head_dim * 4);
     release(again, size * 4); release(weights, n * group * total * 4);
@@ -308,7 +363,9 @@ static void attentions(const Kernels *k, int spec) {
     for (size_t h = 0; h < 7; h++)
         for (size_t g = 0; g < 6; g++)
             for (size_t p = 0; p < 11; p++)
-                attention_case(k, spec, head_dims[h], groups[g], 1 + p % (ATTENTION_ROWS / groups[g]), positions[p], (h + g + p) % 2 ? KV_F16 : KV_F32);
+                attention_case(k, spec, head_dims[h], groups[g], 1 + p % (ATTENTION_ROWS / groups[g]), positions[p], (KVType)((h + g + p) % 3));
+    /* codes are off by at most half of 1 in 127 of the largest of a row: 1e-4 is twice what that comes to */
+    if (spec) CHECK(int8_error < 1e-4 * int8_square, "attention, int8 cache: NMSE %g", int8_error / int8_square);
     end(k, "attention");
 }
 

@@ -16,6 +16,7 @@ from small_models import export_small_model
 
 from qwen3c import engine
 from qwen3c.engine import Model, Session
+from qwen3c.format import KV_TYPES
 
 SHAPE = {
     "dim": 64,
@@ -28,28 +29,35 @@ SHAPE = {
 }
 
 
-ARCHITECTURES = {
-    "qwen3": {},
-    "qwen3_moe": {
-        "architecture": "qwen3_moe",
-        "n_experts": 9,
-        "n_experts_per_token": 3,
-        "expert_hidden_dim": 32,
-    },
-    "qwen2": {"architecture": "qwen2"},
-    "llama": {"architecture": "llama"},
-}
+EXPERTS = {"n_experts": 9, "n_experts_per_token": 3, "expert_hidden_dim": 32}
+CASES = [
+    ({"architecture": "qwen3"}, "f16"),
+    ({"architecture": "qwen3"}, "int8"),
+    ({"architecture": "qwen3_moe", **EXPERTS}, "f16"),
+    ({"architecture": "qwen2"}, "int8"),
+    ({"architecture": "llama"}, "f32"),
+]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def path(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    shape = SHAPE | ARCHITECTURES[request.param]
-    return export_small_model(tmp_path_factory.mktemp("engine"), context=2048, **shape)
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]['architecture']} {case[1]}")
+def case(request: pytest.FixtureRequest) -> tuple[dict, str]:
+    """What a model is made of, and the type of its KV cache."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def model(path: Path) -> Model:
-    return Model(path, threads=2)
+def path(tmp_path_factory: pytest.TempPathFactory, case: tuple[dict, str]) -> Path:
+    return export_small_model(tmp_path_factory.mktemp("engine"), context=2048, **SHAPE | case[0])
+
+
+@pytest.fixture(scope="module")
+def kv(case: tuple[dict, str]) -> str:
+    return case[1]
+
+
+@pytest.fixture(scope="module")
+def model(path: Path, kv: str) -> Model:
+    return Model(path, threads=2, kv=kv)
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +83,6 @@ def whole(model: Model, ids: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("activations", ["int8", "float32"])
-@pytest.mark.parametrize("kv", ["f16", "f32"])
 def test_isa_and_threads_do_not_change_a_bit(path: Path, ids: np.ndarray, kv: str, activations: str) -> None:
     results = []
     for isa in engine.runnable_isas():
@@ -148,7 +155,7 @@ LENGTH = 330
 class Histories:
     """Random operations on sessions, checked against logits computed in one piece."""
 
-    def __init__(self, path: Path, kv: str = "f16", oracle_kv: str = "f16") -> None:
+    def __init__(self, path: Path, kv: str, oracle_kv: str) -> None:
         random = np.random.default_rng(4)
         self.texts = random.integers(0, 500, (2, LENGTH))
         oracle = Model(path, threads=1, kv=oracle_kv)
@@ -215,15 +222,16 @@ def nano_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_ten_thousand_random_histories_differ_nowhere(nano_path: Path) -> None:
-    histories = Histories(nano_path)
+    by_kv = [Histories(nano_path, kv, kv) for kv in ("f16", "int8")]
     for seed in range(10_000):
-        histories.run(seed)
-    assert histories.differences == 0
-    assert histories.comparisons > 20_000
+        by_kv[seed % 2].run(seed)
+    assert [histories.differences for histories in by_kv] == [0, 0]
+    assert all(histories.comparisons > 10_000 for histories in by_kv)
 
 
-def test_random_histories_notice_a_cache_of_other_precision(nano_path: Path) -> None:
-    histories = Histories(nano_path, oracle_kv="f32")
+@pytest.mark.parametrize("kv", ["f16", "int8"])
+def test_random_histories_notice_a_cache_of_other_precision(nano_path: Path, kv: str) -> None:
+    histories = Histories(nano_path, kv, oracle_kv="f32")
     for seed in range(100):
         histories.run(seed)
     assert histories.differences > histories.comparisons / 2
@@ -233,13 +241,15 @@ def test_random_histories_notice_a_cache_of_other_precision(nano_path: Path) -> 
 # Sessions, errors, interruption
 
 
-def test_kv_memory_grows_with_use(tmp_path: Path) -> None:
-    model = Model(export_small_model(tmp_path, context=262_144, **SHAPE))
+@pytest.mark.parametrize("head_dim", [16, 24])
+@pytest.mark.parametrize("kv", KV_TYPES)
+def test_kv_memory_grows_with_use(tmp_path: Path, kv: str, head_dim: int) -> None:
+    model = Model(export_small_model(tmp_path, context=262_144, **SHAPE | {"head_dim": head_dim}), kv=kv)
     session = model.session()
     assert session.context == 262_144 and session.kv_bytes == 0
     session.forward([1, 2, 3])
     one_block = session.kv_bytes
-    assert one_block == 256 * model.config.kv_bytes_per_token("f16")
+    assert one_block == 256 * model.config.kv_bytes_per_token(kv)
     session.forward(np.ones(254, int))
     assert session.kv_bytes == 2 * one_block
     session.rewind(1)
@@ -359,9 +369,9 @@ def test_the_gil_is_released(model: Model, ids: np.ndarray) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
 def test_a_forked_child_can_run_a_model_its_parent_used(
-    path: Path, ids: np.ndarray, whole: np.ndarray
+    path: Path, kv: str, ids: np.ndarray, whole: np.ndarray
 ) -> None:
-    model = Model(path, threads=2)
+    model = Model(path, threads=2, kv=kv)
     model.session().forward(ids)  # the parent's OpenMP threads exist now
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
@@ -373,9 +383,9 @@ def test_a_forked_child_can_run_a_model_its_parent_used(
 
 
 def test_a_session_keeps_its_model_and_the_model_its_file(
-    path: Path, ids: np.ndarray, whole: np.ndarray
+    path: Path, kv: str, ids: np.ndarray, whole: np.ndarray
 ) -> None:
-    session: Session = Model(path, threads=1).session()
+    session: Session = Model(path, threads=1, kv=kv).session()
     assert np.array_equal(session.forward(ids[:20]), whole[19])
 
 

@@ -17,7 +17,7 @@ import pytest
 from small_models import export_small_model
 
 from qwen3c import engine, memory
-from qwen3c.format import Config, ModelFile
+from qwen3c.format import KV_TYPES, Config, ModelFile
 
 
 def config(context: int) -> Config:
@@ -100,16 +100,18 @@ def test_the_table_says_what_fits_by_context_and_type(monkeypatch: pytest.Monkey
     monkeypatch.setattr(memory, "available", lambda: 1 << 30)
     rows = memory.table(config(40960), 626 << 20, 11 << 20)
     assert [row["context"] for row in rows] == [1024, 4096, 8192, 16384, 32768, 40960]
-    assert rows[0]["kv_f16_bytes"] == 1024 * 112 << 10 and rows[0]["kv_f32_bytes"] == 1024 * 224 << 10
-    without_kv = {
-        row[f"resident_{kv}_bytes"] - row[f"kv_{kv}_bytes"] for row in rows for kv in ("f16", "f32")
-    }
+    # an int8 head is 128 codes and a scale of 2 bytes
+    kv_bytes = {"int8": 28 * 8 * 2 * 130, "f16": 112 << 10, "f32": 224 << 10}
+    assert {kv: rows[0][f"kv_{kv}_bytes"] for kv in KV_TYPES} == {kv: 1024 * n for kv, n in kv_bytes.items()}
+    without_kv = {row[f"resident_{kv}_bytes"] - row[f"kv_{kv}_bytes"] for row in rows for kv in KV_TYPES}
     assert len(without_kv) == 1 and 770 << 20 < without_kv.pop() < 800 << 20
-    assert [(row["fits_f16"], row["fits_f32"]) for row in rows[:3]] == [
-        (True, True),
-        (False, False),
-        (False, False),
+    assert [[kv for kv in KV_TYPES if row[f"fits_{kv}"]] for row in rows[:3]] == [
+        list(KV_TYPES),
+        ["int8"],
+        [],
     ]
+    verdicts = [line.split("  ")[-1].strip() for line in memory.lines(config(40960), 626 << 20, 11 << 20)]
+    assert verdicts[1:4] == ["yes", "int8 only", "no"]
     monkeypatch.setattr(memory, "available", lambda: None)
     assert memory.table(config(40960), 1, 1)[0]["fits_f16"] is None
     assert "available" not in "".join(memory.lines(config(40960), 1, 1))

@@ -64,12 +64,15 @@ def test_float_activations_agree_with_the_reference(path: Path) -> None:
     assert nmse(logits, expected) <= 1e-10
 
 
-def test_int8_activations_stay_close_to_the_reference(path: Path) -> None:
+@pytest.mark.parametrize(
+    "rounded", [{"activations": "int8"}, {"activations": "float32", "kv": "int8"}], ids=str
+)
+def test_rounding_to_int8_stays_close_to_the_reference(path: Path, rounded: dict) -> None:
     file = ModelFile(path)
     ids = np.random.default_rng(0).integers(0, file.config.vocab_size, 300)
     expected = forward(file.config, load_weights(file), ids)
     # one rounding to 8 bits costs about 1e-4 of a product's energy (group 64); a few layers add up to some of it
-    assert 1e-6 < nmse(Model(path).session().forward(ids, logits="all"), expected) < 3e-2
+    assert 1e-6 < nmse(Model(path, **rounded).session().forward(ids, logits="all"), expected) < 3e-2
 
 
 def test_weight_returns_what_the_reference_reads(path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,9 +32,9 @@ def equal(a: Arrays, b: Arrays) -> bool:
     return list(a) == list(b) and all(np.array_equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("activations", ["int8", "float32"])
-def test_a_trace_has_the_bits_of_the_forward_pass(activations: engine.Activations, tmp_path: Path):
-    model = engine.Model(str(export_small_model(tmp_path, context=512)), activations=activations)
+@pytest.mark.parametrize("kind", [{}, {"activations": "float32"}, {"kv": "int8"}], ids=str)
+def test_a_trace_has_the_bits_of_the_forward_pass(kind: dict[str, Any], tmp_path: Path):
+    model = engine.Model(str(export_small_model(tmp_path, context=512)), **kind)
     ids = random_ids(model, 300)
     logits = model.session().forward(ids, logits="all")
     trace = model.trace(ids)
@@ -61,8 +62,9 @@ def test_threads_and_instruction_sets_trace_the_same_bits(tmp_path: Path):
         engine.set_isa(usual)
 
 
-def test_attention_weights_are_probabilities_of_what_a_token_sees(tmp_path: Path):
-    model = engine.Model(str(export_small_model(tmp_path, context=1024)))
+@pytest.mark.parametrize("kv", ["f16", "int8"])
+def test_attention_weights_are_probabilities_of_what_a_token_sees(kv: engine.KV, tmp_path: Path):
+    model = engine.Model(str(export_small_model(tmp_path, context=1024)), kv=kv)
     for name, weights in model.trace(random_ids(model, 600), "*.attn_weights").items():
         assert weights.shape == (4, 600, 600), name
         assert np.all(weights >= 0)

@@ -279,6 +279,36 @@ static void dequantize_row(float *y, const uint8_t *matrix, size_t row, size_t c
 }
 
 /* ---------------------------------------------------------------------------- */
+/* Codes with a scale in fp16: of weights, keys and values */
+
+/* fp16 scales of 16 rows, and back; none so small that max would lie more than half a step beyond 127 */
+static void round_scales(uint16_t *halves, float *back, const float *scales, const float *max) {
+    f32_store_f16(halves, f32_load(scales));
+    f32_store(back, f32_load_f16(halves));
+    for (size_t r = 0; r < 16; r++)
+        if (max[r] > 127.5f * back[r]) halves[r]++;
+    f32_store(back, f32_load_f16(halves));
+}
+
+/* the codes of 16 values for a scale */
+INLINE f32x16 codes_of(f32x16 x, float scale) {
+    if (!(scale > 0)) return f32_set(0);
+    return f32_max(f32_set(-127), f32_min(f32_set(127), f32_round(f32_div(x, f32_set(scale)))));
+}
+
+/* codes (PADDED(n)) of a row; returns its scale */
+static uint16_t quantize_head(int8_t *codes, const float *x, size_t n) {
+    f32x16 largest = f32_set(0);
+    for (size_t i = 0; i < n; i += 16) largest = f32_max(largest, f32_abs(n - i < 16 ? load_part(x + i, n - i, 0) : f32_load(x + i)));
+    float max[16] = {f32_max_lanes(largest)}, scales[16] = {max[0] / 127.0f}, back[16];
+    uint16_t halves[16];
+    round_scales(halves, back, scales, max);
+    for (size_t i = 0; i < n; i += 16)
+        f32_store_i8(codes + i, codes_of(n - i < 16 ? load_part(x + i, n - i, 0) : f32_load(x + i), back[0]));
+    return halves[0];
+}
+
+/* ---------------------------------------------------------------------------- */
 /* Attention: blocks at absolute positions, merged in order (FlashAttention, https://arxiv.org/abs/2205.14135) */
 
 INLINE f32x16 load_kv(const char *p, size_t index, KVType type) {
@@ -300,6 +330,21 @@ INLINE void scores_block(const size_t Q, const size_t V, float *scores, const fl
     }
     UNROLL for (size_t r = 0; r < Q; r++)
         UNROLL for (size_t v = 0; v < V; v++) f32_store(scores + r * KV_BLOCK + (vector + v) * 16, sum[r][v]);
+}
+
+INLINE void scores_rows(const size_t Q, float *scores, const float *const *q, const char *keys, size_t n_vectors, size_t head_dim, KVType type) {
+    size_t v = 0;
+    for (; v + ATTEND_VECTORS <= n_vectors; v += ATTEND_VECTORS) scores_block(Q, ATTEND_VECTORS, scores, q, keys, v, head_dim, type);
+    for (; v < n_vectors; v++) scores_block(Q, 1, scores, q, keys, v, head_dim, type);
+}
+
+/* p (rows, KV_BLOCK) = q . k over the first n_vectors * 16 positions of a block */
+INLINE void scores_float(float *p, const float *const *q, size_t rows, const char *keys, size_t n_vectors, size_t head_dim, KVType type) {
+    size_t r = 0;
+    for (; r + ATTEND_QUERIES <= rows; r += ATTEND_QUERIES)
+        scores_rows(ATTEND_QUERIES, p + r * KV_BLOCK, q + r, keys, n_vectors, head_dim, type);
+    for (; ATTEND_QUERIES > 2 && r + 2 <= rows; r += 2) scores_rows(2, p + r * KV_BLOCK, q + r, keys, n_vectors, head_dim, type);
+    for (; r < rows; r++) scores_rows(1, p + r * KV_BLOCK, q + r, keys, n_vectors, head_dim, type);
 }
 
 /* o[r] += sum over positions [from, to) of p[r][j] v[j], for Q rows and V vectors of dimensions from `d` */
@@ -331,6 +376,86 @@ INLINE void values_rows(const size_t Q, float *o, const float *p, const char *va
     for (size_t r = 1; r < Q; r++)
         if (seen[r] > seen[0]) add_values(1, o + r * width, p + r * KV_BLOCK, values, seen[0], seen[r], width, type);
 }
+
+/* o (rows, width) += p v, each row over the positions it has seen */
+INLINE void values_float(float *o, const float *p, size_t rows, const char *values, const size_t *seen, size_t width, KVType type) {
+    size_t r = 0;
+    for (; r + ATTEND_QUERIES <= rows; r += ATTEND_QUERIES)
+        values_rows(ATTEND_QUERIES, o + r * width, p + r * KV_BLOCK, values, seen + r, width, type);
+    for (; ATTEND_QUERIES > 2 && r + 2 <= rows; r += 2) values_rows(2, o + r * width, p + r * KV_BLOCK, values, seen + r, width, type);
+    for (; r < rows; r++) values_rows(1, o + r * width, p + r * KV_BLOCK, values, seen + r, width, type);
+}
+
+/* ---- the same with an int8 cache: the products of attention are those of matmul_int8 */
+
+/* Rows of int8 in scratch, INT8_FLOATS for each of ATTENTION_ROWS. */
+static Int8Rows scratch_rows(float *scratch, size_t columns, size_t group_size) {
+    size_t n_scales = ATTENTION_ROWS * (columns / group_size);
+    return (Int8Rows){.scales = scratch, .sums = (int32_t *)(scratch + n_scales), .codes = (int8_t *)(scratch + 2 * n_scales)};
+}
+
+/* The first n columns of row r. */
+static void quantize_into(const Int8Rows *rows, size_t r, const float *x, size_t n, size_t columns, size_t group_size) {
+    size_t n_groups = columns / group_size;
+    Int8Rows row = {rows->codes + r * columns, rows->scales + r * n_groups, rows->sums + r * n_groups};
+    quantize(&row, x, n, group_size);
+}
+
+/* q as int8, a head a group, by way of `padded` (width), zeros behind head_dim */
+static void quantize_queries(const Int8Rows *q8, const float *const *q, size_t rows, float *padded, size_t head_dim, size_t width) {
+    memset(padded, 0, width * sizeof *padded);
+    for (size_t r = 0; r < rows; r++) {
+        memcpy(padded, q[r], head_dim * sizeof *padded);
+        quantize_into(q8, r, padded, width, width, width);
+    }
+}
+
+/* p[j] *= scale of the value at position j for the first `seen` of a block, 0 from there to `end` */
+static void scale_weights(float *p, const char *values, size_t seen, size_t end, size_t width) {
+    for (size_t j = 0; j < seen; j += 16) {
+        const char *group = values + j / VALUE_GROUP * VALUE_GROUP_BYTES(width);
+        const uint16_t *scales = (const uint16_t *)(group + VALUE_GROUP * width) + j % VALUE_GROUP;
+        f32_store(p + j, f32_mul(f32_load(p + j), f32_load_f16(scales)));
+    }
+    for (size_t j = seen; j < end; j++) p[j] = 0;
+}
+
+/* o[r] += p v over n positions of a group, for T rows and the 16 dimensions of the codes */
+INLINE void values_int8_block(const size_t T, float *o, size_t width, const Int8Rows *p, size_t row, size_t group, const int8_t *codes, size_t n) {
+    const size_t n_groups = KV_BLOCK / VALUE_GROUP;
+    i32x16 dot[4];
+    UNROLL for (size_t t = 0; t < T; t++) dot[t] = dot_start(p->sums[(row + t) * n_groups + group]);
+    for (size_t j = 0; j < n; j += 4) {
+        i8x64 v = codes_load(codes + j * 16);
+        UNROLL for (size_t t = 0; t < T; t++)
+            dot[t] = dot_4(dot[t], v, activations_load(p->codes + (row + t) * KV_BLOCK + group * VALUE_GROUP + j));
+    }
+    UNROLL for (size_t t = 0; t < T; t++) {
+        float *out = o + (row + t) * width;
+        f32_store(out, f32_fma(f32_from_i32(dot[t]), f32_set(p->scales[(row + t) * n_groups + group]), f32_load(out)));
+    }
+}
+
+/* o (rows, width) += p v over the first `filled` positions of a block: all rows take a group of values before the next */
+static void values_int8(float *o, const Int8Rows *p8, float *p, size_t rows, const char *values, const size_t *seen, size_t filled, size_t width) {
+    size_t n_groups = (filled + VALUE_GROUP - 1) / VALUE_GROUP;
+    for (size_t r = 0; r < rows; r++) {
+        scale_weights(p + r * KV_BLOCK, values, seen[r], n_groups * VALUE_GROUP, width);
+        quantize_into(p8, r, p + r * KV_BLOCK, n_groups * VALUE_GROUP, KV_BLOCK, VALUE_GROUP);
+    }
+    for (size_t group = 0; group < n_groups; group++, values += VALUE_GROUP_BYTES(width)) {
+        size_t left = filled - group * VALUE_GROUP, n = left < VALUE_GROUP ? left : VALUE_GROUP;
+        for (size_t d = 0; d < width; d += 16) {
+            const int8_t *codes = (const int8_t *)values + d * VALUE_GROUP;
+            size_t r = 0;
+            for (; r + 4 <= rows; r += 4) values_int8_block(4, o + d, width, p8, r, group, codes, n);
+            for (; r + 2 <= rows; r += 2) values_int8_block(2, o + d, width, p8, r, group, codes, n);
+            for (; r < rows; r++) values_int8_block(1, o + d, width, p8, r, group, codes, n);
+        }
+    }
+}
+
+/* ---- softmax and both products over all blocks */
 
 /* p = exp(score - max) in place for the first `seen` of a block's positions; returns their sum, 0 beyond them */
 static float exponentiate(float *p, size_t seen, float *max) {
@@ -368,17 +493,13 @@ static void merge(float *max, float *sum, float *out, float block_max, float blo
     for (size_t d = 0; d < n; d++) out[d] = fmaf(out[d], factor[0], o[d] * factor[1]);
 }
 
-INLINE void scores_rows(const size_t Q, float *scores, const float *const *q, const char *keys, size_t n_vectors, size_t head_dim, KVType type) {
-    size_t v = 0;
-    for (; v + ATTEND_VECTORS <= n_vectors; v += ATTEND_VECTORS) scores_block(Q, ATTEND_VECTORS, scores, q, keys, v, head_dim, type);
-    for (; v < n_vectors; v++) scores_block(Q, 1, scores, q, keys, v, head_dim, type);
-}
-
 INLINE void attend(const Attention *a, KVType type) {
     size_t rows = a->n_tokens * a->group, width = PADDED(a->head_dim);
     size_t last = a->position + a->n_tokens - 1;
     float *p = a->scratch, *o = p + ATTENTION_ROWS * KV_BLOCK;
-    float *max = o + ATTENTION_ROWS * width, *sum = max + ATTENTION_ROWS;
+    float *max = o + ATTENTION_ROWS * width, *sum = max + ATTENTION_ROWS, *rest = sum + ATTENTION_ROWS;
+    Int8Rows p8 = scratch_rows(rest, KV_BLOCK, VALUE_GROUP);
+    Int8Rows q8 = scratch_rows(rest + ATTENTION_ROWS * INT8_FLOATS(KV_BLOCK, VALUE_GROUP), width, width);
     const float *q[ATTENTION_ROWS];
     float *out[ATTENTION_ROWS], *weights[ATTENTION_ROWS];
     for (size_t r = 0; r < rows; r++) {
@@ -387,17 +508,16 @@ INLINE void attend(const Attention *a, KVType type) {
         out[r] = a->out + token * a->out_stride + head;
         if (a->weights) weights[r] = a->weights + token * a->weights_token + r % a->group * a->weights_head;
     }
+    if (type == KV_I8) quantize_queries(&q8, q, rows, o, a->head_dim, width);
     for (size_t block = 0; block <= last / KV_BLOCK; block++) {
         const char *keys = a->blocks[block] + a->k_offset, *values = a->blocks[block] + a->v_offset;
         size_t start = block * KV_BLOCK, filled = last + 1 - start < KV_BLOCK ? last + 1 - start : KV_BLOCK;
-        size_t n_vectors = (filled + 15) / 16, r = 0, seen[ATTENTION_ROWS];
-        for (; r + ATTEND_QUERIES <= rows; r += ATTEND_QUERIES)
-            scores_rows(ATTEND_QUERIES, p + r * KV_BLOCK, q + r, keys, n_vectors, a->head_dim, type);
-        for (; ATTEND_QUERIES > 2 && r + 2 <= rows; r += 2) scores_rows(2, p + r * KV_BLOCK, q + r, keys, n_vectors, a->head_dim, type);
-        for (; r < rows; r++) scores_rows(1, p + r * KV_BLOCK, q + r, keys, n_vectors, a->head_dim, type);
+        if (type == KV_I8) matmul_int8(p, KV_BLOCK, &q8, rows, (const uint8_t *)keys, filled, width, width);
+        else scores_float(p, q, rows, keys, (filled + 15) / 16, a->head_dim, type);
 
+        size_t seen[ATTENTION_ROWS];
         float block_max[ATTENTION_ROWS], block_sum[ATTENTION_ROWS];
-        for (r = 0; r < rows; r++) {
+        for (size_t r = 0; r < rows; r++) {
             size_t position = a->position + r / a->group;  /* an earlier token of the task may end before this block */
             seen[r] = position < start ? 0 : position + 1 - start < KV_BLOCK ? position + 1 - start : KV_BLOCK;
             if (a->weights) memcpy(weights[r] + start, p + r * KV_BLOCK, seen[r] * sizeof *p);
@@ -405,12 +525,10 @@ INLINE void attend(const Attention *a, KVType type) {
         }
 
         memset(o, 0, rows * width * sizeof *o);
-        for (r = 0; r + ATTEND_QUERIES <= rows; r += ATTEND_QUERIES)
-            values_rows(ATTEND_QUERIES, o + r * width, p + r * KV_BLOCK, values, seen + r, width, type);
-        for (; ATTEND_QUERIES > 2 && r + 2 <= rows; r += 2) values_rows(2, o + r * width, p + r * KV_BLOCK, values, seen + r, width, type);
-        for (; r < rows; r++) values_rows(1, o + r * width, p + r * KV_BLOCK, values, seen + r, width, type);
+        if (type == KV_I8) values_int8(o, &p8, p, rows, values, seen, filled, width);
+        else values_float(o, p, rows, values, seen, width, type);
 
-        for (r = 0; r < rows; r++) {
+        for (size_t r = 0; r < rows; r++) {
             if (block == 0) {
                 max[r] = block_max[r];
                 sum[r] = block_sum[r];
@@ -429,6 +547,7 @@ INLINE void attend(const Attention *a, KVType type) {
 
 static void attend_f32(const Attention *task) { attend(task, KV_F32); }
 static void attend_f16(const Attention *task) { attend(task, KV_F16); }
+static void attend_i8(const Attention *task) { attend(task, KV_I8); }
 
 static void store_kv_f32(char *keys, char *values, size_t index, const float *k, const float *v, size_t head_dim) {
     float *key = (float *)keys + index / 16 * 16 * head_dim + index % 16;
@@ -446,6 +565,18 @@ static void store_kv_f16(char *keys, char *values, size_t index, const float *k,
         for (size_t i = 0; i < n; i++) key[(d + i) * 16] = half[i];
         f32_store_f16(value + d, n < 16 ? load_part(v + d, n, 0) : f32_load(v + d));
     }
+}
+
+static void store_kv_i8(char *keys, char *values, size_t index, const float *k, const float *v, size_t head_dim) {
+    int8_t codes[MAX_HEAD_DIM];
+    size_t width = PADDED(head_dim), i = index % VALUE_GROUP;
+    char *tile = keys + index / 16 * TILE_BYTES(width), *group = values + index / VALUE_GROUP * VALUE_GROUP_BYTES(width);
+    uint16_t scale = quantize_head(codes, k, head_dim);
+    for (size_t d = 0; d < width; d += 4) memcpy(tile + d * 16 + index % 16 * 4, codes + d, 4);
+    memcpy(tile + width * 16 + index % 16 * 2, &scale, 2);
+    scale = quantize_head(codes, v, head_dim);
+    for (size_t d = 0; d < width; d++) group[d / 16 * 16 * VALUE_GROUP + i / 4 * 64 + d % 16 * 4 + i % 4] = codes[d];
+    memcpy(group + width * VALUE_GROUP + i * 2, &scale, 2);
 }
 
 /* ---------------------------------------------------------------------------- */
@@ -555,9 +686,7 @@ typedef struct {
 static Rounded round_group(int8_t *codes, const float *w, float scale, size_t n) {
     f32x16 largest = f32_set(0), lost = f32_set(0), products = f32_set(0), squares = f32_set(0);
     for (size_t i = 0; i < n; i += 16) {
-        f32x16 v = f32_load(w + i), code = f32_set(0);
-        if (scale > 0) code = f32_round(f32_div(v, f32_set(scale)));
-        code = f32_max(f32_set(-127), f32_min(f32_set(127), code));
+        f32x16 v = f32_load(w + i), code = codes_of(v, scale);
         f32_store_i8(codes + i, code);
         f32x16 off = f32_sub(v, f32_mul(code, f32_set(scale)));
         largest = f32_max(largest, f32_abs(off));
@@ -567,15 +696,6 @@ static Rounded round_group(int8_t *codes, const float *w, float scale, size_t n)
     }
     float square = f32_sum_lanes(squares);
     return (Rounded){f32_max_lanes(largest), f32_sum_lanes(lost), square > 0 ? f32_sum_lanes(products) / square : 0.0f};
-}
-
-/* fp16 scales of 16 rows, and back; none so small that max would lie more than half a step beyond 127 */
-static void round_scales(uint16_t *halves, float *back, const float *scales, const float *max) {
-    f32_store_f16(halves, f32_load(scales));
-    f32_store(back, f32_load_f16(halves));
-    for (size_t r = 0; r < 16; r++)
-        if (max[r] > 127.5f * back[r]) halves[r]++;
-    f32_store(back, f32_load_f16(halves));
 }
 
 static void quantize_tiles(uint8_t *tiles, const void *const rows[TILE_ROWS], SourceType type, size_t columns,
@@ -633,8 +753,8 @@ const Kernels JOIN(kernels_, ISA) = {
     .dequantize_row = dequantize_row,
     .rope_angles = rope_angles,
     .rope = rope,
-    .store_kv = {store_kv_f32, store_kv_f16},
-    .attend = {attend_f32, attend_f16},
+    .store_kv = {store_kv_f32, store_kv_f16, store_kv_i8},
+    .attend = {attend_f32, attend_f16, attend_i8},
     .swiglu = swiglu,
     .add = add,
     .add_scaled = add_scaled,

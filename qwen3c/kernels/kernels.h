@@ -7,7 +7,7 @@
      - a lane is an output (a row, a position, a column): no sum is ever split between lanes,
        except the sums over 16 lanes named below, which have one fixed tree;
      - float operations are single IEEE operations or one fmaf, in the order written here;
-     - int8 dot products are exact in int32: |sum| <= group_size * 127 * 128 < 2^23.
+     - int8 dot products are exact in int32, and as floats: |sum| <= MAX_HEAD_DIM * 127 * 128 < 2^24.
 
    All arrays are row-major; (a, b) is a rows of b. Pointers need no alignment. A kernel cannot fail. */
 #ifndef QWEN3C_KERNELS_H
@@ -17,10 +17,12 @@
 #include <stdint.h>
 
 #define TILE_ROWS 16       /* output rows of a weight tile = lanes of a vector */
+#define MAX_HEAD_DIM 1024  /* that a model.bin may have; its groups of weights are 256 columns at most */
 #define KV_BLOCK 256       /* positions in a KV block: block b holds positions [256 b, 256 (b + 1)) */
+#define VALUE_GROUP 32     /* positions whose attention weights share a scale where the KV cache is int8 */
 #define ATTENTION_ROWS 16  /* query rows (tokens x grouped heads) that one attend() call takes at most */
 
-typedef enum { KV_F32, KV_F16 } KVType;
+typedef enum { KV_F32, KV_F16, KV_I8 } KVType;
 typedef enum { SOURCE_BF16, SOURCE_F16, SOURCE_F32 } SourceType;
 
 /* A matrix of model.bin, (rows, columns), as tiles of 16 rows x group_size columns; tile (R, G) starts at
@@ -37,8 +39,14 @@ typedef struct {
 } Int8Rows;
 
 /* The queries of one KV head for some consecutive tokens of one sequence, and where its KV lies.
-   In a block, from k_offset:  keys    (KV_BLOCK / 16, head_dim, 16)    position 16 s + i, dimension d at [s][d][i]
-            from v_offset:     values  (KV_BLOCK, head_dim rounded up to 16) */
+   In a block, keys from k_offset and values from v_offset on:
+     KV_F32, KV_F16:  keys    (KV_BLOCK / 16, head_dim, 16)    position 16 s + i, dimension d at [s][d][i]
+                      values  (KV_BLOCK, PADDED(head_dim))
+     KV_I8:           keys    a matrix as above of (KV_BLOCK, PADDED(head_dim)) in one group: rows are positions
+                      values  (KV_BLOCK / VALUE_GROUP) times
+                        int8 codes   (PADDED(head_dim) / 16, VALUE_GROUP / 4, 16, 4)   position VALUE_GROUP s + 4 c + j,
+                                                                       dimension 16 d + i at [s][d][c][i][j]
+                        fp16 scales  (VALUE_GROUP)                     value = scale[position] * code    */
 typedef struct {
     const float *q;             /* (n_tokens, group, head_dim), tokens q_stride floats apart, scaled by 1 / sqrt(head_dim) */
     float *out;                 /* (n_tokens, group, head_dim), tokens out_stride floats apart */
@@ -51,8 +59,19 @@ typedef struct {
     size_t weights_token, weights_head;  /* tokens and heads so many floats apart */
 } Attention;
 
-#define PADDED(head_dim) (((head_dim) + 15) / 16 * 16)
-#define ATTENTION_SCRATCH(head_dim) (ATTENTION_ROWS * (KV_BLOCK + (size_t)PADDED(head_dim) + 2))
+#define PADDED(head_dim) (((size_t)(head_dim) + 15) / 16 * 16)
+#define VALUE_GROUP_BYTES(head_dim) (VALUE_GROUP * (PADDED(head_dim) + 2))
+#define INT8_FLOATS(columns, group_size) ((columns) / 4 + 2 * ((columns) / (group_size)))  /* as large as one of Int8Rows */
+#define ATTENTION_SCRATCH(head_dim) \
+    (ATTENTION_ROWS * (KV_BLOCK + PADDED(head_dim) + 2 + INT8_FLOATS(KV_BLOCK, VALUE_GROUP) + INT8_FLOATS(PADDED(head_dim), PADDED(head_dim))))
+
+/* Bytes of the keys of one KV head in a block, and of its values. */
+static inline size_t key_bytes(KVType type, size_t head_dim) {
+    return type == KV_I8 ? KV_BLOCK / 16 * TILE_BYTES(PADDED(head_dim)) : KV_BLOCK * head_dim * (type == KV_F16 ? 2 : 4);
+}
+static inline size_t value_bytes(KVType type, size_t head_dim) {
+    return type == KV_I8 ? KV_BLOCK / VALUE_GROUP * VALUE_GROUP_BYTES(head_dim) : KV_BLOCK * PADDED(head_dim) * (type == KV_F16 ? 2 : 4);
+}
 
 /* How far the stored weights are from the source (quantize_tiles). */
 typedef struct {
@@ -91,16 +110,20 @@ typedef struct {
     /* In place, rotate-half: x0' = fmaf(x0, cos, -(x1 * sin)), x1' = fmaf(x1, cos, x0 * sin), then * scale. */
     void (*rope)(float *x, const float *cosine, const float *sine, size_t head_dim, float scale);
 
-    /* Put k and v (head_dim) of position `index` of a block in their places, rounded to nearest even in fp16. */
-    void (*store_kv[2])(char *keys, char *values, size_t index, const float *k, const float *v, size_t head_dim);
+    /* Put k and v (head_dim) of position `index` of a block in their places, rounded to nearest even in fp16; as int8
+       with the first of quantize_tiles' scales and codes, one scale for k and one for v. */
+    void (*store_kv[3])(char *keys, char *values, size_t index, const float *k, const float *v, size_t head_dim);
 
     /* out = softmax(q . k) v, by KVType. Per block, from absolute position 0:
          score = fmaf chain over dimensions in order;  m_b = max;  p = exp(score - m_b);
          l_b = sum p (16 lanes, then the tree);  o_b = fmaf chain over positions in order;
        blocks are merged in order: m' = max(m, m_b), a = exp(m - m'), b = exp(m_b - m'),
          l = fmaf(l, a, l_b * b), o = fmaf(o, a, o_b * b);  at the end out = o * (1 / l).
-       Where weights are wanted: weight = exp(score - m) * (1 / l) of every position seen. */
-    void (*attend[2])(const Attention *task);
+       Where weights are wanted: weight = exp(score - m) * (1 / l) of every position seen.
+       KV_I8 differs in its two products. Scores are those of matmul_int8 after quantize made one group of q, with
+       zeros up to PADDED(head_dim). And p times the scale of its position's value, zero if not seen, is quantized in
+       groups of VALUE_GROUP positions: o_b = fmaf((float)dot, scale, o_b) over groups in order. */
+    void (*attend[3])(const Attention *task);
 
     /* y[i] = (gate[i] / (1 + exp(-gate[i]))) * up[i] */
     void (*swiglu)(float *y, const float *gate, const float *up, size_t n);
