@@ -20,6 +20,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: {error}; `pip install '.[bench]'` installs the peer") from None
 
+QWEN3 = 1  # Config.architecture
 SLICE = 8 << 20  # bytes of the source quantised at a time
 
 
@@ -27,6 +28,10 @@ def write_gguf(source: Path, target: Path, kind: Literal["Q8_0", "F32"] = "Q8_0"
     """Write `target`; matrices as `kind`, vectors as F32. SourceError if `source` is not a Qwen3 we can read."""
     with Files(source) as files:
         checkpoint = Checkpoint(files, group_size=32)
+        if checkpoint.config.architecture != QWEN3:
+            raise ValueError(
+                f"{source}: only the dense Qwen3 is written as GGUF, this is another architecture"
+            )
         writer = gguf.GGUFWriter(target, "qwen3")
         _add_config(writer, checkpoint)
         _add_vocabulary(writer, checkpoint)
