@@ -61,10 +61,13 @@ class Peer:
     needs: tuple[str, ...]  # modules
     extra: str  # of pyproject.toml, which installs them
     form: str  # what its model is called: the end of a file or folder
+    converter: tuple[
+        str, ...
+    ] = ()  # modules for our own program that writes its model; none: the peer has its own
 
 
 PEERS = {
-    "llama.cpp": Peer(("llama_cpp", "gguf"), "bench", "q8_0.gguf"),
+    "llama.cpp": Peer(("llama_cpp",), "bench", "q8_0.gguf", converter=("gguf",)),
     "openvino": Peer(("openvino_genai", "optimum.intel"), "openvino", "openvino"),
     "ctranslate2": Peer(("ctranslate2", "transformers", "torch"), "ctranslate2", "ctranslate2"),
 }
@@ -137,14 +140,17 @@ def require_peers(names: Sequence[str], pythons: dict[str, str]) -> None:
     for name in names:
         if name not in PEERS:
             raise ValueError(f"there is no peer {name!r}; known: {', '.join(PEERS)}")
-        for module in PEERS[name].needs:
-            program = "import importlib.util, sys; sys.exit(not importlib.util.find_spec(sys.argv[1]))"
-            command = [pythons.get(name, sys.executable), "-c", program, module]
-            if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
-                extra = PEERS[name].extra
-                raise ValueError(
-                    f"peer {name} is not installed (no module {module}); pip install '.[{extra}]' does it"
-                )
+        peer, python = PEERS[name], pythons.get(name, sys.executable)
+        for module in peer.needs + peer.converter:
+            where = sys.executable if module in peer.converter else python
+            if not has_module(where, module):
+                how = f"pip install '.[{peer.extra}]' does it"
+                raise ValueError(f"peer {name} is not installed for {where} (no module {module}); {how}")
+
+
+def has_module(python: str, name: str) -> bool:
+    program = "import importlib, sys; importlib.import_module(sys.argv[1])"
+    return subprocess.run([python, "-c", program, name], stderr=subprocess.DEVNULL).returncode == 0
 
 
 # ----------------------------------------------------------------------------
@@ -169,7 +175,7 @@ def convert(args: argparse.Namespace, name: str, source: Path, work: Path) -> Pa
     target = work / f"{source.resolve().name}-{PEERS[name].form}"
     if not target.exists():
         note(f"converting {source.name} for {name}")
-        python = args.python.get(name, sys.executable)
+        python = sys.executable if PEERS[name].converter else args.python.get(name, sys.executable)
         command = [python, str(WORKER), "convert", name, str(source), str(target)]
         done = subprocess.run(
             command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

@@ -72,6 +72,10 @@ def write_random_model(
             shutil.copyfile(tokenizer / name, directory / name)
     else:
         _write_json(directory / "tokenizer.json", random_tokenizer_json(config.n_tokens, seed))
+        names = {"eos_token": SPECIAL_TOKENS[-1], "pad_token": SPECIAL_TOKENS[0]}
+        _write_json(
+            directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+        )
     shapes = {
         part.name: (part.rows, *tensor.shape[1:])
         for tensor in tensors(config)
