@@ -509,10 +509,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.isa:
             engine.set_isa(args.isa)
-        require_peers(args.against, args.python)  # says what is missing before anything is made
+        # say what is missing before anything is made
+        require_peers(args.against, args.python)
+        if args.pictures:
+            import pictures  # noqa: F401
         with tempfile.TemporaryDirectory() as temporary:
             run(args, args.work or Path(temporary))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2
     return 0

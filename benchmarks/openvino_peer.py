@@ -40,7 +40,9 @@ class Engine:
         self._vocab_size = json.loads(Path(path, "config.json").read_text())["vocab_size"]
         self._requests = 0
         self.kv_bytes = 0  # it does not tell
-        self.settings = f"GenAI {openvino_genai.__version__}, int8 weights, KV {KV_TYPES[kv]}, no prefix cache"
+        self.settings = (
+            f"GenAI {openvino_genai.__version__}, int8 weights, KV {KV_TYPES[kv]}, no prefix cache"
+        )
 
     def seconds(self, kind: str, n: int, depth: int, batch: int, seed: int) -> float:
         if kind == "pp" and depth:
