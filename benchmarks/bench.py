@@ -50,7 +50,7 @@ WORKER = Path(__file__).with_name("worker.py")
 OURS = "qwen3c"
 TESTS = ("pp", "tg", "depth", "batch", "load", "memory", "export", "sampler")
 SAMPLED_TOKENS = 151936  # the vocabulary of Qwen3
-AGREEING = 8  # tokens every engine chooses greedily, to see that all have the same model
+AGREEING = 8  # prompts of so many tokens that every engine continues, to see that all have the same model
 PROMPT = "The first word of"
 
 RUN_OURS = "from qwen3c.run import main; raise SystemExit(main())"
@@ -267,16 +267,14 @@ def run_setting(args: argparse.Namespace, setting: Setting, models: dict[str, Pa
 
 
 def agreement(contenders: Sequence[Contender], n_tokens: int) -> list[str]:
-    """How far the greedy tokens of the peers are ours: they round differently, but have the same model."""
-    ids = np.random.default_rng(1).integers(0, n_tokens, AGREEING).tolist()
-    ours, lines = contenders[0].greedy(ids, AGREEING), []
-    for peer in contenders[1:]:
-        theirs = peer.greedy(ids, AGREEING)
-        same = next(
-            (i for i, pair in enumerate(zip(ours, theirs, strict=True)) if len({*pair}) > 1), AGREEING
-        )
-        lines.append(f"{peer.name} chooses the same first {same} of {AGREEING} tokens greedily")
-    return lines
+    """How often the most likely token of a peer is ours: it rounds differently, but has the same model."""
+    prompts = np.random.default_rng(1).integers(0, n_tokens, (AGREEING, AGREEING)).tolist()
+    ours, *theirs = ([contender.greedy(ids, 1) for ids in prompts] for contender in contenders)
+    return [
+        f"{peer.name} prefers our token after {sum(a == b for a, b in zip(ours, chosen, strict=True))} "
+        f"of {AGREEING} random prompts"
+        for peer, chosen in zip(contenders[1:], theirs, strict=True)
+    ]
 
 
 def take_turns(
@@ -484,7 +482,7 @@ def run(args: argparse.Namespace, work: Path) -> None:
     longest = max((test.depth + test.n for test in tests), default=AGREEING)
     if longest > file.config.context:
         raise ValueError(f"{longest} positions are needed, the model has {file.config.context}")
-    context = -(-max(longest + 1, 3 * AGREEING) // 256) * 256
+    context = -(-max(longest + 1, 2 * AGREEING) // 256) * 256
     if "sampler" in args.tests:
         figures += sampler(args.pairs)
     models = {OURS: ours} | {name: convert(args, name, source, work) for name in args.against}
