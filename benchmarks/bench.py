@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from random_model import SIZES, write_random_model
 
 from qwen3c import bench, engine
 from qwen3c.bench import CHAT, COLUMNS, Machine, Series, Test
@@ -161,8 +162,6 @@ def source_of(args: argparse.Namespace, work: Path) -> Path:
     """The Hugging Face directory: the one given, or random weights (kept if --work has them)."""
     if args.source is not None:
         return args.source
-    from random_model import SIZES, write_random_model
-
     source = work / f"random-{args.size}"
     if not (source / "model.safetensors").exists():
         note(f"writing random weights of {args.size}")
@@ -482,20 +481,21 @@ def run(args: argparse.Namespace, work: Path) -> None:
     longest = max((test.depth + test.n for test in tests), default=AGREEING)
     if longest > file.config.context:
         raise ValueError(f"{longest} positions are needed, the model has {file.config.context}")
+    for kv in args.kv:
+        engine.Model(str(ours), 1, kv)  # ValueError if there is no such type of cache
     context = -(-max(longest + 1, 2 * AGREEING) // 256) * 256
     if "sampler" in args.tests:
         figures += sampler(args.pairs)
     models = {OURS: ours} | {name: convert(args, name, source, work) for name in args.against}
     batch = max((test.batch for test in tests), default=1)
-    races = [
-        run_setting(args, Setting(threads, kv, context, batch), models)
-        for kv in args.kv
-        for threads in args.threads
-    ]
+    races, result = [], {}
+    for kv in args.kv:
+        for threads in args.threads:
+            races.append(run_setting(args, Setting(threads, kv, context, batch), models))
+            result = as_json(file, races, figures)
+            if args.json:  # what has been measured is kept, whatever comes next
+                args.json.write_text(json.dumps(result, indent=1))
     print(*report(file, races, figures), sep="\n")
-    result = as_json(file, races, figures)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
     if args.pictures:
         from pictures import draw
 
@@ -543,7 +543,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("source", metavar="MODEL_DIR", type=Path, nargs="?", help="Hugging Face directory (default: random)")
-    add("--size", default="0.6B", help="of the random model (default: 0.6B; see random_model.py)")
+    add("--size", default="0.6B", choices=SIZES, help="of the random model (default: 0.6B)")
     add(
         "--tests",
         type=words,
