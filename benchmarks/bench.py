@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from engines import PEERS, WORKER, Contender, Setting, convert, environment, last_line, require_peers
 from random_model import SIZES, write_random_model
 
 from qwen3c import bench, engine
@@ -46,8 +47,6 @@ from qwen3c.cpu import cpu_name, default_threads
 from qwen3c.export import export
 from qwen3c.format import ModelFile
 
-ROOT = Path(__file__).parents[1]
-WORKER = Path(__file__).with_name("worker.py")
 OURS = "qwen3c"
 TESTS = ("pp", "tg", "depth", "batch", "load", "memory", "export", "sampler")
 SAMPLED_TOKENS = 151936  # the vocabulary of Qwen3
@@ -55,103 +54,6 @@ AGREEING = 8  # prompts of so many tokens that every engine continues, to see th
 PROMPT = "The first word of"
 
 RUN_OURS = "from qwen3c.run import main; raise SystemExit(main())"
-
-
-@dataclass(frozen=True)
-class Peer:
-    needs: tuple[str, ...]  # modules
-    extra: str  # of pyproject.toml, which installs them
-    form: str  # what its model is called: the end of a file or folder
-    converter: tuple[
-        str, ...
-    ] = ()  # modules for our own program that writes its model; none: the peer has its own
-
-
-PEERS = {
-    "llama.cpp": Peer(("llama_cpp",), "bench", "q8_0.gguf", converter=("gguf",)),
-    "openvino": Peer(("openvino_genai", "optimum.intel"), "openvino", "openvino"),
-    "ctranslate2": Peer(("ctranslate2", "transformers", "torch"), "ctranslate2", "ctranslate2"),
-}
-
-
-# ----------------------------------------------------------------------------
-# An engine in a process of its own
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all engines of one race share."""
-
-    threads: int
-    kv: str
-    context: int
-    batch: int
-
-
-class Contender:
-    """An engine in a child process; ValueError where it cannot do what it is asked."""
-
-    def __init__(self, name: str, python: str, path: Path, setting: Setting) -> None:
-        self.name, self.path = name, path
-        command = [python, str(WORKER), "serve", name, str(path), json.dumps(asdict(setting))]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
-        )
-        self.settings: str = self._receive()
-
-    def seconds(self, test: Test, seed: int) -> float:
-        return self._ask("seconds", **asdict(test), seed=seed)
-
-    def greedy(self, ids: list[int], n: int) -> list[int]:
-        return self._ask("greedy", ids=ids, n=n)
-
-    def memory(self) -> tuple[int, int]:
-        """(resident bytes, KV cache bytes of ours)"""
-        resident, kv = self._ask("memory")
-        return resident, kv
-
-    def close(self) -> None:
-        self._process.communicate()
-
-    def _ask(self, what: str, **arguments: Any) -> Any:
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps({"what": what, **arguments}) + "\n")
-        self._process.stdin.flush()
-        return self._receive()
-
-    def _receive(self) -> Any:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the process of {self.name} ended; see above")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise ValueError(f"{self.name}: {answer['error']}")
-        return answer["answer"]
-
-
-def environment() -> dict[str, str]:
-    """For a child: this qwen3c, wherever it is started."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "QWEN3C_ISA": engine.isa()}
-
-
-def require_peers(names: Sequence[str], pythons: dict[str, str]) -> None:
-    """ValueError, one line, if a peer is unknown or not installed."""
-    for name in names:
-        if name not in PEERS:
-            raise ValueError(f"there is no peer {name!r}; known: {', '.join(PEERS)}")
-        peer, python = PEERS[name], pythons.get(name, sys.executable)
-        for module in peer.needs + peer.converter:
-            where = sys.executable if module in peer.converter else python
-            if not has_module(where, module):
-                how = f"pip install '.[{peer.extra}]' does it"
-                raise ValueError(f"peer {name} is not installed for {where} (no module {module}); {how}")
-
-
-def has_module(python: str, name: str) -> bool:
-    program = "import importlib, sys; importlib.import_module(sys.argv[1])"
-    return subprocess.run([python, "-c", program, name], stderr=subprocess.DEVNULL).returncode == 0
 
 
 # ----------------------------------------------------------------------------
@@ -169,27 +71,8 @@ def source_of(args: argparse.Namespace, work: Path) -> Path:
     return source
 
 
-def convert(args: argparse.Namespace, name: str, source: Path, work: Path) -> Path:
-    """The peer's form of the model, made by the peer's own tools unless --work has it."""
-    target = work / f"{source.resolve().name}-{PEERS[name].form}"
-    if not target.exists():
-        note(f"converting {source.name} for {name}")
-        python = sys.executable if PEERS[name].converter else args.python.get(name, sys.executable)
-        command = [python, str(WORKER), "convert", name, str(source), str(target)]
-        done = subprocess.run(
-            command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        if done.returncode:
-            raise ValueError(f"{name} cannot convert {source}: {last_line(done.stderr)}")
-    return target
-
-
 def source_bytes(source: Path) -> int:
     return sum(path.stat().st_size for path in source.glob("*.safetensors"))
-
-
-def last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no word why"])[-1]
 
 
 # ----------------------------------------------------------------------------
@@ -486,12 +369,12 @@ def run(args: argparse.Namespace, work: Path) -> None:
     context = -(-max(longest + 1, 2 * AGREEING) // 256) * 256
     if "sampler" in args.tests:
         figures += sampler(args.pairs)
-    models = {OURS: ours} | {name: convert(args, name, source, work) for name in args.against}
+    models = {OURS: ours} | {name: convert(name, args.python, source, work) for name in args.against}
     batch = max((test.batch for test in tests), default=1)
     races, result = [], {}
     for kv in args.kv:
         for threads in args.threads:
-            races.append(run_setting(args, Setting(threads, kv, context, batch), models))
+            races.append(run_setting(args, Setting(threads, kv, context, batch, args.huge_pages), models))
             result = as_json(file, races, figures)
             if args.json:  # what has been measured is kept, whatever comes next
                 args.json.write_text(json.dumps(result, indent=1))
@@ -567,6 +450,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--depths", type=numbers, default=[4096], metavar="N,..", help="default: 4096")
     add("--batches", type=numbers, default=[4, 16], metavar="N,..", help="default: 4,16")
     add("--pairs", type=int, default=5, metavar="N", help="measurements of each kind (default: 5)")
+    add(
+        "--huge-pages",
+        action="store_true",
+        help="our weights in memory of large pages, as run.py --huge-pages",
+    )
     add("--isa", help="instruction set of ours (default: the widest here)")
     add("--group-size", type=int, default=64, metavar="N", help="of our file (default: 64)")
     add("--work", metavar="DIR", type=Path, help="keep the converted models here (default: a temporary one)")

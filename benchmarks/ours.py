@@ -9,11 +9,14 @@ from qwen3c.bench import Player, Test, greedy
 
 
 class Engine:
-    def __init__(self, path: str, threads: int, kv: str, context: int, batch: int) -> None:
-        self._path, self._arguments = path, (threads, kv)
-        self._model = engine.Model(path, threads, kv)
+    def __init__(self, path: str, threads: int, kv: str, context: int, batch: int, huge_pages: bool) -> None:
+        self._path, self._arguments = path, {"threads": threads, "kv": kv, "huge_pages": huge_pages}
+        self._model = engine.Model(path, **self._arguments)
         self._player: Player | None = None
-        self.settings = f"{__version__}, {engine.isa()}, int8 weights and activations, KV {kv}"
+        self.settings = (
+            f"{__version__}, {engine.isa()}, int8 weights and activations, KV {kv}"
+            + ", huge pages" * huge_pages
+        )
 
     @property
     def kv_bytes(self) -> int:
@@ -23,7 +26,7 @@ class Engine:
         if self._player is None:  # the tokenizer and the rest, which a first token does without
             from qwen3c import Model
 
-            self._model = Model(self._path, *self._arguments)
+            self._model = Model(self._path, **self._arguments)
             self._player = Player(self._model)
         return self._player.seconds(Test(**test), seed)
 

@@ -22,6 +22,7 @@ PROMPT = [1, 2, 3, 4]
 
 
 def open_engine(name: str, path: str, setting: dict[str, Any]) -> Any:
+    huge_pages = setting.pop("huge_pages")
     if name == "llama.cpp":
         from llamacpp import Engine
     elif name == "openvino":
@@ -30,6 +31,8 @@ def open_engine(name: str, path: str, setting: dict[str, Any]) -> Any:
         from ctranslate2_peer import Engine
     else:
         from ours import Engine
+
+        setting["huge_pages"] = huge_pages
     return Engine(path, **setting)
 
 
