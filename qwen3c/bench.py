@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,8 +24,10 @@ from . import engine
 from .cpu import cpu_name
 from .format import Config, ModelFile, Tensor, tensors
 from .memory import ROWS, available, gib
-from .model import Model
 from .sampler import Sampler, Sampling
+
+if TYPE_CHECKING:
+    from .model import Model
 
 PROBE_BYTES = 512 << 20  # of memory read to find the bandwidth: more than any cache keeps
 NOISE = (

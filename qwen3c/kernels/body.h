@@ -635,7 +635,7 @@ static size_t int8_peak(size_t rounds) {
             dot[i] = dot_4(dot[i], w, x);
         }
     size_t count = 0;
-    for (size_t i = 0; i < PEAK_DOTS; i++) count += (size_t)sum_lanes(f32_from_i32(dot[i]));
+    for (size_t i = 0; i < PEAK_DOTS; i++) count += (size_t)f32_sum_lanes(f32_from_i32(dot[i]));
     return count;
 }
 
