@@ -55,9 +55,9 @@ test-arm:
 	    grep " $$isa " build/arm/arm.txt | sed "s/ $$isa / scalar /" | diff build/arm/here.txt - \
 	    && echo "$$isa: the same bits as here" || exit 1; done
 
-## make bench      side by side with llama.cpp on a random model of Qwen3-0.6B's shape (needs the extra `bench`)
+## make bench      the 0.6B shape beside the machine's limits; AGAINST=llama.cpp,openvino,ctranslate2 adds peers
 bench: $(VENV)/ready
-	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks/bench.py $(if $(AGAINST),--against $(AGAINST))
 
 ## make lint       style and types of the Python sources
 lint: $(VENV)/ready

@@ -1,4 +1,4 @@
-"""A Hugging Face directory with random weights in the shape of a real Qwen3: speed does not depend on the values.
+"""A Hugging Face directory with random weights in the shape of a real model: speed does not depend on the values.
 
     python benchmarks/random_model.py models/random-0.6B --size 0.6B
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen3c.format import ROPE_TENSOR, Config, tensors
+from qwen3c.format import ARCHITECTURES, ROPE_TENSOR, Config, tensors
 
 QWEN3_0_6B = Config(
     dim=1024,
@@ -40,7 +40,23 @@ SIZES = {
     "1.7B": replace(QWEN3_0_6B, dim=2048, hidden_dim=6144),
     "4B": replace(QWEN3_0_6B, dim=2560, hidden_dim=9728, n_layers=36, n_heads=32),
     "8B": replace(QWEN3_0_6B, dim=4096, hidden_dim=12288, n_layers=36, n_heads=32, tied_embedding=False),
-}
+    # 4 of the 48 layers of Qwen3-30B-A3B
+    "A3B-cut": replace(
+        QWEN3_0_6B, dim=2048, hidden_dim=6144, n_layers=4, n_heads=32, n_kv_heads=4, tied_embedding=False,
+        architecture=2, n_experts=128, n_experts_per_token=8, expert_hidden_dim=768, norm_topk_prob=True,
+        decoder_sparse_step=1,
+    ),
+    # Qwen2.5-0.5B and Llama-3.2-1B
+    "qwen2-0.5B": replace(
+        QWEN3_0_6B, dim=896, hidden_dim=4864, n_layers=24, n_heads=14, n_kv_heads=2, head_dim=64, context=32768,
+        architecture=3, qk_norm=False, qkv_bias=True,
+    ),
+    "llama-1B": replace(
+        QWEN3_0_6B, dim=2048, hidden_dim=8192, n_layers=16, n_heads=32, head_dim=64, vocab_size=128256,
+        n_tokens=128256, context=131072, rms_eps=1e-5, rope_theta=5e5, architecture=4, qk_norm=False,
+    ),
+}  # fmt: skip
+CLASSES = {1: "Qwen3ForCausalLM", 2: "Qwen3MoeForCausalLM", 3: "Qwen2ForCausalLM", 4: "LlamaForCausalLM"}
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SLICE = 1 << 22  # weights made at a time
 
@@ -56,6 +72,10 @@ def write_random_model(
             shutil.copyfile(tokenizer / name, directory / name)
     else:
         _write_json(directory / "tokenizer.json", random_tokenizer_json(config.n_tokens, seed))
+        names = {"eos_token": SPECIAL_TOKENS[-1], "pad_token": SPECIAL_TOKENS[0]}
+        _write_json(
+            directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+        )
     shapes = {
         part.name: (part.rows, *tensor.shape[1:])
         for tensor in tensors(config)
@@ -67,16 +87,30 @@ def write_random_model(
 
 def config_json(c: Config) -> dict[str, object]:
     """config.json in the dialect of transformers 4."""
+    experts = {
+        "decoder_sparse_step": c.decoder_sparse_step,
+        "mlp_only_layers": list(c.mlp_only_layers),
+        "moe_intermediate_size": c.expert_hidden_dim,
+        "norm_topk_prob": c.norm_topk_prob,
+        "num_experts": c.n_experts,
+        "num_experts_per_tok": c.n_experts_per_token,
+    }
+    # what the older families leave unsaid, and what only they say
+    own = {
+        1: {"attention_bias": False, "head_dim": c.head_dim},
+        2: {"attention_bias": False, "head_dim": c.head_dim, **experts},
+        3: {},
+        4: {"head_dim": c.head_dim, "mlp_bias": False},
+    }
     return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "attention_bias": False,
+        "architectures": [CLASSES[c.architecture]],
+        **own[c.architecture],
         "eos_token_id": c.n_tokens - 1,
-        "head_dim": c.head_dim,
         "hidden_act": "silu",
         "hidden_size": c.dim,
         "intermediate_size": c.hidden_dim,
         "max_position_embeddings": c.context,
-        "model_type": "qwen3",
+        "model_type": ARCHITECTURES[c.architecture],
         "num_attention_heads": c.n_heads,
         "num_hidden_layers": c.n_layers,
         "num_key_value_heads": c.n_kv_heads,

@@ -1,54 +1,52 @@
-"""One engine in a process of its own, for compare.py: requests come on stdin, answers go to stdout as JSON.
+"""One engine in a process of its own, for bench.py.
 
-python benchmarks/worker.py qwen3c|llama.cpp MODEL THREADS CONTEXT
+    worker.py serve ENGINE MODEL SETTING     requests on stdin, answers on stdout, a line of JSON each
+    worker.py first ENGINE MODEL SETTING     one token, printed as soon as it is known
+    worker.py convert ENGINE SOURCE TARGET   the engine's form of a Hugging Face directory
 
-prefill N SEED   seconds for N random tokens into an empty cache
-decode N SEED    seconds for N random tokens one by one, from position 8
-memory           bytes resident, and of those the KV cache (0 if the engine does not tell)
+Only the engine asked for is imported, so that no other one's threads or settings are in its process. An engine is a
+class: opened with (path, threads, kv, context, batch), it has `settings`, `seconds(kind, n, depth, batch, seed)`,
+`greedy(ids, n)` and `kv_bytes`; ValueError where it cannot do what is asked.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-START = 8  # position from which decoding is timed
+PROMPT = [1, 2, 3, 4]
 
 
-def open_session(name: str, path: Path, threads: int, context: int) -> tuple[Any, int]:
-    """A session and the size of its vocabulary; the other engine is not imported."""
+def open_engine(name: str, path: str, setting: dict[str, Any]) -> Any:
+    huge_pages = setting.pop("huge_pages")
     if name == "llama.cpp":
-        import llamacpp
+        from llamacpp import Engine
+    elif name == "openvino":
+        from openvino_peer import Engine
+    elif name == "ctranslate2":
+        from ctranslate2_peer import Engine
+    else:
+        from ours import Engine
 
-        session = llamacpp.Session(path, threads, context)
-        return session, session.vocab_size
-    from qwen3c import Model
-
-    model = Model(str(path), threads=threads)
-    _ = model.tokenizer  # loads in the background: wait, so that it is neither timed nor missing from memory
-    return model.session(context), model.config.vocab_size
-
-
-def prefill(session: Any, ids: Any) -> float:
-    session.rewind(0)
-    start = time.perf_counter()
-    session.forward(ids)
-    return time.perf_counter() - start
+        setting["huge_pages"] = huge_pages
+    return Engine(path, **setting)
 
 
-def decode(session: Any, ids: Any) -> float:
-    session.rewind(0)
-    session.forward(ids[:START])
-    start = time.perf_counter()
-    for i in range(len(ids)):
-        session.forward(ids[i : i + 1])
-    return time.perf_counter() - start
+def convert(name: str, source: Path, target: Path) -> None:
+    """Make `target`, whole or not at all."""
+    if name == "llama.cpp":
+        from gguf_model import write_gguf as write
+    elif name == "openvino":
+        from openvino_peer import convert as write
+    else:
+        from ctranslate2_peer import convert as write
+    partial = target.with_name(f"partial-{os.getpid()}-{target.name}")
+    write(source, partial)
+    partial.rename(target)
 
 
 def resident_bytes() -> int:
@@ -56,19 +54,44 @@ def resident_bytes() -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def main() -> None:
-    name, path, threads, context = sys.argv[1:]
-    session, vocab_size = open_session(name, Path(path), int(threads), int(context))
-    print(json.dumps("ready"), flush=True)
+def answer(engine: Any, what: str, arguments: dict[str, Any]) -> Any:
+    if what == "memory":
+        return resident_bytes(), engine.kv_bytes
+    return getattr(engine, what)(**arguments)
+
+
+def serve(engine: Any) -> None:
+    send({"answer": engine.settings})
     for line in sys.stdin:
-        match line.split():
-            case [("prefill" | "decode") as what, n, seed]:
-                ids = np.random.default_rng(int(seed)).integers(0, vocab_size, int(n), np.int32)
-                answer: Any = prefill(session, ids) if what == "prefill" else decode(session, ids)
-            case ["memory"]:
-                answer = resident_bytes(), getattr(session, "kv_bytes", 0)
-        print(json.dumps(answer), flush=True)
+        request = json.loads(line)
+        try:
+            send({"answer": answer(engine, request.pop("what"), request)})
+        except ValueError as error:
+            send({"error": " ".join(str(error).split())})
+
+
+def send(value: dict[str, Any]) -> None:
+    print(json.dumps(value), file=CHANNEL, flush=True)
+
+
+def main() -> None:
+    mode, name, path, last = sys.argv[1:]
+    if mode == "convert":
+        convert(name, Path(path), Path(last))
+        return
+    try:
+        engine = open_engine(name, path, json.loads(last))
+    except ValueError as error:
+        send({"error": " ".join(str(error).split())})
+        return
+    if mode == "first":
+        send({"answer": engine.greedy(PROMPT, 1)})
+    else:
+        serve(engine)
 
 
 if __name__ == "__main__":
+    # what an engine prints of its own goes to stderr: stdout carries answers alone
+    CHANNEL = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     main()

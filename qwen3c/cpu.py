@@ -1,8 +1,9 @@
-"""How many threads this process should use: what it may use and what the cores can feed."""
+"""Which CPU this is, and how many threads this process should use: what it may use and what the cores can feed."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -17,6 +18,12 @@ def default_threads() -> int:
     if quota is not None:
         limits.append(int(quota))
     return max(1, min(limits))
+
+
+def cpu_name() -> str:
+    """As the manufacturer calls it."""
+    found = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")) or "", re.MULTILINE)
+    return found[1] if found else "unknown CPU"
 
 
 def _allowed_cpus() -> set[int]:

@@ -56,6 +56,12 @@ def quantize_tiles(
     row * columns + column of the first NaN, Inf or value too large for an fp16 scale, or -1.
     """
 
+def read_bandwidth(data: Any, threads: int = 1) -> float:
+    """Bytes per second at which so many threads read a buffer, once from end to end."""
+
+def int8_peak(threads: int = 1, seconds: float = 0.05) -> float:
+    """Multiply-adds per second of the int8 dot products of the instruction set in use, on registers alone."""
+
 class Model:
     """A mapped model.bin and the buffers of its forward pass; threads may share it (calls take turns)."""
 

@@ -19,6 +19,7 @@ import math
 import operator
 import os
 import threading
+import time
 
 import numpy as np
 
@@ -30,7 +31,7 @@ from .memory import available, in_huge_pages
 cimport cython
 from cython.parallel cimport prange
 from cpython.exc cimport PyErr_CheckSignals
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uintptr_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.math cimport sqrt
 from libc.string cimport memcpy, memset
@@ -91,6 +92,7 @@ cdef extern from "kernels/kernels.h" nogil:
         float (*exponentials)(float *, const float *, size_t, float) noexcept nogil
         int (*top_k)(int32_t *, const float *, size_t, size_t) noexcept nogil
         void (*quantize_tiles)(uint8_t *, const void **, SourceType, size_t, size_t, QuantizationError *) noexcept nogil
+        size_t (*int8_peak)(size_t) noexcept nogil
     const Kernels *all_kernels[]
     const Py_ssize_t n_kernels
     int kernels_runnable(const Kernels *)
@@ -107,6 +109,9 @@ cdef Py_ssize_t SERIAL_WORK = 1_000_000
 # thread of even a small matrix, so that one that was held up leaves its share to the others.
 cdef Py_ssize_t TASK_BYTES = 256 * 1024
 cdef Py_ssize_t TASKS_PER_THREAD = 4
+
+# Rounds of dot products one thread takes at a time when the peak is measured: a tenth of a millisecond and more.
+cdef size_t PEAK_ROUNDS = 1 << 15
 
 
 # ----------------------------------------------------------------------------
@@ -1213,3 +1218,54 @@ def quantize_tiles(parts, Py_ssize_t columns, Py_ssize_t group_size, Py_ssize_t 
     finally:
         free(errors)
         free(tiles)
+
+
+# ----------------------------------------------------------------------------
+# For the benchmark: what this machine can do at most, whatever the model
+
+cdef uint64_t folded = 0  # what was read goes here, so that no compiler leaves the reading out
+
+
+cdef uint64_t fold(const uint64_t *words, Py_ssize_t n) noexcept nogil:
+    """All n words (a multiple of 8) in one, so that each has to be read; eight at a time, to wait for none."""
+    cdef uint64_t a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0
+    cdef Py_ssize_t i
+    for i in range(0, n, 8):
+        a ^= words[i]
+        b ^= words[i + 1]
+        c ^= words[i + 2]
+        d ^= words[i + 3]
+        e ^= words[i + 4]
+        f ^= words[i + 5]
+        g ^= words[i + 6]
+        h ^= words[i + 7]
+    return a ^ b ^ c ^ d ^ e ^ f ^ g ^ h
+
+
+def read_bandwidth(data, int threads=1):
+    cdef const uint64_t[::1] words = np.frombuffer(data, dtype=np.uint8)[: len(data) // 64 * 64].view(np.uint64)
+    cdef Py_ssize_t i, n = words.shape[0], step = TASK_BYTES // 8, tasks = ceil_div(n, step)
+    cdef const uint64_t *start
+    cdef uint64_t all_folded = 0
+    global folded
+    if n == 0:
+        raise ValueError(f"{len(data)} bytes are too few to time, at least 64 are needed")
+    start = &words[0]
+    begin = time.perf_counter()
+    for i in prange(tasks, nogil=True, schedule="dynamic", num_threads=threads, use_threads_if=not forked):
+        all_folded ^= fold(start + i * step, min(step, n - i * step))
+    seconds = time.perf_counter() - begin
+    folded = all_folded
+    return 8 * n / seconds
+
+
+def int8_peak(int threads=1, double seconds=0.05):
+    cdef Py_ssize_t i, tasks
+    cdef size_t count = 0
+    begin = time.perf_counter()
+    kernels.int8_peak(PEAK_ROUNDS)
+    tasks = threads * max(1, int(seconds / (time.perf_counter() - begin)))
+    begin = time.perf_counter()
+    for i in prange(tasks, nogil=True, schedule="dynamic", num_threads=threads, use_threads_if=not forked):
+        count += kernels.int8_peak(PEAK_ROUNDS)
+    return count / (time.perf_counter() - begin)

@@ -1,10 +1,10 @@
-"""model.bin -> chat | generate | trace | info | perplexity.
+"""model.bin -> chat | generate | trace | info | perplexity | bench.
 
     python run.py model.bin -m chat
     python run.py model.bin -i "def fibonacci(n):" -n 64
 
 The story: arguments, the model, one line on stderr that says what was chosen, then one of the modes.
-stdout gets model text, or what info and perplexity were asked for.
+stdout gets model text, or what info, perplexity and bench were asked for.
 """
 
 from __future__ import annotations
@@ -201,7 +201,17 @@ def perplexity(args: argparse.Namespace) -> int:
     return 0
 
 
-MODES = {"chat": chat, "generate": generate, "trace": trace, "info": info, "perplexity": perplexity}
+def bench(args: argparse.Namespace) -> int:
+    from .bench import quick
+
+    for line in quick(_open_model(args)):
+        print(line, flush=True)
+    return 0
+
+
+MODES = {
+    "chat": chat, "generate": generate, "trace": trace, "info": info, "perplexity": perplexity, "bench": bench,
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------
@@ -396,7 +406,7 @@ def _bias(text: str) -> tuple[int, float]:
 def _parser() -> _Parser:
     parser = _Parser(
         prog="run.py",
-        usage="run.py [MODEL] [-m chat|generate|trace|info|perplexity] [options]",
+        usage="run.py [MODEL] [-m chat|generate|trace|info|perplexity|bench] [options]",
         description="Run a model.bin: chat with it, complete text, look into it, measure it.",
         epilog="Without -m: chat on a terminal, generate if there is -i, --file or a pipe. "
         "Sampling that is not given comes from the model's generation_config, else from what its "
@@ -410,7 +420,8 @@ def _parser() -> _Parser:
         help="file made by export.py (default: QWEN3C_MODEL, else the model in the box)",
     )
     add("-m", "--mode", choices=MODES, help="chat; generate: one reply or completion; trace: look inside "
-        "while a text flows through; info: what is in the file and the memory it takes; perplexity FILE: how well the model predicts a text")  # fmt: skip
+        "while a text flows through; info: what is in the file and the memory it takes; perplexity FILE: how well the model predicts a text; "
+        "bench: how fast it runs here, beside what the machine can do")  # fmt: skip
     add("--version", action="version", version=_version())
     _add_text(parser.add_argument_group("text"))
     _add_sampling(parser.add_argument_group("sampling"))

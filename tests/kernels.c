@@ -452,6 +452,13 @@ static void quantized_tiles(const Kernels *k) {
     end(k, "quantize_tiles");
 }
 
+static void int8_peaks(const Kernels *k) {
+    for (size_t rounds = 1; rounds <= 1 << 20; rounds = rounds * 37 + 1) {
+        size_t count = k->int8_peak(rounds);
+        CHECK(count > 0 && count % (64 * rounds) == 0 && count / (64 * rounds) == k->int8_peak(1) / 64, "%s: %zu rounds count %zu", k->name, rounds, count);
+    }
+}
+
 static void kernels_named(const char *name, const Kernels *k, int spec) {
     int all = name == NULL;
     if (all || !strcmp(name, "matmul")) matmuls(k, spec);
@@ -462,6 +469,7 @@ static void kernels_named(const char *name, const Kernels *k, int spec) {
     if (all || !strcmp(name, "halves")) halves(k);
     if (all || !strcmp(name, "top_k")) top_ks(k, spec);
     if (all || !strcmp(name, "quantize_tiles")) quantized_tiles(k);
+    if (all || !strcmp(name, "int8_peak")) int8_peaks(k);
 }
 
 int main(int n_arguments, char **arguments) {  /* the name of a kernel, or nothing for all */

@@ -77,6 +77,7 @@ MUTATIONS = {
     "fp16 rounds half up": ("halves", "scalar.c", "0xfff + (bits >> 13 & 1)", "0x1000"),
     "a read passes the end": ("attention", "body.h", "n < 16 ? load_part(k + d, n, 0) : f32_load(k + d)", "f32_load(k + d)"),
     "top-k orders ties backwards": ("top_k", "body.h", "(x[a] == x[b] && a < b)", "(x[a] == x[b] && a > b)"),
+    "the peak stops a round early": ("int8_peak", "body.h", "round < rounds; round++", "round + 1 < rounds; round++"),
     "weights get the next scale": ("quantize_tiles", "body.h", "if (max[r] > 127.5f * back[r]) halves[r]++;", "halves[r]++;"),
 }  # fmt: skip
 

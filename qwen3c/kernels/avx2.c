@@ -31,6 +31,7 @@ static inline i32x16 dot_4(i32x16 dot, i8x64 w, i8x4 x) {
 #define MATMUL_TOKENS 3
 #define ATTEND_QUERIES 2
 #define ATTEND_VECTORS 2
+#define PEAK_DOTS 4
 #include "body.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -51,6 +51,7 @@ static inline void f32_store_i8(int8_t *p, f32x16 a) {
 
 static inline i8x64 codes_load(const int8_t *p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
 static inline i8x4 activations_load(const int8_t *p) { int32_t x; memcpy(&x, p, 4); return _mm512_set1_epi32(x); }
+#define OPAQUE(x) __asm__("" : "+v"(x))
 static inline i32x16 dot_start(int32_t sum) { return _mm512_set1_epi32(-sum); }
 static inline i32x16 dot_add(i32x16 a, i32x16 b) { return _mm512_add_epi32(a, b); }
 static inline i32x16 dot_4(i32x16 dot, i8x64 w, i8x4 x) { return _mm512_dpbusd_epi32(dot, w, x); }
@@ -63,6 +64,7 @@ static inline f32x16 codes_column(const int8_t *p, int j) {
 #define MATMUL_TOKENS 6
 #define ATTEND_QUERIES 4
 #define ATTEND_VECTORS 4
+#define PEAK_DOTS 12
 #include "body.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,7 +1,8 @@
 /* Every kernel, once, over the 16 lanes that the including <isa>.c file defines (contract: kernels.h).
 
    An ISA file defines ISA, the types f32x16, i32x16, i8x64, i8x4, their operations, and how many
-   accumulators fit its registers: MATMUL_TILES x MATMUL_TOKENS, ATTEND_QUERIES x ATTEND_VECTORS. */
+   accumulators fit its registers: MATMUL_TILES x MATMUL_TOKENS, ATTEND_QUERIES x ATTEND_VECTORS, PEAK_DOTS (enough to
+   hide the latency of a dot product); OPAQUE(x) makes the compiler forget what it knows of activations x. */
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -738,6 +739,27 @@ static void quantize_tiles(uint8_t *tiles, const void *const rows[TILE_ROWS], So
 }
 
 /* ---------------------------------------------------------------------------- */
+/* For the benchmark */
+
+static size_t int8_peak(size_t rounds) {
+    int8_t ones[64];
+    memset(ones, 1, sizeof ones);
+    __asm__("" : "+m"(ones));  /* for the compiler they could be anything */
+    i8x64 w = codes_load(ones);
+    i8x4 x = activations_load(ones);
+    i32x16 dot[PEAK_DOTS];
+    UNROLL for (size_t i = 0; i < PEAK_DOTS; i++) dot[i] = dot_start(128 * 4 * (int32_t)rounds);
+    for (size_t round = 0; round < rounds; round++)
+        UNROLL for (size_t i = 0; i < PEAK_DOTS; i++) {
+            OPAQUE(x);  /* a product known to be the same would be taken only once */
+            dot[i] = dot_4(dot[i], w, x);
+        }
+    size_t count = 0;
+    for (size_t i = 0; i < PEAK_DOTS; i++) count += (size_t)f32_sum_lanes(f32_from_i32(dot[i]));
+    return count;
+}
+
+/* ---------------------------------------------------------------------------- */
 
 #define TEXT_OF(x) #x
 #define TEXT(x) TEXT_OF(x)
@@ -762,4 +784,5 @@ const Kernels JOIN(kernels_, ISA) = {
     .exponentials = exponentials,
     .top_k = top_k,
     .quantize_tiles = quantize_tiles,
+    .int8_peak = int8_peak,
 };

@@ -149,6 +149,11 @@ typedef struct {
        then once more from scale = fp16(sum w code / sum code^2), which is kept if sum (w - scale code)^2 is less. */
     void (*quantize_tiles)(uint8_t *tiles, const void *const rows[TILE_ROWS], SourceType type, size_t columns,
                            size_t group_size, QuantizationError *error);
+
+    /* The int8 dot products of this table on registers alone, nothing read and nothing stored: the most that a product
+       of matrices could reach. Every factor is 1, so the sum counts the multiply-adds, which are returned.
+       rounds <= 2^20. */
+    size_t (*int8_peak)(size_t rounds);
 } Kernels;
 
 /* Every table compiled in, narrowest first, and how many. */

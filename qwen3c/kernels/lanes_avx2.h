@@ -54,6 +54,7 @@ static inline void f32_store_i8(int8_t *p, f32x16 a) {
 }
 
 static inline i8x4 activations_load(const int8_t *p) { int32_t x; memcpy(&x, p, 4); return _mm256_set1_epi32(x); }
+#define OPAQUE(x) __asm__("" : "+x"(x))
 static inline i32x16 dot_add(i32x16 a, i32x16 b) {
     return BOTH(i32x16, _mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high));
 }

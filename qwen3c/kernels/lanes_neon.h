@@ -56,6 +56,7 @@ static inline i8x4 activations_load(const int8_t *p) {
     memcpy(&x, p, 4);
     return vreinterpretq_s8_s32(vdupq_n_s32(x));
 }
+#define OPAQUE(x) __asm__("" : "+w"(x))
 static inline i32x16 dot_start(int32_t sum) { (void)sum; i32x16 r; EACH_QUARTER(vdupq_n_s32(0)); }
 static inline i32x16 dot_add(i32x16 a, i32x16 b) { i32x16 r; EACH_QUARTER(vaddq_s32(a.val[i], b.val[i])); }
 static inline f32x16 codes_column(const int8_t *p, int j) {
@@ -70,3 +71,4 @@ static inline i32x16 dot_4(i32x16 dot, i8x64 w, i8x4 x) { i32x16 r; EACH_QUARTER
 #define MATMUL_TOKENS 4
 #define ATTEND_QUERIES 2
 #define ATTEND_VECTORS 2
+#define PEAK_DOTS 4

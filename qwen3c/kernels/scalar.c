@@ -86,6 +86,7 @@ static inline void f32_store_i8(int8_t *p, f32x16 a) { for (int i = 0; i < 16; i
 
 static inline i8x64 codes_load(const int8_t *p) { i8x64 r; memcpy(r.code, p, 64); return r; }
 static inline i8x4 activations_load(const int8_t *p) { i8x4 r; memcpy(r.code, p, 4); return r; }
+#define OPAQUE(x) __asm__("" : "+m"(x))
 static inline i32x16 dot_start(int32_t sum) { (void)sum; i32x16 r; EACH_LANE(0); }
 static inline i32x16 dot_add(i32x16 a, i32x16 b) { i32x16 r; EACH_LANE(a.lane[i] + b.lane[i]); }
 
@@ -103,4 +104,5 @@ static inline f32x16 codes_column(const int8_t *p, int j) { f32x16 r; EACH_LANE(
 #define MATMUL_TOKENS 1
 #define ATTEND_QUERIES 1
 #define ATTEND_VECTORS 1
+#define PEAK_DOTS 1
 #include "body.h"

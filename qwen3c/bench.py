@@ -1,0 +1,405 @@
+"""How fast a model.bin runs here, beside what the machine can do at most: `run.py model.bin -m bench`.
+
+    pp512         a prompt of 512 tokens into an empty cache, for the logits of its last
+    tg64          64 tokens one by one, logits alone; tg64 @ d8192 from position 8192, tg64 x16 by 16 sessions together
+    loop64        the same as a user gets them: sampled, turned into text, checked for an end
+
+Two limits hold for every test: no pass is faster than reading its weights and keys and values once, and none
+faster than its multiply-adds on registers alone. Both are measured between the tests, on the same threads; "% of limit"
+compares with the later of the two, run by run. benchmarks/bench.py sets the same figures beside other engines.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import engine
+from .cpu import cpu_name
+from .format import Config, ModelFile, Tensor, tensors
+from .memory import ROWS, available, gib
+from .sampler import Sampler, Sampling
+
+if TYPE_CHECKING:
+    from .model import Model
+
+PROBE_BYTES = 512 << 20  # of memory read to find the bandwidth: more than any cache keeps
+NOISE = (
+    0.05  # standard deviation, as a share of the median, from which on the machine's own figures mean little
+)
+CHECKED = (8, 4)  # tokens of the prompt and of the reply that are compared before anything is timed
+QUICK = (("pp", 512), ("tg", 64), ("loop", 64))  # what run.py -m bench measures
+QUICK_SECONDS, QUICK_RUNS = 5.0, (2, 5)  # of each: until so long, at least and at most so often
+CHAT: dict[str, Any] = {
+    "temperature": 0.7,
+    "top_p": 0.8,
+    "top_k": 20,
+    "seed": 1,
+}  # what the makers of Qwen3 recommend
+
+
+# ----------------------------------------------------------------------------
+# What is measured, and what it asks of the machine
+
+
+@dataclass(frozen=True)
+class Test:
+    """n tokens of each of `batch` sequences, from position `depth` on."""
+
+    kind: str  # pp, tg or loop
+    n: int
+    depth: int = 0
+    batch: int = 1
+
+    @property
+    def name(self) -> str:
+        deep = f" @ d{self.depth}" if self.depth else ""
+        return f"{self.kind}{self.n}{deep}" + (f" x{self.batch}" if self.batch > 1 else "")
+
+    @property
+    def tokens(self) -> int:
+        return self.n * self.batch
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least a test can do: bytes read from memory, and multiply-adds."""
+
+    bytes: float
+    multiply_adds: float
+
+    def seconds(self, bandwidth: float, peak: float) -> float:
+        """On a machine of so many bytes and multiply-adds per second."""
+        return max(self.bytes / bandwidth, self.multiply_adds / peak)
+
+
+def work(config: Config, kv: str, test: Test) -> Work:
+    """Weights are read once a pass, keys and values once a pass and sequence; attention is causal."""
+    rows = min(test.n, ROWS) if test.kind == "pp" else test.batch
+    # (first position, positions after it) of the passes; the logits of a prompt are those of the last
+    if test.kind == "pp":
+        passes = [(start, min(start + ROWS, test.n)) for start in range(0, test.n, ROWS)]
+        heads = 1
+    else:
+        passes = [(i, i + 1) for i in range(test.n)]
+        heads = test.n
+    reached = sum(test.depth + end for _, end in passes)
+    seen = test.n * test.depth + test.n * (test.n + 1) // 2
+    body, head = weight_bytes(config, rows)
+    n_bytes = len(passes) * body + heads * head + test.batch * reached * config.kv_bytes_per_token(kv)
+    of_body, of_head = multiply_adds(config)
+    products = test.n * of_body + heads * of_head + 2 * config.n_layers * config.q_dim * seen
+    return Work(n_bytes, test.batch * products)
+
+
+def weight_bytes(config: Config, rows: int) -> tuple[float, float]:
+    """Bytes of weights that a pass of `rows` rows reads: in the layers, and for the logits.
+
+    Of experts, as many as so many rows choose on average if every choice is equally likely.
+    """
+    *body, head = tensors(config)
+    return sum(tensor.size * _share_read(config, tensor, rows) for tensor in body), float(head.size)
+
+
+def _share_read(config: Config, tensor: Tensor, rows: int) -> float:
+    if ".experts." in tensor.name:
+        return 1 - (1 - config.n_experts_per_token / config.n_experts) ** rows
+    if tensor.name.startswith("model.embed_tokens"):  # here it is not the head as well: one row a token
+        return min(1.0, rows / config.vocab_size)
+    return 1.0
+
+
+def multiply_adds(config: Config) -> tuple[int, int]:
+    """Of the matrices, for one row: in the layers, and for the logits."""
+    *body, head = tensors(config)
+    of_body = 0.0
+    for tensor in body:
+        if len(tensor.shape) == 2 and not tensor.name.startswith("model.embed_tokens"):
+            active = config.n_experts_per_token / config.n_experts if ".experts." in tensor.name else 1
+            of_body += active * math.prod(tensor.shape)
+    return round(of_body), math.prod(head.shape)
+
+
+# ----------------------------------------------------------------------------
+# Our side: the tests on a model
+
+
+class Player:
+    """Runs tests on a model. Sessions are kept from run to run, so that a depth is paid for once."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        _ = (
+            model.tokenizer
+        )  # loads in the background: wait, so that it is neither timed nor missing from memory
+        self._sessions: list[engine.Session] = []
+        self._depth = 0
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(session.kv_bytes for session in self._sessions)
+
+    def seconds(self, test: Test, seed: int) -> float:
+        """How long `test` takes with random tokens. ValueError if it passes the model's context."""
+        if test.depth + test.n > self.model.config.context:
+            needed = test.depth + test.n
+            raise ValueError(
+                f"{test.name} needs {needed} positions, the model has {self.model.config.context}"
+            )
+        random = np.random.default_rng(seed)
+        ids = random.integers(0, self.model.config.n_tokens, (test.batch, test.n), np.int32)
+        if test.kind == "loop":
+            return self._loop(test.n, ids[0, :1].tolist())
+        sessions = self._at(test.depth, test.batch)
+        if test.kind == "pp":
+            begin = time.perf_counter()
+            self.model.forward(list(zip(sessions, ids, strict=True)))
+            return time.perf_counter() - begin
+        begin = time.perf_counter()
+        for i in range(test.n):
+            self.model.forward(list(zip(sessions, ids[:, i : i + 1], strict=True)))
+        return time.perf_counter() - begin
+
+    def greedy(self, ids: Sequence[int], n: int) -> list[int]:
+        """The n most likely tokens after `ids`, each after those before it."""
+        return greedy(self.model, ids, n)
+
+    def _at(self, depth: int, batch: int) -> list[engine.Session]:
+        """So many sessions at position `depth`, with random tokens behind them."""
+        if len(self._sessions) != batch or self._depth != depth:
+            self._sessions, self._depth = [self.model.session() for _ in range(batch)], depth
+            for i, session in enumerate(self._sessions):
+                if depth:
+                    past = np.random.default_rng(i).integers(0, self.model.config.n_tokens, depth, np.int32)
+                    session.forward(past, "hidden")
+        for session in self._sessions:
+            session.rewind(depth)
+        return self._sessions
+
+    def _loop(self, n: int, prompt: list[int]) -> float:
+        never = dict.fromkeys(self.model.metadata["eos_token_ids"], -1e4)  # or a text could end early
+        reply = self.model.generate(prompt, n + 1, logit_bias=never, **CHAT)
+        for _ in reply:
+            pass
+        return reply.stats.decode_seconds
+
+
+def greedy(model: engine.Model, ids: Sequence[int], n: int) -> list[int]:
+    session, tokens = model.session(), list(ids)
+    logits = session.forward(tokens)
+    for _ in range(n):
+        tokens.append(int(np.argmax(logits[: model.config.n_tokens])))
+        logits = session.forward(tokens[-1:])
+    return tokens[len(ids) :]
+
+
+def sampler_seconds(sampling: dict[str, Any], n_tokens: int, times: int = 50) -> float:
+    """Seconds to choose one token from so many logits."""
+    logits = np.random.default_rng(0).standard_normal(n_tokens, np.float32) * 4
+    sampler = Sampler(Sampling(**sampling), [], n_tokens)
+    sampler.sample(logits)
+    begin = time.perf_counter()
+    for _ in range(times):
+        sampler.sample(logits)
+    return (time.perf_counter() - begin) / times
+
+
+# ----------------------------------------------------------------------------
+# Before anything is timed: is it right?
+
+
+def check_bits(model: engine.Model) -> str:
+    """What was compared with the scalar kernels. RuntimeError if one bit is different."""
+    n_prompt, n_reply = CHECKED
+    prompt = np.random.default_rng(0).integers(0, model.config.n_tokens, n_prompt, np.int32)
+    isa = engine.isa()
+    ours = greedy(model, prompt.tolist(), n_reply), model.session().forward(prompt, "all")
+    engine.set_isa("scalar")
+    try:
+        expected = greedy(model, prompt.tolist(), n_reply), model.session().forward(prompt, "all")
+    finally:
+        engine.set_isa(isa)
+    if ours[0] != expected[0] or ours[1].tobytes() != expected[1].tobytes():
+        raise RuntimeError(f"the kernels of {isa} and the scalar ones give different logits")
+    return f"{n_prompt} tokens and {n_reply} chosen greedily: the logits of {isa} are the scalar kernels', bit for bit"
+
+
+def check_reference(path: str, threads: int) -> str:
+    """What was compared with the NumPy reference, or why nothing was. RuntimeError if a token is different."""
+    from . import reference
+
+    file = ModelFile(path)
+    config, (n_prompt, n_reply) = file.config, CHECKED
+    needed, free = 8 * config.n_parameters, available()
+    if free is not None and needed > free:
+        return f"the NumPy reference needs {gib(needed)}, {gib(free)} are available: not compared"
+    ids = np.random.default_rng(0).integers(0, config.n_tokens, n_prompt, np.int32).tolist()
+    ours = greedy(engine.Model(path, threads, "f32", "float32"), ids, n_reply)
+    weights = reference.load_weights(file)
+    for expected in ours:
+        logits = reference.forward(config, weights, ids)[-1, : config.n_tokens]
+        if int(logits.argmax()) != expected:
+            raise RuntimeError(
+                f"after {ids} the NumPy reference has token {logits.argmax()}, the engine {expected}"
+            )
+        ids.append(expected)
+    return f"{n_reply} tokens chosen greedily, float32 activations: those of the NumPy reference"
+
+
+# ----------------------------------------------------------------------------
+# The machine's limits
+
+
+class Machine:
+    """Bytes read and int8 multiply-adds done per second at most, one value for each `measure`."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        free = available()
+        self._memory = np.ones(min(PROBE_BYTES, free // 4 if free else PROBE_BYTES), np.int8)
+        self.bandwidth: list[float] = []
+        self.peak: list[float] = []
+
+    def measure(self) -> None:
+        self.bandwidth.append(engine.read_bandwidth(self._memory, self.threads))
+        self.peak.append(engine.int8_peak(self.threads))
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation as a share of the median."""
+    return statistics.stdev(values) / statistics.median(values) if len(values) > 1 else 0.0
+
+
+def verdict(bandwidth: Sequence[float], peak: Sequence[float]) -> str:
+    """Whether the machine held still: its own figures tell."""
+    reads, sums = spread(bandwidth), spread(peak)
+    limits = (
+        f"read bandwidth {statistics.median(bandwidth) / 1e9:.1f} GB/s ± {reads:.0%}, "
+        f"int8 peak {statistics.median(peak) / 1e9:.1f} G MAC/s ± {sums:.0%}"
+    )
+    if max(reads, sums) > NOISE:
+        return f"{limits}: TOO NOISY TO JUDGE, the machine's own figures vary by more than {NOISE:.0%}"
+    return f"{limits}: quiet enough to judge"
+
+
+# ----------------------------------------------------------------------------
+# The report
+
+
+@dataclass
+class Series:
+    """One engine's runs of one test, and the machine's limits beside each run."""
+
+    engine: str
+    test: Test
+    seconds: list[float] = field(default_factory=list)
+    bandwidth: list[float] = field(default_factory=list)  # bytes per second
+    peak: list[float] = field(default_factory=list)  # multiply-adds per second
+    work: Work | None = None  # None for a peer, whose weights have another form
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens per second."""
+        return [self.test.tokens / seconds for seconds in self.seconds]
+
+    @property
+    def shares(self) -> list[float]:
+        """Of what the limit allows, run by run."""
+        if self.work is None:
+            return []
+        runs = zip(self.seconds, self.bandwidth, self.peak, strict=True)
+        return [self.work.seconds(bandwidth, peak) / seconds for seconds, bandwidth, peak in runs]
+
+    def cells(self) -> list[str]:
+        """test, t/s, GB/s, G MAC/s, % of limit."""
+        rate = f"{statistics.median(self.rates):.2f} ± {_sigma(self.rates):.2f}"
+        if self.work is None:
+            return [self.test.name, rate, "", "", ""]
+        seconds = statistics.median(self.seconds)
+        figures = f"{self.work.bytes / seconds / 1e9:.2f}", f"{self.work.multiply_adds / seconds / 1e9:.2f}"
+        return [self.test.name, rate, *figures, f"{statistics.median(self.shares):.0%}"]
+
+    def as_json(self) -> dict[str, Any]:
+        result = {
+            "engine": self.engine, "test": self.test.name, "kind": self.test.kind, "n": self.test.n,
+            "depth": self.test.depth, "batch": self.test.batch, "seconds": self.seconds,
+            "tokens_per_second": statistics.median(self.rates), "sigma": _sigma(self.rates),
+            "bandwidth": self.bandwidth, "int8_peak": self.peak,
+        }  # fmt: skip
+        if self.work is not None:
+            result |= {"bytes": self.work.bytes, "multiply_adds": self.work.multiply_adds}
+            result["share_of_limit"] = statistics.median(self.shares)
+        return result
+
+
+COLUMNS = ("test", "t/s", "GB/s", "G MAC/s", "% of limit")
+
+
+def _sigma(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def model_cells(file: ModelFile) -> list[str]:
+    """model, size, params: as llama-bench prints them."""
+    config = file.config
+    return [
+        f"{file.metadata['name']} int8 g{config.group_size}",
+        gib(file.file_size),
+        f"{config.n_parameters / 1e6:.2f} M",
+    ]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """A table with columns of one width, numbers to the right."""
+    rows = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    right = [all(row[i][:1].isdigit() or not row[i] for row in rows) for i in range(len(header))]
+    yield _line(header, widths, right)
+    yield (
+        "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + "|"
+    )
+    for row in rows:
+        yield _line(row, widths, right)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
+    padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
+    return "| " + " | ".join(padded) + " |"
+
+
+# ----------------------------------------------------------------------------
+# run.py -m bench
+
+
+def quick(model: Model) -> Iterator[str]:
+    """Lines of markdown: the short benchmark of one model, about 20 seconds for 0.6 billion parameters."""
+    yield f"{cpu_name()}, {model.threads} threads, {engine.isa()}, KV {model.kv}"
+    yield check_bits(model)
+    player, machine, results = Player(model), Machine(model.threads), []
+    for kind, n in QUICK:
+        results.append(_repeat(player, machine, Test(kind, min(n, model.config.context - 2))))
+    header = ("model", "size", "params", "threads", *COLUMNS)
+    yield ""
+    yield from markdown(
+        header, ([*model_cells(model.file), str(model.threads), *series.cells()] for series in results)
+    )
+    yield ""
+    yield verdict(machine.bandwidth, machine.peak)
+
+
+def _repeat(player: Player, machine: Machine, test: Test) -> Series:
+    series = Series("qwen3c", test, work=work(player.model.config, player.model.kv, test))
+    player.seconds(test, 0)  # the first touches pages and makes buffers: not counted
+    least, most = QUICK_RUNS
+    while len(series.seconds) < least or (len(series.seconds) < most and sum(series.seconds) < QUICK_SECONDS):
+        series.seconds.append(player.seconds(test, len(series.seconds) + 1))
+        machine.measure()
+        series.bandwidth.append(machine.bandwidth[-1])
+        series.peak.append(machine.peak[-1])
+    return series
