@@ -11,11 +11,10 @@ SOURCES := pyproject.toml setup.py $(wildcard qwen3c/*.pyx qwen3c/*.pxd qwen3c/k
 help:
 	@grep -E '^## ' Makefile | cut -c4-
 
-# (the space after `def` is the first character of the next token, so the prompt ends before it)
-## make run        talk to the model in the box (without a terminal: a short completion)
+## make run        talk to the model in the box (without a terminal: one question)
 run: $(VENV)/ready
 	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/python run.py; \
-	else $(BIN)/python run.py -m generate --echo -i 'def' -n 40 -t 0.6 -s 8; fi
+	else $(BIN)/python run.py -m generate --chat-template -i 'What is 27 + 45?' -s 1; fi
 
 ## make test       all tests; those that need torch and transformers run after `make oracles`
 test: $(VENV)/ready
@@ -26,19 +25,21 @@ oracles: $(VENV)/ready
 	$(BIN)/python -m pip install -q torch==2.13.0
 	$(BIN)/python -m pip install -q -e '.[oracles]'
 
-## make model      train a model from this Python's library into build/model.bin (100 minutes, two cores); resumes
+## make model      train the model in the box from this Python's library, into build/model.bin (100 minutes, two cores); resumes
 # Every figure of docs/MODEL_CARD.md comes from these lines, seed 1.
 TRAIN := $(BIN)/python train.py
 DATA := build/box
 model: oracles
 	$(BIN)/python recipe/corpus.py $(DATA) --parameters "3 million"
 	$(TRAIN) pretrain $(DATA)/text/train --validation $(DATA)/text/validation -o build/base --resume --compile \
-	    --preset micro --steps 2300 --batch 8 --learning-rate 3e-3 --warmup 100
+	    --preset micro --steps 2900 --batch 8 --learning-rate 3e-3 --warmup 100 --min-learning-rate 0.02 \
+	    --evaluate-every 290 --checkpoint-every 145
 	$(TRAIN) sft $(DATA)/chat.jsonl --validation $(DATA)/chat_validation.jsonl --model build/base -o build/sft --resume --compile \
-	    --steps 760 --batch 8 --learning-rate 1e-3 --warmup 30
-	$(TRAIN) grpo $(DATA)/tasks.jsonl $(DATA)/functions.jsonl --model build/sft -o build/grpo --resume \
-	    --reward recipe.rewards:either --steps 120 --batch 8 --micro-batch 16 --max-tokens 128 --learning-rate 2e-4 \
-	    --evaluate-every 30
+	    --steps 960 --batch 8 --learning-rate 1e-3 --warmup 30 --min-learning-rate 0.05 \
+	    --evaluate-every 160 --checkpoint-every 160
+	$(TRAIN) grpo $(DATA)/functions.jsonl --model build/sft -o build/grpo --resume --reward recipe.rewards:either \
+	    --steps 60 --batch 16 --micro-batch 32 --max-tokens 128 --learning-rate 1e-4 --warmup 5 \
+	    --evaluate-every 20 --checkpoint-every 20
 	$(BIN)/python export.py build/grpo build/model.bin --name qwen3c-box
 	$(BIN)/python recipe/evaluate.py --base build/base --sft build/sft --grpo build/grpo --data $(DATA) --json build/figures.json
 

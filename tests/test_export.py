@@ -778,9 +778,10 @@ def test_an_estimate_refuses_what_an_export_refuses(source: Path, capfd: pytest.
 
 def test_model_in_the_box_is_sound() -> None:
     file = ModelFile(ROOT / "qwen3c" / "data" / "model.bin")
-    assert file.metadata["name"] == "tiny-qwen3"
-    assert file.metadata["thinking"] == "hybrid"
-    assert file.config.n_parameters == 3_960_000
+    assert file.metadata["name"] == "qwen3c-box"
+    assert file.metadata["thinking"] == "none"
+    assert file.metadata["generation"]["temperature"] == 0.3
+    assert file.file_size <= 16 << 20
     assert all(sound for _, sound in file.verify())
 
 
