@@ -87,8 +87,9 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Pr
         for name, weight in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.div_(math.sqrt(2 * shape.n_layers))
-    model.generation_config.eos_token_id = sorted({end_of_turn, end_of_text})
-    model.generation_config.pad_token_id = end_of_text
+    generation = model.generation_config
+    generation.eos_token_id = sorted({end_of_turn, end_of_text})
+    generation.pad_token_id = end_of_text
     # the distribution of a small model is wide: nearer to greedy it makes more sense
-    model.generation_config.update(do_sample=True, temperature=0.3, top_p=0.9, top_k=20)
+    generation.do_sample, generation.temperature, generation.top_p, generation.top_k = True, 0.3, 0.9, 20
     return model
