@@ -2,7 +2,7 @@
 
 The dequantised weights of a model.bin are loaded into Qwen3ForCausalLM, so quantisation drops out: with
 float32 activations and cache only the order of summation may differ, and a wrong constant shows at once.
-INT8 activations are then measured by what they do to the probabilities, on the model in the box.
+INT8 activations are then measured by what they do to the probabilities, on a trained one.
 """
 
 from __future__ import annotations
@@ -303,7 +303,7 @@ def test_a_layer_that_computes_something_else_is_named(tmp_path: Path):
     assert wrong[0] == "model.layers.1.self_attn.k_norm"
 
 
-def test_float32_logits_of_the_model_in_the_box_equal_those_of_transformers():
+def test_float32_logits_of_a_trained_model_equal_those_of_transformers():
     model = engine.Model(str(TINY_QWEN3), kv="f32", activations="float32")
     ids = python_source(1000)
     expected = oracle_logits(oracle(model, oracle_config(model)), ids)
@@ -351,7 +351,7 @@ def test_the_bound_notices_a_slightly_wrong_constant(wrong: dict[str, float], tm
 
 
 @pytest.mark.parametrize("kv", ["f16", "f32"])
-def test_int8_activations_keep_the_probabilities_of_the_model_in_the_box(kv: engine.KV):
+def test_int8_activations_keep_the_probabilities_of_a_trained_model(kv: engine.KV):
     model = engine.Model(str(TINY_QWEN3), kv=kv)
     check_int8(model, oracle(model, oracle_config(model)), np.split(python_source(4096), 4))
 
@@ -423,7 +423,7 @@ def check_int8(
 
 
 def python_source(n: int) -> NDArray[np.int64]:
-    """n tokens of Python source, which is what the model in the box was trained on."""
+    """n tokens of Python source, which is what the model was trained on."""
     ids = np.array(Model(str(TINY_QWEN3)).tokenizer.encode(inspect.getsource(argparse))[:n])
     assert len(ids) == n
     return ids
