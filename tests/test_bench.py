@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_models import export_small_model, write_small_model
+from small_models import TINY_QWEN3, export_small_model, write_small_model
 
 from qwen3c import bench, engine, reference, run
 from qwen3c.bench import Series, Test, Work
@@ -302,7 +302,7 @@ def test_the_machine_has_limits_on_every_instruction_set() -> None:
 def test_run_py_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench, "PROBE_BYTES", 1 << 20)
     monkeypatch.setattr(bench, "QUICK_RUNS", (2, 2))
-    assert run.main(["-m", "bench", "-j", "1"]) == 0
+    assert run.main([str(TINY_QWEN3), "-m", "bench", "-j", "1"]) == 0
     out = capsys.readouterr().out
     assert "bit for bit" in out and "int8 peak" in out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line[:1] == "|"]
