@@ -117,8 +117,11 @@ def tests_of(args: argparse.Namespace) -> list[Test]:
     return tests
 
 
-def run_setting(args: argparse.Namespace, setting: Setting, models: dict[str, Path]) -> Race:
-    race = Race(setting)
+def run_setting(
+    args: argparse.Namespace, race: Race, models: dict[str, Path], keep: Callable[[], None]
+) -> None:
+    """Fill `race` for its setting; `keep` is called whenever it has grown."""
+    setting = race.setting
     note(f"checking: {setting.threads} threads, KV {setting.kv}")
     race.checks.append(bench.check_bits(engine.Model(str(models[OURS]), setting.threads, setting.kv)))
     race.checks.append(bench.check_reference(str(models[OURS]), setting.threads))
@@ -130,22 +133,23 @@ def run_setting(args: argparse.Namespace, setting: Setting, models: dict[str, Pa
         except ValueError as error:
             race.missing.append(str(error))
     race.checks += agreement(contenders, ModelFile(models[OURS]).config.n_tokens)
-    machine = Machine(setting.threads)
+    machine, config = Machine(setting.threads), ModelFile(models[OURS]).config
     for test in tests_of(args):
         note(f"{test.name}, {args.pairs} pairs")
         able = [contender for contender in contenders if test.kind != "loop" or contender.name == OURS]
-        race.series += take_turns(args.pairs, able, machine, test, race.missing)
-    config = ModelFile(models[OURS]).config
-    for series in race.series:
-        if series.engine == OURS:
-            series.work = bench.work(config, setting.kv, series.test)
+        taken = take_turns(args.pairs, able, machine, test, race.missing)
+        for series in taken:
+            if series.engine == OURS:
+                series.work = bench.work(config, setting.kv, test)
+        race.series += taken
+        keep()
     if "memory" in args.tests:
         race.figures += memory(contenders)
     for contender in contenders:
         contender.close()
     if "load" in args.tests:
         race.figures += load(args, setting, {name: models[name] for name in race.engines})
-    return race
+    keep()
 
 
 def agreement(contenders: Sequence[Contender], n_tokens: int) -> list[str]:
@@ -371,18 +375,21 @@ def run(args: argparse.Namespace, work: Path) -> None:
         figures += sampler(args.pairs)
     models = {OURS: ours} | {name: convert(name, args.python, source, work) for name in args.against}
     batch = max((test.batch for test in tests), default=1)
-    races, result = [], {}
+    races: list[Race] = []
+
+    def keep() -> None:  # what has been measured, whatever comes next
+        if args.json:
+            args.json.write_text(json.dumps(as_json(file, races, figures), indent=1))
+
     for kv in args.kv:
         for threads in args.threads:
-            races.append(run_setting(args, Setting(threads, kv, context, batch, args.huge_pages), models))
-            result = as_json(file, races, figures)
-            if args.json:  # what has been measured is kept, whatever comes next
-                args.json.write_text(json.dumps(result, indent=1))
+            races.append(Race(Setting(threads, kv, context, batch, args.huge_pages)))
+            run_setting(args, races[-1], models, keep)
     print(*report(file, races, figures), sep="\n")
     if args.pictures:
         from pictures import draw
 
-        draw(result, args.pictures)
+        draw(as_json(file, races, figures), args.pictures)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,24 +24,18 @@ from . import engine
 from .cpu import cpu_name
 from .format import Config, ModelFile, Tensor, tensors
 from .memory import ROWS, available, gib
-from .sampler import Sampler, Sampling
+from .sampler import RECOMMENDED, Sampler, Sampling
 
 if TYPE_CHECKING:
     from .model import Model
 
 PROBE_BYTES = 512 << 20  # of memory read to find the bandwidth: more than any cache keeps
-NOISE = (
-    0.05  # standard deviation, as a share of the median, from which on the machine's own figures mean little
-)
+# standard deviation, as a share of the median, from which on the machine's own figures mean little
+NOISE = 0.05
 CHECKED = (8, 4)  # tokens of the prompt and of the reply that are compared before anything is timed
 QUICK = (("pp", 512), ("tg", 64), ("loop", 64))  # what run.py -m bench measures
 QUICK_SECONDS, QUICK_RUNS = 5.0, (2, 5)  # of each: until so long, at least and at most so often
-CHAT: dict[str, Any] = {
-    "temperature": 0.7,
-    "top_p": 0.8,
-    "top_k": 20,
-    "seed": 1,
-}  # what the makers of Qwen3 recommend
+CHAT: dict[str, Any] = {**RECOMMENDED[False], "seed": 1}
 
 
 # ----------------------------------------------------------------------------
@@ -135,9 +129,8 @@ class Player:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        _ = (
-            model.tokenizer
-        )  # loads in the background: wait, so that it is neither timed nor missing from memory
+        # it loads in the background: wait, so that it is neither timed nor missing from memory
+        _ = model.tokenizer
         self._sessions: list[engine.Session] = []
         self._depth = 0
 
