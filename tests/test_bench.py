@@ -313,6 +313,24 @@ def test_run_py_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         assert rate > 0 and float(row[6]) > 0 and float(row[7]) > 0 and row[8].endswith("%")
 
 
+def test_what_was_measured_is_kept_when_the_next_test_fails(
+    program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_turns = program.take_turns
+
+    def fails_at_decode(pairs: int, contenders: Any, machine: Any, test: Test, missing: list[str]) -> Any:
+        if test.kind == "tg":
+            raise RuntimeError("the machine went away")
+        return take_turns(pairs, contenders, machine, test, missing)
+
+    monkeypatch.setattr(program, "take_turns", fails_at_decode)
+    source, target = write_small_model(tmp_path / "source", context=512), tmp_path / "out.json"
+    arguments = [str(source), "--tests", "pp,tg", "--pairs", "1", "--prompts", "9", "--json", str(target)]
+    assert program.main([*arguments, "--work", str(tmp_path / "work")]) == 2
+    results = json.loads(target.read_text())["races"][0]["results"]
+    assert [result["test"] for result in results] == ["pp9"] and results[0]["multiply_adds"] > 0
+
+
 def test_the_benchmark_measures_everything_and_writes_it_down(tmp_path: Path) -> None:
     source, target = write_small_model(tmp_path / "source", context=512), tmp_path / "out.json"
     done = command(
