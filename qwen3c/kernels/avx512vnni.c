@@ -54,7 +54,11 @@ static inline i8x4 activations_load(const int8_t *p) { int32_t x; memcpy(&x, p, 
 #define OPAQUE(x) __asm__("" : "+v"(x))
 static inline i32x16 dot_start(int32_t sum) { return _mm512_set1_epi32(-sum); }
 static inline i32x16 dot_add(i32x16 a, i32x16 b) { return _mm512_add_epi32(a, b); }
-static inline i32x16 dot_4(i32x16 dot, i8x64 w, i8x4 x) { return _mm512_dpbusd_epi32(dot, w, x); }
+/* As text: gcc (up to 14 at least) copies the accumulator before and after each of its own _mm512_dpbusd_epi32. */
+static inline i32x16 dot_4(i32x16 dot, i8x64 w, i8x4 x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(dot) : "v"(w), "v"(x));
+    return dot;
+}
 static inline f32x16 codes_column(const int8_t *p, int j) {
     __m512i up = _mm512_sll_epi32(_mm512_loadu_si512(p), _mm_cvtsi32_si128(24 - 8 * j));
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(up, 24));

@@ -4,10 +4,10 @@
 #if defined(__x86_64__)
 #if defined(QWEN3C_EMULATE_AVXVNNI)
 #define TARGET "avx2,fma,f16c,avx512f,avx512vl,avx512vnni"
-#define DPBUSD _mm256_dpbusd_epi32
+#define DPBUSD "vpdpbusd"
 #else
 #define TARGET "avx2,fma,f16c,avxvnni"
-#define DPBUSD _mm256_dpbusd_avx_epi32
+#define DPBUSD "%{vex%} vpdpbusd"
 #endif
 #define PRAGMA(text) _Pragma(#text)
 #define PUSH_TARGET(target_string) PRAGMA(clang attribute push(__attribute__((target(target_string))), apply_to = function))
@@ -28,8 +28,11 @@ static inline i8x64 codes_load(const int8_t *p) {
                    _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(p + 32)), flip)};
 }
 static inline i32x16 dot_start(int32_t sum) { return BOTH(i32x16, _mm256_set1_epi32(-sum), _mm256_set1_epi32(-sum)); }
+/* As text: gcc copies the accumulator before and after each of its own _mm256_dpbusd_epi32. */
 static inline i32x16 dot_4(i32x16 dot, i8x64 w, i8x4 x) {
-    return BOTH(i32x16, DPBUSD(dot.low, w.low, x), DPBUSD(dot.high, w.high, x));
+    __asm__(DPBUSD " %2, %1, %0" : "+x"(dot.low) : "x"(w.low), "x"(x));
+    __asm__(DPBUSD " %2, %1, %0" : "+x"(dot.high) : "x"(w.high), "x"(x));
+    return dot;
 }
 
 #define MATMUL_TILES 1
