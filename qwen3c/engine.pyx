@@ -10,8 +10,9 @@ session, decoding is one row, a batch is both mixed. One body serves them all.
     q_dim, kv_dim        n_heads * head_dim, n_kv_heads * head_dim
     n                    rows in flight, at most MAX_ROWS; all shapes are (a, b) row-major
 
-Threads share out output rows, heads or tokens, never a sum: no thread count changes a bit. Arguments are checked
-at the Python edge; inside nogil nothing can fail. What the kernels compute is written in kernels/kernels.h.
+All threads of a pass run the same `forward`, in which every block is a stage: tasks that they share out, output rows,
+heads or tokens, never a sum, so no thread count changes a bit (kernels/team.h). Arguments are checked at the Python
+edge; inside nogil nothing can fail. What the kernels compute is written in kernels/kernels.h.
 """
 
 import fnmatch
@@ -30,8 +31,7 @@ from .memory import available, in_huge_pages
 
 cimport cython
 from cython.parallel cimport prange
-from cpython.exc cimport PyErr_CheckSignals
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.math cimport sqrt
 from libc.string cimport memcpy, memset
@@ -43,8 +43,25 @@ cdef extern from "<stdlib.h>" nogil:
 
 cdef extern from "kernels/openmp.h" nogil:
     int HAVE_OPENMP
-    int thread_index()
     int team_size()
+
+
+cdef extern from "kernels/team.h" nogil:
+    ctypedef struct Team:
+        uint32_t *counters
+        int stopped
+    ctypedef struct Worker:
+        size_t index
+    int team_reserve(Team *team, size_t max_threads, size_t stages)
+    void team_begin(Team *team, size_t threads)
+    void team_stop(Team *team)
+    Worker team_worker(Team *team, size_t index)
+    Py_ssize_t stage(Worker *w, Py_ssize_t n)
+    bint take(Worker *w, Py_ssize_t *task)
+
+
+cdef extern from "Python.h" nogil:
+    int CheckSignals "PyErr_CheckSignals"()  # an exception stays pending, for the end of the pass
 
 
 cdef extern from "kernels/kernels.h" nogil:
@@ -102,15 +119,20 @@ cdef extern from "kernels/kernels.h" nogil:
 # paid for by using it often, small enough that the buffers stay tens of megabytes.
 cdef Py_ssize_t MAX_ROWS = 256
 
-# Work below this many multiply-adds is done by one thread: waking a second costs more than it saves.
-cdef Py_ssize_t SERIAL_WORK = 1_000_000
+# A pass of fewer multiply-adds is done by one thread: waking a second costs more than it saves.
+cdef Py_ssize_t SERIAL_WORK = 8_000_000
 
-# Weight bytes one thread takes at a time: long enough a stream for the hardware's prefetch, and several for every
-# thread of even a small matrix, so that one that was held up leaves its share to the others.
-cdef Py_ssize_t TASK_BYTES = 256 * 1024
-cdef Py_ssize_t TASKS_PER_THREAD = 4
+# What one task takes: enough to be worth taking, little enough that threads finish together.
+cdef Py_ssize_t TASK_BYTES = 64 * 1024  # of weights
+cdef Py_ssize_t TASK_ROWS = 4  # of activations
+cdef Py_ssize_t TASK_COLUMNS = 1024  # of one row in the feed-forward, or a little more: whole groups
 
-# Rounds of dot products one thread takes at a time when the peak is measured: a tenth of a millisecond and more.
+# Stages of a layer at most (a mixture's), and of a pass beside those of its layers: count them in `forward`.
+cdef Py_ssize_t LAYER_STAGES = 17
+cdef Py_ssize_t PASS_STAGES = 4
+
+# Bytes of memory and rounds of dot products that one thread takes at a time when the machine's limits are measured.
+cdef Py_ssize_t READ_BYTES = 256 * 1024
 cdef size_t PEAK_ROUNDS = 1 << 15
 
 
@@ -211,9 +233,10 @@ cdef struct RunState:
     float *shares  # (n, n_experts_per_token) weights of the chosen experts
     int32_t *chosen  # (n, n_experts_per_token) the chosen experts, ascending
     int32_t *slots  # (n, n_experts_per_token) the slot of each choice: choices sorted by expert, then by row
-    int32_t *slot_rows  # (slots,) the row of each slot
+    int32_t *choices  # (slots,) the choice of each slot, the other way round
     float *xs  # (slots, dim) xb of each slot's row; what its expert makes of it
-    Group *groups  # (n_experts,) the slots of each expert
+    Group *groups  # (n_groups,) the slots of each expert that was chosen
+    Py_ssize_t n_groups
     float *cosine  # (n, head_dim / 2)
     float *sine  # (n, head_dim / 2)
     Int8Rows xq  # (n, widest input of a matrix)
@@ -373,10 +396,12 @@ cdef class Model:
     cdef Weights w
     cdef RunState s
     cdef Trace t
+    cdef Team team
     cdef Py_ssize_t n_layers, n_heads, n_kv_heads, head_dim, dim, hidden_dim, q_dim, kv_dim, vocab_size, group_size
     cdef Py_ssize_t n_experts, n_experts_per_token, expert_hidden_dim
     cdef bint norm_topk_prob
     cdef Py_ssize_t block_bytes, head_bytes  # of a KV block; of one (layer, KV head) in it
+    cdef Py_ssize_t row_work  # multiply-adds of the matrices for one row
     cdef float eps, rope_scale
     cdef KVType kv_type
     cdef bint int8
@@ -403,6 +428,8 @@ cdef class Model:
         self.t.layers = <LayerTrace *>calloc(self.n_layers, sizeof(LayerTrace))
         if self.t.layers == NULL:
             raise MemoryError(f"no memory for {self.n_layers} layers")
+        if team_reserve(&self.team, self.threads, PASS_STAGES + LAYER_STAGES * self.n_layers):
+            raise MemoryError(f"no memory for {self.threads} threads")
         self._reserve(1)
 
     def __init__(self, path, threads=None, kv="f16", activations="int8", huge_pages=False):
@@ -415,6 +442,7 @@ cdef class Model:
             free(self.w.layers[l].down)
         free(self.w.layers)
         free(self.t.layers)
+        free(self.team.counters)
         self._free_buffers()
 
     cdef _set_dimensions(self):
@@ -427,6 +455,8 @@ cdef class Model:
         self.eps, self.rope_scale = c.rms_eps, c.rope_attention_scale
         self.head_bytes = key_bytes(self.kv_type, self.head_dim) + value_bytes(self.kv_type, self.head_dim)
         self.block_bytes = self.n_layers * self.n_kv_heads * self.head_bytes
+        hidden = max(self.hidden_dim, self.n_experts_per_token * self.expert_hidden_dim)
+        self.row_work = self.dim * (self.n_layers * (2 * self.q_dim + 2 * self.kv_dim + 3 * hidden) + self.vocab_size)
 
     # ---- weights
 
@@ -523,7 +553,7 @@ cdef class Model:
         self.s.shares = _floats(rows * k)
         self.s.chosen = <int32_t *>_floats(rows * k)
         self.s.slots = <int32_t *>_floats(rows * k)
-        self.s.slot_rows = <int32_t *>_floats(rows * k)
+        self.s.choices = <int32_t *>_floats(rows * k)
         self.s.xs = _floats(rows * k * self.dim)
         self.s.groups = <Group *>_floats(self.n_experts * sizeof(Group) // sizeof(float))
         self.s.cosine = _floats(rows * self.head_dim // 2)
@@ -537,7 +567,7 @@ cdef class Model:
     cdef _free_buffers(self):
         for p in (<uintptr_t>self.s.x, <uintptr_t>self.s.xb, <uintptr_t>self.s.qkv, <uintptr_t>self.s.y,
                   <uintptr_t>self.s.h, <uintptr_t>self.s.hb, <uintptr_t>self.s.scores, <uintptr_t>self.s.shares,
-                  <uintptr_t>self.s.chosen, <uintptr_t>self.s.slots, <uintptr_t>self.s.slot_rows,
+                  <uintptr_t>self.s.chosen, <uintptr_t>self.s.slots, <uintptr_t>self.s.choices,
                   <uintptr_t>self.s.xs, <uintptr_t>self.s.groups, <uintptr_t>self.s.cosine, <uintptr_t>self.s.sine,
                   <uintptr_t>self.s.xq.codes, <uintptr_t>self.s.xq.scales, <uintptr_t>self.s.xq.sums,
                   <uintptr_t>self.s.scratch):
@@ -603,6 +633,7 @@ cdef class Model:
         cdef Py_ssize_t[::1] wanted = rows.astype(np.intp)
         cdef Py_ssize_t n = tokens.shape[0], n_wanted = wanted.shape[0], n_spans = 0, row
         cdef Py_ssize_t tokens_per_span = max(1, ATTENTION_ROWS // (self.n_heads // self.n_kv_heads))
+        cdef int i, threads = self._begin_pass(n)
         cdef Session session
         cdef Span *spans = <Span *>malloc(n * sizeof(Span))
         if spans == NULL:
@@ -612,11 +643,19 @@ cdef class Model:
                 for row in range(0, n_rows, tokens_per_span):
                     spans[n_spans] = Span(first + row, min(tokens_per_span, n_rows - row), position + row, session.pointers)
                     n_spans += 1
-            with nogil:
-                forward(self, &tokens[0], n, spans, n_spans, &wanted[0] if n_wanted else NULL, n_wanted,
+            for i in prange(threads, nogil=True, schedule="static", num_threads=threads, use_threads_if=threads > 1):
+                forward(self, i, &tokens[0], n, spans, n_spans, &wanted[0] if n_wanted else NULL, n_wanted,
                         hidden, &out[0, 0] if n_wanted else NULL)
         finally:
             free(spans)
+        if self.team.stopped:
+            raise_pending()
+
+    cdef int _begin_pass(self, Py_ssize_t n):
+        """Ready for a pass of n rows; returns for how many threads."""
+        cdef int threads = 1 if forked or n * self.row_work < SERIAL_WORK else self.threads
+        team_begin(&self.team, threads)
+        return threads
 
     # ---- trace
 
@@ -691,13 +730,14 @@ cdef class Model:
         logits = np.empty((rows.shape[0], self.vocab_size), dtype=np.float32)
         cdef float[:, ::1] out = logits
         cdef Py_ssize_t start, n
+        cdef int i, threads
         with self.lock:
             self._reserve(min(rows.shape[0], MAX_ROWS))
             for start in range(0, rows.shape[0], MAX_ROWS):
                 n = min(MAX_ROWS, rows.shape[0] - start)
-                with nogil:
-                    rmsnorm(self, self.s.xb, &rows[start, 0], self.w.final_norm, n)
-                    matmul(self, &out[start, 0], self.s.xb, n, &self.w.lm_head)
+                threads = self._begin_pass(n)
+                for i in prange(threads, nogil=True, schedule="static", num_threads=threads, use_threads_if=threads > 1):
+                    read_out(self, i, &rows[start, 0], n, &out[start, 0])
         return logits
 
 
@@ -708,15 +748,14 @@ cdef Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return (a + b - 1) // b
 
 
-cdef int check_signals() except -1 nogil:
+cdef bint interrupted() noexcept nogil:
+    """Whether a signal has raised an exception."""
     with gil:
-        PyErr_CheckSignals()
-    return 0
+        return CheckSignals() != 0
 
 
-cdef int team(Model m, Py_ssize_t work) noexcept nogil:
-    """Threads for so many multiply-adds."""
-    return 1 if forked or work < SERIAL_WORK else m.threads
+cdef int raise_pending() except -1:
+    return -1
 
 
 cdef inline void record(float *to, Py_ssize_t row, const float *values, Py_ssize_t n, Py_ssize_t columns) noexcept nogil:
@@ -753,52 +792,75 @@ cdef void matmul_tiles(
         kernels.matmul_float32(out, w.rows, x + group.row * w.columns, group.n_rows, tiles, rows, w.columns, m.group_size)
 
 
-cdef void matmul(Model m, float *y, const float *x, Py_ssize_t n, const Matrix *w) noexcept nogil:
-    """y (n, rows) = x (n, columns) w^T, x taken as int8 or float32 as the model was opened."""
+cdef void matmul(Model m, Worker *worker, float *y, const float *x, Py_ssize_t n, const Matrix *w) noexcept nogil:
+    """y (n, rows) = x (n, columns) w^T; x is taken from xq instead, where it was quantised, if activations are int8."""
     cdef Group all_rows = Group(0, n, 0)
-    matmul_groups(m, y, x, n, &all_rows, 1, w)
+    cdef Py_ssize_t one = 1
+    matmul_groups(m, worker, y, x, &all_rows, &one, 1, w)
 
 
 cdef void matmul_groups(
-    Model m, float *y, const float *x, Py_ssize_t n, const Group *groups, Py_ssize_t n_groups, const Matrix *matrices
+    Model m, Worker *worker, float *y, const float *x,
+    const Group *groups, const Py_ssize_t *n_groups,  # known when the stage has begun
+    Py_ssize_t max_groups, const Matrix *matrices,
 ) noexcept nogil:
     """The same, each group of rows with its own of the matrices, which all have one shape."""
     cdef const Matrix *w = matrices
-    cdef Py_ssize_t i, n_tiles = ceil_div(w.rows, 16)
-    cdef Py_ssize_t share = min(TASK_BYTES // (16 * w.columns), n_groups * n_tiles // (TASKS_PER_THREAD * m.threads))
-    cdef Py_ssize_t per_task = max(2, share // 2 * 2)  # the kernels take tile rows in pairs
+    cdef Py_ssize_t n_tiles = ceil_div(w.rows, 16)
+    cdef Py_ssize_t per_task = max(2, TASK_BYTES // (16 * w.columns) // 2 * 2)  # the kernels take tile rows in pairs
     cdef Py_ssize_t per_group = ceil_div(n_tiles, per_task)
-    if m.int8:
-        for i in prange(n, schedule="static", num_threads=m.threads, use_threads_if=team(m, 16 * n * w.columns) > 1):
-            quantize_row(m, x, i, w.columns)
-    for i in prange(
-        n_groups * per_group, schedule="dynamic", num_threads=m.threads,
-        use_threads_if=team(m, n * w.rows * w.columns) > 1,
-    ):
-        matmul_tiles(m, y, x, &groups[i // per_group], &matrices[groups[i // per_group].matrix],
-                     i % per_group * per_task, min(per_task, n_tiles - i % per_group * per_task))
+    cdef Py_ssize_t tile, task = stage(worker, max_groups * per_group)
+    cdef const Group *group
+    while take(worker, &task):
+        if task // per_group < n_groups[0]:
+            group, tile = &groups[task // per_group], task % per_group * per_task
+            matmul_tiles(m, y, x, group, &matrices[group.matrix], tile, min(per_task, n_tiles - tile))
 
 
-cdef void embed(Model m, const int32_t *tokens, Py_ssize_t n) noexcept nogil:
-    """x (n, dim) = the tokens' rows of the embedding."""
-    cdef Py_ssize_t i
-    for i in range(n):
-        kernels.dequantize_row(m.s.x + i * m.dim, m.w.embedding.tiles, tokens[i], m.dim, m.group_size)
+cdef void embed(Model m, Worker *worker, const int32_t *tokens, const Span *spans, Py_ssize_t n_spans) noexcept nogil:
+    """x (n, dim) = the tokens' rows of the embedding; cosine, sine (n, head_dim / 2) of their positions."""
+    cdef Py_ssize_t row, half = m.head_dim // 2, task = stage(worker, n_spans)
+    cdef const Span *span
+    while take(worker, &task):
+        span = &spans[task]
+        for row in range(span.row, span.row + span.n_rows):
+            kernels.dequantize_row(m.s.x + row * m.dim, m.w.embedding.tiles, tokens[row], m.dim, m.group_size)
+            record(m.t.embedding, m.t.row + row, m.s.x + row * m.dim, 1, m.dim)
+            kernels.rope_angles(m.s.cosine + row * half, m.s.sine + row * half, m.w.rope_frequencies, half,
+                                span.position + row - span.row, m.rope_scale)
 
 
-cdef void rmsnorm(Model m, float *y, const float *x, const float *weight, Py_ssize_t n) noexcept nogil:
-    """y (n, dim) = x / rms(x) * weight, row by row (https://arxiv.org/abs/1910.07467)."""
-    cdef Py_ssize_t i
-    for i in prange(n, schedule="static", num_threads=m.threads, use_threads_if=team(m, 8 * n * m.dim) > 1):
-        kernels.rmsnorm(y + i * m.dim, x + i * m.dim, weight, m.dim, m.eps)
+cdef void rmsnorm(
+    Model m, Worker *worker, const float *x, const Py_ssize_t *wanted, Py_ssize_t n, const float *weight, float *trace
+) noexcept nogil:
+    """xb (n, dim), and xq, = x / rms(x) * weight of the wanted rows, NULL for all (https://arxiv.org/abs/1910.07467)."""
+    cdef Py_ssize_t i, task = stage(worker, ceil_div(n, TASK_ROWS))
+    while take(worker, &task):
+        for i in range(task * TASK_ROWS, min(n, (task + 1) * TASK_ROWS)):
+            kernels.rmsnorm(m.s.xb + i * m.dim, x + (wanted[i] if wanted != NULL else i) * m.dim, weight, m.dim, m.eps)
+            record(trace, m.t.row + i, m.s.xb + i * m.dim, 1, m.dim)
+            if m.int8:
+                quantize_row(m, m.s.xb, i, m.dim)
 
 
-cdef void rope_table(Model m, const Span *span) noexcept nogil:
-    """cosine, sine (n, head_dim / 2) of the rows of a span."""
-    cdef Py_ssize_t i, half = m.head_dim // 2
-    for i in range(span.n_rows):
-        kernels.rope_angles(m.s.cosine + (span.row + i) * half, m.s.sine + (span.row + i) * half,
-                            m.w.rope_frequencies, half, span.position + i, m.rope_scale)
+cdef void quantize(Model m, Worker *worker, Py_ssize_t n, float *trace) noexcept nogil:
+    """xq = the attention output xb (n, q_dim)."""
+    cdef Py_ssize_t i, task = stage(worker, ceil_div(n, TASK_ROWS))
+    while take(worker, &task):
+        for i in range(task * TASK_ROWS, min(n, (task + 1) * TASK_ROWS)):
+            record(trace, m.t.row + i, m.s.xb + i * m.q_dim, 1, m.q_dim)
+            if m.int8:
+                quantize_row(m, m.s.xb, i, m.q_dim)
+
+
+cdef void add(Model m, Worker *worker, Py_ssize_t n, float *trace_y, float *trace_x) noexcept nogil:
+    """x (n, dim) += y."""
+    cdef Py_ssize_t i, task = stage(worker, ceil_div(n, TASK_ROWS))
+    while take(worker, &task):
+        for i in range(task * TASK_ROWS, min(n, (task + 1) * TASK_ROWS)):
+            record(trace_y, m.t.row + i, m.s.y + i * m.dim, 1, m.dim)
+            kernels.add(m.s.x + i * m.dim, m.s.y + i * m.dim, m.dim)
+            record(trace_x, m.t.row + i, m.s.x + i * m.dim, 1, m.dim)
 
 
 cdef char *kv_at(Model m, char *block, Py_ssize_t layer, Py_ssize_t kv_head) noexcept nogil:
@@ -806,40 +868,58 @@ cdef char *kv_at(Model m, char *block, Py_ssize_t layer, Py_ssize_t kv_head) noe
     return block + (layer * m.n_kv_heads + kv_head) * m.head_bytes
 
 
-cdef void rotate_and_store(Model m, const Span *span, Py_ssize_t l) noexcept nogil:
-    """q and k of a span: bias, norm per head, rotate; k and v go to the cache; q is scaled by 1 / sqrt(head_dim)."""
+cdef void rotate_head(Model m, const Span *span, Py_ssize_t l, Py_ssize_t kv_head) noexcept nogil:
+    """The part of `rotate_and_store` that a KV head and the query heads of its group have."""
     cdef const Layer *layer = &m.w.layers[l]
     cdef LayerTrace *t = &m.t.layers[l]
-    cdef Py_ssize_t i, h, row, position, half = m.head_dim // 2, stride = m.q_dim + 2 * m.kv_dim
-    cdef float *head
+    cdef Py_ssize_t group = m.n_heads // m.n_kv_heads, stride = m.q_dim + 2 * m.kv_dim
+    cdef Py_ssize_t k_column = m.q_dim + kv_head * m.head_dim, v_column = k_column + m.kv_dim
+    cdef Py_ssize_t i, h, row, position, half = m.head_dim // 2
+    cdef float *qkv
     cdef float *cosine
     cdef float *sine
     cdef float scale = 1.0 / <float>sqrt(<double>m.head_dim)
     cdef char *keys
     for i in range(span.n_rows):
         row, position = span.row + i, span.position + i
-        cosine, sine = m.s.cosine + row * half, m.s.sine + row * half
-        if layer.qkv_bias:
-            kernels.add(m.s.qkv + row * stride, layer.qkv_bias, stride)
-        record(t.qkv, m.t.row + row, m.s.qkv + row * stride, 1, stride)
-        for h in range(m.n_heads):
-            head = m.s.qkv + row * stride + h * m.head_dim
+        qkv, cosine, sine = m.s.qkv + row * stride, m.s.cosine + row * half, m.s.sine + row * half
+        for h in range(kv_head * group, (kv_head + 1) * group):
+            add_bias(m, layer, t, row, h * m.head_dim)
             if layer.q_norm:
-                kernels.rmsnorm(head, head, layer.q_norm, m.head_dim, m.eps)
-            record(t.q_norm, (m.t.row + row) * m.n_heads + h, head, 1, m.head_dim)
-            kernels.rope(head, cosine, sine, m.head_dim, scale)
-        for h in range(m.n_kv_heads):
-            head = m.s.qkv + row * stride + m.q_dim + h * m.head_dim
-            if layer.k_norm:
-                kernels.rmsnorm(head, head, layer.k_norm, m.head_dim, m.eps)
-            record(t.k_norm, (m.t.row + row) * m.n_kv_heads + h, head, 1, m.head_dim)
-            kernels.rope(head, cosine, sine, m.head_dim, 1.0)
-            keys = kv_at(m, span.blocks[position // KV_BLOCK], l, h)
-            kernels.store_kv[<int>m.kv_type](keys, keys + key_bytes(m.kv_type, m.head_dim), position % KV_BLOCK,
-                                        head, head + m.kv_dim, m.head_dim)
+                kernels.rmsnorm(qkv + h * m.head_dim, qkv + h * m.head_dim, layer.q_norm, m.head_dim, m.eps)
+            record(t.q_norm, (m.t.row + row) * m.n_heads + h, qkv + h * m.head_dim, 1, m.head_dim)
+            kernels.rope(qkv + h * m.head_dim, cosine, sine, m.head_dim, scale)
+        add_bias(m, layer, t, row, k_column)
+        add_bias(m, layer, t, row, v_column)
+        if layer.k_norm:
+            kernels.rmsnorm(qkv + k_column, qkv + k_column, layer.k_norm, m.head_dim, m.eps)
+        record(t.k_norm, (m.t.row + row) * m.n_kv_heads + kv_head, qkv + k_column, 1, m.head_dim)
+        kernels.rope(qkv + k_column, cosine, sine, m.head_dim, 1.0)
+        keys = kv_at(m, span.blocks[position // KV_BLOCK], l, kv_head)
+        kernels.store_kv[<int>m.kv_type](keys, keys + key_bytes(m.kv_type, m.head_dim), position % KV_BLOCK,
+                                         qkv + k_column, qkv + v_column, m.head_dim)
 
 
-cdef void attend(Model m, const Span *span, Py_ssize_t l, Py_ssize_t kv_head, Py_ssize_t part, Py_ssize_t heads) noexcept nogil:
+cdef void add_bias(Model m, const Layer *layer, const LayerTrace *t, Py_ssize_t row, Py_ssize_t column) noexcept nogil:
+    """To the head that begins at a column of qkv."""
+    cdef Py_ssize_t stride = m.q_dim + 2 * m.kv_dim
+    cdef float *head = m.s.qkv + row * stride + column
+    if layer.qkv_bias:
+        kernels.add(head, layer.qkv_bias + column, m.head_dim)
+    if t.qkv != NULL:
+        memcpy(t.qkv + (m.t.row + row) * stride + column, head, m.head_dim * sizeof(float))
+
+
+cdef void rotate_and_store(Model m, Worker *worker, const Span *spans, Py_ssize_t n_spans, Py_ssize_t l) noexcept nogil:
+    """q and k: bias, norm per head, rotate; k and v go to the cache; q is scaled by 1 / sqrt(head_dim)."""
+    cdef Py_ssize_t task = stage(worker, n_spans * m.n_kv_heads)
+    while take(worker, &task):
+        rotate_head(m, &spans[task % n_spans], l, task // n_spans)
+
+
+cdef void attend(
+    Model m, Worker *worker, const Span *span, Py_ssize_t l, Py_ssize_t kv_head, Py_ssize_t part, Py_ssize_t heads
+) noexcept nogil:
     """xb (n, q_dim) = softmax(q k^T) v for `heads` query heads of one KV head, the part-th so many of its group."""
     cdef Py_ssize_t group = m.n_heads // m.n_kv_heads, head = kv_head * group + part * heads
     cdef Attention task
@@ -854,7 +934,7 @@ cdef void attend(Model m, const Span *span, Py_ssize_t l, Py_ssize_t kv_head, Py
     task.blocks = span.blocks
     task.k_offset = (l * m.n_kv_heads + kv_head) * m.head_bytes
     task.v_offset = task.k_offset + key_bytes(m.kv_type, m.head_dim)
-    task.scratch = m.s.scratch + thread_index() * ATTENTION_SCRATCH(m.head_dim)
+    task.scratch = m.s.scratch + worker.index * ATTENTION_SCRATCH(m.head_dim)
     task.weights = m.t.layers[l].attention
     if task.weights != NULL:
         task.weights += (head * m.t.n + m.t.row + span.row) * m.t.n
@@ -862,31 +942,53 @@ cdef void attend(Model m, const Span *span, Py_ssize_t l, Py_ssize_t kv_head, Py
     kernels.attend[<int>m.kv_type](&task)
 
 
-cdef void attention(Model m, const Span *spans, Py_ssize_t n_spans, Py_ssize_t l, Py_ssize_t work) noexcept nogil:
+cdef void attention(Model m, Worker *worker, const Span *spans, Py_ssize_t n_spans, Py_ssize_t l) noexcept nogil:
     """xb (n, q_dim) for all rows: one task per span, KV head and at most ATTENTION_ROWS of its query heads."""
-    cdef Py_ssize_t i, group = m.n_heads // m.n_kv_heads, heads = min(group, ATTENTION_ROWS)
-    cdef Py_ssize_t parts = ceil_div(group, heads), per_span = m.n_kv_heads * parts
+    cdef Py_ssize_t group = m.n_heads // m.n_kv_heads, heads = min(group, ATTENTION_ROWS)
+    cdef Py_ssize_t parts = ceil_div(group, heads), task = stage(worker, n_spans * m.n_kv_heads * parts)
     # span after span of one head: what they all read of the cache stays near
-    for i in prange(n_spans * per_span, schedule="dynamic", num_threads=m.threads, use_threads_if=team(m, work) > 1):
-        attend(m, &spans[i % n_spans], l, i // n_spans // parts, i // n_spans % parts, heads)
+    while take(worker, &task):
+        attend(m, worker, &spans[task % n_spans], l, task // n_spans // parts, task // n_spans % parts, heads)
 
 
-cdef void add(Model m, float *x, const float *y, Py_ssize_t n) noexcept nogil:
-    """x (n, dim) += y."""
-    cdef Py_ssize_t i
-    for i in prange(n, schedule="static", num_threads=m.threads, use_threads_if=team(m, 4 * n * m.dim) > 1):
-        kernels.add(x + i * m.dim, y + i * m.dim, m.dim)
-
-
-cdef void swiglu(Model m, Py_ssize_t n, Py_ssize_t hidden_dim) noexcept nogil:
-    """hb (n, hidden_dim) = silu(gate) * up (https://arxiv.org/abs/2002.05202)."""
-    cdef Py_ssize_t i
-    for i in prange(n, schedule="static", num_threads=m.threads, use_threads_if=team(m, 16 * n * hidden_dim) > 1):
-        kernels.swiglu(m.s.hb + i * hidden_dim, m.s.h + 2 * i * hidden_dim, m.s.h + (2 * i + 1) * hidden_dim, hidden_dim)
+cdef void swiglu(
+    Model m, Worker *worker, Py_ssize_t n, Py_ssize_t hidden_dim,
+    const int32_t *places, Py_ssize_t first_place, float *trace_h, float *trace_hb,  # rows of the trace; NULL: in order
+) noexcept nogil:
+    """hb (n, hidden_dim), and xq, = silu(gate) * up (https://arxiv.org/abs/2002.05202)."""
+    cdef Py_ssize_t step = ceil_div(TASK_COLUMNS, m.group_size) * m.group_size, parts = ceil_div(hidden_dim, step)
+    cdef Py_ssize_t row, place, column, columns, task = stage(worker, n * parts)
+    cdef const float *gate
+    cdef float *hb
+    cdef Int8Rows to
+    while take(worker, &task):
+        row, column = task // parts, task % parts * step
+        columns = min(step, hidden_dim - column)
+        gate, hb = m.s.h + 2 * row * hidden_dim + column, m.s.hb + row * hidden_dim + column
+        kernels.swiglu(hb, gate, gate + hidden_dim, columns)
+        if m.int8:
+            to = int8_rows(m, row, hidden_dim)
+            to.codes, to.scales, to.sums = to.codes + column, to.scales + column // m.group_size, to.sums + column // m.group_size
+            kernels.quantize(&to, hb, columns, m.group_size)
+        place = first_place + (places[row] if places != NULL else row)
+        if trace_h != NULL:
+            memcpy(trace_h + 2 * place * hidden_dim + column, gate, columns * sizeof(float))
+            memcpy(trace_h + (2 * place + 1) * hidden_dim + column, gate + hidden_dim, columns * sizeof(float))
+        if trace_hb != NULL:
+            memcpy(trace_hb + place * hidden_dim + column, hb, columns * sizeof(float))
 
 
 # ----------------------------------------------------------------------------
 # Mixture of experts
+
+cdef void route(Model m, Worker *worker, const float *router, Py_ssize_t n) noexcept nogil:
+    """scores (n, n_experts) = xb router^T in float32, whatever the activations."""
+    cdef Py_ssize_t row, first, parts = ceil_div(m.n_experts, 16), task = stage(worker, n * parts)
+    while take(worker, &task):
+        row, first = task // parts, task % parts * 16
+        kernels.matvec(m.s.scores + row * m.n_experts + first, m.s.xb + row * m.dim,
+                       router + first * m.dim, min(16, m.n_experts - first), m.dim)
+
 
 cdef void choose_experts(Model m, const LayerTrace *t, Py_ssize_t row) noexcept nogil:
     """chosen, shares of a row from its scores: the largest by softmax over all, ties by lower id, in order of id."""
@@ -896,6 +998,7 @@ cdef void choose_experts(Model m, const LayerTrace *t, Py_ssize_t row) noexcept 
     cdef int32_t *chosen = m.s.chosen + row * k
     cdef int32_t expert
     cdef float total, sum_chosen = 0
+    record(t.router, m.t.row + row, scores, 1, m.n_experts)
     if kernels.top_k(chosen, scores, m.n_experts, k):
         for i in range(k):  # NaN: any experts will do, the shares are NaN too and so are the logits
             chosen[i] = i
@@ -917,21 +1020,15 @@ cdef void choose_experts(Model m, const LayerTrace *t, Py_ssize_t row) noexcept 
             t.shares[(m.t.row + row) * m.n_experts + chosen[i]] = shares[i]
 
 
-cdef void route(Model m, const float *router, const LayerTrace *t, Py_ssize_t n) noexcept nogil:
-    """scores (n, n_experts) = xb router^T in float32, whatever the activations; then each row's choice."""
-    cdef Py_ssize_t i, parts = ceil_div(m.n_experts, 16), first
-    cdef int threads = team(m, n * m.n_experts * m.dim)
-    for i in prange(n * parts, schedule="static", num_threads=m.threads, use_threads_if=threads > 1):
-        first = i % parts * 16
-        kernels.matvec(m.s.scores + i // parts * m.n_experts + first, m.s.xb + i // parts * m.dim,
-                       router + first * m.dim, min(16, m.n_experts - first), m.dim)
-    record(t.router, m.t.row, m.s.scores, n, m.n_experts)
-    for i in prange(n, schedule="static", num_threads=m.threads, use_threads_if=threads > 1):
-        choose_experts(m, t, i)
+cdef void choose(Model m, Worker *worker, const LayerTrace *t, Py_ssize_t n) noexcept nogil:
+    """chosen, shares of all rows."""
+    cdef Py_ssize_t task = stage(worker, n)
+    while take(worker, &task):
+        choose_experts(m, t, task)
 
 
-cdef Py_ssize_t group_by_expert(Model m, Py_ssize_t n) noexcept nogil:
-    """slots, slot_rows and groups from the choices of n rows; returns how many experts were chosen."""
+cdef void group_rows(Model m, Py_ssize_t n) noexcept nogil:
+    """slots, choices and groups from the choices of n rows."""
     cdef Py_ssize_t i, expert, start = 0, n_groups = 0, k = m.n_experts_per_token
     cdef Group *groups = m.s.groups
     memset(groups, 0, m.n_experts * sizeof(Group))
@@ -943,66 +1040,72 @@ cdef Py_ssize_t group_by_expert(Model m, Py_ssize_t n) noexcept nogil:
     for i in range(n * k):
         expert = m.s.chosen[i]
         m.s.slots[i] = groups[expert].row
-        m.s.slot_rows[groups[expert].row] = i // k
+        m.s.choices[groups[expert].row] = i
         groups[expert].row += 1
     for expert in range(m.n_experts):
         if groups[expert].n_rows:
             groups[n_groups] = Group(groups[expert].row - groups[expert].n_rows, groups[expert].n_rows, expert)
             n_groups += 1
-    return n_groups
+    m.s.n_groups = n_groups
 
 
-cdef void combine(Model m, Py_ssize_t row) noexcept nogil:
-    """y of a row = sum of share * what the expert made of it, by ascending expert."""
-    cdef Py_ssize_t i, k = m.n_experts_per_token
-    cdef float *y = m.s.y + row * m.dim
-    memset(y, 0, m.dim * sizeof(float))
-    for i in range(row * k, (row + 1) * k):
-        kernels.add_scaled(y, m.s.xs + m.s.slots[i] * m.dim, m.dim, m.s.shares[i])
+cdef void group_by_expert(Model m, Worker *worker, Py_ssize_t n) noexcept nogil:
+    """Every choice of n rows gets its slot, where the rows of one expert lie together."""
+    cdef Py_ssize_t task = stage(worker, 1)
+    while take(worker, &task):
+        group_rows(m, n)
 
 
-cdef void record_slots(Model m, float *to, const float *values, Py_ssize_t n, Py_ssize_t columns) noexcept nogil:
-    """Copy (slots, columns) to a trace (n, n_experts_per_token, columns), if it has that array."""
-    cdef Py_ssize_t i, k = m.n_experts_per_token
-    if to != NULL:
-        for i in range(n * k):
-            memcpy(to + (m.t.row * k + i) * columns, values + m.s.slots[i] * columns, columns * sizeof(float))
+cdef void gather(Model m, Worker *worker, Py_ssize_t n_slots) noexcept nogil:
+    """xs (slots, dim), and xq, = xb of each slot's row."""
+    cdef Py_ssize_t row, slot, task = stage(worker, ceil_div(n_slots, TASK_ROWS))
+    while take(worker, &task):
+        for slot in range(task * TASK_ROWS, min(n_slots, (task + 1) * TASK_ROWS)):
+            row = m.s.choices[slot] // m.n_experts_per_token
+            memcpy(m.s.xs + slot * m.dim, m.s.xb + row * m.dim, m.dim * sizeof(float))
+            if m.int8:
+                quantize_row(m, m.s.xs, slot, m.dim)
 
 
-cdef void mixture(Model m, const Layer *layer, const LayerTrace *t, Py_ssize_t n) noexcept nogil:
+cdef void combine(Model m, Worker *worker, const LayerTrace *t, Py_ssize_t n) noexcept nogil:
+    """y (n, dim) = sum of share * what the expert made of the row, by ascending expert."""
+    cdef Py_ssize_t i, k = m.n_experts_per_token, row = stage(worker, n)
+    cdef float *y
+    while take(worker, &row):
+        y = m.s.y + row * m.dim
+        memset(y, 0, m.dim * sizeof(float))
+        for i in range(row * k, (row + 1) * k):
+            kernels.add_scaled(y, m.s.xs + m.s.slots[i] * m.dim, m.dim, m.s.shares[i])
+            record(t.expert_down, m.t.row * k + i, m.s.xs + m.s.slots[i] * m.dim, 1, m.dim)
+
+
+cdef void mixture(Model m, Worker *worker, const Layer *layer, const LayerTrace *t, Py_ssize_t n) noexcept nogil:
     """y (n, dim) = sum over each row's experts of share * down(silu(gate(xb)) * up(xb)), grouped by expert."""
-    cdef Py_ssize_t i, n_groups, n_slots = n * m.n_experts_per_token
-    cdef int threads = team(m, 2 * n_slots * m.dim)
-    route(m, layer.router, t, n)
-    n_groups = group_by_expert(m, n)
-    for i in prange(n_slots, schedule="static", num_threads=m.threads, use_threads_if=threads > 1):
-        memcpy(m.s.xs + i * m.dim, m.s.xb + m.s.slot_rows[i] * m.dim, m.dim * sizeof(float))
-    matmul_groups(m, m.s.h, m.s.xs, n_slots, m.s.groups, n_groups, layer.gate_up)
-    record_slots(m, t.expert_gate_up, m.s.h, n, 2 * m.expert_hidden_dim)
-    swiglu(m, n_slots, m.expert_hidden_dim)
-    record_slots(m, t.expert_hidden, m.s.hb, n, m.expert_hidden_dim)
-    matmul_groups(m, m.s.xs, m.s.hb, n_slots, m.s.groups, n_groups, layer.down)
-    record_slots(m, t.expert_down, m.s.xs, n, m.dim)
-    for i in prange(n, schedule="static", num_threads=m.threads, use_threads_if=threads > 1):
-        combine(m, i)
-    record(t.experts, m.t.row, m.s.y, n, m.dim)
+    cdef Py_ssize_t n_slots = n * m.n_experts_per_token, max_groups = min(n_slots, m.n_experts)
+    route(m, worker, layer.router, n)
+    choose(m, worker, t, n)
+    group_by_expert(m, worker, n)
+    gather(m, worker, n_slots)
+    matmul_groups(m, worker, m.s.h, m.s.xs, m.s.groups, &m.s.n_groups, max_groups, layer.gate_up)
+    swiglu(m, worker, n_slots, m.expert_hidden_dim,
+           m.s.choices, m.t.row * m.n_experts_per_token, t.expert_gate_up, t.expert_hidden)
+    matmul_groups(m, worker, m.s.xs, m.s.hb, m.s.groups, &m.s.n_groups, max_groups, layer.down)
+    combine(m, worker, t, n)
 
 
-cdef void feed_forward(Model m, const Layer *layer, const LayerTrace *t, Py_ssize_t n) noexcept nogil:
+cdef void feed_forward(Model m, Worker *worker, const Layer *layer, const LayerTrace *t, Py_ssize_t n) noexcept nogil:
     """y (n, dim) = down(silu(gate(xb)) * up(xb))."""
-    matmul(m, m.s.h, m.s.xb, n, layer.gate_up)
-    record(t.gate_up, m.t.row, m.s.h, n, 2 * m.hidden_dim)
-    swiglu(m, n, m.hidden_dim)
-    record(t.hidden, m.t.row, m.s.hb, n, m.hidden_dim)
-    matmul(m, m.s.y, m.s.hb, n, layer.down)
-    record(t.down, m.t.row, m.s.y, n, m.dim)
+    matmul(m, worker, m.s.h, m.s.xb, n, layer.gate_up)
+    swiglu(m, worker, n, m.hidden_dim, NULL, m.t.row, t.gate_up, t.hidden)
+    matmul(m, worker, m.s.y, m.s.hb, n, layer.down)
 
 
 # ----------------------------------------------------------------------------
 # The forward pass
 
-cdef int forward(
+cdef void forward(
     Model m,
+    size_t thread,
     const int32_t *tokens,  # (n,)
     Py_ssize_t n,
     const Span *spans,  # (n_spans,), they cover the n rows in order
@@ -1011,65 +1114,58 @@ cdef int forward(
     Py_ssize_t n_wanted,
     bint hidden,  # stop before the product with the vocabulary
     float *out,  # (n_wanted, vocab_size) logits, or (n_wanted, dim) if hidden
-) except -1 nogil:
+) noexcept nogil:
     cdef RunState *s = &m.s
-    cdef Weights *w = &m.w
+    cdef Worker self = team_worker(&m.team, thread)
+    cdef Worker *w = &self
     cdef Layer *layer
     cdef LayerTrace *t
-    cdef Py_ssize_t l, i, row = m.t.row
-    cdef Py_ssize_t row_work = n * m.q_dim * 16  # of norms and rotations, roughly, in multiply-adds
-    cdef Py_ssize_t attention_work = 0
-    for i in range(n_spans):
-        attention_work += 2 * m.q_dim * spans[i].n_rows * (spans[i].position + spans[i].n_rows)
+    cdef Py_ssize_t l
 
     # the residual stream starts as the embedding of the tokens; positions become angles once for all layers
-    embed(m, tokens, n)
-    record(m.t.embedding, row, s.x, n, m.dim)
-    for i in range(n_spans):
-        rope_table(m, &spans[i])
+    embed(m, w, tokens, spans, n_spans)
 
     for l in range(m.n_layers):
-        layer, t = &w.layers[l], &m.t.layers[l]
-        if n > 16:
-            check_signals()
+        layer, t = &m.w.layers[l], &m.t.layers[l]
+        if thread == 0 and n > 16 and interrupted():
+            team_stop(&m.team)
 
         # q, k, v of the normalised rows in one product
-        rmsnorm(m, s.xb, s.x, layer.attention_norm, n)
-        record(t.attention_norm, row, s.xb, n, m.dim)
-        matmul(m, s.qkv, s.xb, n, &layer.qkv)
+        rmsnorm(m, w, s.x, NULL, n, layer.attention_norm, t.attention_norm)
+        matmul(m, w, s.qkv, s.xb, n, &layer.qkv)
 
         # add the biases, norm q and k per head, rotate them by position, put k and v into the cache
-        for i in prange(n_spans, schedule="static", num_threads=m.threads, use_threads_if=team(m, row_work) > 1):
-            rotate_and_store(m, &spans[i], l)
+        rotate_and_store(m, w, spans, n_spans, l)
 
         # attention over all positions up to each row's own
-        attention(m, spans, n_spans, l, attention_work)
-        record(t.heads, row, s.xb, n, m.q_dim)
+        attention(m, w, spans, n_spans, l)
 
         # x += attention output
-        matmul(m, s.y, s.xb, n, &layer.o)
-        record(t.o, row, s.y, n, m.dim)
-        add(m, s.x, s.y, n)
+        quantize(m, w, n, t.heads)
+        matmul(m, w, s.y, s.xb, n, &layer.o)
+        add(m, w, n, t.o, NULL)
 
         # x += down(silu(gate(x)) * up(x)) of the normalised rows, by one block or by the experts of each row
-        rmsnorm(m, s.xb, s.x, layer.ffn_norm, n)
-        record(t.ffn_norm, row, s.xb, n, m.dim)
+        rmsnorm(m, w, s.x, NULL, n, layer.ffn_norm, t.ffn_norm)
         if layer.router:
-            mixture(m, layer, t, n)
+            mixture(m, w, layer, t, n)
         else:
-            feed_forward(m, layer, t, n)
-        add(m, s.x, s.y, n)
-        record(t.x, row, s.x, n, m.dim)
+            feed_forward(m, w, layer, t, n)
+        add(m, w, n, t.experts if layer.router else t.down, t.x)
 
     # the wanted rows only: final norm, then the product with the vocabulary
-    for i in range(n_wanted):
-        kernels.rmsnorm(s.xb + i * m.dim, s.x + wanted[i] * m.dim, w.final_norm, m.dim, m.eps)
-    record(m.t.final_norm, row, s.xb, n_wanted, m.dim)
-    if n_wanted and hidden:
+    rmsnorm(m, w, s.x, wanted, n_wanted, m.w.final_norm, m.t.final_norm)
+    if n_wanted and not hidden:
+        matmul(m, w, out, s.xb, n_wanted, &m.w.lm_head)
+    elif n_wanted and thread == 0:
         memcpy(out, s.xb, n_wanted * m.dim * sizeof(float))
-    elif n_wanted:
-        matmul(m, out, s.xb, n_wanted, &w.lm_head)
-    return 0
+
+
+cdef void read_out(Model m, size_t thread, const float *x, Py_ssize_t n, float *out) noexcept nogil:
+    """out (n, vocab_size) = logits of the residual stream x (n, dim): the end of `forward` alone."""
+    cdef Worker worker = team_worker(&m.team, thread)
+    rmsnorm(m, &worker, x, NULL, n, m.w.final_norm, NULL)
+    matmul(m, &worker, out, m.s.xb, n, &m.w.lm_head)
 
 
 # ----------------------------------------------------------------------------
@@ -1244,7 +1340,7 @@ cdef uint64_t fold(const uint64_t *words, Py_ssize_t n) noexcept nogil:
 
 def read_bandwidth(data, int threads=1):
     cdef const uint64_t[::1] words = np.frombuffer(data, dtype=np.uint8)[: len(data) // 64 * 64].view(np.uint64)
-    cdef Py_ssize_t i, n = words.shape[0], step = TASK_BYTES // 8, tasks = ceil_div(n, step)
+    cdef Py_ssize_t i, n = words.shape[0], step = READ_BYTES // 8, tasks = ceil_div(n, step)
     cdef const uint64_t *start
     cdef uint64_t all_folded = 0
     global folded

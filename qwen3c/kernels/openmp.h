@@ -4,11 +4,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #define HAVE_OPENMP 1
-#define thread_index() omp_get_thread_num()
 #define team_size() omp_get_num_threads()
 #else
 #define HAVE_OPENMP 0
-#define thread_index() 0
 #define team_size() 1
 #endif
 #endif

@@ -1,0 +1,106 @@
+/* How the threads of one forward pass share its work.
+
+   A pass is a line of stages, the same for every thread. A stage has n tasks, in equal consecutive shares, one for each
+   thread; a thread takes those of its own share in order, a long stream of memory, and then what is left of the others'.
+   It leaves the stage when all tasks are done.
+
+   So a thread that the operating system has put aside costs nothing but its help: its share is taken by the others, and
+   when it comes back it passes through the stages that were finished without it. The others wait only where it was put
+   aside in the middle of a task. Therefore: what a stage writes may be read in a task of a later stage, not between
+   tasks, where a late thread would see what was written since. */
+#ifndef QWEN3C_TEAM_H
+#define QWEN3C_TEAM_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+/* Counters of all stages of a pass, `stride` of them a stage: tasks done, then tasks taken from each share. */
+typedef struct {
+    uint32_t *counters;
+    size_t stride, capacity;  /* in counters, in stages */
+    size_t threads;           /* of this pass */
+    int stopped;              /* the pass is given up: nobody takes a task or waits any more */
+} Team;
+
+/* One thread in a pass. */
+typedef struct {
+    Team *team;
+    size_t index;          /* of the thread */
+    uint32_t *counters;    /* of the stage it is in */
+    size_t n;              /* tasks of that stage */
+    size_t share, taken;   /* shares it has found empty; tasks it took */
+} Worker;
+
+#define TEAM_SPINS 2000        /* some 20 microseconds: longer than any stage lasts once the tasks are taken */
+#define TEAM_SLEEP_NS 20000    /* then the thread waited for needs a core, perhaps this one */
+
+#if defined(__x86_64__)
+#define TEAM_PAUSE() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define TEAM_PAUSE() __asm__ volatile("yield")
+#else
+#define TEAM_PAUSE() ((void)0)
+#endif
+
+/* Room for so many stages; 0, or -1 without memory. */
+static inline int team_reserve(Team *team, size_t max_threads, size_t stages) {
+    team->stride = (max_threads + 1 + 15) / 16 * 16;  /* stages do not share a cache line */
+    team->capacity = stages;
+    team->counters = (uint32_t *)calloc(team->stride * stages, sizeof(uint32_t));
+    return team->counters == NULL ? -1 : 0;
+}
+
+/* Before a pass, while no thread is in one. */
+static inline void team_begin(Team *team, size_t threads) {
+    team->threads = threads;
+    team->stopped = 0;
+    memset(team->counters, 0, team->stride * team->capacity * sizeof *team->counters);
+}
+
+/* Give the pass up: every thread finishes the task it has and runs through the rest. */
+static inline void team_stop(Team *team) { __atomic_store_n(&team->stopped, 1, __ATOMIC_RELAXED); }
+
+static inline Worker team_worker(Team *team, size_t index) {
+    return (Worker){team, index, team->counters - team->stride, 0, 0, 0};
+}
+
+/* The worker's next stage, of n tasks; returns the task before the first, for `take`. */
+static inline ptrdiff_t stage(Worker *w, ptrdiff_t n) {
+    w->counters += w->team->stride;
+    w->n = (size_t)n;
+    w->share = w->taken = 0;
+    return -1;
+}
+
+static inline void stage_wait(const Worker *w) {
+    struct timespec nap = {0, TEAM_SLEEP_NS};
+    for (size_t spins = 0; __atomic_load_n(w->counters, __ATOMIC_ACQUIRE) < w->n; spins++) {
+        if (__atomic_load_n(&w->team->stopped, __ATOMIC_RELAXED)) return;
+        if (spins < TEAM_SPINS) TEAM_PAUSE();
+        else nanosleep(&nap, NULL);
+    }
+}
+
+/* Another task of the stage, in *task; 0 when all are done, by whomever. */
+static inline int take(Worker *w, ptrdiff_t *task) {
+    size_t threads = w->team->threads;
+    if (__atomic_load_n(&w->team->stopped, __ATOMIC_RELAXED)) return 0;
+    for (; w->share < threads; w->share++) {
+        size_t owner = (w->index + w->share) % threads;
+        size_t first = owner * w->n / threads, end = (owner + 1) * w->n / threads;
+        size_t i = first + (first < end ? __atomic_fetch_add(w->counters + 1 + owner, 1, __ATOMIC_RELAXED) : 0);
+        if (i < end) {
+            w->taken++;
+            *task = (ptrdiff_t)i;
+            return 1;
+        }
+    }
+    if (w->taken) __atomic_fetch_add(w->counters, (uint32_t)w->taken, __ATOMIC_RELEASE);
+    stage_wait(w);
+    return 0;
+}
+
+#endif
