@@ -34,7 +34,7 @@ typedef struct {
     size_t share, taken;   /* shares it has found empty; tasks it took */
 } Worker;
 
-#define TEAM_SPINS 2000        /* some 20 microseconds: longer than any stage lasts once the tasks are taken */
+#define TEAM_SPINS 1000        /* some 10 microseconds: longer than any stage lasts once the tasks are taken */
 #define TEAM_SLEEP_NS 20000    /* then the thread waited for needs a core, perhaps this one */
 
 #if defined(__x86_64__)
