@@ -59,18 +59,28 @@ static void rmsnorm(float *y, const float *x, const float *weight, size_t n, flo
 }
 
 static void quantize(Int8Rows *row, const float *x, size_t n, size_t group_size) {
-    for (size_t g = 0; g < n / group_size; g++, x += group_size) {
-        f32x16 largest = f32_set(0);
-        for (size_t i = 0; i < group_size; i += 16) largest = f32_max(largest, f32_abs(f32_load(x + i)));
-        float max = f32_max_lanes(largest);
-        float inverse = max < 1e-30f ? 0.0f : 127.0f / max;
-        int8_t *codes = row->codes + g * group_size;
-        for (size_t i = 0; i < group_size; i += 16)
-            f32_store_i8(codes + i, f32_round(f32_mul(f32_load(x + i), f32_set(inverse))));
-        int32_t sum = 0;
-        for (size_t i = 0; i < group_size; i++) sum += codes[i];
-        row->scales[g] = max < 1e-30f ? 0.0f : max / 127.0f;
-        row->sums[g] = 128 * sum;
+    for (size_t g = 0; g < n / group_size; g += 16) {  /* 16 groups at a time: their divisions are done together */
+        size_t n_groups = n / group_size - g < 16 ? n / group_size - g : 16;
+        float max[16] = {0}, inverse[16];
+        for (size_t i = 0; i < n_groups; i++) {
+            const float *group = x + (g + i) * group_size;
+            f32x16 largest = f32_set(0);
+            for (size_t c = 0; c < group_size; c += 16) largest = f32_max(largest, f32_abs(f32_load(group + c)));
+            max[i] = f32_max_lanes(largest);
+        }
+        for (size_t i = 0; i < 16; i++) inverse[i] = 127.0f / (max[i] < 1e-30f ? INFINITY : max[i]);
+        for (size_t i = 0; i < 16; i++) max[i] = (max[i] < 1e-30f ? 0.0f : max[i]) / 127.0f;
+        memcpy(row->scales + g, max, n_groups * sizeof *max);
+        for (size_t i = 0; i < n_groups; i++) {
+            size_t first = (g + i) * group_size;
+            f32x16 sum = f32_set(0);  /* of integers, and so small that it is exact */
+            for (size_t c = first; c < first + group_size; c += 16) {
+                f32x16 code = f32_round(f32_mul(f32_load(x + c), f32_set(inverse[i])));
+                f32_store_i8(row->codes + c, code);
+                sum = f32_add(sum, code);
+            }
+            row->sums[g + i] = 128 * (int32_t)f32_sum_lanes(sum);
+        }
     }
 }
 
@@ -142,37 +152,50 @@ static void rope(float *x, const float *cosine, const float *sine, size_t head_d
 /* ---------------------------------------------------------------------------- */
 /* Matrix products */
 
-/* One tile row times T tokens of activations, T and R tile rows at a time (both constants after inlining). */
-INLINE void matmul_int8_block(const size_t R, const size_t T, float *y, size_t stride, const Int8Rows *x, size_t token,
-                              const uint8_t *tiles, size_t n_rows, size_t columns, size_t group_size) {
-    size_t n_groups = columns / group_size, tile_row = n_groups * TILE_BYTES(group_size);
+/* A matrix of codes as tiles of 16 rows and group_size columns, (group_size / 4, 16, 4). If `scaled`, the fp16 scales of
+   the rows are behind the codes of each tile; or else they are 1. */
+typedef struct {
+    const uint8_t *tiles;
+    size_t next_rows, next_group;  /* bytes from a tile to that of the next 16 rows, of the next columns */
+    size_t n_rows, n_groups, group_size;
+} Tiles;
+
+/* y = R tile rows of w times T tokens of x, from `row` and `token` on. */
+INLINE void matmul_int8_block(const size_t R, const size_t T, float *y, size_t stride, const Int8Rows *x, size_t columns,
+                              size_t token, const Tiles *w, const int scaled, size_t row) {
+    size_t x_groups = columns / w->group_size, n_rows = w->n_rows - row;
+    const uint8_t *tiles = w->tiles + row / 16 * w->next_rows;
+    const int8_t *codes = x->codes + token * columns;
+    y += token * stride + row;
     f32x16 sum[MATMUL_TILES][MATMUL_TOKENS];
     UNROLL for (size_t r = 0; r < R; r++) UNROLL for (size_t t = 0; t < T; t++) {
         sum[r][t] = f32_set(0);
-        __builtin_prefetch(y + (token + t) * stride + r * 16, 1);  /* the results go far apart: ask for their lines now */
+        __builtin_prefetch(y + t * stride + r * 16, 1);  /* the results go far apart: ask for their lines now */
     }
-    const int8_t *codes = x->codes + token * columns;
-    for (size_t g = 0; g < n_groups; g++, tiles += TILE_BYTES(group_size), codes += group_size) {
-        const float *scales = x->scales + token * n_groups + g;
+    for (size_t g = 0; g < w->n_groups; g++, tiles += w->next_group, codes += w->group_size) {
+        const float *scales = x->scales + token * x_groups + g;
         i32x16 dot[MATMUL_TILES][MATMUL_TOKENS];
         UNROLL for (size_t t = 0; t < T; t++)
-            UNROLL for (size_t r = 0; r < R; r++) dot[r][t] = dot_start(x->sums[(token + t) * n_groups + g]);
-        for (size_t c = 0; c < group_size; c += 4) {
-            i8x64 w[MATMUL_TILES];
-            UNROLL for (size_t r = 0; r < R; r++) w[r] = codes_load((const int8_t *)tiles + r * tile_row + c * 16);
+            UNROLL for (size_t r = 0; r < R; r++) dot[r][t] = dot_start(x->sums[(token + t) * x_groups + g]);
+        for (size_t c = 0; c < w->group_size; c += 4) {
+            i8x64 part[MATMUL_TILES];
+            UNROLL for (size_t r = 0; r < R; r++) part[r] = codes_load((const int8_t *)tiles + r * w->next_rows + c * 16);
             UNROLL for (size_t t = 0; t < T; t++) {
                 i8x4 a = activations_load(codes + t * columns + c);
-                UNROLL for (size_t r = 0; r < R; r++) dot[r][t] = dot_4(dot[r][t], w[r], a);
+                UNROLL for (size_t r = 0; r < R; r++) dot[r][t] = dot_4(dot[r][t], part[r], a);
             }
         }
         UNROLL for (size_t r = 0; r < R; r++) {
-            f32x16 scale = f32_load_f16((const uint16_t *)(tiles + r * tile_row + 16 * group_size));
-            UNROLL for (size_t t = 0; t < T; t++)
-                sum[r][t] = f32_fma(f32_from_i32(dot[r][t]), f32_mul(scale, f32_set(scales[t * n_groups])), sum[r][t]);
+            f32x16 scale = f32_set(1);
+            if (scaled) scale = f32_load_f16((const uint16_t *)(tiles + r * w->next_rows + 16 * w->group_size));
+            UNROLL for (size_t t = 0; t < T; t++) {
+                f32x16 factor = f32_set(scales[t * x_groups]);
+                sum[r][t] = f32_fma(f32_from_i32(dot[r][t]), scaled ? f32_mul(scale, factor) : factor, sum[r][t]);
+            }
         }
     }
     UNROLL for (size_t r = 0; r < R; r++) UNROLL for (size_t t = 0; t < T; t++) {
-        float *out = y + (token + t) * stride + r * 16;
+        float *out = y + t * stride + r * 16;
         if (n_rows >= r * 16 + 16) f32_store(out, sum[r][t]);
         else store_part(out, sum[r][t], n_rows - r * 16);
     }
@@ -200,10 +223,10 @@ static void matvec_int8(float *y, const Int8Rows *x, const uint8_t *tiles, size_
 }
 
 /* R tile rows times all tokens: MATMUL_TOKENS at a time, then what is left. */
-INLINE void matmul_int8_rows(const size_t R, float *y, size_t stride, const Int8Rows *x, size_t n_tokens,
-                             const uint8_t *tiles, size_t n_rows, size_t columns, size_t group_size) {
+INLINE void matmul_int8_rows(const size_t R, float *y, size_t stride, const Int8Rows *x, size_t columns, size_t n_tokens,
+                             const Tiles *w, const int scaled, size_t row) {
     size_t token = 0;
-#define BLOCK(T) matmul_int8_block(R, T, y, stride, x, token, tiles, n_rows, columns, group_size)
+#define BLOCK(T) matmul_int8_block(R, T, y, stride, x, columns, token, w, scaled, row)
     for (; token + MATMUL_TOKENS <= n_tokens; token += MATMUL_TOKENS) BLOCK(MATMUL_TOKENS);
     switch (n_tokens - token) {
 #if MATMUL_TOKENS > 4
@@ -221,17 +244,20 @@ INLINE void matmul_int8_rows(const size_t R, float *y, size_t stride, const Int8
 #undef BLOCK
 }
 
+/* y (n_tokens, w->n_rows) = x w^T; rows of x are `columns` long, of y `stride`. */
+INLINE void matmul_int8_tiles(float *y, size_t stride, const Int8Rows *x, size_t columns, size_t n_tokens, const Tiles *w, const int scaled) {
+    size_t row = 0;
+    for (; row + 16 * (MATMUL_TILES - 1) < w->n_rows; row += 16 * MATMUL_TILES)
+        matmul_int8_rows(MATMUL_TILES, y, stride, x, columns, n_tokens, w, scaled, row);
+    for (; row < w->n_rows; row += 16) matmul_int8_rows(1, y, stride, x, columns, n_tokens, w, scaled, row);
+}
+
 static void matmul_int8(float *y, size_t stride, const Int8Rows *x, size_t n_tokens, const uint8_t *tiles,
                         size_t n_rows, size_t columns, size_t group_size) {
-    if (n_tokens == 1) {
-        matvec_int8(y, x, tiles, n_rows, columns, group_size);
-        return;
-    }
-    size_t tile_row = columns / group_size * TILE_BYTES(group_size), row = 0;
-    for (; row + 16 * (MATMUL_TILES - 1) < n_rows; row += 16 * MATMUL_TILES)
-        matmul_int8_rows(MATMUL_TILES, y + row, stride, x, n_tokens, tiles + row / 16 * tile_row, n_rows - row, columns, group_size);
-    for (; row < n_rows; row += 16)
-        matmul_int8_rows(1, y + row, stride, x, n_tokens, tiles + row / 16 * tile_row, n_rows - row, columns, group_size);
+    size_t n_groups = columns / group_size;
+    Tiles w = {tiles, n_groups * TILE_BYTES(group_size), TILE_BYTES(group_size), n_rows, n_groups, group_size};
+    if (n_tokens == 1) matvec_int8(y, x, tiles, n_rows, columns, group_size);
+    else matmul_int8_tiles(y, stride, x, columns, n_tokens, &w, 1);
 }
 
 /* T tokens of float activations times one tile row. */
@@ -378,9 +404,10 @@ INLINE void values_rows(const size_t Q, float *o, const float *p, const char *va
         if (seen[r] > seen[0]) add_values(1, o + r * width, p + r * KV_BLOCK, values, seen[0], seen[r], width, type);
 }
 
-/* o (rows, width) += p v, each row over the positions it has seen */
+/* o (rows, width) = p v, each row over the positions it has seen */
 INLINE void values_float(float *o, const float *p, size_t rows, const char *values, const size_t *seen, size_t width, KVType type) {
     size_t r = 0;
+    memset(o, 0, rows * width * sizeof *o);
     for (; r + ATTEND_QUERIES <= rows; r += ATTEND_QUERIES)
         values_rows(ATTEND_QUERIES, o + r * width, p + r * KV_BLOCK, values, seen + r, width, type);
     for (; ATTEND_QUERIES > 2 && r + 2 <= rows; r += 2) values_rows(2, o + r * width, p + r * KV_BLOCK, values, seen + r, width, type);
@@ -421,39 +448,16 @@ static void scale_weights(float *p, const char *values, size_t seen, size_t end,
     for (size_t j = seen; j < end; j++) p[j] = 0;
 }
 
-/* o[r] += p v over n positions of a group, for T rows and the 16 dimensions of the codes */
-INLINE void values_int8_block(const size_t T, float *o, size_t width, const Int8Rows *p, size_t row, size_t group, const int8_t *codes, size_t n) {
-    const size_t n_groups = KV_BLOCK / VALUE_GROUP;
-    i32x16 dot[4];
-    UNROLL for (size_t t = 0; t < T; t++) dot[t] = dot_start(p->sums[(row + t) * n_groups + group]);
-    for (size_t j = 0; j < n; j += 4) {
-        i8x64 v = codes_load(codes + j * 16);
-        UNROLL for (size_t t = 0; t < T; t++)
-            dot[t] = dot_4(dot[t], v, activations_load(p->codes + (row + t) * KV_BLOCK + group * VALUE_GROUP + j));
-    }
-    UNROLL for (size_t t = 0; t < T; t++) {
-        float *out = o + (row + t) * width;
-        f32_store(out, f32_fma(f32_from_i32(dot[t]), f32_set(p->scales[(row + t) * n_groups + group]), f32_load(out)));
-    }
-}
-
-/* o (rows, width) += p v over the first `filled` positions of a block: all rows take a group of values before the next */
+/* o (rows, width) = p v over the first `filled` positions of a block */
 static void values_int8(float *o, const Int8Rows *p8, float *p, size_t rows, const char *values, const size_t *seen, size_t filled, size_t width) {
     size_t n_groups = (filled + VALUE_GROUP - 1) / VALUE_GROUP;
     for (size_t r = 0; r < rows; r++) {
         scale_weights(p + r * KV_BLOCK, values, seen[r], n_groups * VALUE_GROUP, width);
         quantize_into(p8, r, p + r * KV_BLOCK, n_groups * VALUE_GROUP, KV_BLOCK, VALUE_GROUP);
     }
-    for (size_t group = 0; group < n_groups; group++, values += VALUE_GROUP_BYTES(width)) {
-        size_t left = filled - group * VALUE_GROUP, n = left < VALUE_GROUP ? left : VALUE_GROUP;
-        for (size_t d = 0; d < width; d += 16) {
-            const int8_t *codes = (const int8_t *)values + d * VALUE_GROUP;
-            size_t r = 0;
-            for (; r + 4 <= rows; r += 4) values_int8_block(4, o + d, width, p8, r, group, codes, n);
-            for (; r + 2 <= rows; r += 2) values_int8_block(2, o + d, width, p8, r, group, codes, n);
-            for (; r < rows; r++) values_int8_block(1, o + d, width, p8, r, group, codes, n);
-        }
-    }
+    /* dimensions are rows, positions columns; those beyond `filled` have weight 0 */
+    Tiles w = {(const uint8_t *)values, 16 * VALUE_GROUP, VALUE_GROUP_BYTES(width), width, n_groups, VALUE_GROUP};
+    matmul_int8_tiles(o, width, p8, KV_BLOCK, rows, &w, 0);
 }
 
 /* ---- softmax and both products over all blocks */
@@ -525,7 +529,6 @@ INLINE void attend(const Attention *a, KVType type) {
             if (seen[r]) block_sum[r] = exponentiate(p + r * KV_BLOCK, seen[r], &block_max[r]);
         }
 
-        memset(o, 0, rows * width * sizeof *o);
         if (type == KV_I8) values_int8(o, &p8, p, rows, values, seen, filled, width);
         else values_float(o, p, rows, values, seen, width, type);
 
