@@ -160,9 +160,11 @@ typedef struct {
     size_t n_rows, n_groups, group_size;
 } Tiles;
 
-/* y = R tile rows of w times T tokens of x, from `row` and `token` on. */
+/* y = R tile rows of w times T tokens of x, from `row` and `token` on;
+   of the memory `ahead`, ahead_bytes are asked for in each group. */
 INLINE void matmul_int8_block(const size_t R, const size_t T, float *y, size_t stride, const Int8Rows *x, size_t columns,
-                              size_t token, const Tiles *w, const int scaled, size_t row) {
+                              size_t token, const Tiles *w, const int scaled, size_t row,
+                              const uint8_t *ahead, size_t ahead_bytes) {
     size_t x_groups = columns / w->group_size, n_rows = w->n_rows - row;
     const uint8_t *tiles = w->tiles + row / 16 * w->next_rows;
     const int8_t *codes = x->codes + token * columns;
@@ -173,6 +175,7 @@ INLINE void matmul_int8_block(const size_t R, const size_t T, float *y, size_t s
         __builtin_prefetch(y + t * stride + r * 16, 1);  /* the results go far apart: ask for their lines now */
     }
     for (size_t g = 0; g < w->n_groups; g++, tiles += w->next_group, codes += w->group_size) {
+        for (size_t line = 0; line < ahead_bytes; line += 64) __builtin_prefetch(ahead + g * ahead_bytes + line, 0, 2);
         const float *scales = x->scales + token * x_groups + g;
         i32x16 dot[MATMUL_TILES][MATMUL_TOKENS];
         UNROLL for (size_t t = 0; t < T; t++)
@@ -225,9 +228,15 @@ static void matvec_int8(float *y, const Int8Rows *x, const uint8_t *tiles, size_
 /* R tile rows times all tokens: MATMUL_TOKENS at a time, then what is left. */
 INLINE void matmul_int8_rows(const size_t R, float *y, size_t stride, const Int8Rows *x, size_t columns, size_t n_tokens,
                              const Tiles *w, const int scaled, size_t row) {
+    /* the tiles of the next rows are asked for while these are used, some in each block and group: memory never waits */
+    size_t parts = (n_tokens + MATMUL_TOKENS - 1) / MATMUL_TOKENS * w->n_groups;
+    size_t ahead_bytes = scaled ? (R * w->next_rows + parts - 1) / parts : 0;
+    const uint8_t *ahead = w->tiles + (row / 16 + R) * w->next_rows;
     size_t token = 0;
-#define BLOCK(T) matmul_int8_block(R, T, y, stride, x, columns, token, w, scaled, row)
-    for (; token + MATMUL_TOKENS <= n_tokens; token += MATMUL_TOKENS) BLOCK(MATMUL_TOKENS);
+#define BLOCK(T) \
+    matmul_int8_block(R, T, y, stride, x, columns, token, w, scaled, row, ahead, ahead_bytes); \
+    ahead += w->n_groups * ahead_bytes
+    for (; token + MATMUL_TOKENS <= n_tokens; token += MATMUL_TOKENS) { BLOCK(MATMUL_TOKENS); }
     switch (n_tokens - token) {
 #if MATMUL_TOKENS > 4
         case 5: BLOCK(5); break;
