@@ -1348,7 +1348,7 @@ def read_bandwidth(data, int threads=1):
         raise ValueError(f"{len(data)} bytes are too few to time, at least 64 are needed")
     start = &words[0]
     begin = time.perf_counter()
-    for i in prange(tasks, nogil=True, schedule="dynamic", num_threads=threads, use_threads_if=not forked):
+    for i in prange(tasks, nogil=True, schedule="static", num_threads=threads, use_threads_if=not forked):
         all_folded ^= fold(start + i * step, min(step, n - i * step))
     seconds = time.perf_counter() - begin
     folded = all_folded

@@ -351,12 +351,21 @@ INLINE f32x16 load_kv(const char *p, size_t index, KVType type) {
     return type == KV_F16 ? f32_load_f16((const uint16_t *)p + index) : f32_load((const float *)p + index);
 }
 
+/* Ask for n values that lie `distance` values behind `index`: a cache is read once a token, in streams too short for the
+   hardware to foresee. */
+#define AHEAD_POSITIONS 16
+INLINE void ask_ahead(const char *p, size_t index, size_t distance, size_t n, KVType type) {
+    size_t size = type == KV_F16 ? 2 : 4;
+    for (size_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(p + (index + distance) * size + byte, 0, 3);
+}
+
 /* score[r][16 s + lane] for Q query rows and V vectors of 16 positions, from the first position of `keys` */
 INLINE void scores_block(const size_t Q, const size_t V, float *scores, const float *const *q, const char *keys,
                          size_t vector, size_t head_dim, KVType type) {
     f32x16 sum[ATTEND_QUERIES][ATTEND_VECTORS];
     UNROLL for (size_t r = 0; r < Q; r++) UNROLL for (size_t v = 0; v < V; v++) sum[r][v] = f32_set(0);
     for (size_t d = 0; d < head_dim; d++) {
+        ask_ahead(keys, (vector * head_dim + d * V) * 16, V * head_dim * 16, V * 16, type);
         f32x16 k[ATTEND_VECTORS];
         UNROLL for (size_t v = 0; v < V; v++) k[v] = load_kv(keys, ((vector + v) * head_dim + d) * 16, type);
         UNROLL for (size_t r = 0; r < Q; r++) {
@@ -389,6 +398,7 @@ INLINE void values_block(const size_t Q, const size_t V, float *o, const float *
     f32x16 sum[ATTEND_QUERIES][ATTEND_VECTORS];
     UNROLL for (size_t r = 0; r < Q; r++) UNROLL for (size_t v = 0; v < V; v++) sum[r][v] = f32_load(o + r * width + d + v * 16);
     for (size_t j = from; j < to; j++) {
+        ask_ahead(values, j * width + d, AHEAD_POSITIONS * width, V * 16, type);
         f32x16 x[ATTEND_VECTORS];
         UNROLL for (size_t v = 0; v < V; v++) x[v] = load_kv(values, j * width + d + v * 16, type);
         UNROLL for (size_t r = 0; r < Q; r++) {
