@@ -562,6 +562,7 @@ class ModelWriter:
         self._checksums: list[int] = []
         self._crc = 0
         self._written = 0  # bytes of the tensor region
+        self._temporary = self._new_name()
 
     @property
     def file_size(self) -> int:
@@ -615,12 +616,15 @@ class ModelWriter:
     def _create_temporary(self) -> None:
         """Open a locked file beside the target: the lock tells it from what a killed writer left behind."""
         while True:
-            self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
             self._file = open(self._temporary, "xb")
             _lock(self._file, wait=True)
             if os.fstat(self._file.fileno()).st_nlink:
                 return
             self._file.close()  # another writer found it before it was locked, and removed it
+            self._temporary = self._new_name()
+
+    def _new_name(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
 
     def _remove_leftovers(self) -> None:
         pattern = re.compile(rf"\.{re.escape(self.path.name)}\.[0-9a-f]{{8}}\.tmp")
