@@ -755,6 +755,7 @@ cdef bint interrupted() noexcept nogil:
 
 
 cdef int raise_pending() except -1:
+    """Hand on the exception that `interrupted` left."""
     return -1
 
 
