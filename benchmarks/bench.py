@@ -13,6 +13,8 @@ anything is timed our logits must be those of the scalar kernels to the bit, and
     pp, tg        a prompt of --prompts tokens; --decode tokens one by one, and loop: sampled, as a user gets them
     depth         the same from position --depths on
     batch         --batches sessions that decode together
+    mixed         one pass that reads a prompt and decodes a token of other sessions, against both apart
+    neighbour     what is left of pp and tg while another process spins on one of our cores
     load          seconds from the start of a process to its first token, the file being cached
     memory        resident after all that, mapped weights included
     export        source bytes a second, the source being cached
@@ -25,6 +27,7 @@ multiply-adds of matrices and attention; % of limit, see qwen3c/bench.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -32,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,12 +49,22 @@ from qwen3c.bench import CHAT, COLUMNS, Machine, Series, Test
 from qwen3c.cpu import cpu_name, default_threads
 from qwen3c.export import export
 from qwen3c.format import ModelFile
+from qwen3c.memory import ROWS
 
 OURS = "qwen3c"
-TESTS = ("pp", "tg", "depth", "batch", "load", "memory", "export", "sampler")
+TESTS = ("pp", "tg", "depth", "batch", "mixed", "neighbour", "load", "memory", "export", "sampler")
 SAMPLED_TOKENS = 151936  # the vocabulary of Qwen3
 AGREEING = 8  # prompts of so many tokens that every engine continues, to see that all have the same model
 PROMPT = "The first word of"
+
+SPIN = """
+import os
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+print("spinning", flush=True)
+while True:
+    pass
+"""
 
 RUN_OURS = "from qwen3c.run import main; raise SystemExit(main())"
 
@@ -117,6 +130,10 @@ def tests_of(args: argparse.Namespace) -> list[Test]:
     return tests
 
 
+def neighbour_tests(args: argparse.Namespace) -> list[Test]:
+    return [Test("pp", args.prompts[0]), Test("tg", args.decode)] if "neighbour" in args.tests else []
+
+
 def run_setting(
     args: argparse.Namespace, race: Race, models: dict[str, Path], keep: Callable[[], None]
 ) -> None:
@@ -143,6 +160,10 @@ def run_setting(
                 series.work = bench.work(config, setting.kv, test)
         race.series += taken
         keep()
+    if "mixed" in args.tests:
+        race.figures += mixed(args.pairs, contenders[0], max(args.batches), config.context)
+    for test in neighbour_tests(args):
+        race.figures += [beside_neighbour(args.pairs, contender, test) for contender in contenders]
     if "memory" in args.tests:
         race.figures += memory(contenders)
     for contender in contenders:
@@ -186,6 +207,42 @@ def take_turns(
             series[name].bandwidth.append(machine.bandwidth[-1])
             series[name].peak.append(machine.peak[-1])
     return list(series.values())
+
+
+def mixed(pairs: int, ours: Contender, sessions: int, context: int) -> list[Figure]:
+    """A pass full of rows, those of a prompt and one of each session: its time, and that of two passes in its place."""
+    sessions = min(sessions, ROWS // 2)
+    together = Test("mix", min(ROWS - sessions, context), batch=sessions)
+    apart = Test("pp", together.n), Test("tg", 1, batch=sessions)
+    note(f"mixed, {pairs} pairs")
+    values = []
+    for seed in range(pairs + 1):
+        whole, parts = ours.seconds(together, seed), sum(ours.seconds(test, seed) for test in apart)
+        values.append(100 * whole / parts)
+    what = f"a pass of {together.n} rows of a prompt and {sessions} that decode"
+    return [Figure(what, OURS, "% of both apart", values[1:])]
+
+
+def beside_neighbour(pairs: int, contender: Contender, test: Test) -> Figure:
+    note(f"{test.name} of {contender.name} beside a neighbour, {pairs} pairs")
+    values = []
+    for seed in range(pairs + 1):
+        quiet = contender.seconds(test, seed)
+        with neighbour():
+            values.append(100 * quiet / contender.seconds(test, seed))
+    return Figure(f"{test.name} beside a neighbour", contender.name, "% of the quiet rate", values[1:])
+
+
+@contextlib.contextmanager
+def neighbour() -> Iterator[None]:
+    """Another process that spins on one of the cores that are ours."""
+    with subprocess.Popen([sys.executable, "-c", SPIN], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout
+            process.stdout.readline()  # it has begun
+            yield
+        finally:
+            process.kill()
 
 
 def memory(contenders: Sequence[Contender]) -> list[Figure]:
@@ -365,7 +422,7 @@ def run(args: argparse.Namespace, work: Path) -> None:
         note(f"exporting {source.name}")
         export(source, ours, group_size=args.group_size)
     file, tests = ModelFile(ours), tests_of(args)
-    longest = max((test.depth + test.n for test in tests), default=AGREEING)
+    longest = max((test.depth + test.n for test in tests + neighbour_tests(args)), default=AGREEING)
     if longest > file.config.context:
         raise ValueError(f"{longest} positions are needed, the model has {file.config.context}")
     for kv in args.kv:

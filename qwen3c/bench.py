@@ -46,7 +46,7 @@ CHAT: dict[str, Any] = {**RECOMMENDED[False], "seed": 1}
 class Test:
     """n tokens of each of `batch` sequences, from position `depth` on."""
 
-    kind: str  # pp, tg or loop
+    kind: str  # pp, tg, loop; mix: n tokens of a prompt in one pass with one token of each of `batch` other sequences
     n: int
     depth: int = 0
     batch: int = 1
@@ -149,11 +149,12 @@ class Player:
         ids = random.integers(0, self.model.config.n_tokens, (test.batch, test.n), np.int32)
         if test.kind == "loop":
             return self._loop(test.n, ids[0, :1].tolist())
+        if test.kind == "mix":
+            *decoding, reading = self._at(test.depth, test.batch + 1)
+            return self._pass([*zip(decoding, ids[:, :1], strict=True), (reading, ids[0])])
         sessions = self._at(test.depth, test.batch)
         if test.kind == "pp":
-            begin = time.perf_counter()
-            self.model.forward(list(zip(sessions, ids, strict=True)))
-            return time.perf_counter() - begin
+            return self._pass(list(zip(sessions, ids, strict=True)))
         begin = time.perf_counter()
         for i in range(test.n):
             self.model.forward(list(zip(sessions, ids[:, i : i + 1], strict=True)))
@@ -162,6 +163,11 @@ class Player:
     def greedy(self, ids: Sequence[int], n: int) -> list[int]:
         """The n most likely tokens after `ids`, each after those before it."""
         return greedy(self.model, ids, n)
+
+    def _pass(self, batch: list[tuple[engine.Session, Any]]) -> float:
+        begin = time.perf_counter()
+        self.model.forward(batch)
+        return time.perf_counter() - begin
 
     def _at(self, depth: int, batch: int) -> list[engine.Session]:
         """So many sessions at position `depth`, with random tokens behind them."""

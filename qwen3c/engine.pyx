@@ -51,7 +51,7 @@ cdef extern from "kernels/team.h" nogil:
         uint32_t *counters
         int stopped
     ctypedef struct Worker:
-        size_t index
+        size_t index, stages
     int team_reserve(Team *team, size_t max_threads, size_t stages)
     void team_begin(Team *team, size_t threads)
     void team_stop(Team *team)
@@ -126,10 +126,6 @@ cdef Py_ssize_t SERIAL_WORK = 8_000_000
 cdef Py_ssize_t TASK_BYTES = 64 * 1024  # of weights
 cdef Py_ssize_t TASK_ROWS = 4  # of activations
 cdef Py_ssize_t TASK_COLUMNS = 1024  # of one row in the feed-forward, or a little more: whole groups
-
-# Stages of a layer at most (a mixture's), and of a pass beside those of its layers: count them in `forward`.
-cdef Py_ssize_t LAYER_STAGES = 17
-cdef Py_ssize_t PASS_STAGES = 4
 
 # Bytes of memory and rounds of dot products that one thread takes at a time when the machine's limits are measured.
 cdef Py_ssize_t READ_BYTES = 256 * 1024
@@ -428,7 +424,8 @@ cdef class Model:
         self.t.layers = <LayerTrace *>calloc(self.n_layers, sizeof(LayerTrace))
         if self.t.layers == NULL:
             raise MemoryError(f"no memory for {self.n_layers} layers")
-        if team_reserve(&self.team, self.threads, PASS_STAGES + LAYER_STAGES * self.n_layers):
+        team_stop(&self.team)  # so that this pass does nothing but count its stages
+        if team_reserve(&self.team, self.threads, forward(self, 0, NULL, 0, NULL, 0, NULL, 0, False, NULL)):
             raise MemoryError(f"no memory for {self.threads} threads")
         self._reserve(1)
 
@@ -796,8 +793,8 @@ cdef void matmul_tiles(
 cdef void matmul(Model m, Worker *worker, float *y, const float *x, Py_ssize_t n, const Matrix *w) noexcept nogil:
     """y (n, rows) = x (n, columns) w^T; x is taken from xq instead, where it was quantised, if activations are int8."""
     cdef Group all_rows = Group(0, n, 0)
-    cdef Py_ssize_t one = 1
-    matmul_groups(m, worker, y, x, &all_rows, &one, 1, w)
+    cdef Py_ssize_t n_groups = min(n, 1)
+    matmul_groups(m, worker, y, x, &all_rows, &n_groups, n_groups, w)
 
 
 cdef void matmul_groups(
@@ -1104,7 +1101,7 @@ cdef void feed_forward(Model m, Worker *worker, const Layer *layer, const LayerT
 # ----------------------------------------------------------------------------
 # The forward pass
 
-cdef void forward(
+cdef size_t forward(
     Model m,
     size_t thread,
     const int32_t *tokens,  # (n,)
@@ -1116,6 +1113,7 @@ cdef void forward(
     bint hidden,  # stop before the product with the vocabulary
     float *out,  # (n_wanted, vocab_size) logits, or (n_wanted, dim) if hidden
 ) noexcept nogil:
+    """One pass, as one of its threads; returns how many stages it has."""
     cdef RunState *s = &m.s
     cdef Worker self = team_worker(&m.team, thread)
     cdef Worker *w = &self
@@ -1156,10 +1154,11 @@ cdef void forward(
 
     # the wanted rows only: final norm, then the product with the vocabulary
     rmsnorm(m, w, s.x, wanted, n_wanted, m.w.final_norm, m.t.final_norm)
-    if n_wanted and not hidden:
+    if not hidden:
         matmul(m, w, out, s.xb, n_wanted, &m.w.lm_head)
     elif n_wanted and thread == 0:
         memcpy(out, s.xb, n_wanted * m.dim * sizeof(float))
+    return self.stages
 
 
 cdef void read_out(Model m, size_t thread, const float *x, Py_ssize_t n, float *out) noexcept nogil:

@@ -27,7 +27,7 @@ MUTATIONS = {
     "a stage is left before it is whole": ("< w->n; spins++", "< 0; spins++"),
     "the others' shares are left": ("for (; w->share < threads; w->share++)", "for (; w->share < 1; w->share++)"),
     "a share is taken twice": ("__atomic_fetch_add(w->counters + 1 + owner, 1,", "__atomic_fetch_add(w->counters + 1 + w->index, 1,"),
-    "the count of a stage is kept": ("w->counters += w->team->stride;", ""),
+    "the count of a stage is kept": ("w->team->stride * w->stages++", "w->team->stride * (w->stages++ > 0)"),
     "a pass begins where the last ended": ("memset(team->counters, 0,", "memset(team->counters, 0, 0 *"),
 }  # fmt: skip
 

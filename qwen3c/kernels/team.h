@@ -29,8 +29,9 @@ typedef struct {
 typedef struct {
     Team *team;
     size_t index;          /* of the thread */
-    uint32_t *counters;    /* of the stage it is in */
-    size_t n;              /* tasks of that stage */
+    size_t stages;         /* it has begun */
+    uint32_t *counters;    /* of the last of them */
+    size_t n;              /* tasks of that */
     size_t share, taken;   /* shares it has found empty; tasks it took */
 } Worker;
 
@@ -60,16 +61,17 @@ static inline void team_begin(Team *team, size_t threads) {
     memset(team->counters, 0, team->stride * team->capacity * sizeof *team->counters);
 }
 
-/* Give the pass up: every thread finishes the task it has and runs through the rest. */
+/* Give the pass up: every thread finishes the task it has and runs through the rest. In a team without room for stages, whose
+   pass was given up before it began, a worker's `stages` after it are how many to reserve. */
 static inline void team_stop(Team *team) { __atomic_store_n(&team->stopped, 1, __ATOMIC_RELAXED); }
 
 static inline Worker team_worker(Team *team, size_t index) {
-    return (Worker){team, index, team->counters - team->stride, 0, 0, 0};
+    return (Worker){.team = team, .index = index};
 }
 
 /* The worker's next stage, of n tasks; returns the task before the first, for `take`. */
 static inline ptrdiff_t stage(Worker *w, ptrdiff_t n) {
-    w->counters += w->team->stride;
+    w->counters = w->team->counters + w->team->stride * w->stages++;
     w->n = (size_t)n;
     w->share = w->taken = 0;
     return -1;
