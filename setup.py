@@ -1,4 +1,4 @@
-"""Builds the engine: one Cython module over the C kernels (everything else is in pyproject.toml).
+"""Builds two Cython modules: the C kernels, and the engine that calls them (everything else is in pyproject.toml).
 
 Every instruction set is compiled in, each file names its own by a target pragma, and the widest one the CPU
 runs is chosen at run time. OpenMP is used if the compiler has it. Environment: QWEN3C_OPENMP=0 builds without it;
@@ -63,12 +63,19 @@ class BuildEngine(build_ext):
 
 KERNELS = Path("qwen3c/kernels")
 extra = shlex.split(os.environ.get("QWEN3C_CFLAGS", ""))
-engine = Extension(
-    "qwen3c.engine",
-    sources=["qwen3c/engine.pyx", *sorted(str(path) for path in KERNELS.glob("*.c"))],
-    depends=[str(path) for path in KERNELS.glob("*.h")],
-    extra_compile_args=CFLAGS + extra,
-    extra_link_args=[flag for flag in extra if flag.startswith("-fsanitize")],
-    libraries=["m"],
-)
-setup(ext_modules=cythonize([engine]), cmdclass={"build_ext": BuildEngine})
+headers = [str(path) for path in [*KERNELS.glob("*.h"), Path("qwen3c/kernels.pxd")]]
+
+
+def extension(name: str, sources: list[str]) -> Extension:
+    return Extension(
+        f"qwen3c.{name}",
+        sources=[f"qwen3c/{name}.pyx", *sources],
+        depends=headers,
+        extra_compile_args=CFLAGS + extra,
+        extra_link_args=[flag for flag in extra if flag.startswith("-fsanitize")],
+        libraries=["m"],
+    )
+
+
+modules = [extension("kernels", sorted(str(path) for path in KERNELS.glob("*.c"))), extension("engine", [])]
+setup(ext_modules=cythonize(modules), cmdclass={"build_ext": BuildEngine})

@@ -16,25 +16,29 @@ edge; inside nogil nothing can fail. What the kernels compute is written in kern
 """
 
 import fnmatch
-import math
 import operator
-import os
 import threading
-import time
 
 import numpy as np
 
-from . import BORROWED_VARIABLE
 from .cpu import default_threads
 from .format import KV_TYPES, ROPE_TENSOR, ROUTER, ModelFile
+from .kernels import (
+    ISA_NAMES, OPENMP, int8_peak, isa, log_sum_exp, quantize_tiles, read_bandwidth, runnable_isas, set_isa, softmax, top_k,
+)
 from .memory import available, in_huge_pages
 
 cimport cython
 from cython.parallel cimport prange
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int8_t, int32_t, uint8_t, uint32_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.math cimport sqrt
 from libc.string cimport memcpy, memset
+
+from .kernels cimport (
+    ATTENTION_ROWS, ATTENTION_SCRATCH, KV_BLOCK, KV_F16, KV_F32, KV_I8, TILE_BYTES,
+    Attention, Int8Rows, KVType, forked, kernels, key_bytes, value_bytes,
+)
 
 
 cdef extern from "<stdlib.h>" nogil:
@@ -42,7 +46,6 @@ cdef extern from "<stdlib.h>" nogil:
 
 
 cdef extern from "kernels/openmp.h" nogil:
-    int HAVE_OPENMP
     int team_size()
 
 
@@ -64,57 +67,6 @@ cdef extern from "Python.h" nogil:
     int CheckSignals "PyErr_CheckSignals"()  # an exception stays pending, for the end of the pass
 
 
-cdef extern from "kernels/kernels.h" nogil:
-    const Py_ssize_t KV_BLOCK
-    const Py_ssize_t ATTENTION_ROWS
-    Py_ssize_t ATTENTION_SCRATCH(Py_ssize_t head_dim)
-    Py_ssize_t TILE_BYTES(Py_ssize_t group_size)
-    ctypedef enum KVType:
-        KV_F32, KV_F16, KV_I8
-    Py_ssize_t key_bytes(KVType type, Py_ssize_t head_dim)
-    Py_ssize_t value_bytes(KVType type, Py_ssize_t head_dim)
-    ctypedef enum SourceType:
-        SOURCE_BF16, SOURCE_F16, SOURCE_F32
-    ctypedef struct Int8Rows:
-        int8_t *codes
-        float *scales
-        int32_t *sums
-    ctypedef struct Attention:
-        const float *q
-        float *out
-        size_t q_stride, out_stride, n_tokens, group, head_dim, position
-        char **blocks
-        size_t k_offset, v_offset
-        float *scratch
-        float *weights
-        size_t weights_token, weights_head
-    ctypedef struct QuantizationError:
-        double largest, error_square, square
-        int64_t bad
-    ctypedef struct Kernels:
-        const char *name
-        void (*rmsnorm)(float *, const float *, const float *, size_t, float) noexcept nogil
-        void (*quantize)(Int8Rows *, const float *, size_t, size_t) noexcept nogil
-        void (*matmul_int8)(float *, size_t, const Int8Rows *, size_t, const uint8_t *, size_t, size_t, size_t) noexcept nogil
-        void (*matmul_float32)(float *, size_t, const float *, size_t, const uint8_t *, size_t, size_t, size_t) noexcept nogil
-        void (*dequantize_row)(float *, const uint8_t *, size_t, size_t, size_t) noexcept nogil
-        void (*rope_angles)(float *, float *, const float *, size_t, size_t, float) noexcept nogil
-        void (*rope)(float *, const float *, const float *, size_t, float) noexcept nogil
-        void (*store_kv[3])(char *, char *, size_t, const float *, const float *, size_t) noexcept nogil
-        void (*attend[3])(const Attention *) noexcept nogil
-        void (*swiglu)(float *, const float *, const float *, size_t) noexcept nogil
-        void (*add)(float *, const float *, size_t) noexcept nogil
-        void (*add_scaled)(float *, const float *, size_t, float) noexcept nogil
-        void (*matvec)(float *, const float *, const float *, size_t, size_t) noexcept nogil
-        float (*exponentials)(float *, const float *, size_t, float) noexcept nogil
-        int (*top_k)(int32_t *, const float *, size_t, size_t) noexcept nogil
-        void (*quantize_tiles)(uint8_t *, const void **, SourceType, size_t, size_t, QuantizationError *) noexcept nogil
-        size_t (*int8_peak)(size_t) noexcept nogil
-    const Kernels *all_kernels[]
-    const Py_ssize_t n_kernels
-    int kernels_runnable(const Kernels *)
-
-
 # Rows one pass through the layers takes; longer prompts go in several. Large enough that reading a weight is
 # paid for by using it often, small enough that the buffers stay tens of megabytes.
 cdef Py_ssize_t MAX_ROWS = 256
@@ -126,57 +78,6 @@ cdef Py_ssize_t SERIAL_WORK = 8_000_000
 cdef Py_ssize_t TASK_BYTES = 64 * 1024  # of weights
 cdef Py_ssize_t TASK_ROWS = 4  # of activations
 cdef Py_ssize_t TASK_COLUMNS = 1024  # of one row in the feed-forward, or a little more: whole groups
-
-# Bytes of memory and rounds of dot products that one thread takes at a time when the machine's limits are measured.
-cdef Py_ssize_t READ_BYTES = 256 * 1024
-cdef size_t PEAK_ROUNDS = 1 << 15
-
-
-# ----------------------------------------------------------------------------
-# The instruction set: one table for the whole process
-
-cdef const Kernels *kernels = NULL
-
-ISA_NAMES = tuple([all_kernels[i].name.decode() for i in range(n_kernels)])
-OPENMP = bool(HAVE_OPENMP)
-
-
-def runnable_isas():
-    return tuple([all_kernels[i].name.decode() for i in range(n_kernels) if kernels_runnable(all_kernels[i])])
-
-
-def isa():
-    return kernels.name.decode()
-
-
-def set_isa(str name):
-    global kernels
-    if name not in runnable_isas():
-        known = "this CPU cannot run it" if name in ISA_NAMES else "there is no such instruction set"
-        raise ValueError(f"ISA {name!r}: {known} (runnable here: {', '.join(runnable_isas())})")
-    kernels = all_kernels[ISA_NAMES.index(name)]
-
-
-set_isa(runnable_isas()[-1])
-if BORROWED_VARIABLE:
-    os.environ.pop(BORROWED_VARIABLE, None)
-if os.environ.get("QWEN3C_ISA"):
-    try:
-        set_isa(os.environ["QWEN3C_ISA"])
-    except ValueError as error:
-        raise ImportError(f"QWEN3C_ISA: {error}") from None
-
-# After fork() the child has none of the OpenMP threads the runtime believes in and would wait for them for ever.
-cdef bint forked = False
-
-
-def _after_fork():
-    global forked
-    forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 # ----------------------------------------------------------------------------
@@ -1227,141 +1128,3 @@ def _token_ids(ids, Py_ssize_t vocab_size):
     if low < 0 or high >= vocab_size:
         raise ValueError(f"token id {low if low < 0 else high} is outside 0..{vocab_size - 1}")
     return np.ascontiguousarray(array, dtype=np.int32)
-
-
-# ----------------------------------------------------------------------------
-# For the sampler: the same bits on every machine
-
-def _logits(logits):
-    array = np.ascontiguousarray(logits, dtype=np.float32)
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"logits must have shape (n,), n >= 1, got {array.shape}")
-    return array
-
-
-def softmax(logits, double temperature=1.0):
-    if not temperature > 0:
-        raise ValueError(f"temperature = {temperature} is not positive")
-    cdef const float[::1] x = _logits(logits)
-    cdef float[::1] y = np.empty(x.shape[0], dtype=np.float32)
-    cdef float total = kernels.exponentials(&y[0], &x[0], x.shape[0], <float>(1.0 / temperature))
-    result = np.asarray(y)
-    result /= total
-    return result
-
-
-def log_sum_exp(logits):
-    cdef const float[::1] x = _logits(logits)
-    cdef float[::1] y = np.empty(x.shape[0], dtype=np.float32)
-    cdef float total = kernels.exponentials(&y[0], &x[0], x.shape[0], 1.0)
-    return float(np.max(x)) + math.log(total)
-
-
-def top_k(logits, Py_ssize_t k):
-    cdef const float[::1] x = _logits(logits)
-    if not 1 <= k <= x.shape[0]:
-        raise ValueError(f"k = {k} is outside 1..{x.shape[0]}")
-    cdef int32_t[::1] ids = np.empty(k, dtype=np.int32)
-    if kernels.top_k(&ids[0], &x[0], x.shape[0], k):
-        raise ValueError("the logits hold a NaN: the model file is damaged or its weights overflow")
-    return np.asarray(ids)
-
-
-# ----------------------------------------------------------------------------
-# For the exporter
-
-cdef struct TileRow:
-    const void *rows[16]  # NULL past the end of the matrix
-
-
-def quantize_tiles(parts, Py_ssize_t columns, Py_ssize_t group_size, Py_ssize_t first_tile, Py_ssize_t n_tiles, out, int threads=1):
-    cdef uintptr_t address
-    cdef Py_ssize_t i, row, rows, row_bytes, tile_size = columns // group_size * TILE_BYTES(group_size)
-    cdef uint8_t[::1] target = out
-    if columns % group_size or group_size not in (32, 64, 128, 256):
-        raise ValueError(f"{columns} columns do not divide into groups of {group_size}")
-    if target.shape[0] != n_tiles * tile_size or n_tiles < 1:
-        raise ValueError(f"out holds {target.shape[0]} bytes, expected {n_tiles * tile_size}")
-    types = {"BF16": SOURCE_BF16, "F16": SOURCE_F16, "F32": SOURCE_F32}
-    buffers = [(np.frombuffer(data, dtype=np.uint8), types[dtype], 4 if dtype == "F32" else 2) for data, dtype in parts]
-    if len({kind for _, kind, _ in buffers}) != 1:
-        raise ValueError("the parts of one matrix have different dtypes")
-    cdef SourceType kind = buffers[0][1]
-    cdef QuantizationError *errors = <QuantizationError *>calloc(n_tiles, sizeof(QuantizationError))
-    cdef TileRow *tiles = <TileRow *>calloc(n_tiles, sizeof(TileRow))
-    try:
-        if errors == NULL or tiles == NULL:
-            raise MemoryError(f"no memory for {n_tiles} tiles")
-        row = -16 * first_tile  # of the slice
-        for data, _, size in buffers:
-            address, row_bytes, rows = data.ctypes.data, columns * size, data.size // (columns * size)
-            if data.size % row_bytes:
-                raise ValueError(f"a part of {data.size} bytes is not whole rows of {row_bytes}")
-            for i in range(max(0, -row), min(rows, 16 * n_tiles - row)):
-                tiles[(row + i) // 16].rows[(row + i) % 16] = <const void *>(address + i * row_bytes)
-            row += rows
-        for i in prange(n_tiles, nogil=True, schedule="dynamic", num_threads=threads, use_threads_if=not forked):
-            errors[i].bad = -1
-            kernels.quantize_tiles(&target[i * tile_size], <const void **>tiles[i].rows, kind, columns, group_size, &errors[i])
-        largest, error_square, square, bad = 0.0, 0.0, 0.0, -1
-        for i in range(n_tiles):
-            largest = max(largest, errors[i].largest)
-            error_square += errors[i].error_square
-            square += errors[i].square
-            if bad < 0 and errors[i].bad >= 0:
-                bad = (first_tile + i) * 16 * columns + errors[i].bad
-        return largest, error_square, square, bad
-    finally:
-        free(errors)
-        free(tiles)
-
-
-# ----------------------------------------------------------------------------
-# For the benchmark: what this machine can do at most, whatever the model
-
-cdef uint64_t folded = 0  # what was read goes here, so that no compiler leaves the reading out
-
-
-cdef uint64_t fold(const uint64_t *words, Py_ssize_t n) noexcept nogil:
-    """All n words (a multiple of 8) in one, so that each has to be read; eight at a time, to wait for none."""
-    cdef uint64_t a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0
-    cdef Py_ssize_t i
-    for i in range(0, n, 8):
-        a ^= words[i]
-        b ^= words[i + 1]
-        c ^= words[i + 2]
-        d ^= words[i + 3]
-        e ^= words[i + 4]
-        f ^= words[i + 5]
-        g ^= words[i + 6]
-        h ^= words[i + 7]
-    return a ^ b ^ c ^ d ^ e ^ f ^ g ^ h
-
-
-def read_bandwidth(data, int threads=1):
-    cdef const uint64_t[::1] words = np.frombuffer(data, dtype=np.uint8)[: len(data) // 64 * 64].view(np.uint64)
-    cdef Py_ssize_t i, n = words.shape[0], step = READ_BYTES // 8, tasks = ceil_div(n, step)
-    cdef const uint64_t *start
-    cdef uint64_t all_folded = 0
-    global folded
-    if n == 0:
-        raise ValueError(f"{len(data)} bytes are too few to time, at least 64 are needed")
-    start = &words[0]
-    begin = time.perf_counter()
-    for i in prange(tasks, nogil=True, schedule="static", num_threads=threads, use_threads_if=not forked):
-        all_folded ^= fold(start + i * step, min(step, n - i * step))
-    seconds = time.perf_counter() - begin
-    folded = all_folded
-    return 8 * n / seconds
-
-
-def int8_peak(int threads=1, double seconds=0.05):
-    cdef Py_ssize_t i, tasks
-    cdef size_t count = 0
-    begin = time.perf_counter()
-    kernels.int8_peak(PEAK_ROUNDS)
-    tasks = threads * max(1, int(seconds / (time.perf_counter() - begin)))
-    begin = time.perf_counter()
-    for i in prange(tasks, nogil=True, schedule="dynamic", num_threads=threads, use_threads_if=not forked):
-        count += kernels.int8_peak(PEAK_ROUNDS)
-    return count / (time.perf_counter() - begin)

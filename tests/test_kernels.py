@@ -74,7 +74,7 @@ MUTATIONS = {
     "a token sees the next position": ("attention", "body.h", "position + 1 - start : KV_BLOCK;", "position + 2 - start : KV_BLOCK;"),
     "blocks are merged unscaled": ("attention", "body.h", "fmaf(out[d], factor[0], o[d] * factor[1])", "out[d] + o[d]"),
     "an unseen position has a weight": ("attention", "body.h", "for (size_t j = seen; j < end; j++) p[j] = 0;", ""),
-    "int8 values change places": ("attention", "body.h", "i / 4 * 64 + d % 16 * 4 + i % 4", "i % 8 * 64 + d % 16 * 4 + i / 8"),
+    "int8 values change places": ("attention", "body.h", "index / 4 * 64 + index % 4", "index % 64 * 64 + index / 64"),
     "int8 weights are rounded to 5 bits": ("attention", "body.h", "quantize(&row, x, n, group_size);",
         "quantize(&row, x, n, group_size); for (size_t i = 0; i < n; i++) row.codes[i] &= ~3;"),
     "fp16 rounds half up": ("halves", "scalar.c", "0xfff + (bits >> 13 & 1)", "0x1000"),

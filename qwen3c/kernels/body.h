@@ -158,12 +158,19 @@ typedef struct {
     const uint8_t *tiles;
     size_t next_rows, next_group;  /* bytes from a tile to that of the next 16 rows, of the next columns */
     size_t n_rows, n_groups, group_size;
+    const uint8_t *ahead;  /* what will be read next: ahead_bytes for each tile row, asked for while that row is used */
+    size_t ahead_bytes;
 } Tiles;
 
-/* y = R tile rows of w times T tokens of x, from `row` and `token` on;
-   of the memory `ahead`, ahead_bytes are asked for in each group. */
-INLINE void matmul_int8_block(const size_t R, const size_t T, float *y, size_t stride, const Int8Rows *x, size_t columns,
-                              size_t token, const Tiles *w, const int scaled, size_t row,
+/* So few tokens wait for memory, which is fastest where it is read in order: one tile row at a time. */
+#define FEW_TOKENS (2 * MATMUL_TOKENS)
+#define ACCUMULATORS (MATMUL_TILES * MATMUL_TOKENS > 4 ? MATMUL_TILES * MATMUL_TOKENS : 4)
+
+/* y = R tile rows of w times T tokens of x, from `row` and `token` on. A dot product is added up in J parts (integer sums
+   may be split), so that none waits for the one before. Of the memory `ahead`, ahead_bytes are asked for in each group; a
+   line at a time if they are many, of which some would be forgotten if they came at once: if there are few tokens. */
+INLINE void matmul_int8_block(const size_t R, const size_t T, const size_t J, const int few, float *y, size_t stride,
+                              const Int8Rows *x, size_t columns, size_t token, const Tiles *w, const int scaled, size_t row,
                               const uint8_t *ahead, size_t ahead_bytes) {
     size_t x_groups = columns / w->group_size, n_rows = w->n_rows - row;
     const uint8_t *tiles = w->tiles + row / 16 * w->next_rows;
@@ -174,26 +181,31 @@ INLINE void matmul_int8_block(const size_t R, const size_t T, float *y, size_t s
         sum[r][t] = f32_set(0);
         __builtin_prefetch(y + t * stride + r * 16, 1);  /* the results go far apart: ask for their lines now */
     }
-    for (size_t g = 0; g < w->n_groups; g++, tiles += w->next_group, codes += w->group_size) {
-        for (size_t line = 0; line < ahead_bytes; line += 64) __builtin_prefetch(ahead + g * ahead_bytes + line, 0, 2);
+    for (size_t g = 0; g < w->n_groups; g++, tiles += w->next_group, codes += w->group_size, ahead += ahead_bytes) {
+        for (size_t at = 0; !few && at < ahead_bytes; at += 64) __builtin_prefetch(ahead + at);
         const float *scales = x->scales + token * x_groups + g;
-        i32x16 dot[MATMUL_TILES][MATMUL_TOKENS];
+        i32x16 dot[4][MATMUL_TILES][MATMUL_TOKENS];
         UNROLL for (size_t t = 0; t < T; t++)
-            UNROLL for (size_t r = 0; r < R; r++) dot[r][t] = dot_start(x->sums[(token + t) * x_groups + g]);
-        for (size_t c = 0; c < w->group_size; c += 4) {
-            i8x64 part[MATMUL_TILES];
-            UNROLL for (size_t r = 0; r < R; r++) part[r] = codes_load((const int8_t *)tiles + r * w->next_rows + c * 16);
-            UNROLL for (size_t t = 0; t < T; t++) {
-                i8x4 a = activations_load(codes + t * columns + c);
-                UNROLL for (size_t r = 0; r < R; r++) dot[r][t] = dot_4(dot[r][t], part[r], a);
+            UNROLL for (size_t r = 0; r < R; r++)
+                UNROLL for (size_t j = 0; j < J; j++) dot[j][r][t] = dot_start(j ? 0 : x->sums[(token + t) * x_groups + g]);
+        for (size_t c = 0; c < w->group_size; c += 4 * J)
+            UNROLL for (size_t j = 0; j < J; j++) {
+                size_t at = (c + 4 * j) * 16;
+                if (few && at < ahead_bytes) __builtin_prefetch(ahead + at);
+                i8x64 part[MATMUL_TILES];
+                UNROLL for (size_t r = 0; r < R; r++) part[r] = codes_load((const int8_t *)tiles + r * w->next_rows + at);
+                UNROLL for (size_t t = 0; t < T; t++) {
+                    i8x4 a = activations_load(codes + t * columns + c + 4 * j);
+                    UNROLL for (size_t r = 0; r < R; r++) dot[j][r][t] = dot_4(dot[j][r][t], part[r], a);
+                }
             }
-        }
         UNROLL for (size_t r = 0; r < R; r++) {
             f32x16 scale = f32_set(1);
             if (scaled) scale = f32_load_f16((const uint16_t *)(tiles + r * w->next_rows + 16 * w->group_size));
             UNROLL for (size_t t = 0; t < T; t++) {
+                UNROLL for (size_t j = 1; j < J; j++) dot[0][r][t] = dot_add(dot[0][r][t], dot[j][r][t]);
                 f32x16 factor = f32_set(scales[t * x_groups]);
-                sum[r][t] = f32_fma(f32_from_i32(dot[r][t]), scaled ? f32_mul(scale, factor) : factor, sum[r][t]);
+                sum[r][t] = f32_fma(f32_from_i32(dot[0][r][t]), scaled ? f32_mul(scale, factor) : factor, sum[r][t]);
             }
         }
     }
@@ -204,69 +216,52 @@ INLINE void matmul_int8_block(const size_t R, const size_t T, float *y, size_t s
     }
 }
 
-/* One token: four independent accumulators hide the latency of the dot product (integer sums may be split). */
-static void matvec_int8(float *y, const Int8Rows *x, const uint8_t *tiles, size_t n_rows, size_t columns, size_t group_size) {
-    size_t n_groups = columns / group_size;
-    for (size_t row = 0; row < n_rows; row += 16) {
-        f32x16 sum = f32_set(0);
-        const int8_t *codes = x->codes;
-        for (size_t g = 0; g < n_groups; g++, tiles += TILE_BYTES(group_size), codes += group_size) {
-            const int8_t *w = (const int8_t *)tiles;
-            i32x16 dot[4] = {dot_start(x->sums[g]), dot_start(0), dot_start(0), dot_start(0)};
-            for (size_t c = 0; c < group_size; c += 16)
-                UNROLL for (size_t j = 0; j < 4; j++)
-                    dot[j] = dot_4(dot[j], codes_load(w + (c + 4 * j) * 16), activations_load(codes + c + 4 * j));
-            i32x16 total = dot_add(dot_add(dot[0], dot[1]), dot_add(dot[2], dot[3]));
-            f32x16 scale = f32_load_f16((const uint16_t *)(tiles + 16 * group_size));
-            sum = f32_fma(f32_from_i32(total), f32_mul(scale, f32_set(x->scales[g])), sum);
-        }
-        if (n_rows >= row + 16) f32_store(y + row, sum);
-        else store_part(y + row, sum, n_rows - row);
-    }
-}
-
-/* R tile rows times all tokens: MATMUL_TOKENS at a time, then what is left. */
-INLINE void matmul_int8_rows(const size_t R, float *y, size_t stride, const Int8Rows *x, size_t columns, size_t n_tokens,
-                             const Tiles *w, const int scaled, size_t row) {
-    /* the tiles of the next rows are asked for while these are used, some in each block and group: memory never waits */
-    size_t parts = (n_tokens + MATMUL_TOKENS - 1) / MATMUL_TOKENS * w->n_groups;
-    size_t ahead_bytes = scaled ? (R * w->next_rows + parts - 1) / parts : 0;
-    const uint8_t *ahead = w->tiles + (row / 16 + R) * w->next_rows;
-    size_t token = 0;
+/* R tile rows times all tokens, in blocks of at most MATMUL_TOKENS, all about as large. */
+INLINE void matmul_int8_rows(const size_t R, const int few, float *y, size_t stride, const Int8Rows *x, size_t columns,
+                             size_t n_tokens, const Tiles *w, const int scaled, size_t row) {
+    size_t blocks = (n_tokens + MATMUL_TOKENS - 1) / MATMUL_TOKENS, parts = blocks * w->n_groups;
+    size_t ahead_bytes = (R * w->ahead_bytes + parts - 1) / parts;
+    const uint8_t *ahead = w->ahead + row / 16 * w->ahead_bytes;
+    for (size_t token = 0, n; token < n_tokens; token += n, ahead += w->n_groups * ahead_bytes) {
+        n = (n_tokens - token + blocks - 1) / blocks--;
 #define BLOCK(T) \
-    matmul_int8_block(R, T, y, stride, x, columns, token, w, scaled, row, ahead, ahead_bytes); \
-    ahead += w->n_groups * ahead_bytes
-    for (; token + MATMUL_TOKENS <= n_tokens; token += MATMUL_TOKENS) { BLOCK(MATMUL_TOKENS); }
-    switch (n_tokens - token) {
+    matmul_int8_block(R, T, 4 * R * T <= ACCUMULATORS ? 4 : 2 * R * T <= ACCUMULATORS ? 2 : 1, few, \
+                      y, stride, x, columns, token, w, scaled, row, ahead, ahead_bytes)
+        switch (n) {
 #if MATMUL_TOKENS > 4
-        case 5: BLOCK(5); break;
-        case 4: BLOCK(4); break;
+            case 6: BLOCK(6); break;
+            case 5: BLOCK(5); break;
 #endif
 #if MATMUL_TOKENS > 3
-        case 3: BLOCK(3); break;
+            case 4: BLOCK(4); break;
 #endif
-#if MATMUL_TOKENS > 2
-        case 2: BLOCK(2); break;
+#if MATMUL_TOKENS > 1
+            case 3: BLOCK(3); break;
+            case 2: BLOCK(2); break;
 #endif
-        case 1: BLOCK(1); break;
-    }
+            case 1: BLOCK(1); break;
+        }
 #undef BLOCK
+    }
 }
 
 /* y (n_tokens, w->n_rows) = x w^T; rows of x are `columns` long, of y `stride`. */
-INLINE void matmul_int8_tiles(float *y, size_t stride, const Int8Rows *x, size_t columns, size_t n_tokens, const Tiles *w, const int scaled) {
+INLINE void matmul_int8_tiles(float *y, size_t stride, const Int8Rows *x, size_t columns, size_t n_tokens,
+                              const Tiles *w, const int scaled) {
     size_t row = 0;
-    for (; row + 16 * (MATMUL_TILES - 1) < w->n_rows; row += 16 * MATMUL_TILES)
-        matmul_int8_rows(MATMUL_TILES, y, stride, x, columns, n_tokens, w, scaled, row);
-    for (; row < w->n_rows; row += 16) matmul_int8_rows(1, y, stride, x, columns, n_tokens, w, scaled, row);
+    if (n_tokens > FEW_TOKENS)
+        for (; row + 16 * (MATMUL_TILES - 1) < w->n_rows; row += 16 * MATMUL_TILES)
+            matmul_int8_rows(MATMUL_TILES, 0, y, stride, x, columns, n_tokens, w, scaled, row);
+    for (; row < w->n_rows; row += 16) matmul_int8_rows(1, 1, y, stride, x, columns, n_tokens, w, scaled, row);
 }
 
 static void matmul_int8(float *y, size_t stride, const Int8Rows *x, size_t n_tokens, const uint8_t *tiles,
                         size_t n_rows, size_t columns, size_t group_size) {
-    size_t n_groups = columns / group_size;
-    Tiles w = {tiles, n_groups * TILE_BYTES(group_size), TILE_BYTES(group_size), n_rows, n_groups, group_size};
-    if (n_tokens == 1) matvec_int8(y, x, tiles, n_rows, columns, group_size);
-    else matmul_int8_tiles(y, stride, x, columns, n_tokens, &w, 1);
+    size_t n_groups = columns / group_size, next_rows = n_groups * TILE_BYTES(group_size);
+    Tiles w = {.tiles = tiles, .next_rows = next_rows, .next_group = TILE_BYTES(group_size),
+               .n_rows = n_rows, .n_groups = n_groups, .group_size = group_size,
+               .ahead = tiles + (n_tokens > FEW_TOKENS ? MATMUL_TILES : 1) * next_rows, .ahead_bytes = next_rows};
+    matmul_int8_tiles(y, stride, x, columns, n_tokens, &w, 1);
 }
 
 /* T tokens of float activations times one tile row. */
@@ -351,21 +346,20 @@ INLINE f32x16 load_kv(const char *p, size_t index, KVType type) {
     return type == KV_F16 ? f32_load_f16((const uint16_t *)p + index) : f32_load((const float *)p + index);
 }
 
-/* Ask for n values that lie `distance` values behind `index`: a cache is read once a token, in streams too short for the
-   hardware to foresee. */
-#define AHEAD_POSITIONS 16
-INLINE void ask_ahead(const char *p, size_t index, size_t distance, size_t n, KVType type) {
+/* Ask for n values from `index` on of what lies next_block bytes behind p, the next block or, if 0, nothing new: a cache is
+   read once a token, in streams too short for the hardware to foresee. */
+INLINE void ask_ahead(const char *p, ptrdiff_t next_block, size_t index, size_t n, KVType type) {
     size_t size = type == KV_F16 ? 2 : 4;
-    for (size_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(p + (index + distance) * size + byte, 0, 3);
+    for (size_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(p + next_block + index * size + byte);
 }
 
 /* score[r][16 s + lane] for Q query rows and V vectors of 16 positions, from the first position of `keys` */
 INLINE void scores_block(const size_t Q, const size_t V, float *scores, const float *const *q, const char *keys,
-                         size_t vector, size_t head_dim, KVType type) {
+                         size_t vector, size_t head_dim, ptrdiff_t next_block, KVType type) {
     f32x16 sum[ATTEND_QUERIES][ATTEND_VECTORS];
     UNROLL for (size_t r = 0; r < Q; r++) UNROLL for (size_t v = 0; v < V; v++) sum[r][v] = f32_set(0);
     for (size_t d = 0; d < head_dim; d++) {
-        ask_ahead(keys, (vector * head_dim + d * V) * 16, V * head_dim * 16, V * 16, type);
+        ask_ahead(keys, next_block, (vector * head_dim + d * V) * 16, V * 16, type);
         f32x16 k[ATTEND_VECTORS];
         UNROLL for (size_t v = 0; v < V; v++) k[v] = load_kv(keys, ((vector + v) * head_dim + d) * 16, type);
         UNROLL for (size_t r = 0; r < Q; r++) {
@@ -377,28 +371,32 @@ INLINE void scores_block(const size_t Q, const size_t V, float *scores, const fl
         UNROLL for (size_t v = 0; v < V; v++) f32_store(scores + r * KV_BLOCK + (vector + v) * 16, sum[r][v]);
 }
 
-INLINE void scores_rows(const size_t Q, float *scores, const float *const *q, const char *keys, size_t n_vectors, size_t head_dim, KVType type) {
+INLINE void scores_rows(const size_t Q, float *scores, const float *const *q, const char *keys, size_t n_vectors,
+                        size_t head_dim, ptrdiff_t next_block, KVType type) {
     size_t v = 0;
-    for (; v + ATTEND_VECTORS <= n_vectors; v += ATTEND_VECTORS) scores_block(Q, ATTEND_VECTORS, scores, q, keys, v, head_dim, type);
-    for (; v < n_vectors; v++) scores_block(Q, 1, scores, q, keys, v, head_dim, type);
+    for (; v + ATTEND_VECTORS <= n_vectors; v += ATTEND_VECTORS)
+        scores_block(Q, ATTEND_VECTORS, scores, q, keys, v, head_dim, next_block, type);
+    for (; v < n_vectors; v++) scores_block(Q, 1, scores, q, keys, v, head_dim, next_block, type);
 }
 
 /* p (rows, KV_BLOCK) = q . k over the first n_vectors * 16 positions of a block */
-INLINE void scores_float(float *p, const float *const *q, size_t rows, const char *keys, size_t n_vectors, size_t head_dim, KVType type) {
+INLINE void scores_float(float *p, const float *const *q, size_t rows, const char *keys, size_t n_vectors,
+                         size_t head_dim, ptrdiff_t next_block, KVType type) {
     size_t r = 0;
     for (; r + ATTEND_QUERIES <= rows; r += ATTEND_QUERIES)
-        scores_rows(ATTEND_QUERIES, p + r * KV_BLOCK, q + r, keys, n_vectors, head_dim, type);
-    for (; ATTEND_QUERIES > 2 && r + 2 <= rows; r += 2) scores_rows(2, p + r * KV_BLOCK, q + r, keys, n_vectors, head_dim, type);
-    for (; r < rows; r++) scores_rows(1, p + r * KV_BLOCK, q + r, keys, n_vectors, head_dim, type);
+        scores_rows(ATTEND_QUERIES, p + r * KV_BLOCK, q + r, keys, n_vectors, head_dim, next_block, type);
+    for (; ATTEND_QUERIES > 2 && r + 2 <= rows; r += 2)
+        scores_rows(2, p + r * KV_BLOCK, q + r, keys, n_vectors, head_dim, next_block, type);
+    for (; r < rows; r++) scores_rows(1, p + r * KV_BLOCK, q + r, keys, n_vectors, head_dim, next_block, type);
 }
 
 /* o[r] += sum over positions [from, to) of p[r][j] v[j], for Q rows and V vectors of dimensions from `d` */
 INLINE void values_block(const size_t Q, const size_t V, float *o, const float *p, const char *values, size_t d,
-                         size_t from, size_t to, size_t width, KVType type) {
+                         size_t from, size_t to, size_t width, ptrdiff_t next_block, KVType type) {
     f32x16 sum[ATTEND_QUERIES][ATTEND_VECTORS];
     UNROLL for (size_t r = 0; r < Q; r++) UNROLL for (size_t v = 0; v < V; v++) sum[r][v] = f32_load(o + r * width + d + v * 16);
     for (size_t j = from; j < to; j++) {
-        ask_ahead(values, j * width + d, AHEAD_POSITIONS * width, V * 16, type);
+        ask_ahead(values, next_block, j * width + d, V * 16, type);
         f32x16 x[ATTEND_VECTORS];
         UNROLL for (size_t v = 0; v < V; v++) x[v] = load_kv(values, j * width + d + v * 16, type);
         UNROLL for (size_t r = 0; r < Q; r++) {
@@ -409,28 +407,32 @@ INLINE void values_block(const size_t Q, const size_t V, float *o, const float *
     UNROLL for (size_t r = 0; r < Q; r++) UNROLL for (size_t v = 0; v < V; v++) f32_store(o + r * width + d + v * 16, sum[r][v]);
 }
 
-INLINE void add_values(const size_t Q, float *o, const float *p, const char *values, size_t from, size_t to, size_t width, KVType type) {
+INLINE void add_values(const size_t Q, float *o, const float *p, const char *values, size_t from, size_t to,
+                       size_t width, ptrdiff_t next_block, KVType type) {
     size_t d = 0;
     for (; d + 16 * ATTEND_VECTORS <= width; d += 16 * ATTEND_VECTORS)
-        values_block(Q, ATTEND_VECTORS, o, p, values, d, from, to, width, type);
-    for (; d < width; d += 16) values_block(Q, 1, o, p, values, d, from, to, width, type);
+        values_block(Q, ATTEND_VECTORS, o, p, values, d, from, to, width, next_block, type);
+    for (; d < width; d += 16) values_block(Q, 1, o, p, values, d, from, to, width, next_block, type);
 }
 
 /* Q rows together over what all of them see, then each over the rest; rows come in order of position. */
-INLINE void values_rows(const size_t Q, float *o, const float *p, const char *values, const size_t *seen, size_t width, KVType type) {
-    add_values(Q, o, p, values, 0, seen[0], width, type);
+INLINE void values_rows(const size_t Q, float *o, const float *p, const char *values, const size_t *seen,
+                        size_t width, ptrdiff_t next_block, KVType type) {
+    add_values(Q, o, p, values, 0, seen[0], width, next_block, type);
     for (size_t r = 1; r < Q; r++)
-        if (seen[r] > seen[0]) add_values(1, o + r * width, p + r * KV_BLOCK, values, seen[0], seen[r], width, type);
+        if (seen[r] > seen[0]) add_values(1, o + r * width, p + r * KV_BLOCK, values, seen[0], seen[r], width, next_block, type);
 }
 
 /* o (rows, width) = p v, each row over the positions it has seen */
-INLINE void values_float(float *o, const float *p, size_t rows, const char *values, const size_t *seen, size_t width, KVType type) {
+INLINE void values_float(float *o, const float *p, size_t rows, const char *values, const size_t *seen,
+                         size_t width, ptrdiff_t next_block, KVType type) {
     size_t r = 0;
     memset(o, 0, rows * width * sizeof *o);
     for (; r + ATTEND_QUERIES <= rows; r += ATTEND_QUERIES)
-        values_rows(ATTEND_QUERIES, o + r * width, p + r * KV_BLOCK, values, seen + r, width, type);
-    for (; ATTEND_QUERIES > 2 && r + 2 <= rows; r += 2) values_rows(2, o + r * width, p + r * KV_BLOCK, values, seen + r, width, type);
-    for (; r < rows; r++) values_rows(1, o + r * width, p + r * KV_BLOCK, values, seen + r, width, type);
+        values_rows(ATTEND_QUERIES, o + r * width, p + r * KV_BLOCK, values, seen + r, width, next_block, type);
+    for (; ATTEND_QUERIES > 2 && r + 2 <= rows; r += 2)
+        values_rows(2, o + r * width, p + r * KV_BLOCK, values, seen + r, width, next_block, type);
+    for (; r < rows; r++) values_rows(1, o + r * width, p + r * KV_BLOCK, values, seen + r, width, next_block, type);
 }
 
 /* ---- the same with an int8 cache: the products of attention are those of matmul_int8 */
@@ -457,25 +459,34 @@ static void quantize_queries(const Int8Rows *q8, const float *const *q, size_t r
     }
 }
 
-/* p[j] *= scale of the value at position j for the first `seen` of a block, 0 from there to `end` */
-static void scale_weights(float *p, const char *values, size_t seen, size_t end, size_t width) {
-    for (size_t j = 0; j < seen; j += 16) {
-        const char *group = values + j / VALUE_GROUP * VALUE_GROUP_BYTES(width);
-        const uint16_t *scales = (const uint16_t *)(group + VALUE_GROUP * width) + j % VALUE_GROUP;
-        f32_store(p + j, f32_mul(f32_load(p + j), f32_load_f16(scales)));
-    }
+/* p (rows, KV_BLOCK) = q . k over the first `filled` positions of a block; next_block bytes behind it is the next, or 0 */
+static void scores_int8(float *p, const Int8Rows *q8, size_t rows, const char *keys, size_t filled, size_t width,
+                        ptrdiff_t next_block) {
+    size_t tile = TILE_BYTES(width);
+    Tiles w = {.tiles = (const uint8_t *)keys, .next_rows = tile, .next_group = tile,
+               .n_rows = filled, .n_groups = 1, .group_size = width,
+               .ahead = (const uint8_t *)keys + next_block, .ahead_bytes = next_block ? tile : 0};
+    matmul_int8_tiles(p, KV_BLOCK, q8, width, rows, &w, 1);
+}
+
+/* p[j] *= scales[j], those of the values, for the first `seen` positions of a block, 0 from there to `end` */
+static void scale_weights(float *p, const uint16_t *scales, size_t seen, size_t end) {
+    for (size_t j = 0; j < seen; j += 16) f32_store(p + j, f32_mul(f32_load(p + j), f32_load_f16(scales + j)));
     for (size_t j = seen; j < end; j++) p[j] = 0;
 }
 
 /* o (rows, width) = p v over the first `filled` positions of a block */
-static void values_int8(float *o, const Int8Rows *p8, float *p, size_t rows, const char *values, const size_t *seen, size_t filled, size_t width) {
+static void values_int8(float *o, const Int8Rows *p8, float *p, size_t rows, const char *values, const size_t *seen,
+                        size_t filled, size_t width, ptrdiff_t next_block) {
     size_t n_groups = (filled + VALUE_GROUP - 1) / VALUE_GROUP;
     for (size_t r = 0; r < rows; r++) {
-        scale_weights(p + r * KV_BLOCK, values, seen[r], n_groups * VALUE_GROUP, width);
+        scale_weights(p + r * KV_BLOCK, (const uint16_t *)(values + KV_BLOCK * width), seen[r], n_groups * VALUE_GROUP);
         quantize_into(p8, r, p + r * KV_BLOCK, n_groups * VALUE_GROUP, KV_BLOCK, VALUE_GROUP);
     }
     /* dimensions are rows, positions columns; those beyond `filled` have weight 0 */
-    Tiles w = {(const uint8_t *)values, 16 * VALUE_GROUP, VALUE_GROUP_BYTES(width), width, n_groups, VALUE_GROUP};
+    Tiles w = {.tiles = (const uint8_t *)values, .next_rows = 16 * KV_BLOCK, .next_group = 16 * VALUE_GROUP,
+               .n_rows = width, .n_groups = n_groups, .group_size = VALUE_GROUP,
+               .ahead = (const uint8_t *)values + next_block, .ahead_bytes = next_block ? 16 * KV_BLOCK : 0};
     matmul_int8_tiles(o, width, p8, KV_BLOCK, rows, &w, 0);
 }
 
@@ -536,8 +547,11 @@ INLINE void attend(const Attention *a, KVType type) {
     for (size_t block = 0; block <= last / KV_BLOCK; block++) {
         const char *keys = a->blocks[block] + a->k_offset, *values = a->blocks[block] + a->v_offset;
         size_t start = block * KV_BLOCK, filled = last + 1 - start < KV_BLOCK ? last + 1 - start : KV_BLOCK;
-        if (type == KV_I8) matmul_int8(p, KV_BLOCK, &q8, rows, (const uint8_t *)keys, filled, width, width);
-        else scores_float(p, q, rows, keys, (filled + 15) / 16, a->head_dim, type);
+        /* the next block is asked for while this one is used, unless so many rows use it that memory has time enough */
+        int asks = block < last / KV_BLOCK && (type == KV_I8 || rows <= 2 * ATTEND_QUERIES);
+        ptrdiff_t next_block = asks ? a->blocks[block + 1] - a->blocks[block] : 0;
+        if (type == KV_I8) scores_int8(p, &q8, rows, keys, filled, width, next_block);
+        else scores_float(p, q, rows, keys, (filled + 15) / 16, a->head_dim, next_block, type);
 
         size_t seen[ATTENTION_ROWS];
         float block_max[ATTENTION_ROWS], block_sum[ATTENTION_ROWS];
@@ -548,8 +562,8 @@ INLINE void attend(const Attention *a, KVType type) {
             if (seen[r]) block_sum[r] = exponentiate(p + r * KV_BLOCK, seen[r], &block_max[r]);
         }
 
-        if (type == KV_I8) values_int8(o, &p8, p, rows, values, seen, filled, width);
-        else values_float(o, p, rows, values, seen, width, type);
+        if (type == KV_I8) values_int8(o, &p8, p, rows, values, seen, filled, width, next_block);
+        else values_float(o, p, rows, values, seen, width, next_block, type);
 
         for (size_t r = 0; r < rows; r++) {
             if (block == 0) {
@@ -592,14 +606,14 @@ static void store_kv_f16(char *keys, char *values, size_t index, const float *k,
 
 static void store_kv_i8(char *keys, char *values, size_t index, const float *k, const float *v, size_t head_dim) {
     int8_t codes[MAX_HEAD_DIM];
-    size_t width = PADDED(head_dim), i = index % VALUE_GROUP;
-    char *tile = keys + index / 16 * TILE_BYTES(width), *group = values + index / VALUE_GROUP * VALUE_GROUP_BYTES(width);
+    size_t width = PADDED(head_dim);
+    char *tile = keys + index / 16 * TILE_BYTES(width), *column = values + index / 4 * 64 + index % 4;
     uint16_t scale = quantize_head(codes, k, head_dim);
     for (size_t d = 0; d < width; d += 4) memcpy(tile + d * 16 + index % 16 * 4, codes + d, 4);
     memcpy(tile + width * 16 + index % 16 * 2, &scale, 2);
     scale = quantize_head(codes, v, head_dim);
-    for (size_t d = 0; d < width; d++) group[d / 16 * 16 * VALUE_GROUP + i / 4 * 64 + d % 16 * 4 + i % 4] = codes[d];
-    memcpy(group + width * VALUE_GROUP + i * 2, &scale, 2);
+    for (size_t d = 0; d < width; d++) column[d / 16 * 16 * KV_BLOCK + d % 16 * 4] = codes[d];
+    memcpy(values + KV_BLOCK * width + index * 2, &scale, 2);
 }
 
 /* ---------------------------------------------------------------------------- */

@@ -43,10 +43,8 @@ typedef struct {
      KV_F32, KV_F16:  keys    (KV_BLOCK / 16, head_dim, 16)    position 16 s + i, dimension d at [s][d][i]
                       values  (KV_BLOCK, PADDED(head_dim))
      KV_I8:           keys    a matrix as above of (KV_BLOCK, PADDED(head_dim)) in one group: rows are positions
-                      values  (KV_BLOCK / VALUE_GROUP) times
-                        int8 codes   (PADDED(head_dim) / 16, VALUE_GROUP / 4, 16, 4)   position VALUE_GROUP s + 4 c + j,
-                                                                       dimension 16 d + i at [s][d][c][i][j]
-                        fp16 scales  (VALUE_GROUP)                     value = scale[position] * code    */
+                      values  int8 codes   (PADDED(head_dim) / 16, KV_BLOCK / 4, 16, 4)   position 4 c + j, dimension 16 d + i at [d][c][i][j]
+                              fp16 scales  (KV_BLOCK)                                     value = scale[position] * code    */
 typedef struct {
     const float *q;             /* (n_tokens, group, head_dim), tokens q_stride floats apart, scaled by 1 / sqrt(head_dim) */
     float *out;                 /* (n_tokens, group, head_dim), tokens out_stride floats apart */
@@ -60,7 +58,6 @@ typedef struct {
 } Attention;
 
 #define PADDED(head_dim) (((size_t)(head_dim) + 15) / 16 * 16)
-#define VALUE_GROUP_BYTES(head_dim) (VALUE_GROUP * (PADDED(head_dim) + 2))
 #define INT8_FLOATS(columns, group_size) ((columns) / 4 + 2 * ((columns) / (group_size)))  /* as large as one of Int8Rows */
 #define ATTENTION_SCRATCH(head_dim) \
     (ATTENTION_ROWS * (KV_BLOCK + PADDED(head_dim) + 2 + INT8_FLOATS(KV_BLOCK, VALUE_GROUP) + INT8_FLOATS(PADDED(head_dim), PADDED(head_dim))))
@@ -70,7 +67,7 @@ static inline size_t key_bytes(KVType type, size_t head_dim) {
     return type == KV_I8 ? KV_BLOCK / 16 * TILE_BYTES(PADDED(head_dim)) : KV_BLOCK * head_dim * (type == KV_F16 ? 2 : 4);
 }
 static inline size_t value_bytes(KVType type, size_t head_dim) {
-    return type == KV_I8 ? KV_BLOCK / VALUE_GROUP * VALUE_GROUP_BYTES(head_dim) : KV_BLOCK * PADDED(head_dim) * (type == KV_F16 ? 2 : 4);
+    return type == KV_I8 ? KV_BLOCK * (PADDED(head_dim) + 2) : KV_BLOCK * PADDED(head_dim) * (type == KV_F16 ? 2 : 4);
 }
 
 /* How far the stored weights are from the source (quantize_tiles). */

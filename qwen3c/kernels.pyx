@@ -1,0 +1,212 @@
+# cython: language_level=3, cdivision=True
+"""The kernels (kernels/) from Python: which instruction set they use, and those that are called outside of a forward pass.
+
+All of it is part of `engine`, which the rest of the package imports.
+"""
+
+import math
+import os
+import time
+
+import numpy as np
+
+from . import BORROWED_VARIABLE
+
+from cython.parallel cimport prange
+from libc.stdint cimport int32_t, uint8_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+
+
+cdef extern from "kernels/openmp.h" nogil:
+    int HAVE_OPENMP
+
+
+cdef extern from "kernels/kernels.h" nogil:
+    const Kernels *all_kernels[]
+    const Py_ssize_t n_kernels
+    int kernels_runnable(const Kernels *)
+
+
+# Bytes of memory and rounds of dot products that one thread takes at a time when the machine's limits are measured.
+cdef Py_ssize_t READ_BYTES = 256 * 1024
+cdef size_t PEAK_ROUNDS = 1 << 15
+
+
+# ----------------------------------------------------------------------------
+# The instruction set: one table for the whole process
+
+ISA_NAMES = tuple([all_kernels[i].name.decode() for i in range(n_kernels)])
+OPENMP = bool(HAVE_OPENMP)
+
+
+def runnable_isas():
+    return tuple([all_kernels[i].name.decode() for i in range(n_kernels) if kernels_runnable(all_kernels[i])])
+
+
+def isa():
+    return kernels.name.decode()
+
+
+def set_isa(str name):
+    global kernels
+    if name not in runnable_isas():
+        known = "this CPU cannot run it" if name in ISA_NAMES else "there is no such instruction set"
+        raise ValueError(f"ISA {name!r}: {known} (runnable here: {', '.join(runnable_isas())})")
+    kernels = all_kernels[ISA_NAMES.index(name)]
+
+
+set_isa(runnable_isas()[-1])
+if BORROWED_VARIABLE:
+    os.environ.pop(BORROWED_VARIABLE, None)
+if os.environ.get("QWEN3C_ISA"):
+    try:
+        set_isa(os.environ["QWEN3C_ISA"])
+    except ValueError as error:
+        raise ImportError(f"QWEN3C_ISA: {error}") from None
+
+
+def _after_fork():
+    global forked
+    forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# ----------------------------------------------------------------------------
+# For the sampler: the same bits on every machine
+
+def _logits(logits):
+    array = np.ascontiguousarray(logits, dtype=np.float32)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"logits must have shape (n,), n >= 1, got {array.shape}")
+    return array
+
+
+def softmax(logits, double temperature=1.0):
+    if not temperature > 0:
+        raise ValueError(f"temperature = {temperature} is not positive")
+    cdef const float[::1] x = _logits(logits)
+    cdef float[::1] y = np.empty(x.shape[0], dtype=np.float32)
+    cdef float total = kernels.exponentials(&y[0], &x[0], x.shape[0], <float>(1.0 / temperature))
+    result = np.asarray(y)
+    result /= total
+    return result
+
+
+def log_sum_exp(logits):
+    cdef const float[::1] x = _logits(logits)
+    cdef float[::1] y = np.empty(x.shape[0], dtype=np.float32)
+    cdef float total = kernels.exponentials(&y[0], &x[0], x.shape[0], 1.0)
+    return float(np.max(x)) + math.log(total)
+
+
+def top_k(logits, Py_ssize_t k):
+    cdef const float[::1] x = _logits(logits)
+    if not 1 <= k <= x.shape[0]:
+        raise ValueError(f"k = {k} is outside 1..{x.shape[0]}")
+    cdef int32_t[::1] ids = np.empty(k, dtype=np.int32)
+    if kernels.top_k(&ids[0], &x[0], x.shape[0], k):
+        raise ValueError("the logits hold a NaN: the model file is damaged or its weights overflow")
+    return np.asarray(ids)
+
+
+# ----------------------------------------------------------------------------
+# For the exporter
+
+cdef struct TileRow:
+    const void *rows[16]  # NULL past the end of the matrix
+
+
+def quantize_tiles(parts, Py_ssize_t columns, Py_ssize_t group_size, Py_ssize_t first_tile, Py_ssize_t n_tiles, out, int threads=1):
+    cdef uintptr_t address
+    cdef Py_ssize_t i, row, rows, row_bytes, tile_size = columns // group_size * TILE_BYTES(group_size)
+    cdef uint8_t[::1] target = out
+    if columns % group_size or group_size not in (32, 64, 128, 256):
+        raise ValueError(f"{columns} columns do not divide into groups of {group_size}")
+    if target.shape[0] != n_tiles * tile_size or n_tiles < 1:
+        raise ValueError(f"out holds {target.shape[0]} bytes, expected {n_tiles * tile_size}")
+    types = {"BF16": SOURCE_BF16, "F16": SOURCE_F16, "F32": SOURCE_F32}
+    buffers = [(np.frombuffer(data, dtype=np.uint8), types[dtype], 4 if dtype == "F32" else 2) for data, dtype in parts]
+    if len({kind for _, kind, _ in buffers}) != 1:
+        raise ValueError("the parts of one matrix have different dtypes")
+    cdef SourceType kind = buffers[0][1]
+    cdef QuantizationError *errors = <QuantizationError *>calloc(n_tiles, sizeof(QuantizationError))
+    cdef TileRow *tiles = <TileRow *>calloc(n_tiles, sizeof(TileRow))
+    try:
+        if errors == NULL or tiles == NULL:
+            raise MemoryError(f"no memory for {n_tiles} tiles")
+        row = -16 * first_tile  # of the slice
+        for data, _, size in buffers:
+            address, row_bytes, rows = data.ctypes.data, columns * size, data.size // (columns * size)
+            if data.size % row_bytes:
+                raise ValueError(f"a part of {data.size} bytes is not whole rows of {row_bytes}")
+            for i in range(max(0, -row), min(rows, 16 * n_tiles - row)):
+                tiles[(row + i) // 16].rows[(row + i) % 16] = <const void *>(address + i * row_bytes)
+            row += rows
+        for i in prange(n_tiles, nogil=True, schedule="dynamic", num_threads=threads, use_threads_if=not forked):
+            errors[i].bad = -1
+            kernels.quantize_tiles(&target[i * tile_size], <const void **>tiles[i].rows, kind, columns, group_size, &errors[i])
+        largest, error_square, square, bad = 0.0, 0.0, 0.0, -1
+        for i in range(n_tiles):
+            largest = max(largest, errors[i].largest)
+            error_square += errors[i].error_square
+            square += errors[i].square
+            if bad < 0 and errors[i].bad >= 0:
+                bad = (first_tile + i) * 16 * columns + errors[i].bad
+        return largest, error_square, square, bad
+    finally:
+        free(errors)
+        free(tiles)
+
+
+# ----------------------------------------------------------------------------
+# For the benchmark: what this machine can do at most, whatever the model
+
+cdef uint64_t folded = 0  # what was read goes here, so that no compiler leaves the reading out
+
+
+cdef uint64_t fold(const uint64_t *words, Py_ssize_t n) noexcept nogil:
+    """All n words (a multiple of 8) in one, so that each has to be read; eight at a time, to wait for none."""
+    cdef uint64_t a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0
+    cdef Py_ssize_t i
+    for i in range(0, n, 8):
+        a ^= words[i]
+        b ^= words[i + 1]
+        c ^= words[i + 2]
+        d ^= words[i + 3]
+        e ^= words[i + 4]
+        f ^= words[i + 5]
+        g ^= words[i + 6]
+        h ^= words[i + 7]
+    return a ^ b ^ c ^ d ^ e ^ f ^ g ^ h
+
+
+def read_bandwidth(data, int threads=1):
+    cdef const uint64_t[::1] words = np.frombuffer(data, dtype=np.uint8)[: len(data) // 64 * 64].view(np.uint64)
+    cdef Py_ssize_t i, n = words.shape[0], step = READ_BYTES // 8, tasks = (n + step - 1) // step
+    cdef const uint64_t *start
+    cdef uint64_t all_folded = 0
+    global folded
+    if n == 0:
+        raise ValueError(f"{len(data)} bytes are too few to time, at least 64 are needed")
+    start = &words[0]
+    begin = time.perf_counter()
+    for i in prange(tasks, nogil=True, schedule="static", num_threads=threads, use_threads_if=not forked):
+        all_folded ^= fold(start + i * step, min(step, n - i * step))
+    seconds = time.perf_counter() - begin
+    folded = all_folded
+    return 8 * n / seconds
+
+
+def int8_peak(int threads=1, double seconds=0.05):
+    cdef Py_ssize_t i, tasks
+    cdef size_t count = 0
+    begin = time.perf_counter()
+    kernels.int8_peak(PEAK_ROUNDS)
+    tasks = threads * max(1, int(seconds / (time.perf_counter() - begin)))
+    begin = time.perf_counter()
+    for i in prange(tasks, nogil=True, schedule="dynamic", num_threads=threads, use_threads_if=not forked):
+        count += kernels.int8_peak(PEAK_ROUNDS)
+    return count / (time.perf_counter() - begin)
