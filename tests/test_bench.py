@@ -236,6 +236,15 @@ def test_a_depth_is_paid_for_once_and_every_run_starts_from_it(small: str) -> No
         player.seconds(Test("tg", 1, depth=256), 0)
 
 
+def test_a_mixed_pass_reads_one_prompt_and_decodes_a_token_of_the_others(small: str) -> None:
+    from qwen3c import Model
+
+    player = bench.Player(Model(small, threads=1))
+    for _ in range(2):
+        assert player.seconds(Test("mix", 5, depth=20, batch=2), 1) > 0
+        assert [session.position for session in player._sessions] == [21, 21, 25]
+
+
 # ----------------------------------------------------------------------------
 # Right before fast
 
