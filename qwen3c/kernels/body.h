@@ -346,6 +346,9 @@ INLINE f32x16 load_kv(const char *p, size_t index, KVType type) {
     return type == KV_F16 ? f32_load_f16((const uint16_t *)p + index) : f32_load((const float *)p + index);
 }
 
+/* So few rows wait for memory, which is fastest where it is read in order: keys in two streams, values by whole rows. */
+#define FEW_ROWS(Q) (2 * (Q) <= ATTEND_QUERIES)
+
 /* Ask for n values from `index` on of what lies next_block bytes behind p, the next block or, if 0, nothing new: a cache is
    read once a token, in streams too short for the hardware to foresee. */
 INLINE void ask_ahead(const char *p, ptrdiff_t next_block, size_t index, size_t n, KVType type) {
@@ -374,6 +377,9 @@ INLINE void scores_block(const size_t Q, const size_t V, float *scores, const fl
 INLINE void scores_rows(const size_t Q, float *scores, const float *const *q, const char *keys, size_t n_vectors,
                         size_t head_dim, ptrdiff_t next_block, KVType type) {
     size_t v = 0;
+    if (FEW_ROWS(Q))
+        for (; v + 2 <= n_vectors; v += 2)
+            scores_block(Q, 2, scores, q, keys, v, head_dim, next_block, type);
     for (; v + ATTEND_VECTORS <= n_vectors; v += ATTEND_VECTORS)
         scores_block(Q, ATTEND_VECTORS, scores, q, keys, v, head_dim, next_block, type);
     for (; v < n_vectors; v++) scores_block(Q, 1, scores, q, keys, v, head_dim, next_block, type);
@@ -393,11 +399,11 @@ INLINE void scores_float(float *p, const float *const *q, size_t rows, const cha
 /* o[r] += sum over positions [from, to) of p[r][j] v[j], for Q rows and V vectors of dimensions from `d` */
 INLINE void values_block(const size_t Q, const size_t V, float *o, const float *p, const char *values, size_t d,
                          size_t from, size_t to, size_t width, ptrdiff_t next_block, KVType type) {
-    f32x16 sum[ATTEND_QUERIES][ATTEND_VECTORS];
+    f32x16 sum[ATTEND_QUERIES][2 * ATTEND_VECTORS];
     UNROLL for (size_t r = 0; r < Q; r++) UNROLL for (size_t v = 0; v < V; v++) sum[r][v] = f32_load(o + r * width + d + v * 16);
     for (size_t j = from; j < to; j++) {
         ask_ahead(values, next_block, j * width + d, V * 16, type);
-        f32x16 x[ATTEND_VECTORS];
+        f32x16 x[2 * ATTEND_VECTORS];
         UNROLL for (size_t v = 0; v < V; v++) x[v] = load_kv(values, j * width + d + v * 16, type);
         UNROLL for (size_t r = 0; r < Q; r++) {
             f32x16 a = f32_set(p[r * KV_BLOCK + j]);
@@ -410,6 +416,9 @@ INLINE void values_block(const size_t Q, const size_t V, float *o, const float *
 INLINE void add_values(const size_t Q, float *o, const float *p, const char *values, size_t from, size_t to,
                        size_t width, ptrdiff_t next_block, KVType type) {
     size_t d = 0;
+    if (FEW_ROWS(Q))
+        for (; d + 32 * ATTEND_VECTORS <= width; d += 32 * ATTEND_VECTORS)
+            values_block(Q, 2 * ATTEND_VECTORS, o, p, values, d, from, to, width, next_block, type);
     for (; d + 16 * ATTEND_VECTORS <= width; d += 16 * ATTEND_VECTORS)
         values_block(Q, ATTEND_VECTORS, o, p, values, d, from, to, width, next_block, type);
     for (; d < width; d += 16) values_block(Q, 1, o, p, values, d, from, to, width, next_block, type);
