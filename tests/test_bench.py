@@ -359,7 +359,11 @@ def test_the_benchmark_measures_everything_and_writes_it_down(tmp_path: Path) ->
         assert names == ["pp40", "tg3", "loop3", "tg3 x2", "tg3 @ d50", "pp40 @ d50"]
         assert all(len(result["seconds"]) == 2 and result["share_of_limit"] > 0 for result in race["results"])
         figures = {figure["what"]: figure["values"] for figure in race["figures"]}
-        assert {"resident", "first token, text to text", "a pass of 254 rows of a prompt and 2 that decode"} <= figures.keys()
+        assert {
+            "resident",
+            "first token, text to text",
+            "a pass of 254 rows of a prompt and 2 that decode",
+        } <= figures.keys()
         assert all(value > 0 for what in ("pp40", "tg3") for value in figures[f"{what} beside a neighbour"])
         assert race["verdict"] and len(race["checks"]) == 2
     assert {figure["what"].split(",")[0] for figure in told["figures"]} == {"export", "sampler"}
