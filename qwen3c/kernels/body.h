@@ -377,7 +377,7 @@ INLINE void scores_block(const size_t Q, const size_t V, float *scores, const fl
 INLINE void scores_rows(const size_t Q, float *scores, const float *const *q, const char *keys, size_t n_vectors,
                         size_t head_dim, ptrdiff_t next_block, KVType type) {
     size_t v = 0;
-    if (FEW_ROWS(Q))
+    if (FEW_ROWS(Q) && ATTEND_VECTORS > 2)
         for (; v + 2 <= n_vectors; v += 2)
             scores_block(Q, 2, scores, q, keys, v, head_dim, next_block, type);
     for (; v + ATTEND_VECTORS <= n_vectors; v += ATTEND_VECTORS)
