@@ -15,7 +15,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# no flag may change a float: no contraction (the kernels write fmaf where they mean it), never -ffast-math
+# no flag may change a float: no contraction (the kernels write fmaf where they mean it), no fast math
 CFLAGS = [
     "-O3",
     "-std=c11",

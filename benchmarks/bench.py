@@ -57,12 +57,14 @@ SAMPLED_TOKENS = 151936  # the vocabulary of Qwen3
 AGREEING = 8  # prompts of so many tokens that every engine continues, to see that all have the same model
 PROMPT = "The first word of"
 
+# ends with its parent, even one that is killed
 SPIN = """
 import os
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+parent = os.getppid()
 print("spinning", flush=True)
-while True:
+while os.getppid() == parent:
     pass
 """
 
@@ -215,32 +217,34 @@ def mixed(pairs: int, ours: Contender, sessions: int, context: int) -> list[Figu
     together = Test("mix", min(ROWS - sessions, context), batch=sessions)
     apart = Test("pp", together.n), Test("tg", 1, batch=sessions)
     note(f"mixed, {pairs} pairs")
-    values = []
-    for seed in range(pairs + 1):
-        whole, parts = ours.seconds(together, seed), sum(ours.seconds(test, seed) for test in apart)
-        values.append(100 * whole / parts)
+
+    def measure() -> float:
+        return 100 * ours.seconds(together, 0) / sum(ours.seconds(test, 0) for test in apart)
+
     what = f"a pass of {together.n} rows of a prompt and {sessions} that decode"
-    return [Figure(what, OURS, "% of both apart", values[1:])]
+    return [Figure(what, OURS, "% of both apart", repeat(pairs, measure))]
 
 
 def beside_neighbour(pairs: int, contender: Contender, test: Test) -> Figure:
     note(f"{test.name} of {contender.name} beside a neighbour, {pairs} pairs")
-    values = []
-    for seed in range(pairs + 1):
-        quiet = contender.seconds(test, seed)
+
+    def measure() -> float:
+        quiet = contender.seconds(test, 0)
         with neighbour():
-            values.append(100 * quiet / contender.seconds(test, seed))
-    return Figure(f"{test.name} beside a neighbour", contender.name, "% of the quiet rate", values[1:])
+            return 100 * quiet / contender.seconds(test, 0)
+
+    what = f"{test.name} beside a neighbour"
+    return Figure(what, contender.name, "% of the quiet rate", repeat(pairs, measure))
 
 
 @contextlib.contextmanager
-def neighbour() -> Iterator[None]:
-    """Another process that spins on one of the cores that are ours."""
+def neighbour() -> Iterator[int]:
+    """Another process, by number, that spins on one of the cores that are ours."""
     with subprocess.Popen([sys.executable, "-c", SPIN], stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout
             process.stdout.readline()  # it has begun
-            yield
+            yield process.pid
         finally:
             process.kill()
 

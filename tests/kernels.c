@@ -103,7 +103,7 @@ static const size_t group_sizes[] = {32, 64, 128, 256};
 static void matmuls(const Kernels *k, int spec) {
     begin(1);
     for (size_t gi = 0; gi < 4; gi++)
-        for (size_t n = 1; n <= 13; n++) {
+        for (size_t n = 1; n <= 18; n++) {
             size_t group_size = group_sizes[gi], columns = (n == 5 ? 19 : 3) * group_size, rows = 16 * (n % 4 + 1) - (n % 3 ? 0 : 5);
             uint8_t *w = random_matrix(rows, columns, group_size);
             float *x = floats(n * columns, 3), *y = guarded(n * rows * 4), *z = guarded(n * rows * 4);

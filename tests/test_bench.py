@@ -9,9 +9,11 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import stat
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -243,6 +245,34 @@ def test_a_mixed_pass_reads_one_prompt_and_decodes_a_token_of_the_others(small: 
     for _ in range(2):
         assert player.seconds(Test("mix", 5, depth=20, batch=2), 1) > 0
         assert [session.position for session in player._sessions] == [21, 21, 25]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="looks for a process by signal")
+def test_a_neighbour_ends_with_the_benchmark_even_with_a_killed_one() -> None:
+    def lives(process: int) -> bool:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    with load("bench").neighbour() as process:
+        assert lives(process)
+    assert not lives(process)
+    killed = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
+        "import bench, os, signal\n"
+        "with bench.neighbour() as process:\n"
+        "    print(process, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", killed], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL
+    for _ in range(600):
+        if not lives(int(done.stdout)):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the neighbour goes on without the benchmark")
 
 
 # ----------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def test_every_instruction_set_gives_the_same_bits_as_the_spec(objects: Path, tm
         assert "scalar" in by_isa and len(set(by_isa.values())) == 1, f"{kernel}: {by_isa}"
 
 
-# (kernel, file, what is right, what is wrong); a change in body.h is compiled into the scalar table alone
+# (kernel, file, what is right, what is wrong); a change in body.h is compiled into the scalar table alone, or into one named
 MUTATIONS = {
     "a dot product starts one off": ("products", "avx2.c", "_mm256_setzero_si256(), _mm256", "_mm256_set1_epi32(1), _mm256"),
     "AVX2 ignores the sign": ("products", "avx2.c", "_mm256_sign_epi8(x, w)", "x"),
@@ -64,6 +64,10 @@ MUTATIONS = {
     "the 17th group of a row has the scale of the first": ("matmul", "body.h", "memcpy(row->scales + g, max", "memcpy(row->scales, max"),
     "the sum of a group lacks its last codes": ("matmul", "body.h", "sum = f32_add(sum, code);", "if (c + 16 < first + group_size) sum = f32_add(sum, code);"),
     "values are scaled as if they were weights": ("attention", "body.h", "rows, &w, 0);", "rows, &w, 1);"),
+    "a part of a dot product is left out": ("matmul", "body.h", "for (size_t j = 1; j < J; j++)", "for (size_t j = 2; j < J; j++)"),
+    "every part starts with the sum": ("matmul", "body.h:avxvnni", "dot_start(j ? 0 : x->sums", "dot_start((int32_t)(0 * j) + x->sums"),
+    "the last block of tokens is left out": ("matmul", "body.h:avxvnni", "n = (n_tokens - token) / blocks--", "n = n_tokens / blocks"),
+    "whole rows of values overlap": ("attention", "body.h:avxvnni", "d += 32 * ATTEND_VECTORS)", "d += 16 * ATTEND_VECTORS)"),
     "rounding cuts": ("matmul", "scalar.c", "(a.lane[i] + 12582912.0f) - 12582912.0f", "truncf(a.lane[i])"),
     "rmsnorm forgets the tail": ("rows", "body.h", "if (whole < n) {", "if (0) {"),
     "matvec forgets the tail": ("rows", "body.h", "c < columns; c += 16)", "c + 15 < columns; c += 16)"),
@@ -87,16 +91,17 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_broken_kernel_is_noticed(objects: Path, tmp_path: Path, mutation: str) -> None:
-    kernel, file, right, wrong = MUTATIONS[mutation]
-    if file.startswith("avx") and platform.machine() != "x86_64":
-        pytest.skip(f"{file} is for x86-64")
+    kernel, place, right, wrong = MUTATIONS[mutation]
+    file, _, isa = place.partition(":")
+    changed = isa or ("scalar" if file == "body.h" else Path(file).stem)
+    if changed.startswith("avx") and platform.machine() != "x86_64":
+        pytest.skip(f"{changed} is for x86-64")
     sources, mutated = tmp_path / "kernels", tmp_path / "objects"
     shutil.copytree(KERNELS, sources)
     shutil.copytree(objects, mutated)
     text = (sources / file).read_text()
     assert right in text, f"{file} no longer holds {right!r}"
     (sources / file).write_text(text.replace(right, wrong))
-    changed = "scalar" if file == "body.h" else Path(file).stem
     compile_object(sources / f"{changed}.c", mutated / f"{changed}.o")
     status, digests, _ = run(mutated, tmp_path / "program", kernel)
     assert status != 0 or any(len(set(by_isa.values())) > 1 for by_isa in digests.values())

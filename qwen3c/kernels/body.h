@@ -167,8 +167,8 @@ typedef struct {
 #define ACCUMULATORS (MATMUL_TILES * MATMUL_TOKENS > 4 ? MATMUL_TILES * MATMUL_TOKENS : 4)
 
 /* y = R tile rows of w times T tokens of x, from `row` and `token` on. A dot product is added up in J parts (integer sums
-   may be split), so that none waits for the one before. Of the memory `ahead`, ahead_bytes are asked for in each group; a
-   line at a time if they are many, of which some would be forgotten if they came at once: if there are few tokens. */
+   may be split), so that none waits for the one before. In each group ahead_bytes from `ahead` on are asked for: at its
+   start, or with `few` tokens, where they are many and some would be forgotten if all came at once, in step with the codes. */
 INLINE void matmul_int8_block(const size_t R, const size_t T, const size_t J, const int few, float *y, size_t stride,
                               const Int8Rows *x, size_t columns, size_t token, const Tiles *w, const int scaled, size_t row,
                               const uint8_t *ahead, size_t ahead_bytes) {
@@ -223,7 +223,7 @@ INLINE void matmul_int8_rows(const size_t R, const int few, float *y, size_t str
     size_t ahead_bytes = (R * w->ahead_bytes + parts - 1) / parts;
     const uint8_t *ahead = w->ahead + row / 16 * w->ahead_bytes;
     for (size_t token = 0, n; token < n_tokens; token += n, ahead += w->n_groups * ahead_bytes) {
-        n = (n_tokens - token + blocks - 1) / blocks--;
+        n = (n_tokens - token) / blocks--;
 #define BLOCK(T) \
     matmul_int8_block(R, T, 4 * R * T <= ACCUMULATORS ? 4 : 2 * R * T <= ACCUMULATORS ? 2 : 1, few, \
                       y, stride, x, columns, token, w, scaled, row, ahead, ahead_bytes)
@@ -376,12 +376,9 @@ INLINE void scores_block(const size_t Q, const size_t V, float *scores, const fl
 
 INLINE void scores_rows(const size_t Q, float *scores, const float *const *q, const char *keys, size_t n_vectors,
                         size_t head_dim, ptrdiff_t next_block, KVType type) {
+    const size_t V = FEW_ROWS(Q) && ATTEND_VECTORS > 2 ? 2 : ATTEND_VECTORS;
     size_t v = 0;
-    if (FEW_ROWS(Q) && ATTEND_VECTORS > 2)
-        for (; v + 2 <= n_vectors; v += 2)
-            scores_block(Q, 2, scores, q, keys, v, head_dim, next_block, type);
-    for (; v + ATTEND_VECTORS <= n_vectors; v += ATTEND_VECTORS)
-        scores_block(Q, ATTEND_VECTORS, scores, q, keys, v, head_dim, next_block, type);
+    for (; v + V <= n_vectors; v += V) scores_block(Q, V, scores, q, keys, v, head_dim, next_block, type);
     for (; v < n_vectors; v++) scores_block(Q, 1, scores, q, keys, v, head_dim, next_block, type);
 }
 

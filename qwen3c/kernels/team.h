@@ -29,9 +29,9 @@ typedef struct {
 typedef struct {
     Team *team;
     size_t index;          /* of the thread */
-    size_t stages;         /* it has begun */
-    uint32_t *counters;    /* of the last of them */
-    size_t n;              /* tasks of that */
+    size_t stages;         /* it has begun; the rest is about the last of them */
+    uint32_t *counters;
+    size_t n;              /* tasks */
     size_t share, taken;   /* shares it has found empty; tasks it took */
 } Worker;
 
