@@ -43,15 +43,13 @@ def quantize_tiles(
     parts: Sequence[tuple[Any, str]],
     columns: int,
     group_size: int,
-    first_tile: int,
     n_tiles: int,
     out: Any,
-    threads: int = 1,
 ) -> tuple[float, float, float, int]:
     """Quantise tiles of 16 rows into `out`, the stored form of a matrix (docs/FORMAT.md).
 
     parts: (buffer of row-major bytes, "BF16" | "F16" | "F32") stacked by rows; rows past the end are zero.
-    first_tile, n_tiles: which rows, in units of 16; out: writable buffer of n_tiles stored tile rows.
+    n_tiles: rows in units of 16; out: writable buffer of n_tiles stored tile rows.
     Returns (largest |w - stored|, sum (w - stored)^2, sum w^2, bad), where bad is the flat index
     row * columns + column of the first NaN, Inf or value too large for an fp16 scale, or -1.
     """

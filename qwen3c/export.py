@@ -23,11 +23,11 @@ import shutil
 import signal
 import sys
 import time
+from _thread import start_new_thread
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
 from . import format, memory
@@ -303,8 +303,9 @@ def _stream(
     """Workers read and quantise slices; this thread writes them in order and lets the next ones start.
 
     They talk through SimpleQueues, the one kind that a signal cannot leave locked: Ctrl-C raises in this thread
-    wherever it is, and inside an executor's locks that would hang it and its workers for ever. For the same reason
-    nobody waits for a worker to end: with nothing left to do it ends by itself.
+    wherever it is, and inside an executor's locks that would hang it and its workers for ever, inside those of
+    threading.Thread.start break them. For the same reason nobody waits for a worker to end: with nothing left to do it
+    ends by itself.
     """
     work = [piece for tensor in writer.tensors for piece in slices(tensor)]
     size = 4 * max(piece.rows * piece.columns for piece in work)
@@ -325,7 +326,7 @@ def _stream(
     done = 0
     try:
         for _ in range(window - 2):
-            Thread(target=convert_slices, daemon=True).start()
+            start_new_thread(convert_slices, ())
         for i in range(min(window, len(work))):
             jobs.put(i)
         for i, piece in enumerate(work):
@@ -407,7 +408,7 @@ def _quantize(
     elif len(dtypes) > 1:  # of q, k and v, or of gate and up; widening is exact
         sources = [(part.to_float32().view("u1"), "F32") for part in parts]
     n_tiles = -(-piece.rows // format.TILE_ROWS)
-    *errors, bad = engine.quantize_tiles(sources, piece.columns, group_size, 0, n_tiles, out)
+    *errors, bad = engine.quantize_tiles(sources, piece.columns, group_size, n_tiles, out)
     if bad >= 0:
         _refuse(piece, parts, bad)
     if "Q8_0" in dtypes:

@@ -119,9 +119,9 @@ cdef struct TileRow:
     const void *rows[16]  # NULL past the end of the matrix
 
 
-def quantize_tiles(parts, Py_ssize_t columns, Py_ssize_t group_size, Py_ssize_t first_tile, Py_ssize_t n_tiles, out, int threads=1):
+def quantize_tiles(parts, Py_ssize_t columns, Py_ssize_t group_size, Py_ssize_t n_tiles, out):
     cdef uintptr_t address
-    cdef Py_ssize_t i, row, rows, row_bytes, tile_size = columns // group_size * TILE_BYTES(group_size)
+    cdef Py_ssize_t i, row = 0, rows, row_bytes, tile_size = columns // group_size * TILE_BYTES(group_size)
     cdef uint8_t[::1] target = out
     if columns % group_size or group_size not in (32, 64, 128, 256):
         raise ValueError(f"{columns} columns do not divide into groups of {group_size}")
@@ -137,24 +137,25 @@ def quantize_tiles(parts, Py_ssize_t columns, Py_ssize_t group_size, Py_ssize_t 
     try:
         if errors == NULL or tiles == NULL:
             raise MemoryError(f"no memory for {n_tiles} tiles")
-        row = -16 * first_tile  # of the slice
         for data, _, size in buffers:
             address, row_bytes, rows = data.ctypes.data, columns * size, data.size // (columns * size)
             if data.size % row_bytes:
                 raise ValueError(f"a part of {data.size} bytes is not whole rows of {row_bytes}")
-            for i in range(max(0, -row), min(rows, 16 * n_tiles - row)):
+            for i in range(min(rows, 16 * n_tiles - row)):
                 tiles[(row + i) // 16].rows[(row + i) % 16] = <const void *>(address + i * row_bytes)
             row += rows
-        for i in prange(n_tiles, nogil=True, schedule="dynamic", num_threads=threads, use_threads_if=not forked):
-            errors[i].bad = -1
-            kernels.quantize_tiles(&target[i * tile_size], <const void **>tiles[i].rows, kind, columns, group_size, &errors[i])
+        # no prange: an exporter's thread may still be here when the interpreter ends, which OpenMP does not survive
+        with nogil:
+            for i in range(n_tiles):
+                errors[i].bad = -1
+                kernels.quantize_tiles(&target[i * tile_size], <const void **>tiles[i].rows, kind, columns, group_size, &errors[i])
         largest, error_square, square, bad = 0.0, 0.0, 0.0, -1
         for i in range(n_tiles):
             largest = max(largest, errors[i].largest)
             error_square += errors[i].error_square
             square += errors[i].square
             if bad < 0 and errors[i].bad >= 0:
-                bad = (first_tile + i) * 16 * columns + errors[i].bad
+                bad = i * 16 * columns + errors[i].bad
         return largest, error_square, square, bad
     finally:
         free(errors)

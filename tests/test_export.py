@@ -128,7 +128,7 @@ def quantize(weights: NDArray[np.float32], group_size: int) -> tuple[bytes, tupl
     rows, columns = weights.shape
     out = np.empty(format.matrix_size(rows, columns, group_size), np.uint8)
     parts = [(weights.view(np.uint8).ravel(), "F32")]
-    figures = engine.quantize_tiles(parts, columns, group_size, 0, -(-rows // format.TILE_ROWS), out)
+    figures = engine.quantize_tiles(parts, columns, group_size, -(-rows // format.TILE_ROWS), out)
     return out.tobytes(), figures
 
 
@@ -623,6 +623,29 @@ def test_an_interrupt_at_any_moment_ends_the_export(tmp_path: Path, source: Path
     assert (
         len(leftovers(tmp_path)) <= 1
     )  # one that died before it could be told from another's goes with the next
+
+
+QUANTIZING_TO_THE_END = """
+from _thread import start_new_thread
+from time import sleep
+from qwen3c import engine
+
+def quantize_for_ever():
+    out = bytearray(16 * 64 + 32)
+    while True:
+        engine.quantize_tiles([(bytes(2 * 16 * 64), "BF16")], 64, 64, 1, out)
+
+for _ in range(4):
+    start_new_thread(quantize_for_ever, ())
+sleep(0.1)
+"""
+
+
+def test_a_worker_that_is_at_it_when_the_interpreter_ends_does_no_harm() -> None:
+    for _ in range(4):
+        command = [sys.executable, "-c", QUANTIZING_TO_THE_END]
+        run = subprocess.run(command, cwd=PACKAGES, capture_output=True, text=True, timeout=60)
+        assert (run.returncode, run.stderr) == (0, "")
 
 
 # ----------------------------------------------------------------------------
