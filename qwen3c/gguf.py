@@ -23,7 +23,6 @@ import math
 import os
 import re
 import struct
-import threading
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -129,7 +128,6 @@ class GGUF(Files):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.directory = Path(path)
         self.opened = []
-        self._lock = threading.Lock()
         try:
             self._read()
         except BaseException:
@@ -171,7 +169,7 @@ class GGUF(Files):
         return {self._hugging_face_name(info.name): self._tensor(info) for info in infos}
 
     def _tensor(self, info: _Info) -> StoredTensor:
-        place = (info.name, info.kind, info.shape, self.directory, self.opened[0], self._lock, info.offset)
+        place = (info.name, info.kind, info.shape, self.directory, self.opened[0], info.offset)
         if self.architecture == "llama" and re.fullmatch(r"blk\.\d+\.attn_[qk]\.weight", info.name):
             return _PairedRows(*place, head_dim=self._head_dim)
         return StoredTensor(*place)

@@ -18,7 +18,6 @@ import os
 import re
 import stat
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from io import FileIO
@@ -747,7 +746,6 @@ class StoredTensor:
     shape: tuple[int, ...]
     path: Path
     file: FileIO
-    lock: threading.Lock  # of the file's position
     offset: int  # of its first byte in the file
 
     @property
@@ -756,14 +754,13 @@ class StoredTensor:
         return math.prod(self.shape) // weights * size
 
     def read(self, start: int, out: memoryview) -> None:
-        """Fill `out` with the bytes of the tensor from byte `start` on."""
-        with self.lock:
-            self.file.seek(self.offset + start)
-            while len(out):
-                n = self.file.readinto(out)
-                if not n:
-                    raise SourceError(f"{self.path}: ended inside {self.name}; did the file change?")
-                out = out[n:]
+        """Fill `out` with the bytes of the tensor from byte `start` on; threads may share the file."""
+        position = self.offset + start
+        while len(out):
+            n = os.preadv(self.file.fileno(), [out], position)
+            if not n:
+                raise SourceError(f"{self.path}: ended inside {self.name}; did the file change?")
+            out, position = out[n:], position + n
 
 
 def to_float32(data: memoryview, dtype: str) -> NDArray[np.float32]:
@@ -872,7 +869,7 @@ def open_safetensors(files: Files, file_name: str) -> dict[str, StoredTensor]:
     """The tensors of one file: u64 header length, JSON header, tensor bytes without holes."""
     from safetensors import SafetensorError, safe_open
 
-    path, file, lock = files.path(file_name), files.open(file_name), threading.Lock()
+    path, file = files.path(file_name), files.open(file_name)
     file_size = os.fstat(file.fileno()).st_size
     header_size = int.from_bytes(file.read(8), "little")
     if header_size > min(file_size - 8, _MAX_SAFETENSORS_HEADER):
@@ -884,7 +881,7 @@ def open_safetensors(files: Files, file_name: str) -> dict[str, StoredTensor]:
     for name, entry in header.items():
         try:
             first, last = (start + offset for offset in entry["data_offsets"])
-            tensors[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path, file, lock, first)
+            tensors[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path, file, first)
             end = max(end, last)
         except (TypeError, KeyError, ValueError):
             raise SourceError(f"{path}: {name}: dtype, shape or data_offsets is wrong") from None
