@@ -28,11 +28,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from . import format, memory
 from .memory import gib
-from .terminal import one_line
+from .terminal import Progress, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -501,31 +501,9 @@ def peak_bytes() -> int:
 # Command line
 
 
-class Progress:
-    """Bytes done, rate and time left: one line that changes on a terminal, else a line every 10 seconds."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-        self.terminal = stream.isatty()
-        self.start = self.shown = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self.shown < (0.1 if self.terminal else 10):
-            return
-        self.shown = now
-        rate = done / (now - self.start)
-        text = f"{done / total:4.0%}  {done / 1e9:.2f} of {total / 1e9:.2f} GB"
-        text += f"  {rate / 1e6:.0f} MB/s  {(total - done) / rate:.0f} s left"
-        if self.terminal:
-            bar = "#" * (24 * done // total)
-            print(f"\r[{bar:<24}] {text}\x1b[K", end="", file=self.stream, flush=True)
-        else:
-            print(text, file=self.stream, flush=True)
-
-    def clear(self) -> None:
-        if self.terminal:
-            print("\r\x1b[K", end="", file=self.stream, flush=True)
+def describe_bytes(done: float, total: float, rate: float) -> str:
+    """The words of the progress line: bytes of the source read, and how fast."""
+    return f"{done / 1e9:.2f} of {total / 1e9:.2f} GB  {rate / 1e6:.0f} MB/s"
 
 
 class _Terminated(SystemExit):
@@ -535,7 +513,7 @@ class _Terminated(SystemExit):
 def main(argv: list[str] | None = None) -> int:
     """The command `export.py SRC OUT`: 0 done, 2 refused, 130 or 143 interrupted; no traceback."""
     args = _parse(argv)
-    progress = None if args.quiet else Progress(sys.stderr)
+    progress = None if args.quiet else Progress(describe_bytes)
     target = args.target or args.source  # what a message is about
 
     def terminate(*_: object) -> None:

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 DIM, RESET, CLEAR_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 FENCE = '"""'
 HISTORY_LINES = 1000
+BAR_WIDTH = 24
 PASTE_PAUSE = 0.02  # seconds: lines that follow faster than this were not typed
 
 
@@ -37,7 +38,7 @@ def open_streams() -> None:
 
 
 def has_colour(stream: TextIO) -> bool:
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return can_redraw(stream) and not os.environ.get("NO_COLOR")
 
 
 def note(text: str) -> None:
@@ -74,8 +75,24 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
+def can_redraw(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal on which a line can be drawn again; TERM=dumb says that it cannot."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def columns(stream: TextIO) -> int:
+    """Characters that fit in a line of the terminal behind `stream`; 80 where nobody says."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
 class StatusLine:
-    """One line on stderr that changes while something takes time; nothing where stderr is no terminal."""
+    """One line on stderr, drawn again while something takes time, and cut to the width of the terminal.
+
+    It is drawn on a terminal only. delay: seconds before it appears at all. interval: seconds between two drawings.
+    """
 
     def __init__(self, delay: float = 0.5, interval: float = 0.1) -> None:
         self._next = time.monotonic() + delay
@@ -83,16 +100,80 @@ class StatusLine:
         self._shown = False
 
     def show(self, text: Callable[[], str]) -> None:
+        """Draw text(), unless the last drawing was less than an interval ago."""
         now = time.monotonic()
-        if now >= self._next and sys.stderr.isatty():
+        if now >= self._next and can_redraw(sys.stderr):
             self._next = now + self._interval
             self._shown = True
-            print(CLEAR_LINE + text(), end="", file=sys.stderr, flush=True)
+            # the last column stays free: a terminal that wraps there would leave the line behind
+            line = text()[: max(columns(sys.stderr) - 1, 1)]
+            print(CLEAR_LINE + line, end="", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
+        """Erase what was drawn."""
         if self._shown:
             self._shown = False
             print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """How far a long task is: call it with (done, total) as often as you like.
+
+    On a terminal it is a StatusLine; elsewhere a line of its own every `pause` seconds.
+    describe: (done, total, done per second) -> the words between the percentage and the time left.
+    """
+
+    def __init__(
+        self, describe: Callable[[float, float, float], str], *, delay: float = 0.5, pause: float = 10.0
+    ) -> None:
+        self._describe = describe
+        self._status = StatusLine(delay)
+        self._pause = pause
+        self._begin = self._printed = time.monotonic()
+
+    def __call__(self, done: float, total: float) -> None:
+        if can_redraw(sys.stderr):
+            self._status.show(lambda: self._line(done, total, columns(sys.stderr)))
+        elif (now := time.monotonic()) - self._printed >= self._pause:
+            self._printed = now
+            print(self._line(done, total, 0), file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Erase what was drawn."""
+        self._status.clear()
+
+    def _line(self, done: float, total: float, width: int) -> str:
+        seconds = time.monotonic() - self._begin
+        return progress_line(done, total, seconds, self._describe, width)
+
+
+def progress_line(
+    done: float, total: float, seconds: float, describe: Callable[[float, float, float], str], width: int
+) -> str:
+    """A line such as "[######      ]  50%  1.20 of 2.40 GB  600 MB/s  2 s left", for `width` columns.
+
+    The bar and then the words go where they do not fit; width 0: a line without a bar.
+    """
+    share = min(max(done / total, 0.0), 1.0) if total else 1.0
+    rate = done / seconds if seconds > 0 else 0.0
+    left = f"  {time_left(max(total - done, 0) / rate)}" if rate else ""
+    percent = f"{int(share * 100):3d}%"
+    text = f"{percent}  {describe(done, total, rate)}{left}"
+    bar = f"[{'#' * int(BAR_WIDTH * share):<{BAR_WIDTH}}] "
+    for line in ((bar + text) if width else text, text, percent + left):
+        if not width or len(line) < width:
+            return line
+    return percent
+
+
+def time_left(seconds: float) -> str:
+    """Seconds as a person says them: "8 s left", "2 min 05 s left", "3 h 10 min left"."""
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s left"
+    if whole < 7200:
+        return f"{whole // 60} min {whole % 60:02d} s left"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min left"
 
 
 # ----------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from test_huggingface import FAULTS
 
 from qwen3c import engine, format, memory
 from qwen3c import export as exporter
-from qwen3c.export import Progress, export, main
+from qwen3c.export import export, main
 from qwen3c.format import ModelFile
 from qwen3c.huggingface import SourceError, StoredTensor
 from qwen3c.info import lines
@@ -243,29 +243,6 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     assert report.source_size > 45e6
     assert abs(peaks[1] - peaks[0]) < 1e6
     assert peaks[1] < 40e6
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_shows_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    terminal, log = Terminal(), io.StringIO()
-    bars = [Progress(terminal), Progress(log)]
-    for second in range(1, 21):
-        now = 100.0 + second
-        for bar in bars:
-            bar(second * 10**8, 2 * 10**9)
-    assert log.getvalue().splitlines() == [
-        " 50%  1.00 of 2.00 GB  100 MB/s  10 s left",
-        "100%  2.00 of 2.00 GB  100 MB/s  0 s left",
-    ]
-    assert terminal.getvalue().count("\r") == 20
-    assert "[############            ]  50%  1.00 of 2.00 GB  100 MB/s  10 s left" in terminal.getvalue()
-    assert "\n" not in terminal.getvalue()
 
 
 # ----------------------------------------------------------------------------

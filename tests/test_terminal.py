@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,59 @@ class FakeTerminal(io.StringIO):
         return True
 
 
+def describe(done: float, total: float, rate: float) -> str:
+    return f"{done:g} of {total:g}  {rate:g}/s"
+
+
+@pytest.mark.parametrize(
+    ("done", "seconds", "width", "expected"),
+    [
+        (0, 0.0, 80, "[                        ]   0%  0 of 200  0/s"),  # nothing is known yet: no time left
+        (0, 5.0, 80, "[                        ]   0%  0 of 200  0/s"),
+        (100, 0.0, 80, "[############            ]  50%  100 of 200  0/s"),  # a clock that has not moved
+        (100, 10.0, 80, "[############            ]  50%  100 of 200  10/s  10 s left"),
+        (100, 10.0, 61, "[############            ]  50%  100 of 200  10/s  10 s left"),
+        (100, 10.0, 60, " 50%  100 of 200  10/s  10 s left"),
+        (100, 10.0, 20, " 50%  10 s left"),
+        (100, 10.0, 10, " 50%"),
+        (100, 10.0, 0, " 50%  100 of 200  10/s  10 s left"),
+        (200, 10.0, 80, "[########################] 100%  200 of 200  20/s  0 s left"),
+        (300, 10.0, 80, "[########################] 100%  300 of 200  30/s  0 s left"),  # a source that grew
+        (1, 100.0, 0, "  0%  1 of 200  0.01/s  5 h 31 min left"),
+        (50, 100.0, 0, " 25%  50 of 200  0.5/s  5 min 00 s left"),
+    ],
+)
+def test_a_progress_line_fits_the_width_and_knows_no_time_left_at_the_start(
+    done: int, seconds: float, width: int, expected: str
+) -> None:
+    assert terminal.progress_line(done, 200, seconds, describe, width) == expected
+
+
+def test_an_empty_task_is_done() -> None:
+    assert terminal.progress_line(0, 0, 0.0, describe, 0) == "100%  0 of 0  0/s"
+
+
+def test_progress_is_redrawn_on_a_terminal_and_printed_every_ten_seconds_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setenv("TERM", "xterm")
+    shown = {}
+    for stream in (FakeTerminal(), io.StringIO()):
+        now = 100.0
+        monkeypatch.setattr(sys, "stderr", stream)
+        progress = terminal.Progress(describe)
+        for second in range(1, 21):
+            now = 100.0 + second
+            progress(second, 20)
+        shown[stream.isatty()] = stream.getvalue()
+    assert shown[False].splitlines() == [" 50%  10 of 20  1/s  10 s left", "100%  20 of 20  1/s  0 s left"]
+    assert shown[True].count("\r") == 20 and "\n" not in shown[True]
+
+
 def test_a_status_line_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     for stream, expected in ((FakeTerminal(), "\r\x1b[Kbusy\r\x1b[K"), (io.StringIO(), "")):
         monkeypatch.setattr(sys, "stderr", stream)
         status = terminal.StatusLine(delay=0)

@@ -1,0 +1,198 @@
+"""A program on a pseudo-terminal, its screen as a person sees it, and keys as a person types them.
+
+    with Terminal([sys.executable, "run.py"], columns=20) as terminal:
+        terminal.wait_for("> ")
+        terminal.type("hello\\r")
+
+pexpect owns the pseudo-terminal and the child; pyte draws what the child writes. Tests compare the screen, not
+the escape codes that made it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pexpect
+import pyte
+
+ROOT = Path(__file__).parents[2]
+KEYS = {
+    "ctrl-c": "\x03", "ctrl-d": "\x04", "ctrl-z": "\x1a", "ctrl-l": "\x0c", "ctrl-a": "\x01", "ctrl-u": "\x15",
+    "up": "\x1b[A", "down": "\x1b[B", "left": "\x1b[D", "right": "\x1b[C", "tab": "\t", "enter": "\r", "backspace": "\x7f",
+}  # fmt: skip
+PATIENCE = 60.0  # seconds that a test waits for something to appear before it fails
+
+
+class Terminal:
+    """A child process on a terminal of `columns` x `rows`.
+
+    env: variables set for the child on top of a small, fixed environment; None as a value removes one.
+    raw: every byte that the child wrote, in order.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str | os.PathLike[str]],
+        *,
+        columns: int = 80,
+        rows: int = 24,
+        env: dict[str, str | None] | None = None,
+        cwd: str | os.PathLike[str] = ROOT,
+    ) -> None:
+        program, *arguments = map(str, command)
+        self._screen = pyte.HistoryScreen(columns, rows, history=100_000)
+        self._stream = pyte.ByteStream(self._screen)
+        self._child = pexpect.spawn(
+            program,
+            arguments,
+            env=environment(env),
+            cwd=str(cwd),
+            dimensions=(rows, columns),
+            timeout=PATIENCE,
+        )
+        self._child.delaybeforesend = None
+        self.raw = b""
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self._child.close(force=True)
+
+    @property
+    def pid(self) -> int:
+        return int(self._child.pid)
+
+    @property
+    def lines(self) -> list[str]:
+        """Every line from the first: those scrolled off, then those on the screen, without trailing blanks."""
+        gone = [
+            "".join(line[x].data for x in range(self._screen.columns)) for line in self._screen.history.top
+        ]
+        lines = [line.rstrip() for line in [*gone, *self._screen.display]]
+        while lines and not lines[-1]:
+            lines.pop()
+        return lines
+
+    @property
+    def text(self) -> str:
+        """The lines, joined by newlines."""
+        return "\n".join(self.lines)
+
+    @property
+    def current_line(self) -> str:
+        """The line that the cursor is on, without trailing blanks."""
+        return str(self._screen.display[self._screen.cursor.y]).rstrip()
+
+    def colours(self, text: str) -> set[str]:
+        """The foreground colours of the first place on the screen that shows `text`; {"default"} if uncoloured."""
+        for y, line in enumerate(self._screen.display):
+            x = line.find(text)
+            if x >= 0:
+                return {self._screen.buffer[y][x + i].fg for i in range(len(text))}
+        raise AssertionError(f"{text!r} is not on the screen:\n{self.text}")
+
+    def read(self, seconds: float = 0.0) -> None:
+        """Draw what the child writes within `seconds`, or what has come already."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                data = self._child.read_nonblocking(65536, timeout=max(deadline - time.monotonic(), 0.01))
+            except pexpect.TIMEOUT:
+                return
+            except pexpect.EOF:
+                return
+            self.raw += data
+            self._stream.feed(data)
+            if time.monotonic() >= deadline:
+                return
+
+    def wait_until(self, condition: Callable[[], Any], what: str, timeout: float = PATIENCE) -> None:
+        """Draw until `condition` holds; AssertionError with the screen if it does not within `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            ended = not self._child.isalive()
+            self.read(0.05)
+            if condition():
+                return
+            if ended or time.monotonic() > deadline:
+                state = f"ended with status {self.status()}" if ended else f"did not within {timeout:g} s"
+                raise AssertionError(f"waiting for {what}: the program {state}; the screen:\n{self.text}")
+
+    def wait_for(self, text: str, timeout: float = PATIENCE) -> None:
+        """Draw until `text` stands in one line, on the screen or above it."""
+        self.wait_until(lambda: any(text in line for line in self.lines), repr(text), timeout)
+
+    def type(self, text: str) -> None:
+        """Send `text` as a keyboard does: "\\r" is Enter."""
+        self._child.send(text)
+
+    def press(self, *keys: str) -> None:
+        """Press keys by name, such as "ctrl-c" (KEYS)."""
+        for key in keys:
+            self.type(KEYS[key])
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Change the window; the child gets SIGWINCH."""
+        self._screen.resize(rows, columns)
+        self._child.setwinsize(rows, columns)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def hang_up(self) -> None:
+        """Close the terminal as a window manager does: the child gets SIGHUP and its streams are gone."""
+        self.read()
+        os.close(self._child.child_fd)
+        self._child.closed = True
+        self._child.child_fd = -1
+
+    def finish(self, timeout: float = PATIENCE) -> int:
+        """Draw until the child ends; its exit status, or minus the signal that ended it."""
+        self.wait_until(lambda: not self._child.isalive(), "the end", timeout)
+        self.read()
+        return self.status()
+
+    def finish_unseen(self, timeout: float = PATIENCE) -> int:
+        """After hang_up(): wait for the child to end; its exit status, or minus the signal that ended it."""
+        deadline = time.monotonic() + timeout
+        while True:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._child.terminated = True
+                return os.waitstatus_to_exitcode(status)
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                raise AssertionError(f"still running {timeout:g} s after its terminal was closed")
+            time.sleep(0.02)
+
+    def status(self) -> int:
+        """The exit status of a child that has ended, or minus the signal that ended it."""
+        signal_number = self._child.signalstatus
+        return -int(signal_number) if signal_number else int(self._child.exitstatus or 0)
+
+
+def environment(changes: dict[str, str | None] | None = None) -> dict[str, str]:
+    """A person's environment: UTF-8, a colour terminal, and nothing else of the caller's that matters to output."""
+    kept = {
+        name: os.environ[name]
+        for name in ("PATH", "HOME", "XDG_STATE_HOME", "QWEN3C_ISA")
+        if name in os.environ
+    }
+    chosen: dict[str, str | None] = {**kept, "TERM": "xterm-256color", "LANG": "C.UTF-8", **(changes or {})}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def run_typed(command: Sequence[str | os.PathLike[str]], **options: Any) -> tuple[int, str, bytes]:
+    """A command that asks nothing, to its end: (exit status, the text on the terminal, the bytes behind it)."""
+    with Terminal(command, **options) as terminal:
+        status = terminal.finish()
+        return status, terminal.text, terminal.raw
