@@ -1,9 +1,10 @@
 """Runs Qwen3-family language models on ordinary CPUs.
 
 from qwen3c import Model
-model = Model("model.bin")
-for event in model.generate(model.chat_prompt([{"role": "user", "content": "Hello"}])):
-    print(event.text, end="", flush=True)
+with Model("model.bin") as model:
+    print(model.chat("Name three rivers."))
+    for event in model.generate(model.chat_prompt("And three lakes.")):
+        print(event.text, end="", flush=True)
 """
 
 from __future__ import annotations
@@ -13,12 +14,26 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .conversation import Conversation
     from .engine import Session
     from .format import ModelFileError
+    from .generate import CachedSession, Event, Generation, Reply
     from .model import Model
+    from .sampler import Sampling
 
 __version__ = "0.1.0"
-__all__ = ["Model", "ModelFileError", "Session", "__version__"]
+__all__ = [
+    "CachedSession",
+    "Conversation",
+    "Event",
+    "Generation",
+    "Model",
+    "ModelFileError",
+    "Reply",
+    "Sampling",
+    "Session",
+    "__version__",
+]
 
 # A thread that waits for another may spin for some microseconds, then must sleep: a spinning one takes the core its
 # partner needs as soon as anything else runs on the machine (docs/PERFORMANCE.md has the figures). libgomp reads this
@@ -28,10 +43,24 @@ if BORROWED_VARIABLE:
     os.environ[BORROWED_VARIABLE] = "500"
 
 # name -> module; imported on first use, so that `--help` does not wait for NumPy
-_HOMES = {"Model": "model", "Session": "engine", "ModelFileError": "format"}
+_HOMES = {
+    "CachedSession": "generate",
+    "Conversation": "conversation",
+    "Event": "generate",
+    "Generation": "generate",
+    "Model": "model",
+    "ModelFileError": "format",
+    "Reply": "generate",
+    "Sampling": "sampler",
+    "Session": "engine",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

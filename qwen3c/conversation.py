@@ -68,7 +68,7 @@ class Conversation:
 
     def set_thinking(self, thinking: bool) -> None:
         """Switch thinking from the next reply on. ValueError if the model cannot."""
-        self.model.chat.check_thinking(thinking)
+        self.model.chat_template.check_thinking(thinking)
         self.thinking = thinking
 
     @property

@@ -1,5 +1,6 @@
 """The compiled engine: tokens in, logits out. It knows nothing of text (see qwen3c/model.py)."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -70,15 +71,19 @@ class Model:
     threads: int
     kv: KV
     activations: Activations
+    closed: bool
 
     def __init__(
         self,
-        path: str,
+        path: str | os.PathLike[str],
         threads: int | None = None,
         kv: KV = "f16",
         activations: Activations = "int8",
         huge_pages: bool = False,
     ) -> None: ...
+    def close(self) -> None:
+        """Release the weights and the buffers, once no call uses them; calls that need them are a ValueError from then on."""
+    def _check_open(self) -> None: ...
     def session(self, context: int | None = None) -> Session:
         """An empty sequence of at most `context` positions (default: the model's). Memory grows with use."""
     def forward(

@@ -234,6 +234,9 @@ cdef class Session:
                 block.owners -= 1
         free(self.pointers)
 
+    def __reduce__(self):
+        raise TypeError("a Session cannot be pickled or copied: its cache belongs to its model's process; fork() makes a second")
+
     @property
     def kv_bytes(self):
         return len(self.blocks) * self.model.block_bytes
@@ -302,6 +305,7 @@ cdef class Model:
     cdef float eps, rope_scale
     cdef KVType kv_type
     cdef bint int8
+    cdef readonly bint closed
 
     def __cinit__(self, path, threads=None, kv="f16", activations="int8", huge_pages=False, **_):
         if kv not in KV_TYPES:
@@ -411,6 +415,11 @@ cdef class Model:
         return matrices
 
     def weight(self, str name):
+        with self.lock:
+            self._check_open()
+            return self._weight(name)
+
+    cdef _weight(self, str name):
         cdef Matrix matrix
         cdef Py_ssize_t r
         cdef float[:, ::1] view
@@ -474,7 +483,19 @@ cdef class Model:
 
     # ---- Python surface
 
+    def close(self):
+        """Release the weights and the buffers, once no call uses them; calls that need them are a ValueError from then on."""
+        with self.lock:
+            self.closed = True
+            self.file.close()
+            self._free_buffers()
+
+    def _check_open(self):
+        if self.closed:
+            raise ValueError(f"{self.path}: the model is closed")
+
     def session(self, context=None):
+        self._check_open()
         return Session(self, context)
 
     def forward(self, batch, logits="last"):
@@ -488,6 +509,7 @@ cdef class Model:
             return self._forward_batch(batch, logits == "all", logits == "hidden")
 
     cdef _check_batch(self, list batch):
+        self._check_open()
         seen = set()
         for session, ids in batch:
             if not isinstance(session, Session) or (<Session>session).model is not self:
@@ -630,6 +652,7 @@ cdef class Model:
         cdef Py_ssize_t start, n
         cdef int i, threads
         with self.lock:
+            self._check_open()
             self._reserve(min(rows.shape[0], MAX_ROWS))
             for start in range(0, rows.shape[0], MAX_ROWS):
                 n = min(MAX_ROWS, rows.shape[0] - start)

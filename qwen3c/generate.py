@@ -6,17 +6,20 @@ decode     sample a token, turn it into text, forward it; until one of the reaso
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import operator
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .chat import THINK, Piece, ReplyStream, last_control_token
-from .sampler import Sampler, Sampling
+from .sampler import Sampler, Sampling, SamplingOptions
 
 if TYPE_CHECKING:
     from .model import Model
@@ -26,6 +29,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 FIRST_PIECE = 64  # tokens of the prompt forwarded at first
 PIECE_SECONDS = 0.5  # about how long a piece of the prompt takes: how soon a cancel or a progress line comes
 LARGEST_PIECE = 256  # tokens; the engine computes no more at once
+SHOWN = 48  # characters of a text in a repr
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +68,28 @@ class Stats:
         return max(self.generated_tokens - 1, 0) / max(self.decode_seconds, 1e-9)
 
 
-@dataclass
+@dataclass(repr=False)
 class Reply:
-    """The events of one reply, put together."""
+    """The events of one reply, put together. str() of it is its text."""
 
     text: str = ""
     thinking: str = ""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    finish_reason: FinishReason | None = None  # None while the reply is on its way, or if an error ended it
+    stats: Stats = field(default_factory=Stats)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        thought = f", {len(self.thinking)} characters of thought" if self.thinking else ""
+        calls = "".join(f", calls {call['name']}" for call in self.tool_calls)
+        shown = self.text if len(self.text) <= SHOWN else self.text[: SHOWN - 1] + "…"
+        end = self.finish_reason or "unfinished"
+        return f"<Reply {shown!r}, {self.stats.generated_tokens} tokens{thought}{calls}, {end}>"
 
     def add(self, event: Event) -> None:
+        """Take in the next event."""
         if event.thinking:
             self.thinking += event.text
         else:
@@ -95,13 +111,31 @@ class Reply:
 class CachedSession:
     """A session that knows its tokens, so that a prompt costs only what differs from what went before.
 
-    tokens: those whose keys and values the session holds. context: how many it can hold.
+    tokens: those whose keys and values the session holds. context: how many it can hold. One reply at a time
+    goes on in it, the newest: an older one that is asked for more is a ValueError.
     """
 
     def __init__(self, model: Model, context: int | None = None) -> None:
+        self.model = model
         self.session = model.session(context)
         self.context = self.session.context
         self.tokens: list[int] = []
+        self.n_replies = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"<CachedSession of {self.model.metadata['name']!r}, {len(self.tokens)} of {self.context} tokens>"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a CachedSession cannot be pickled or copied: its cache belongs to its model's process"
+        )
+
+    def begin_reply(self) -> int:
+        """Let a new reply go on in the session; returns the number of the reply."""
+        self.n_replies += 1
+        return self.n_replies
 
     def reuse(self, prompt: Sequence[int]) -> int:
         """Keep the longest common prefix with `prompt`, but for its last token; return its length.
@@ -125,52 +159,133 @@ class CachedSession:
         self.session.rewind(position)
 
 
-class Generation(Iterator[Event]):
-    """One reply on its way: iterate for its events.
+class ReplyOptions(SamplingOptions, total=False):
+    """The keywords that Model.chat and Model.complete hand on to Model.generate, which says what they are."""
 
-    See Model.generate for the arguments. `reply`, `tokens` (those sampled) and `stats` fill meanwhile;
-    the iteration may be left at any time.
+    session: CachedSession | None
+    stop: str | Sequence[str]
+    cancel: Callable[[], bool] | None
+    progress: Callable[[int, int], None] | None
+
+
+class Generation(Iterator[Event], AsyncIterator[Event]):
+    """One reply on its way. Model.generate makes it, and nothing is computed before the first event is asked for.
+
+    for event in generation          the events, as they come
+    async for event in generation    the same, each computed in a thread, so that an event loop is not held up;
+                                     cancelling the task ends the reply
+    generation.result()              run to the end: the whole Reply
+    with generation: ...             close() at the end of the block: the reply ends there, if it has not
+
+    `reply`, `tokens` (those sampled) and `stats` fill as the events come, and are empty before the first. The
+    iteration may be left at any time.
     """
 
     def __init__(
         self,
         model: Model,
-        prompt: Sequence[int],
+        prompt: list[int],
         sampling: Sampling,
         *,
-        session: CachedSession,
+        session: CachedSession | None = None,
         max_tokens: int | None = None,
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
         cancel: Callable[[], bool] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self._prompt = _checked_prompt(prompt, session.context)
-        self._budget = _budget(max_tokens, session.context - len(self._prompt))
-        if logprobs is not None and not 0 <= logprobs <= model.config.n_tokens:
-            raise ValueError(f"logprobs = {logprobs} is outside 0..{model.config.n_tokens}")
+        self.session = CachedSession(model) if session is None else _checked_session(session, model)
+        self._owns_session = session is None
+        self._prompt = prompt
+        if len(prompt) > self.session.context:
+            raise ValueError(f"prompt is {len(prompt)} tokens, the context holds {self.session.context}")
+        self._budget = _budget(max_tokens, self.session.context - len(self._prompt))
+        self._logprobs = _checked_logprobs(logprobs, model.config.n_tokens)
         self._sampler = Sampler(sampling, self._prompt, model.config.n_tokens, model.undefined_tokens)
-        stops = [stop] if isinstance(stop, str) else stop
         think = model.tokenizer.control_id(THINK)
         in_thought = think is not None and last_control_token(model.tokenizer, self._prompt) == think
-        self._stream = ReplyStream(model.tokenizer, in_thought, stops)
+        self._stream = ReplyStream(model.tokenizer, in_thought, _stops(stop))
         self._end_tokens = frozenset(model.metadata["eos_token_ids"])
-        self.session = session
-        self._logprobs = logprobs
-        self._cancelled = cancel or (lambda: False)
+        self._asked_to_stop = cancel or (lambda: False)
         self._progress = progress or (lambda done, total: None)
         self.tokens: list[int] = []
-        self.reply = Reply()
         self.stats = Stats(seed=self._sampler.seed, prompt_tokens=len(self._prompt))
+        self.reply = Reply(stats=self.stats)
+        self._closed = False
+        self._lock = threading.RLock()  # threads that ask for events take turns
         self._events = self._run()
 
     def __next__(self) -> Event:
-        event = next(self._events)
-        self.reply.add(event)
+        with self._lock:
+            event = next(self._events)
+            self.reply.add(event)
+            return event
+
+    async def __anext__(self) -> Event:
+        import asyncio  # not needed by those who do not wait, and slow to import
+
+        # no asyncio.to_thread: a loop that shuts down would cancel its task, and the step still runs
+        step = asyncio.get_running_loop().run_in_executor(None, next, self, None)
+        try:
+            await asyncio.wait([step])
+        except asyncio.CancelledError:
+            self._closed = True
+            while not step.done():  # the session is nobody else's before
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([step])
+            step.exception()  # of the step, if it failed: the cancellation is what the task hears of
+            self.close()
+            raise
+        event = step.result()
+        if event is None:
+            raise StopAsyncIteration
         return event
 
-    def _run(self) -> Iterator[Event]:
-        logits = self._prefill() if self._budget else None
+    def result(self) -> Reply:
+        """Run to the end and return the whole reply. ValueError if an error has ended it before."""
+        for _ in self:
+            pass
+        if self.reply.finish_reason is None:
+            raise ValueError(f"an error ended this reply after {len(self.tokens)} tokens; `reply` holds them")
+        return self.reply
+
+    def close(self) -> None:
+        """End the reply here: what has come stays, and there are no more events.
+
+        The finish_reason of a reply that had not ended is "cancelled". The memory of a session that was made for
+        this reply alone is released.
+        """
+        self._closed = True
+        with self._lock:
+            if inspect.getgeneratorstate(self._events) == inspect.GEN_RUNNING:
+                return  # called by `cancel` or `progress`: the step under way ends the reply
+            for _ in self:  # at most one event, and nothing is computed for it
+                pass
+            if self._owns_session:
+                self.session.rewind(0)
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if inspect.getgeneratorstate(self._events) == inspect.GEN_CREATED:
+            return f"<Generation, not begun: {len(self._prompt)} tokens of prompt; iterate, or call result()>"
+        return f"<Generation of {self.reply!r}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Generation cannot be pickled or copied: it is a reply on its way; its `reply` can")
+
+    def _cancelled(self) -> bool:
+        return self._closed or self._asked_to_stop()
+
+    def _run(self) -> Generator[Event, None, None]:
+        logits = None
+        if self._budget and not self._closed:
+            number = self.session.begin_reply()
+            logits = self._prefill()
         while logits is not None and not self._cancelled():
             begin = time.perf_counter()
             event = self._next_event(logits)
@@ -178,6 +293,12 @@ class Generation(Iterator[Event]):
             yield event
             if event.finish_reason:
                 return
+            if self._closed:
+                break
+            if self.session.n_replies != number:
+                raise ValueError(
+                    "another reply goes on in the session of this one, which cannot go on itself"
+                )
             begin = time.perf_counter()
             logits = self.session.forward(self.tokens[-1:])
             self.stats.decode_seconds += time.perf_counter() - begin
@@ -229,21 +350,63 @@ class Generation(Iterator[Event]):
         return Piece(piece.text + rest.text, (piece if piece.text else rest).thinking, piece.tool_call)
 
 
-def _checked_prompt(prompt: Sequence[int], context: int) -> list[int]:
+def token_ids(prompt: Sequence[int], n_ids: int) -> list[int]:
+    """`prompt` as a list of at least one id below n_ids; ValueError says what is wrong with it."""
     if isinstance(prompt, str):
         raise ValueError("prompt is text; pass token ids, from model.tokenizer.encode or model.chat_prompt")
-    ids = [operator.index(id) for id in prompt]
+    try:
+        ids = [operator.index(id) for id in prompt]
+    except TypeError:
+        raise ValueError(f"prompt = {_short(prompt)} is not a list of token ids") from None
     if not ids:
         raise ValueError("prompt is empty: there is nothing to go on from")
-    if len(ids) > context:
-        raise ValueError(f"prompt is {len(ids)} tokens, the context holds {context}")
+    beyond = next((i for i, id in enumerate(ids) if not 0 <= id < n_ids), None)
+    if beyond is not None:
+        raise ValueError(f"prompt[{beyond}] = {ids[beyond]} is no token: ids are 0 to {n_ids - 1}")
     return ids
+
+
+def _checked_session(session: CachedSession, model: Model) -> CachedSession:
+    if not isinstance(session, CachedSession):
+        raise ValueError(
+            f"session is a {type(session).__name__}, which does not know its tokens; pass a CachedSession"
+        )
+    if session.model is not model:
+        raise ValueError(f"session belongs to another model ({session.model.path})")
+    return session
+
+
+def _checked_logprobs(logprobs: int | None, n_tokens: int) -> int | None:
+    if logprobs is not None and not 0 <= _whole("logprobs", logprobs) <= n_tokens:
+        raise ValueError(f"logprobs = {logprobs} is outside 0..{n_tokens}")
+    return logprobs
+
+
+def _stops(stop: str | Sequence[str]) -> list[str]:
+    try:
+        return [stop] if isinstance(stop, str) else list(stop)
+    except TypeError:
+        raise ValueError(f"stop = {_short(stop)} is not a text or a list of texts") from None
 
 
 def _budget(max_tokens: int | None, room: int) -> int:
     """How many tokens may come: prompt and reply together stay within the context."""
     if max_tokens is None:
         return room
-    if isinstance(max_tokens, bool) or operator.index(max_tokens) < 0:
+    if _whole("max_tokens", max_tokens) < 0:
         raise ValueError(f"max_tokens = {max_tokens} is negative")
-    return min(operator.index(max_tokens), room)
+    return min(_whole("max_tokens", max_tokens), room)
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} = {_short(value)} is not a whole number") from None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"

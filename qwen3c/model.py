@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from . import engine, retrieval
 from .chat import END_THINK, ChatTemplate, last_control_token, may_think
 from .format import ModelFileError
-from .generate import CachedSession, Generation
-from .sampler import Sampling, default_sampling
+from .generate import CachedSession, Generation, Reply, ReplyOptions, token_ids
+from .memory import gib
+from .sampler import Sampling, SamplingOptions, default_sampling
 from .template import Renderer
 from .tokenizer import BackgroundTokenizer, Tokenizer
+
+if sys.version_info >= (3, 11):
+    from typing import Self, Unpack
+elif TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
 
 
 class Model(engine.Model):
@@ -26,11 +36,14 @@ class Model(engine.Model):
     memory of large pages (memory.in_huge_pages says what that costs and gains). renderer: of chat templates, if
     one has been started already; any number of models may share it.
     ModelFileError, one line, if the file is not a model.bin that this version can run.
+
+    Threads may share a model: calls take turns. Another process gets its own by pickling, which carries the path
+    and the options and opens the file there; a copy is such a second model. `with Model(path) as model:` closes it.
     """
 
     def __init__(
         self,
-        path: str,
+        path: str | os.PathLike[str],
         threads: int | None = None,
         kv: engine.KV = "f16",
         activations: engine.Activations = "int8",
@@ -44,17 +57,57 @@ class Model(engine.Model):
             self.sampling(thinking=True)
         except ValueError as error:
             raise ModelFileError(f"{self.path}: metadata: generation: {error}") from None
+        self._options = (threads, kv, activations, huge_pages)
         self._tokenizer = BackgroundTokenizer(self.file)
         self._renderer = renderer or Renderer()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        # before the engine, which opens the file, sees arguments that __init__ will refuse
+        _check_keywords(cls.__init__, kwargs, (), cls.__name__)
+        try:
+            inspect.signature(cls.__init__).bind(None, *args, **kwargs)
+        except TypeError as error:
+            reason = str(error).replace("missing a required", "missing 1 required positional")
+            raise TypeError(f"{cls.__name__}() {reason}") from None
+        return super().__new__(cls, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        size = (
+            f"{gib(self.file.file_size)}, context {self.config.context}, {self.threads} threads, kv {self.kv}"
+        )
+        return f"<{type(self).__name__} {self.metadata['name']!r}, {'closed' if self.closed else size}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._check_open()
+        return type(self), (os.path.abspath(self.path), *self._options)
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the weights, the buffers, the tokenizer and the process that renders templates.
+
+        A call under way in another thread ends first. A closed model still has its path, config and metadata; all
+        else, its sessions included, is a ValueError. The memory of a session goes with the session.
+        """
+        super().close()
+        for name in ("_tokenizer", "_renderer", "chat_template", "undefined_tokens"):
+            vars(self).pop(name, None)
 
     @property
     def tokenizer(self) -> Tokenizer:
         """Text <-> tokens. ModelFileError if the tokenizer.json in the file cannot be read."""
+        self._check_open()
         return self._tokenizer.result()
 
     @cached_property
-    def chat(self) -> ChatTemplate:
+    def chat_template(self) -> ChatTemplate:
         """The chat template; its `thinking` is the model's kind: "hybrid", "always" or "none"."""
+        self._check_open()
         names = self.metadata.get("special_tokens", {})
         if not isinstance(names, dict) or not all(isinstance(text, str) for text in names.values()):
             raise ModelFileError(f"{self.path}: metadata: special_tokens is not a table of texts")
@@ -67,26 +120,72 @@ class Model(engine.Model):
         """Ids below config.n_tokens that stand for no token."""
         return self.tokenizer.undefined(self.config.n_tokens)
 
+    # ------------------------------------------------------------------------
+    # Text -> text
+
+    def chat(
+        self,
+        messages: str | Sequence[dict[str, Any]],
+        max_tokens: int | None = None,
+        *,
+        thinking: bool | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        **options: Unpack[ReplyOptions],
+    ) -> Reply:
+        """The whole reply to a conversation; str() of it is the answer.
+
+        messages, thinking, tools: see chat_prompt. max_tokens, and options (session, stop, cancel, progress and
+        the fields of Sampling): see generate, which has the reply token by token. Conversation remembers what was
+        said.
+        """
+        _check_keywords(Model.chat, options, ReplyOptions.__optional_keys__)
+        prompt = self.chat_prompt(messages, thinking, tools)
+        with self.generate(prompt, max_tokens, **options) as generation:
+            return generation.result()
+
+    def complete(self, text: str, max_tokens: int | None = 256, **options: Unpack[ReplyOptions]) -> Reply:
+        """How the model goes on from a bare text: no template, no roles.
+
+        max_tokens: None for what the context holds; such text need not come to an end. options: session, stop,
+        cancel, progress and the fields of Sampling, see generate.
+        """
+        _check_keywords(Model.complete, options, ReplyOptions.__optional_keys__)
+        if not isinstance(text, str):
+            raise ValueError(f"text is {type(text).__name__}, not text; generate goes on from token ids")
+        with self.generate(self.text_prompt(text), max_tokens, **options) as generation:
+            return generation.result()
+
+    # ------------------------------------------------------------------------
+    # Text -> tokens -> events
+
+    def text_prompt(self, text: str) -> list[int]:
+        """Token ids of a bare text, with what the vocabulary puts before one."""
+        return [*self.tokenizer.opening, *self.tokenizer.encode(text)]
+
     def chat_prompt(
         self,
-        messages: Sequence[dict[str, Any]],
+        messages: str | Sequence[dict[str, Any]],
         thinking: bool | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> list[int]:
         """Token ids of a conversation, by the model's chat template, ending where the assistant speaks.
 
         messages: dicts with role ("system", "user", "assistant", "tool") and content (text, None or a
-        list of text parts); of an assistant also reasoning_content and tool_calls.
+        list of text parts); of an assistant also reasoning_content and tool_calls. A text alone is one
+        message of the user.
         thinking: None leaves it to the model (hybrid models think). tools: JSON schemas of functions.
         No text in messages or tools becomes a control token, except the reply tags in what the
         assistant said. ValueError if a message is malformed, the switch cannot work with this model or
         the template refuses (ChatTemplateError).
         """
-        return self.chat.prompt(messages, thinking, tools)
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self.chat_template.prompt(messages, thinking, tools)
 
-    def sampling(self, thinking: bool, **given: Any) -> Sampling:
+    def sampling(self, thinking: bool, **given: Unpack[SamplingOptions]) -> Sampling:
         """What is given (see Sampling; None counts as not given) over the defaults of the model."""
-        chosen = {name: value for name, value in given.items() if value is not None}
+        _check_keywords(Model.sampling, given, SamplingOptions.__optional_keys__)
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return Sampling(**{**default_sampling(self.metadata, thinking), **chosen})
 
     def generate(
@@ -99,29 +198,63 @@ class Model(engine.Model):
         logprobs: int | None = None,
         cancel: Callable[[], bool] | None = None,
         progress: Callable[[int, int], None] | None = None,
-        **sampling: Any,
+        **sampling: Unpack[SamplingOptions],
     ) -> Generation:
-        """The reply to `prompt` (token ids), as an iterator of events.
+        """The reply to `prompt` (token ids), as an iterator of events, also `async for`; see Generation.
 
         max_tokens: None for what the context holds. session: one to go on with; what its tokens have
         in common with the prompt is not computed again. stop: texts that end the reply and are not
         part of it. logprobs: None, or how many of the most likely tokens to give with each event.
         cancel: asked before every token and every piece of the prompt; true ends the reply.
         progress: told (tokens done, tokens in all) of the prompt. sampling: see Sampling.
-        ValueError, before anything is computed, if an argument is out of range or the prompt is longer
-        than the context.
+        ValueError, before anything is computed, if an argument is out of range, an id of the prompt is no
+        token or the prompt is longer than the context.
         """
+        _check_keywords(Model.generate, sampling, SamplingOptions.__optional_keys__)
+        ids = token_ids(prompt, self.config.vocab_size)
         return Generation(
             self,
-            prompt,
-            self.sampling(self.may_think(prompt), **sampling),
-            session=CachedSession(self) if session is None else session,
+            ids,
+            self.sampling(self.may_think(ids), **sampling),
+            session=session,
             max_tokens=max_tokens,
             stop=stop,
             logprobs=logprobs,
             cancel=cancel,
             progress=progress,
         )
+
+    def may_think(self, prompt: Sequence[int]) -> bool:
+        """Whether the reply to `prompt` may begin with thought; a hybrid's may unless the prompt ends it."""
+        closed = last_control_token(self.tokenizer, prompt) == self.tokenizer.control_id(END_THINK)
+        return may_think(self.metadata["thinking"], not closed)
+
+    # ------------------------------------------------------------------------
+    # Tokens -> logits, texts -> vectors and scores
+
+    def forward(
+        self, batch: Sequence[tuple[engine.Session, ArrayLike]], logits: engine.Logits = "last"
+    ) -> list[NDArray[np.float32]]:
+        """ONE ragged batch over any sessions of this model; a list of what Session.forward returns, in order.
+
+        ValueError also if the logits of a token, or the hidden state, come out NaN or infinite: every call that
+        asks the model anything comes by here. model.trace shows where such a number came from.
+        """
+        outputs = super().forward(batch, logits)
+        for output in outputs:
+            for row in output.reshape(-1, output.shape[-1]):
+                self._check_finite(row, hidden=logits == "hidden")
+        return outputs
+
+    def _check_finite(self, row: NDArray[np.float32], hidden: bool) -> None:
+        finite = np.isfinite(row if hidden else row[: self.config.n_tokens])  # rows beyond are padding
+        if finite.all():
+            return
+        bad = [i for i in np.flatnonzero(~finite).tolist() if hidden or i not in self.undefined_tokens]
+        if bad:
+            what, where = ("hidden state is", "at") if hidden else ("logits are", "of token")
+            found = f"the model's {what} not finite ({row[bad[0]]} {where} {bad[0]})"
+            raise ValueError(f"{self.path}: {found}: the file is damaged or its weights overflow")
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """The texts as vectors of length 1, (n, dim): products of rows are cosines. As Qwen3-Embedding's card has it.
@@ -142,7 +275,24 @@ class Model(engine.Model):
         """
         return retrieval.rerank(self, query, documents, instruction)
 
-    def may_think(self, prompt: Sequence[int]) -> bool:
-        """Whether the reply to `prompt` may begin with thought; a hybrid's may unless the prompt ends it."""
-        closed = last_control_token(self.tokenizer, prompt) == self.tokenizer.control_id(END_THINK)
-        return may_think(self.metadata["thinking"], not closed)
+
+functools.update_wrapper(Model.__new__, Model.__init__)  # for help() and inspect.signature()
+
+
+def _check_keywords(
+    function: Callable[..., Any], given: Iterable[str], options: Collection[str], name: str | None = None
+) -> None:
+    """TypeError, in Python's own words and with the nearest name there is, for a keyword `function` does not have.
+
+    given: the keywords. options: those that a **parameter of the function stands for. name: what to call it.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    known = [*options, *(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))]
+    for keyword in given:
+        if keyword not in known:
+            import difflib
+
+            near = difflib.get_close_matches(keyword, known, 1, cutoff=0.5)
+            hint = f". Did you mean {near[0]!r}?" if near else ""
+            called = name or function.__qualname__
+            raise TypeError(f"{called}() got an unexpected keyword argument {keyword!r}{hint}")

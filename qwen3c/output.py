@@ -63,7 +63,8 @@ class JsonWriter:
             self._tokens.append(self._token(event.token, event.logprob) | {"top_logprobs": top})
 
     def end(self, generation: Generation) -> None:
-        line = dataclasses.asdict(generation.reply) | dataclasses.asdict(generation.stats)
+        line = dataclasses.asdict(generation.reply)
+        line |= line.pop("stats")
         if self._tokens:
             line["logprobs"] = self._tokens
         print(json.dumps(line, ensure_ascii=False), flush=True)

@@ -18,7 +18,7 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,11 +56,27 @@ class Sampling:
         _check("presence_penalty", self.presence_penalty, -100, 100)
         _check("frequency_penalty", self.frequency_penalty, -100, 100)
         _check("repetition_penalty", self.repetition_penalty, 0.01, 100)
+        if not isinstance(self.logit_bias, Mapping):
+            raise ValueError(f"logit_bias = {self.logit_bias!r} is not a dict of token ids and numbers")
         for id, bias in self.logit_bias.items():
             _check("logit_bias token id", id, 0, (1 << 32) - 1, int)
             _check(f"logit_bias of token {id}", bias, -1e4, 1e4)
         if self.seed is not None:
             _check("seed", self.seed, 0, (1 << 64) - 1, int)
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of Sampling as keywords of a call. None counts as not given."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
 
 
 def _check(name: str, value: Any, low: float, high: float, kind: type = float) -> None:
