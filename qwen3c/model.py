@@ -37,6 +37,9 @@ class Model(engine.Model):
     one has been started already; any number of models may share it.
     ModelFileError, one line, if the file is not a model.bin that this version can run.
 
+    config: the numbers of the model, such as config.n_layers and config.context. metadata: what else the file says
+    of it, such as metadata["name"]. file: the mapped file itself. closed: whether close() was called.
+
     Threads may share a model: calls take turns. Another process gets its own by pickling, which carries the path
     and the options and opens the file there; a copy is such a second model. `with Model(path) as model:` closes it.
     """

@@ -5,6 +5,7 @@ python -m pytest tests/test_generate.py
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 from pathlib import Path
@@ -363,8 +364,9 @@ def test_bad_arguments_are_refused_before_anything_is_computed(
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(model: Model) -> None:
-    with pytest.raises(ValueError, match=str(model.config.vocab_size)):
-        list(model.generate([1, model.config.vocab_size], 1))
+    n = model.config.vocab_size
+    with pytest.raises(ValueError, match=rf"prompt\[1\] = {n} is no token: ids are 0 to {n - 1}"):
+        model.generate([1, n], 1)
 
 
 def test_defaults_follow_the_prompt(random_model: Model) -> None:
@@ -401,3 +403,248 @@ def test_a_file_whose_tokenizer_cannot_be_read_says_so(tmp_path: Path) -> None:
             writer.end_tensor()
     with pytest.raises(ModelFileError, match=r"bad\.bin: tokenizer\.json: "):
         _ = Model(str(tmp_path / "bad.bin")).tokenizer
+
+
+# ----------------------------------------------------------------------------
+# The whole reply, the end of one, the session it goes on in
+
+
+def test_the_result_is_the_whole_reply_wherever_it_is_asked_for(model: Model) -> None:
+    expected = text_of(list(model.generate(ids(model), 20, seed=1)))
+    generation = model.generate(ids(model), 20, seed=1)
+    assert (generation.reply.text, generation.reply.finish_reason) == ("", None)
+    for _ in range(5):
+        next(generation)
+    reply = generation.result()
+    assert reply is generation.reply is generation.result()
+    assert reply.text == expected and reply.stats is generation.stats and reply.finish_reason == "length"
+
+
+def test_the_result_of_a_reply_that_an_error_ended_is_an_error(model: Model) -> None:
+    def fail() -> bool:
+        if len(generation.tokens) == 3:
+            raise KeyboardInterrupt
+        return False
+
+    generation = model.generate(ids(model), 20, seed=1, cancel=fail)
+    with pytest.raises(KeyboardInterrupt):
+        generation.result()
+    with pytest.raises(ValueError, match="an error ended this reply after 3 tokens"):
+        generation.result()
+    assert len(generation.tokens) == 3 and generation.reply.text
+
+
+def test_closing_ends_the_reply_and_computes_nothing(model: Model) -> None:
+    session = CachedSession(model)
+    with model.generate(ids(model), 50, session=session, seed=1) as generation:
+        shown = "".join(next(generation).text for _ in range(4))
+        held = list(session.tokens)
+    generation.close()
+    assert list(generation) == [] and session.tokens == held
+    reply = generation.result()
+    assert reply.finish_reason == generation.stats.finish_reason == "cancelled"
+    assert reply.text.startswith(shown) and reply.text == model.tokenizer.decode(generation.tokens)
+    again = model.generate(ids(model), 9, session=session, seed=1)
+    assert list(again) == list(model.generate(ids(model), 9, seed=1))
+    assert again.stats.cached_tokens == len(ids(model)) - 1
+
+
+def test_closing_gives_text_that_was_held_back(model: Model) -> None:
+    full = text_of(list(model.generate(ids(model), 20, temperature=0)))
+    generation = model.generate(ids(model), 20, temperature=0, stop=full[:4] + "not this")
+    assert not next(generation).text
+    generation.close()
+    assert generation.reply.text and full.startswith(generation.reply.text)
+
+
+def test_closing_before_the_beginning_or_after_the_end_changes_nothing(model: Model) -> None:
+    session = CachedSession(model)
+    whole = model.generate(ids(model), 5, session=session, seed=1).result()
+    held = list(session.tokens)
+    generation = model.generate(ids(model, "import os"), 5, session=session)
+    generation.close()
+    assert list(generation) == [] and generation.tokens == [] and session.tokens == held
+    assert generation.reply.finish_reason == "cancelled"
+    with model.generate(ids(model), 5, session=session, seed=1) as generation:
+        assert generation.result() == generation.reply
+    assert (generation.reply.text, generation.reply.finish_reason) == (whole.text, "length")
+
+
+def test_closing_releases_the_memory_of_a_session_of_its_own(model: Model) -> None:
+    generation = model.generate(ids(model), 5, seed=1)
+    generation.result()
+    assert generation.session.session.kv_bytes > 0
+    generation.close()
+    assert generation.session.session.kv_bytes == 0
+    session = CachedSession(model)
+    with model.generate(ids(model), 5, session=session, seed=1) as generation:
+        generation.result()
+    assert session.session.kv_bytes > 0
+
+
+def test_a_reply_may_be_closed_from_its_own_callbacks(model: Model) -> None:
+    generation = model.generate(
+        ids(model, "x = 1\n" * 100), 9, progress=lambda done, total: generation.close()
+    )
+    assert [event.finish_reason for event in generation] == ["cancelled"]
+    assert 0 < len(generation.session.tokens) < generation.stats.prompt_tokens
+
+
+def test_a_reply_may_be_closed_by_another_thread(model: Model) -> None:
+    for _ in range(20):
+        generation = model.generate(ids(model), 100, seed=1)
+        reader = threading.Thread(target=lambda generation=generation: list(generation))
+        reader.start()
+        while not generation.tokens:
+            pass
+        generation.close()
+        tokens = list(generation.tokens)
+        reader.join()
+        assert generation.tokens == tokens and generation.reply.finish_reason in (
+            "cancelled",
+            "stop",
+            "length",
+        )
+        assert generation.reply.text == model.tokenizer.decode(tokens)
+
+
+def test_an_older_reply_cannot_go_on_in_a_session_that_another_took(model: Model) -> None:
+    session = CachedSession(model)
+    older = model.generate(ids(model), 20, session=session, seed=1)
+    next(older)
+    newer = model.generate(ids(model, "import os"), 5, session=session, seed=1)
+    next(newer)
+    with pytest.raises(ValueError, match="another reply goes on in the session of this one"):
+        next(older)
+    assert newer.result().text == model.generate(ids(model, "import os"), 5, seed=1).result().text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "complaint"),
+    [
+        (5, {}, r"prompt = 5 is not a list of token ids"),
+        ([1, 1.5], {}, r"prompt = \[1, 1.5\] is not a list of token ids"),
+        ([1, -3], {}, r"prompt\[1\] = -3 is no token: ids are 0 to \d+"),
+        ([1], {"max_tokens": "5"}, r"max_tokens = '5' is not a whole number"),
+        ([1], {"max_tokens": True}, r"max_tokens = True is not a whole number"),
+        ([1], {"logprobs": "x"}, r"logprobs = 'x' is not a whole number"),
+        ([1], {"stop": 5}, r"stop = 5 is not a text or a list of texts"),
+        ([1], {"logit_bias": [1]}, r"logit_bias = \[1\] is not a dict of token ids and numbers"),
+    ],
+)
+def test_arguments_of_another_type_are_named(
+    model: Model, prompt: Any, options: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        model.generate(prompt, **options)
+
+
+def test_a_session_that_cannot_serve_is_refused(model: Model, random_model: Model) -> None:
+    with pytest.raises(
+        ValueError, match="session is a Session, which does not know its tokens; pass a CachedSession"
+    ):
+        model.generate([1], session=model.session())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"session belongs to another model \\({random_model.path}\\)"):
+        model.generate([1], session=CachedSession(random_model))
+
+
+# ----------------------------------------------------------------------------
+# In an event loop
+
+
+def test_async_events_are_the_same_events_and_leave_the_loop_free(model: Model) -> None:
+    async def read(seed: int) -> list[Event]:
+        return [event async for event in model.generate(ids(model), 30, seed=seed)]
+
+    async def several() -> tuple[list[list[Event]], int, set[str]]:
+        ticks, threads = 0, set()
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0)
+
+        def heard() -> bool:
+            threads.add(threading.current_thread() is threading.main_thread())
+            return False
+
+        ticking = asyncio.create_task(tick())
+        replies = await asyncio.gather(read(1), read(2))
+        async for _ in model.generate(ids(model), 3, cancel=heard):
+            pass
+        ticking.cancel()
+        return replies, ticks, threads
+
+    (first, second), ticks, in_main_thread = asyncio.run(several())
+    assert first == list(model.generate(ids(model), 30, seed=1))
+    assert second == list(model.generate(ids(model), 30, seed=2))
+    assert ticks > 30 and in_main_thread == {False}
+
+
+def test_cancelling_the_task_ends_the_reply_and_leaves_the_session_usable(model: Model) -> None:
+    prompt = ids(model, "x = 1\n" * 150)
+
+    async def cancelled(generation: Generation, when: Any, times: int) -> None:
+        async def read() -> None:
+            async for _ in generation:
+                pass
+
+        task = asyncio.create_task(read())
+        while not when():
+            await asyncio.sleep(0)
+        for _ in range(times):
+            task.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        # nothing of the reply runs any more
+        held = (list(generation.tokens), list(generation.session.tokens))
+        await asyncio.sleep(0.05)
+        assert held == (generation.tokens, generation.session.tokens)
+
+    for times in (1, 3):
+        session, pieces = CachedSession(model), []
+        generation = model.generate(
+            prompt, 200, session=session, progress=lambda *d, pieces=pieces: pieces.append(d)
+        )
+        asyncio.run(cancelled(generation, lambda pieces=pieces: pieces, times))
+        assert generation.reply.finish_reason == "cancelled" and list(generation) == []
+        assert list(model.generate(prompt, 5, session=session, seed=1)) == list(
+            model.generate(prompt, 5, seed=1)
+        )
+        generation = model.generate(prompt, 200, session=session, seed=1)
+        asyncio.run(cancelled(generation, lambda g=generation: len(g.tokens) > 3, times))
+        assert generation.reply.finish_reason == "cancelled"
+        assert generation.reply.text == model.tokenizer.decode(generation.tokens)
+
+
+def test_a_loop_that_shuts_down_waits_for_the_step_under_way(model: Model) -> None:
+    """asyncio.run cancels every task when the main one ends; the session must not be written to after that."""
+    session = CachedSession(model)
+    generation = model.generate(ids(model), 200, session=session, seed=1)
+
+    async def main() -> None:
+        async def read() -> None:
+            async for _ in generation:
+                pass
+
+        reading = asyncio.create_task(read())
+        while not generation.tokens:
+            await asyncio.sleep(0)
+        assert not reading.done()
+
+    asyncio.run(main())
+    assert generation.reply.finish_reason == "cancelled" and list(generation) == []
+
+
+def test_an_error_of_a_step_reaches_the_task(model: Model) -> None:
+    def fail() -> bool:
+        raise ArithmeticError("of the caller's own")
+
+    async def read() -> None:
+        async for _ in model.generate(ids(model), 3, cancel=fail):
+            pass
+
+    with pytest.raises(ArithmeticError, match="of the caller's own"):
+        asyncio.run(read())

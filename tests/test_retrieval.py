@@ -204,3 +204,16 @@ def test_a_model_saved_without_its_head_is_the_same_model(
     export(source, tmp_path / "model.bin")
     model = Model(str(tmp_path / "model.bin"), kv="f32", activations="float32")
     assert np.array_equal(model.embed(TEXTS), exact.embed(TEXTS))
+
+
+def test_weights_that_overflow_give_no_vectors_and_no_scores(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", context=1024, dtype="F32")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][:] = 3e38
+    save_file(tensors, source / "model.safetensors")
+    export(source, tmp_path / "model.bin")
+    model = Model(str(tmp_path / "model.bin"))
+    with pytest.raises(ValueError, match=r"model\.bin: the model's hidden state is not finite"):
+        model.embed(TEXTS)
+    with pytest.raises(ValueError, match=r"model\.bin: the model's logits are not finite"):
+        model.rerank(QUERY, DOCUMENTS)
