@@ -48,6 +48,7 @@ class Stats:
     seed: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, found in the session
+    read_tokens: int = 0  # of the prompt, computed for this reply; a cancel leaves it short of all
     prefill_seconds: float = 0.0
     generated_tokens: int = 0
     decode_seconds: float = 0.0  # from the first token to the last
@@ -55,8 +56,8 @@ class Stats:
 
     @property
     def prefill_rate(self) -> float:
-        """Tokens per second over what had to be computed of the prompt."""
-        return (self.prompt_tokens - self.cached_tokens) / max(self.prefill_seconds, 1e-9)
+        """Tokens per second over what was computed of the prompt."""
+        return self.read_tokens / max(self.prefill_seconds, 1e-9)
 
     @property
     def decode_rate(self) -> float:
@@ -145,7 +146,7 @@ class Generation(Iterator[Event]):
         cancel: Callable[[], bool] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self._prompt = _checked_prompt(prompt, session.context)
+        self._prompt = _checked_prompt(prompt, session.context, model.config.context)
         self._budget = _budget(max_tokens, session.context - len(self._prompt))
         if logprobs is not None and not 0 <= logprobs <= model.config.n_tokens:
             raise ValueError(f"logprobs = {logprobs} is outside 0..{model.config.n_tokens}")
@@ -196,6 +197,7 @@ class Generation(Iterator[Event]):
             logits = self.session.forward(self._prompt[done : done + size])
             seconds = time.perf_counter() - begin
             done = min(done + size, len(self._prompt))
+            self.stats.read_tokens = done - self.stats.cached_tokens
             self.stats.prefill_seconds += seconds
             self._progress(done, len(self._prompt))
             if seconds < PIECE_SECONDS / 2:
@@ -229,14 +231,20 @@ class Generation(Iterator[Event]):
         return Piece(piece.text + rest.text, (piece if piece.text else rest).thinking, piece.tool_call)
 
 
-def _checked_prompt(prompt: Sequence[int], context: int) -> list[int]:
+class ContextFullError(ValueError):
+    """A prompt is longer than the context of its session."""
+
+
+def _checked_prompt(prompt: Sequence[int], context: int, largest: int) -> list[int]:
+    """The token ids of `prompt`. context: of the session; largest: the context that the model can have."""
     if isinstance(prompt, str):
         raise ValueError("prompt is text; pass token ids, from model.tokenizer.encode or model.chat_prompt")
     ids = [operator.index(id) for id in prompt]
     if not ids:
         raise ValueError("prompt is empty: there is nothing to go on from")
     if len(ids) > context:
-        raise ValueError(f"prompt is {len(ids)} tokens, the context holds {context}")
+        room = f"can hold {largest} (-c {largest})" if largest > context else "holds no more"
+        raise ContextFullError(f"prompt is {len(ids)} tokens, the context holds {context}; this model {room}")
     return ids
 
 
