@@ -25,6 +25,7 @@ from .cpu import cpu_name
 from .format import Config, ModelFile, Tensor, tensors
 from .memory import ROWS, available, gib
 from .sampler import RECOMMENDED, Sampler, Sampling
+from .terminal import escaped
 
 if TYPE_CHECKING:
     from .model import Model
@@ -348,7 +349,7 @@ def model_cells(file: ModelFile) -> list[str]:
     """model, size, params: as llama-bench prints them."""
     config = file.config
     return [
-        f"{file.metadata['name']} int8 g{config.group_size}",
+        f"{escaped(str(file.metadata['name']))} int8 g{config.group_size}",
         gib(file.file_size),
         f"{config.n_parameters / 1e6:.2f} M",
     ]

@@ -6,23 +6,29 @@ not computed again; a reply that was stopped stays as far as it came.
 
 from __future__ import annotations
 
+import bisect
 import json
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .chat import may_think, normalized
+from .chat import StopStrings, may_think, normalized
 from .files import write_whole
 from .generate import CachedSession, Generation
 from .model import Model
 from .sampler import Sampling
 
-SETTINGS = ("max_tokens", *(f.name for f in fields(Sampling)))
+SETTINGS = ("max_tokens", *(f.name for f in fields(Sampling)), "context", "overflow", "stop")
+OVERFLOW = ("stop", "drop")
 
 
 class Conversation:
-    """context: positions of the session. settings: the names in SETTINGS; None or absent is the default."""
+    """Settings are the names in SETTINGS; None or absent is the default.
+
+    context: positions of the session. overflow: what happens once the conversation no longer fits into them;
+    "stop" refuses the question, "drop" stops telling the model the oldest turns. `messages` keeps them all,
+    the first `forgotten` of them are not told; system messages always are.
+    """
 
     def __init__(
         self,
@@ -31,7 +37,6 @@ class Conversation:
         *,
         system: str | None = None,
         thinking: bool | None = None,
-        stop: Sequence[str] = (),
         **settings: Any,
     ) -> None:
         self.model = model
@@ -39,7 +44,8 @@ class Conversation:
         self.system = system
         self.thinking = thinking
         self.settings: dict[str, Any] = {}
-        self._stop = stop
+        self.forgotten = 0
+        self._context = self.session.context  # the default of the setting
         self._n_replies = 0
         self._before: list[dict[str, Any]] = []  # the messages before the last question
         self._asked: list[dict[str, Any]] = []  # and with it
@@ -56,15 +62,35 @@ class Conversation:
         if name == "max_tokens":
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"max_tokens = {value!r} is not a whole number of at least 1")
+        elif name == "context":
+            if value != self.session.context:
+                self.session = CachedSession(self.model, self._context if value is None else value)
+                self.forgotten = 0
+        elif name == "overflow":
+            if value not in (None, *OVERFLOW):
+                raise ValueError(f"overflow = {value!r} is neither {' nor '.join(OVERFLOW)}")
+        elif name == "stop":
+            StopStrings([value] if isinstance(value, str) else value or ())
         elif value is not None:
             Sampling(**{name: value})
         self.settings[name] = value
 
     def effective_settings(self) -> dict[str, Any]:
         """Every setting as the next reply will use it; None is no bound, or a seed nobody chose."""
-        given = {name: value for name, value in self.settings.items() if name != "max_tokens"}
+        given = {f.name: self.settings.get(f.name) for f in fields(Sampling)}
         sampling = self.model.sampling(may_think(self.model.metadata["thinking"], self.thinking), **given)
-        return {name: getattr(sampling, name, self.settings.get(name)) for name in SETTINGS}
+        others = {
+            "max_tokens": self.settings.get("max_tokens"),
+            "context": self.session.context,
+            "overflow": self.settings.get("overflow") or OVERFLOW[0],
+            "stop": self.settings.get("stop") or (),
+        }
+        return {name: others[name] if name in others else getattr(sampling, name) for name in SETTINGS}
+
+    @property
+    def last_seed(self) -> int | None:
+        """The seed of the last reply; None if there is none yet."""
+        return self._generation.stats.seed if self._generation else None
 
     def set_thinking(self, thinking: bool) -> None:
         """Switch thinking from the next reply on. ValueError if the model cannot."""
@@ -97,40 +123,77 @@ class Conversation:
 
     def clear(self) -> None:
         """Forget what was said, but not the system prompt."""
-        self._before, self._generation = [], None
+        self._before, self._generation, self.forgotten = [], None, 0
 
     def _reply(self, asked: list[dict[str, Any]], options: dict[str, Any]) -> Generation:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        settings = dict(self.settings)
+        forgotten, prompt = self._fitting(asked)
+        settings = {
+            name: value for name, value in self.settings.items() if name not in ("context", "overflow")
+        }
         if settings.get("seed") is not None:
             settings["seed"] += self._n_replies  # else asking again would bring the same again
-        generation = self.model.generate(
-            self.model.chat_prompt([*system, *asked], self.thinking),
-            session=self.session,
-            stop=self._stop,
-            **settings,
-            **options,
-        )
+        settings["stop"] = settings.get("stop") or ()
+        generation = self.model.generate(prompt, session=self.session, **settings, **options)
         self._before, self._asked, self._generation = self.messages, asked, generation
+        self.forgotten = forgotten
         self._n_replies += 1
         return generation
 
+    def _fitting(self, asked: list[dict[str, Any]]) -> tuple[int, list[int]]:
+        """How many of the oldest messages are not told, and the prompt of the others.
+
+        With overflow "drop" the prompt leaves room for a reply, unless the last turn alone is too long. Once turns
+        have to go, they go until half of the context is free: what remains is read again from where they stood,
+        and that should be rare.
+        """
+        starts = [i for i, message in enumerate(asked) if message["role"] == "user"] or [0]
+        forgotten = min(self.forgotten, starts[-1])
+        prompt = self._prompt(asked, forgotten)
+        context = self.session.context
+        room = min(self.settings.get("max_tokens") or context, context // 4)
+        if self.settings.get("overflow") == "drop" and len(prompt) > context - room:
+            starts = [i for i in starts if i > forgotten] or [forgotten]
+            fits = bisect.bisect_left(
+                starts[:-1], True, key=lambda i: len(self._prompt(asked, i)) <= context // 2
+            )
+            forgotten = starts[fits]
+            prompt = self._prompt(asked, forgotten)
+        return forgotten, prompt
+
+    def _prompt(self, asked: list[dict[str, Any]], forgotten: int) -> list[int]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        system += [message for message in asked[:forgotten] if message["role"] == "system"]
+        return self.model.chat_prompt([*system, *asked[forgotten:]], self.thinking)
+
     def save(self, path: str) -> None:
-        """Write the conversation to a file: the whole of it or nothing."""
-        target = Path(path).expanduser()
+        """Write the conversation to a file: the whole of it or nothing. ~ is the home directory."""
+        target = _expanded(path)
         if target.exists():
             read_conversation(target)  # nothing but a conversation is written over
         data = {"qwen3c": "conversation", "system": self.system, "messages": self.messages}
-        write_whole(target, json.dumps(data, ensure_ascii=False, indent=1))
+        try:
+            write_whole(target, json.dumps(data, ensure_ascii=False, indent=1))
+        except OSError as error:
+            # the file written first is a temporary one, of which nobody has heard
+            raise OSError(error.errno, error.strerror, str(target)) from None
 
     def load(self, path: str) -> None:
         """Go on from a file that save() wrote. ValueError or OSError, and nothing changed, if it is none."""
-        system, messages = read_conversation(Path(path).expanduser())
-        self.system, self._before, self._generation = system, messages, None
+        system, messages = read_conversation(_expanded(path))
+        self.system, self._before, self._generation, self.forgotten = system, messages, None, 0
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no such home directory") from None
 
 
 def read_conversation(path: Path) -> tuple[str | None, list[dict[str, Any]]]:
     """(system prompt, messages) of a file that Conversation.save wrote; ValueError if it is another."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file")  # a pipe would keep its reader waiting
     try:
         data = json.loads(path.read_bytes())
         if data["qwen3c"] != "conversation" or not isinstance(data["system"], (str, type(None))):

@@ -52,6 +52,7 @@ class Stats:
     seed: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, found in the session
+    read_tokens: int = 0  # of the prompt, computed for this reply; a cancel leaves it short of all
     prefill_seconds: float = 0.0
     generated_tokens: int = 0
     decode_seconds: float = 0.0  # from the first token to the last
@@ -59,8 +60,8 @@ class Stats:
 
     @property
     def prefill_rate(self) -> float:
-        """Tokens per second over what had to be computed of the prompt."""
-        return (self.prompt_tokens - self.cached_tokens) / max(self.prefill_seconds, 1e-9)
+        """Tokens per second over what was computed of the prompt."""
+        return self.read_tokens / max(self.prefill_seconds, 1e-9)
 
     @property
     def decode_rate(self) -> float:
@@ -197,8 +198,7 @@ class Generation(Iterator[Event], AsyncIterator[Event]):
         self.session = CachedSession(model) if session is None else _checked_session(session, model)
         self._owns_session = session is None
         self._prompt = prompt
-        if len(prompt) > self.session.context:
-            raise ValueError(f"prompt is {len(prompt)} tokens, the context holds {self.session.context}")
+        _check_room(len(prompt), self.session.context, model.config.context)
         self._budget = _budget(max_tokens, self.session.context - len(self._prompt))
         self._logprobs = _checked_logprobs(logprobs, model.config.n_tokens)
         self._sampler = Sampler(sampling, self._prompt, model.config.n_tokens, model.undefined_tokens)
@@ -317,6 +317,7 @@ class Generation(Iterator[Event], AsyncIterator[Event]):
             logits = self.session.forward(self._prompt[done : done + size])
             seconds = time.perf_counter() - begin
             done = min(done + size, len(self._prompt))
+            self.stats.read_tokens = done - self.stats.cached_tokens
             self.stats.prefill_seconds += seconds
             self._progress(done, len(self._prompt))
             if seconds < PIECE_SECONDS / 2:
@@ -348,6 +349,17 @@ class Generation(Iterator[Event], AsyncIterator[Event]):
         self.stats.finish_reason = reason
         rest = self._stream.finish()
         return Piece(piece.text + rest.text, (piece if piece.text else rest).thinking, piece.tool_call)
+
+
+class ContextFullError(ValueError):
+    """A prompt is longer than the context of its session."""
+
+
+def _check_room(n: int, context: int, largest: int) -> None:
+    """ContextFullError if `n` tokens pass `context`, that of the session; largest: what the model can have."""
+    if n > context:
+        room = f"can hold {largest} (-c {largest})" if largest > context else "holds no more"
+        raise ContextFullError(f"prompt is {n} tokens, the context holds {context}; this model {room}")
 
 
 def token_ids(prompt: Sequence[int], n_ids: int) -> list[int]:

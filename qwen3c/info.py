@@ -8,6 +8,7 @@ from typing import Any
 
 from . import memory
 from .format import ModelFile
+from .terminal import escaped
 
 
 def describe(file: ModelFile) -> dict[str, Any]:
@@ -34,7 +35,8 @@ def describe(file: ModelFile) -> dict[str, Any]:
 def lines(file: ModelFile) -> Iterator[str]:
     """The same for people."""
     info = describe(file)
-    yield f"{file.path}: {file.metadata['name']}, {file.config.n_parameters / 1e6:,.1f} M parameters"
+    name = f"{file.path}: {file.metadata['name']}"
+    yield f"{escaped(name)}, {file.config.n_parameters / 1e6:,.1f} M parameters"
     yield from _section("header", info["header"])
     metadata = {key: value for key, value in info["metadata"].items() if key != "source"}
     yield from _section("metadata", metadata | info["metadata"].get("source", {}))
@@ -63,4 +65,4 @@ def _section(title: str, values: dict[str, Any]) -> Iterator[str]:
     yield title
     width = max(map(len, values), default=0)
     for name, value in values.items():
-        yield f"  {name:<{width}}  {value}"
+        yield f"  {escaped(name):<{width}}  {escaped(str(value))}"

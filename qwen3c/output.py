@@ -8,17 +8,23 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .generate import Event, Generation
-from .terminal import DIM, RESET, StatusLine, has_colour, interruptible, note
+from .generate import Event, Generation, Stats
+from .terminal import DIM, RESET, Progress, columns, escaped, has_colour, interruptible, note
+
+PREDICTED_FROM = 0.1  # of a prompt: with less of it read, how long the rest takes would be a guess
 
 
 class ReplyWriter:
-    """A reply on its way to stdout: the answer as it is; thoughts dim, or between tags, or not at all."""
+    """A reply on its way to stdout: the answer as it is; thoughts dim, or between tags, or not at all.
+
+    A terminal gets no control characters of the model's, which could move its cursor, retitle or reprogram it.
+    """
 
     def __init__(self, hide_thinking: bool = False) -> None:
         self._hide = hide_thinking
         dim = has_colour(sys.stdout)
         self._begin, self._end = (DIM, RESET + "\n\n") if dim else ("<think>\n", "\n</think>\n\n")
+        self._is_terminal = sys.stdout.isatty()
         self._thinking = False
         self._last = "\n"
 
@@ -26,9 +32,10 @@ class ReplyWriter:
         if event.text and event.thinking != self._thinking:
             self._switch()
         if event.text and not (event.thinking and self._hide):
-            self._put(event.text)
+            self._put_models(event.text)
         if event.tool_call:
-            self._put(f"<tool_call>\n{json.dumps(event.tool_call, ensure_ascii=False)}\n</tool_call>\n")
+            call = json.dumps(event.tool_call, ensure_ascii=False)
+            self._put_models(f"<tool_call>\n{call}\n</tool_call>\n")
 
     def end(self, generation: Generation) -> None:
         """Leave the terminal as it was, at the start of a line. Call this however the reply ended."""
@@ -43,6 +50,9 @@ class ReplyWriter:
             self._put(self._begin if self._thinking else self._end)
         elif self._thinking:
             note("(thinking, not shown)")
+
+    def _put_models(self, text: str) -> None:
+        self._put(escaped(text, keep="\n\t") if self._is_terminal else text)
 
     def _put(self, text: str) -> None:
         self._last = text[-1]
@@ -67,32 +77,112 @@ class JsonWriter:
         line |= line.pop("stats")
         if self._tokens:
             line["logprobs"] = self._tokens
-        print(json.dumps(line, ensure_ascii=False), flush=True)
+        text = json.dumps(line, ensure_ascii=False)
+        print(escaped(text) if sys.stdout.isatty() else text, flush=True)
 
     def _token(self, id: int, logprob: float) -> dict[str, Any]:
         return {"token": id, "text": self._token_text([id]), "logprob": logprob}
 
 
-def speed_line(generation: Generation) -> str:
-    """Counts and rates of a reply, and why it ended if not by itself."""
+class Reading:
+    """Progress through a prompt: call it with the statistics of its reply after every piece.
+
+    A token costs what the weights cost, the same for each, and attention to all before it, which grows with depth.
+    The time left follows from both: a line through the seconds per token of the pieces read so far.
+    """
+
+    def __init__(self) -> None:
+        self._progress = Progress(self._words, predict=self._seconds_left)
+        self._stats = Stats()
+        self._pieces: list[
+            tuple[float, float, float]
+        ] = []  # tokens, depth of the middle one, seconds per token
+
+    def __call__(self, stats: Stats, done: int, total: int) -> None:
+        tokens = stats.read_tokens - self._stats.read_tokens
+        seconds = stats.prefill_seconds - self._stats.prefill_seconds
+        self._pieces.append((tokens, done - tokens / 2, seconds / tokens))
+        self._stats = dataclasses.replace(stats)
+        self._progress(done, total)
+
+    def clear(self) -> None:
+        """Erase what was drawn."""
+        self._progress.clear()
+
+    def _words(self, done: float, total: float, _: float) -> str:
+        return f"reading {done:.0f} of {total:.0f} tok  {self._stats.prefill_rate:.0f} tok/s"
+
+    def _seconds_left(self, done: float, total: float, _: float) -> float | None:
+        if self._stats.read_tokens < PREDICTED_FROM * (total - self._stats.cached_tokens):
+            return None
+        at_zero, per_position = cost_by_depth(self._pieces)
+        return (total - done) * (at_zero + per_position * (total + done) / 2)
+
+
+def cost_by_depth(pieces: list[tuple[float, float, float]]) -> tuple[float, float]:
+    """(a, b): a token at depth d costs about a + b * d seconds; neither is negative.
+
+    The weighted least squares of pieces of (tokens, depth, seconds per token).
+    """
+    n = sum(tokens for tokens, _, _ in pieces)
+    mean_depth = sum(tokens * depth for tokens, depth, _ in pieces) / n
+    mean_cost = sum(tokens * cost for tokens, _, cost in pieces) / n
+    spread = sum(tokens * (depth - mean_depth) ** 2 for tokens, depth, _ in pieces)
+    together = sum(tokens * (depth - mean_depth) * (cost - mean_cost) for tokens, depth, cost in pieces)
+    slope = max(together / spread, 0.0) if spread else 0.0
+    slope = min(slope, mean_cost / mean_depth)  # a steeper one would cost less than nothing at depth 0
+    return mean_cost - slope * mean_depth, slope
+
+
+def speed_line(generation: Generation, width: int = sys.maxsize) -> str:
+    """Counts and rates of a reply, and why it ended if not by itself.
+
+    Why it ended and the reply itself always stand there; of the rest only what fits into `width`.
+    """
     stats, session = generation.stats, generation.session
-    cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
-    parts = [
-        f"prompt {stats.prompt_tokens} tok{cached} {_rate(stats.prefill_rate)}",
-        f"reply {stats.generated_tokens} tok {_rate(stats.decode_rate)}",
-        f"context {len(session.tokens)}/{session.context}",
-        f"seed {stats.seed}",
-    ]
-    if stats.finish_reason == "length":
-        full = stats.prompt_tokens + stats.generated_tokens >= session.context
-        parts.append("cut: context full (-c)" if full else "cut at max tokens (-n)")
+    parts = {
+        "prompt": _prompt_part(stats),
+        "cached": f" ({stats.cached_tokens} cached)" if stats.cached_tokens else "",
+        "reply": f" | reply {stats.generated_tokens} tok{_rate(stats.decode_rate)}",
+        "context": f" | context {len(session.tokens)}/{session.context}",
+        "seed": f" | seed {stats.seed}",
+        "end": _end_part(generation),
+    }
+    if not stats.generated_tokens:
+        parts["reply"] = (
+            ""  # the prompt is all there was: it takes the reply's place as what always stands there
+        )
+    chosen = {"end", "reply" if parts["reply"] else "prompt"}
+    line = ""
+    for name in ("", "prompt", "context", "cached", "seed"):
+        longer = "".join(text for key, text in parts.items() if key in chosen | {name}).removeprefix(" | ")
+        if line and len(longer) > width:
+            break
+        chosen.add(name)
+        line = longer
+    return line
+
+
+def _prompt_part(stats: Stats) -> str:
+    seen = stats.cached_tokens + stats.read_tokens
+    count = f"{seen} of {stats.prompt_tokens}" if seen < stats.prompt_tokens else str(stats.prompt_tokens)
+    return f"prompt {count} tok{_rate(stats.prefill_rate)}"
+
+
+def _end_part(generation: Generation) -> str:
+    stats = generation.stats
     if stats.finish_reason == "cancelled":
-        parts.append("stopped")
-    return " | ".join(parts)
+        return " | stopped"
+    if stats.finish_reason != "length":
+        return ""
+    full = stats.prompt_tokens + stats.generated_tokens >= generation.session.context
+    return " | cut: context full (-c)" if full else " | cut at max tokens (-n)"
 
 
 def _rate(tokens_per_second: float) -> str:
-    return f"{tokens_per_second:.{0 if tokens_per_second >= 100 else 1}f} tok/s"
+    """Nothing where no rate was seen: no token was computed, or one alone, which the prompt brought."""
+    digits = 0 if tokens_per_second >= 100 else 1
+    return f" {tokens_per_second:.{digits}f} tok/s" if tokens_per_second else ""
 
 
 def show(ask: Callable[..., Generation], writer: ReplyWriter | JsonWriter) -> Generation:
@@ -100,18 +190,18 @@ def show(ask: Callable[..., Generation], writer: ReplyWriter | JsonWriter) -> Ge
 
     stdout gets what `writer` makes of it, stderr progress through a long prompt and the speed line.
     """
-    status = StatusLine()
+    reading = Reading()
     with interruptible() as interrupted:
-        generation = ask(
+        generation: Generation = ask(
             cancel=interrupted,
-            progress=lambda done, total: status.show(lambda: f"reading {done}/{total} tokens"),
+            progress=lambda done, total: reading(generation.stats, done, total),
         )
         try:
             for event in generation:
-                status.clear()
+                reading.clear()
                 writer.add(event)
         finally:
-            status.clear()
+            reading.clear()
             writer.end(generation)
-    note(speed_line(generation))
+    note(speed_line(generation, columns(sys.stderr) - 1 if sys.stderr.isatty() else sys.maxsize))
     return generation

@@ -1,35 +1,58 @@
 """Chat on a terminal: messages and slash commands in, replies out.
 
-A line that begins with / and a known word is a command. What Qwen understands itself stays a message:
-/no_think, and /think with text after it. A space before the / makes any line a message.
+A line that begins with / and a word is a command. What Qwen understands itself stays a message: /no_think, and
+/think with text after it; so does a path such as /usr/bin. A space before the / makes any line a message.
 """
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import errno
 import functools
+import glob
 import json
+import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from .conversation import Conversation
-from .generate import Generation
+from .conversation import OVERFLOW, SETTINGS, Conversation
+from .generate import ContextFullError, Generation
 from .output import JsonWriter, ReplyWriter, show
-from .terminal import MessageReader, note, one_line
+from .terminal import (
+    MessageReader,
+    abandon_closed_streams,
+    endable,
+    history_path,
+    note,
+    one_line,
+    state_directory,
+)
 
 HELP = """\
-/help               this
+/help               this; also /?
 /clear              forget what was said
-/system [TEXT]      show or set the system prompt
-/set [NAME VALUE]   show or change a setting; VALUE "default" takes it back
+/system [TEXT]      show or set the system prompt; /system clear: none
+/set [NAME [VALUE]] show or change settings; VALUE "default" takes it back
 /think, /nothink    switch thinking on or off
 /regen              another reply to the last question
 /save FILE          write the conversation to a file
 /load FILE          go on from a saved conversation
-/exit               leave, as Ctrl-D does
+/exit               leave; also /quit, /bye and Ctrl-D
 \"\"\" before and after makes several lines one message; a pasted text is one message anyway.
+A space before / makes the line a message. Tab completes commands, settings and files.
 Ctrl-C stops a reply; what it said until then is kept."""
+ALIASES = {"?": "help", "quit": "exit", "bye": "exit"}
+NO_ARGUMENT = ("clear", "think", "nothink", "regen")
+WAYS_OUT = (
+    "/clear forgets what was said, /set overflow drop lets the oldest turns go, /set context N makes room"
+)
+KEPT = 9  # interrupted conversations: the older ones go
 
 
 class Repl:
@@ -45,6 +68,8 @@ class Repl:
         self._writer = writer
         self._options = options
         self._failed = False
+        self._typed = sys.stdin.isatty()  # asked once: a terminal that was closed is none any more
+        self._ended: Callable[[], int] = lambda: 0
         self._commands: dict[str, Callable[[str], None]] = {
             "help": lambda _: note(HELP),
             "clear": self._clear,
@@ -55,35 +80,51 @@ class Repl:
             "regen": lambda _: self._answer(conversation.regenerate),
             "save": self._save,
             "load": self._load,
+            "exit": lambda _: None,
         }
 
     def run(self) -> int:
-        """The exit status: 2 if something failed and nobody sat there to see it."""
-        reader = MessageReader()
-        try:
-            while self._take(reader):
-                pass
-        finally:
-            reader.close()
-        return 2 if self._failed and not sys.stdin.isatty() else 0
+        """The exit status: 2 if something failed and nobody sat there to see it, 128 + N after signal N."""
+        if not self._typed:
+            self._take_all()
+            return 2 if self._failed else 0
+        _tell_of_interrupted()
+        with endable() as self._ended:
+            try:
+                self._take_all()
+                return 0
+            except (KeyboardInterrupt, OSError) as error:
+                closed = isinstance(error, OSError) and error.errno == errno.EIO
+                number = self._ended() or (signal.SIGHUP if closed else 0)
+                if not number:
+                    raise
+                self._keep()
+                abandon_closed_streams()
+                return 128 + number
+
+    def _take_all(self) -> None:
+        reader = MessageReader(self._completions)
+        while self._take(reader):
+            if self._ended():
+                raise KeyboardInterrupt
 
     def _take(self, reader: MessageReader) -> bool:
         """One message or command; False when there are no more."""
         try:
             text = reader.read()
             command = parse_command(text)
-            if command == ("exit", ""):
+            if command and command[0] == "exit":
                 return False
             if command:
                 self._run_command(*command)
             elif text.strip():
                 self._answer(functools.partial(self._conversation.ask, text))
         except EOFError:
-            if sys.stdin.isatty():
+            if self._typed:
                 print(file=sys.stderr)
             return False
         except KeyboardInterrupt:
-            if not sys.stdin.isatty():
+            if not self._typed or self._ended():
                 raise
             print(file=sys.stderr)
             note("(Ctrl-D or /exit leaves)")
@@ -91,21 +132,35 @@ class Repl:
             if isinstance(error, OSError) and error.filename is None:
                 raise  # stdout is gone
             self._failed = True
-            note(f"error: {one_line(error)}")
+            ways_out = f"; {WAYS_OUT}" if isinstance(error, ContextFullError) else ""
+            note(f"error: {one_line(error)}{ways_out}")
         return True
 
     def _run_command(self, name: str, argument: str) -> None:
         if name not in self._commands:
+            near = difflib.get_close_matches(name, [*self._commands, *ALIASES], 1)
+            meant = f": /{near[0]}?" if near else ""
             raise ValueError(
-                f"unknown command /{name} (/help lists them; a space before the / sends it as text)"
+                f"unknown command /{name}{meant} (/help lists them; a space before the / sends it as text)"
             )
+        if argument and name in NO_ARGUMENT:
+            raise ValueError(f"/{name} takes nothing after it")
         self._commands[name](argument)
 
     def _answer(self, ask: Callable[..., Generation]) -> None:
-        generation = show(lambda **options: ask(**options, **self._options), self._writer())
+        def told(**options: Any) -> Generation:
+            before = self._conversation.forgotten
+            generation = ask(**options, **self._options)
+            if self._conversation.forgotten > before:
+                note(
+                    f"({self._conversation.forgotten - before} oldest messages are no longer told to the model)"
+                )
+            return generation
+
+        generation = show(told, self._writer())
         if not generation.tokens:
             note("(nothing was said; the question is not kept)")
-        if generation.reply.finish_reason == "cancelled" and not sys.stdin.isatty():
+        if generation.reply.finish_reason == "cancelled" and not self._typed:
             raise KeyboardInterrupt  # nobody is there to go on
 
     def _clear(self, _: str) -> None:
@@ -114,7 +169,7 @@ class Repl:
 
     def _system(self, text: str) -> None:
         if text:
-            self._conversation.system = text.strip('"') or None
+            self._conversation.system = None if text == "clear" else _unquoted(text) or None
         note(f"system: {self._conversation.system or '(none)'}")
 
     def _switch_thinking(self, thinking: bool) -> None:
@@ -130,23 +185,86 @@ class Repl:
         note(f"{len(self._conversation.messages)} messages from {path}")
 
     def _set(self, argument: str) -> None:
-        words = argument.split()
-        if len(words) == 2:
-            self._conversation.set(words[0], None if words[1] == "default" else _number(words[1]))
-        elif words:
-            raise ValueError("usage: /set NAME VALUE")
-        else:
-            for name, value in self._conversation.effective_settings().items():
-                chosen = self._conversation.settings.get(name) is not None
-                note(f"{name} {value}{'' if chosen else ' (default)'}")
+        name, _, text = argument.partition(" ")
+        if text.strip():
+            self._conversation.set(name, _value(name, text.strip()))
+        elif name and name not in SETTINGS:
+            raise ValueError(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}")
+        for each in (name,) if name else SETTINGS:
+            note(self._setting(each))
+
+    def _setting(self, name: str) -> str:
+        """A setting and its value, as a person reads them."""
+        conversation = self._conversation
+        value = conversation.effective_settings()[name]
+        if name == "seed" and value is None:
+            last = "" if conversation.last_seed is None else f"; the last was {conversation.last_seed}"
+            value = f"new for each reply{last}"
+        elif name == "max_tokens" and value is None:
+            value = "as many as fit"
+        elif name == "context":
+            value = f"{value} of {conversation.model.config.context}"
+        elif not isinstance(value, (int, float, str)):
+            value = json.dumps(value, ensure_ascii=False) if value else "none"
+        chosen = conversation.settings.get(name) not in (None, (), [])
+        return f"{name} {value}{'' if chosen else ' (default)'}"
+
+    def _completions(self, line: str) -> list[str]:
+        """What `line`, a command typed so far, may become."""
+        command, space, argument = line.partition(" ")
+        if not space:
+            words = [name + " " * (name not in NO_ARGUMENT) for name in (*self._commands, *ALIASES)]
+            return sorted("/" + word for word in words if word.startswith(command[1:].lower()))
+        if command in ("/save", "/load"):
+            return [f"{command} {path}" for path in _paths(argument)]
+        if command != "/set":
+            return []
+        name, space, value = argument.partition(" ")
+        if not space:
+            return [f"/set {each} " for each in SETTINGS if each.startswith(name)]
+        values = ("default", *(OVERFLOW if name == "overflow" else ()))
+        return [f"/set {name} {each}" for each in values if each.startswith(value)]
+
+    def _keep(self) -> None:
+        """Save the conversation that a signal ended, where the next chat tells of it."""
+        directory = state_directory()
+        if directory is None or not self._conversation.messages:
+            return
+        path = directory / time.strftime(f"interrupted-%Y%m%d-%H%M%S-{os.getpid()}.json")
+        with contextlib.suppress(OSError):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._conversation.save(str(path))
+            path.chmod(0o600)
+            for old in _interrupted()[:-KEPT]:
+                old.unlink()
+            note(f"ended by a signal; /load {path} goes on from here")
+
+
+def _interrupted() -> list[Path]:
+    """The conversations that signals ended, the last one last."""
+    directory = state_directory()
+    return sorted(directory.glob("interrupted-*.json")) if directory else []
+
+
+def _tell_of_interrupted() -> None:
+    """Say where the last interrupted conversation is, unless something was typed since then."""
+    history = history_path()
+    with contextlib.suppress(OSError):
+        for path in _interrupted()[-1:]:
+            typed_at = history.stat().st_mtime if history and history.exists() else 0.0
+            if path.stat().st_mtime >= typed_at:
+                note(f"the last conversation was interrupted; /load {path} goes on from there")
 
 
 def parse_command(text: str) -> tuple[str, str] | None:
     """(name, argument) of a slash command, or None for a message."""
-    match = re.fullmatch(r"/([a-z]+)(?:\s+(.*))?", text.rstrip(), re.DOTALL)
-    if not match or (match[1] == "think" and match[2]):
+    match = re.fullmatch(r"/([a-z][\w-]*|\?)(?:\s+(.*))?", text.rstrip(), re.DOTALL | re.IGNORECASE)
+    if not match:
         return None
-    return match[1], match[2] or ""
+    name, argument = match[1].lower(), match[2] or ""
+    if name == "no_think" or (name == "think" and argument):
+        return None
+    return ALIASES.get(name, name), argument
 
 
 def _given(path: str) -> str:
@@ -155,8 +273,30 @@ def _given(path: str) -> str:
     return path
 
 
-def _number(text: str) -> Any:
+def _unquoted(text: str) -> str:
+    """`text` without the quotes around it, if there are two."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+
+
+def _value(name: str, text: str) -> Any:
+    """The value of a setting as it was typed. stop: a text, or JSON for a text or a list of them."""
+    if text == "default":
+        return None
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError:
-        raise ValueError(f"{text!r} is not a number") from None
+        if name not in ("overflow", "stop"):
+            raise ValueError(f"{text!r} is not a number") from None
+        return [text] if name == "stop" else text
+    if name == "stop":
+        return value if isinstance(value, list) else [value if isinstance(value, str) else text]
+    if name == "logit_bias" and isinstance(value, dict):
+        return {int(id): bias for id, bias in value.items()}  # JSON has no keys but texts
+    return value
+
+
+def _paths(start: str) -> list[str]:
+    """Files and folders whose path begins with `start`, the folders with a / at the end; ~ stays as it is."""
+    home = os.path.expanduser(start)
+    found = sorted(glob.glob(glob.escape(home) + "*"))
+    return [start + path[len(home) :] + "/" * os.path.isdir(path) for path in found]

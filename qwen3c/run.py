@@ -86,6 +86,7 @@ def chat(args: argparse.Namespace) -> int:
         thinking=args.thinking,
         stop=args.stop,
         max_tokens=args.max_tokens or None,
+        overflow=args.overflow,
         **_sampling(args),
     )
     _say_what_was_chosen(args, model, conversation.session.context, args.thinking is not False)
@@ -269,7 +270,7 @@ def _say_what_was_chosen(
     kv_bytes = context * config.kv_bytes_per_token(model.kv)
     isa = "--isa" if args.isa else "QWEN3C_ISA" if os.environ.get("QWEN3C_ISA") else "widest here"
     parts = [
-        f"{model.metadata['name']} int8 g{config.group_size} {gib(model.file.file_size)}",
+        f"{terminal.escaped(str(model.metadata['name']))} int8 g{config.group_size} {gib(model.file.file_size)}",
         "raw text" if raw else {"always": "always thinks", "none": "no thinking"}.get(kind, switch),
         f"temperature {s.temperature:g} top-p {s.top_p:g} top-k {s.top_k}",
         f"context {context} of {config.context} (KV {model.kv}: {gib(kv_bytes)} when full)",
@@ -369,6 +370,8 @@ def _check_combination(parser: _Parser, args: argparse.Namespace) -> None:
         parser.error("--verify belongs to -m info")
     if (args.level or args.html) and args.mode != "trace":
         parser.error("--level and --html belong to -m trace")
+    if args.overflow and args.mode != "chat":
+        parser.error("--overflow belongs to -m chat")
     if args.mode == "chat" and (args.prompt is not None or args.file is not None):
         parser.error("-m chat takes its messages from stdin; -i and --file belong to -m generate")
     if args.echo and (args.mode != "generate" or args.json):
@@ -477,6 +480,8 @@ def _add_machine(group: Any) -> None:
         help="positions; 0: the model's "
         "(default: 8192, or what the model and half of the free memory hold; perplexity: windows of 2048)",
     )
+    add("--overflow", choices=("stop", "drop"), help="chat: what happens when the context is full: stop refuses "
+        "the message (the default), drop lets the oldest turns go")  # fmt: skip
     add("-j", "--threads", type=_at_least(1), metavar="N", help="default: what this machine can feed")
     add("--kv", choices=("int8", "f16", "f32"), default="f16",
         help="type of the KV cache: int8 takes half the memory of f16 (default: f16)")  # fmt: skip

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import select
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +20,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+from .files import write_whole
+
 DIM, RESET, CLEAR_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 FENCE = '"""'
-HISTORY_LINES = 1000
+HISTORY_ENTRIES = 1000
+NEWLINE_IN_ENTRY = (
+    "\x1f"  # stands for a line break within an entry of the history file: one line is one entry
+)
+LIBEDIT = b"_HiStOrY_V2_"  # the first line of a history file by libedit
+CONTROL = re.compile(
+    "[\x00-\x1f\x7f-\x9f]"
+)  # C0, DEL and C1: a terminal acts on them instead of showing them
 BAR_WIDTH = 24
 PASTE_PAUSE = 0.02  # seconds: lines that follow faster than this were not typed
 
@@ -41,9 +52,28 @@ def has_colour(stream: TextIO) -> bool:
     return can_redraw(stream) and not os.environ.get("NO_COLOR")
 
 
+def escaped(text: str, keep: str = "") -> str:
+    """`text` with its control characters as JSON writes them (\\u001b), but for those in `keep`.
+
+    For text of a file or a model on its way to a terminal, where it must not move the cursor or worse.
+    """
+    return CONTROL.sub(lambda match: match[0] if match[0] in keep else f"\\u{ord(match[0]):04x}", text)
+
+
 def note(text: str) -> None:
-    """One line about what the program does, on stderr."""
+    """What the program does, on stderr; on a terminal its lines break between words."""
+    text = escaped(text, keep="\n\t")
+    if sys.stderr.isatty():
+        text = _wrapped(text, max(columns(sys.stderr) - 1, 1))
     print(f"{DIM}{text}{RESET}" if has_colour(sys.stderr) else text, file=sys.stderr, flush=True)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """A word longer than `width`, such as a path, stays whole, so that it can be copied."""
+    wrapper = textwrap.TextWrapper(
+        width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False, expand_tabs=False
+    )
+    return "\n".join(wrapper.fill(line) for line in text.split("\n"))
 
 
 def one_line(error: Exception) -> str:
@@ -73,6 +103,42 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         yield lambda: interrupted
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def endable() -> Iterator[Callable[[], int]]:
+    """Within, the first SIGTERM or SIGHUP acts as Ctrl-C does; the yielded function returns its number, 0 before.
+
+    Later ones are ignored, so that nothing disturbs what is done at the end. A signal that is ignored stays so.
+    """
+    number = 0
+
+    def handle(received: int, frame: FrameType | None) -> None:
+        nonlocal number
+        if not number:
+            number = received
+            interrupt = signal.getsignal(signal.SIGINT)
+            if not callable(interrupt):
+                raise KeyboardInterrupt
+            interrupt(signal.SIGINT, frame)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    previous = [(number, signal.signal(number, handle)) for number in heard]
+    try:
+        yield lambda: number
+    finally:
+        for each, handler in previous:
+            signal.signal(each, handler)
+
+
+def abandon_closed_streams() -> None:
+    """Point a standard stream that is gone at the null device, where its last flush cannot fail."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def can_redraw(stream: TextIO) -> bool:
@@ -116,17 +182,29 @@ class StatusLine:
             print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
 
 
+def at_this_rate(done: float, total: float, seconds: float) -> float | None:
+    """Seconds left if the rest goes as fast as what was done in `seconds`; None if that says nothing yet."""
+    return max(total - done, 0) * seconds / done if done > 0 and seconds > 0 else None
+
+
 class Progress:
     """How far a long task is: call it with (done, total) as often as you like.
 
     On a terminal it is a StatusLine; elsewhere a line of its own every `pause` seconds.
     describe: (done, total, done per second) -> the words between the percentage and the time left.
+    predict: (done, total, seconds so far) -> seconds left, or None while nobody can say.
     """
 
     def __init__(
-        self, describe: Callable[[float, float, float], str], *, delay: float = 0.5, pause: float = 10.0
+        self,
+        describe: Callable[[float, float, float], str],
+        *,
+        predict: Callable[[float, float, float], float | None] = at_this_rate,
+        delay: float = 0.5,
+        pause: float = 10.0,
     ) -> None:
         self._describe = describe
+        self._predict = predict
         self._status = StatusLine(delay)
         self._pause = pause
         self._begin = self._printed = time.monotonic()
@@ -144,19 +222,25 @@ class Progress:
 
     def _line(self, done: float, total: float, width: int) -> str:
         seconds = time.monotonic() - self._begin
-        return progress_line(done, total, seconds, self._describe, width)
+        return progress_line(done, total, seconds, self._describe, width, self._predict)
 
 
 def progress_line(
-    done: float, total: float, seconds: float, describe: Callable[[float, float, float], str], width: int
+    done: float,
+    total: float,
+    seconds: float,
+    describe: Callable[[float, float, float], str],
+    width: int,
+    predict: Callable[[float, float, float], float | None] = at_this_rate,
 ) -> str:
     """A line such as "[######      ]  50%  1.20 of 2.40 GB  600 MB/s  2 s left", for `width` columns.
 
-    The bar and then the words go where they do not fit; width 0: a line without a bar.
+    The bar and then the words go where they do not fit; width 0: a line without a bar. See Progress for the rest.
     """
     share = min(max(done / total, 0.0), 1.0) if total else 1.0
     rate = done / seconds if seconds > 0 else 0.0
-    left = f"  {time_left(max(total - done, 0) / rate)}" if rate else ""
+    seconds_left = predict(done, total, seconds)
+    left = "" if seconds_left is None else f"  {time_left(seconds_left)}"
     percent = f"{int(share * 100):3d}%"
     text = f"{percent}  {describe(done, total, rate)}{left}"
     bar = f"[{'#' * int(BAR_WIDTH * share):<{BAR_WIDTH}}] "
@@ -181,44 +265,44 @@ def time_left(seconds: float) -> str:
 
 
 class MessageReader:
-    """Messages from stdin: a line each; a block between lines of three quotes, or a paste, is one message."""
+    """Messages from stdin: a line each; a block between lines of three quotes, or a paste, is one message.
 
-    def __init__(self) -> None:
+    complete: the line typed so far -> the lines that the Tab key may make of it.
+    """
+
+    def __init__(self, complete: Callable[[str], list[str]] = lambda line: []) -> None:
         self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self._readline = _load_readline() if self._interactive else None
-        # libedit, which some Pythons have for readline, takes a paste line by line
-        self._gathers_pastes = self._readline is not None and "libedit" not in (self._readline.__doc__ or "")
-        if self._readline is not None and self._gathers_pastes:
-            self._readline.parse_and_bind("set enable-bracketed-paste on")
+        self._history = History(self._readline) if self._readline is not None else None
+        # libedit, which some Pythons have for readline, takes a paste line by line; so does a dumb terminal,
+        # which has no codes to say where a paste begins and ends
+        libedit = self._readline is not None and "libedit" in (self._readline.__doc__ or "")
+        self._gathers_pastes = self._readline is not None and not libedit and can_redraw(sys.stdout)
+        if self._readline is not None:
+            switch = "on" if self._gathers_pastes else "off"
+            self._readline.parse_and_bind(f"set enable-bracketed-paste {switch}")
+            self._readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+            self._readline.set_completer_delims(" \t\n")
+            self._readline.set_completer(_completer(self._readline, complete))
 
     def read(self) -> str:
         """The next message. EOFError at the end of the input, KeyboardInterrupt on Ctrl-C."""
         text = self._line("> ")
         while self._paste_goes_on():
             text += "\n" + self._line("")
-        return self._block(text) if text.lstrip().startswith(FENCE) else text
+        is_block = text.lstrip().startswith(FENCE)
+        typed = self._whole_block(text) if is_block else text
+        if self._history is not None:
+            self._history.add(typed)
+        return _without_fences(typed) if is_block else typed
 
-    def close(self) -> None:
-        """Save the history."""
-        path = history_path()
-        if self._readline is None or path is None:
-            return
-        try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._readline.set_history_length(HISTORY_LINES)
-            self._readline.write_history_file(path)
-            path.chmod(0o600)
-        except OSError:
-            pass  # a read-only home is no reason to complain on the way out
-
-    def _block(self, text: str) -> str:
-        text = text.lstrip()[len(FENCE) :]
-        while not text.rstrip().endswith(FENCE):
+    def _whole_block(self, text: str) -> str:
+        while not text.strip()[len(FENCE) :].endswith(FENCE):
             try:
                 text += "\n" + self._line("... ")
             except EOFError:
-                return text.strip("\n")
-        return text.rstrip()[: -len(FENCE)].strip("\n")
+                break
+        return text
 
     def _line(self, prompt: str) -> str:
         if self._interactive:
@@ -236,26 +320,102 @@ class MessageReader:
         return bool(select.select([sys.stdin], [], [], PASTE_PAUSE)[0])
 
 
-def history_path() -> Path | None:
-    """Where lines typed are kept between runs; None if there is no home."""
+def _without_fences(block: str) -> str:
+    return block.strip().removeprefix(FENCE).removesuffix(FENCE).strip("\n")
+
+
+def _completer(readline: Any, complete: Callable[[str], list[str]]) -> Callable[[str, int], str | None]:
+    """What readline.set_completer takes: the n-th text for the word that the cursor is in."""
+
+    def completer(word: str, n: int) -> str | None:
+        line = readline.get_line_buffer()[: readline.get_endidx()]
+        if not line.startswith("/"):
+            return word + "\t" if n == 0 else None  # in a message the Tab key is a tab
+        begin = readline.get_begidx()
+        return next(iter([each[begin:] for each in complete(line)][n:]), None)
+
+    return completer
+
+
+class History:
+    """What was typed before, for the arrow keys, here and after a restart.
+
+    An entry goes to the file as soon as there is one, so that no end of the program loses it. Where the file
+    cannot be read or written there is none: a read-only home is no reason to complain.
+    """
+
+    def __init__(self, readline: Any) -> None:
+        self._readline = readline
+        self._path = history_path()
+        self._last = ""
+        readline.set_auto_history(False)  # it would take the lines of a block one by one
+        for entry in self._read():
+            self._remember(entry)
+
+    def add(self, text: str) -> None:
+        """Append `text`, of any number of lines, as one entry, unless it is empty or the last one again."""
+        if not text.strip() or text == self._last:
+            return
+        self._remember(text)
+        try:
+            if self._path is not None:
+                self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                with open(descriptor, "a", encoding="utf-8", errors="replace", newline="\n") as file:
+                    file.write(text.replace("\n", NEWLINE_IN_ENTRY) + "\n")
+        except OSError:
+            pass
+
+    def _remember(self, text: str) -> None:
+        self._last = text
+        try:
+            self._readline.add_history(text)
+        except ValueError:
+            pass  # the locale has no such character
+
+    def _read(self) -> list[str]:
+        """The entries of the file; one that has grown long is cut to its end."""
+        try:
+            if self._path is None or not self._path.is_file():
+                return []
+            data = self._path.read_bytes()
+            entries = [line for line in _plain(data).decode("utf-8", "replace").split("\n") if line]
+            if len(entries) > 2 * HISTORY_ENTRIES or data.startswith(LIBEDIT):
+                entries = entries[-HISTORY_ENTRIES:]
+                write_whole(self._path, "".join(entry + "\n" for entry in entries))
+                self._path.chmod(0o600)
+        except OSError:
+            return []
+        return [entry.replace(NEWLINE_IN_ENTRY, "\n") for entry in entries[-HISTORY_ENTRIES:]]
+
+
+def _plain(data: bytes) -> bytes:
+    """A history file as lines; libedit's own kind begins with a line of its name and has characters in octal."""
+    if not data.startswith(LIBEDIT):
+        return data
+    lines = data.partition(b"\n")[2]
+    return re.sub(rb"\\([0-3][0-7]{2})", lambda match: bytes([int(match[1], 8)]), lines)
+
+
+def state_directory() -> Path | None:
+    """Where what should outlive a chat is kept; None if there is no home."""
     state = os.environ.get("XDG_STATE_HOME")
     try:
-        base = Path(state) if state else Path.home() / ".local" / "state"
+        return (Path(state) if state else Path.home() / ".local" / "state") / "qwen3c"
     except RuntimeError:
         return None
-    return base / "qwen3c" / "history"
+
+
+def history_path() -> Path | None:
+    """Where lines typed are kept between runs; None if there is no home."""
+    directory = state_directory()
+    return directory and directory / "history"
 
 
 def _load_readline() -> Any:
-    """The readline module with the history read, or None where Python has none."""
+    """The readline module, or None where Python has none."""
     try:
         import readline
     except ImportError:
         return None
-    path = history_path()
-    try:
-        if path is not None:
-            readline.read_history_file(path)
-    except (OSError, ValueError):
-        pass
     return readline

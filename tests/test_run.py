@@ -12,6 +12,7 @@ import os
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -556,7 +557,12 @@ class Terminal:
     )
 
     def __init__(self, *args: str, **environment: str) -> None:
+        import fcntl
+        import termios
+
         self._master, slave = os.openpty()
+        # nothing wraps here; tests/terminal has windows of every width
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 240, 0, 0))
         self.process = subprocess.Popen(
             [sys.executable, "-c", self.LAUNCHER, *RUN, *args],
             stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
