@@ -2,7 +2,7 @@
 
     pp512         a prompt of 512 tokens into an empty cache, for the logits of its last
     tg64          64 tokens one by one, logits alone; tg64 @ d8192 from position 8192, tg64 x16 by 16 sessions together
-    loop64        the same as a user gets them: sampled, turned into text, checked for an end
+    loop64        64 tokens as a user gets them: sampled, turned into text, checked for an end
 
 Two limits hold for every test: no pass is faster than reading its weights and keys and values once, and none
 faster than its multiply-adds on registers alone. Both are measured between the tests, on the same threads; "% of limit"
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,13 @@ PROBE_BYTES = 512 << 20  # of memory read to find the bandwidth: more than any c
 # standard deviation, as a share of the median, from which on the machine's own figures mean little
 NOISE = 0.05
 CHECKED = (8, 4)  # tokens of the prompt and of the reply that are compared before anything is timed
-QUICK = (("pp", 512), ("tg", 64), ("loop", 64))  # what run.py -m bench measures
+# what run.py -m bench measures: kind, tokens, and what that is in words
+QUICK = (
+    ("pp", 512, "reading a prompt of {n} tokens in one go"),
+    ("tg", 64, "{n} tokens one after the other, the engine alone"),
+    ("loop", 64, "{n} tokens as a chat gets them: sampled and turned into text"),
+)
+WIDTH = 79  # columns of what run.py -m bench prints: a terminal of 80 keeps the last one free
 QUICK_SECONDS, QUICK_RUNS = 5.0, (2, 5)  # of each: until so long, at least and at most so often
 CHAT: dict[str, Any] = {**RECOMMENDED[False], "seed": 1}
 
@@ -339,6 +346,12 @@ class Series:
 
 
 COLUMNS = ("test", "t/s", "GB/s", "G MAC/s", "% of limit")
+COLUMN_WORDS = (  # what they are, after the first
+    "tokens per second, the median of the runs ± their standard deviation",
+    "bytes of weights, keys and values read from memory",
+    "multiplications and additions, in billions a second",
+    "how near that is to the most that memory or arithmetic here allow",
+)
 
 
 def _sigma(values: Sequence[float]) -> float:
@@ -377,27 +390,40 @@ def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) ->
 # run.py -m bench
 
 
-def quick(model: Model) -> Iterator[str]:
-    """Lines of markdown: the short benchmark of one model, about 20 seconds for 0.6 billion parameters."""
-    yield f"{cpu_name()}, {model.threads} threads, {engine.isa()}, KV {model.kv}"
-    yield check_bits(model)
-    player, machine, results = Player(model), Machine(model.threads), []
-    for kind, n in QUICK:
-        results.append(_repeat(player, machine, Test(kind, min(n, model.config.context - 2))))
-    header = ("model", "size", "params", "threads", *COLUMNS)
+def quick(model: Model, doing: Callable[[str], None] = lambda _: None) -> Iterator[str]:
+    """Lines of at most WIDTH columns: the short benchmark, about 20 seconds for 0.6 billion parameters.
+
+    doing: told what is done next, in words, each time.
+    """
+    yield from _wrapped(", ".join(model_cells(model.file)) + " parameters")
+    yield from _wrapped(f"{cpu_name()}, {model.threads} threads, {engine.isa()}, KV {model.kv}")
+    doing("comparing a few tokens with the scalar kernels")
+    yield from _wrapped(check_bits(model))
+    player, machine, results, legend = Player(model), Machine(model.threads), [], []
+    for kind, n, words in QUICK:
+        test = Test(kind, min(n, model.config.context - 2))
+        results.append(_repeat(player, machine, test, doing))
+        legend.append((test.name, words.format(n=test.n)))
     yield ""
-    yield from markdown(
-        header, ([*model_cells(model.file), str(model.threads), *series.cells()] for series in results)
-    )
+    yield from markdown(COLUMNS, (series.cells() for series in results))
     yield ""
-    yield verdict(machine.bandwidth, machine.peak)
+    for name, words in [*legend, *zip(COLUMNS[1:], COLUMN_WORDS, strict=True)]:
+        yield from _wrapped(f"{name:<11} {words}", indent=12)
+    yield ""
+    yield from _wrapped(verdict(machine.bandwidth, machine.peak))
 
 
-def _repeat(player: Player, machine: Machine, test: Test) -> Series:
+def _wrapped(text: str, indent: int = 0) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
+
+
+def _repeat(player: Player, machine: Machine, test: Test, doing: Callable[[str], None]) -> Series:
     series = Series("qwen3c", test, work=work(player.model.config, player.model.kv, test))
+    doing(f"{test.name}: warming up")
     player.seconds(test, 0)  # the first touches pages and makes buffers: not counted
     least, most = QUICK_RUNS
     while len(series.seconds) < least or (len(series.seconds) < most and sum(series.seconds) < QUICK_SECONDS):
+        doing(f"{test.name}: run {len(series.seconds) + 1} of at most {most}")
         series.seconds.append(player.seconds(test, len(series.seconds) + 1))
         machine.measure()
         series.bandwidth.append(machine.bandwidth[-1])

@@ -36,7 +36,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from .files import sync_directory
+from .files import hint_if_directory, hint_if_missing, likely_kind, sync_directory
 
 MAGIC = b"QWEN3C\x1a\n"
 VERSION = 1
@@ -336,14 +336,19 @@ class ModelFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+        self.path = os.fsdecode(path)
         with open(self._open(), "rb") as file:
             self.file_size = os.fstat(file.fileno()).st_size
             header = file.read(HEADER_SIZE)
             fields = self._read_header(header)
             self._check_layout(fields)
             # a size that matches was checked first, so this maps what exists and reads nothing
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                raise MemoryError(
+                    f"{self.path}: its {self.file_size:,} bytes cannot be mapped: {error.strerror} (see `ulimit -v`)"
+                ) from None
         self._fields = fields
         self.weights = memoryview(self.map)[fields["tensors_offset"] :]
         crc = sections_crc(header, memoryview(self.map)[HEADER_SIZE : fields["tensors_offset"]])
@@ -420,18 +425,22 @@ class ModelFile:
         try:
             descriptor = os.open(self.path, flags)
         except OSError as error:
-            raise ModelFileError(f"{self.path}: {error.strerror}") from None
+            hint = hint_if_missing(self.path) if isinstance(error, FileNotFoundError) else ""
+            raise ModelFileError(f"{self.path}: {error.strerror}{hint}") from None
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
             os.close(descriptor)
             kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-            hint = "; convert it with export.py first" if stat.S_ISDIR(mode) else ""
+            hint = hint_if_directory(self.path) if stat.S_ISDIR(mode) else ""
             raise ModelFileError(f"{self.path}: is {kind}, not a model.bin{hint}")
         return descriptor
 
     def _read_header(self, header: bytes) -> dict[str, Any]:
         if not header.startswith(MAGIC):
             start = header[: len(MAGIC)]
+            kind = likely_kind(self.path, header)
+            if kind is not None:
+                raise ModelFileError(f"{self.path}: not a model.bin but {kind}")
             raise ModelFileError(f"{self.path}: not a model.bin: starts with {start!r}, expected {MAGIC!r}")
         if len(header) < HEADER_SIZE:
             raise ModelFileError(f"{self.path}: header is {len(header)} bytes, expected {HEADER_SIZE}")

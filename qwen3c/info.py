@@ -28,7 +28,7 @@ def describe(file: ModelFile) -> dict[str, Any]:
             }
             for tensor in file.tensors
         ],
-        "memory": memory.table(file.config, file.file_size, len(file.tokenizer)),
+        "memory": memory.table(file.config, file.file_size, len(file.tokenizer), file.file_size),
     }
 
 
@@ -47,7 +47,7 @@ def lines(file: ModelFile) -> Iterator[str]:
         place = f"{tensor['offset']:>14} {tensor['bytes']:>13}"
         yield f"{place}  {tensor['type']:<9} {shape:<15} {tensor['name']}"
     yield ""
-    yield from memory.lines(file.config, file.file_size, len(file.tokenizer))
+    yield from memory.lines(file.config, file.file_size, len(file.tokenizer), file.file_size)
 
 
 def _folded(tensors: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

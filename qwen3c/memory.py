@@ -1,4 +1,4 @@
-"""How much memory there is, and what context fits into it."""
+"""How much memory there is, what a model takes of it, and what context fits."""
 
 from __future__ import annotations
 
@@ -6,24 +6,57 @@ import mmap
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from . import machine
 from .format import KV_TYPES, Config
 
 DEFAULT_CONTEXT = 8192  # enough for a long conversation; longer ones are asked for
-CGROUP = Path("/sys/fs/cgroup")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 CONTEXTS = (1024, 4096, 8192, 16384, 32768, 65536, 131072)
 ROWS = 256  # the engine's MAX_ROWS: rows of a prompt in flight
 PROGRAM = 45 << 20  # bytes of Python, NumPy, tokenizers and Jinja (measured)
 TOKENIZER = 8  # bytes of memory for each byte of tokenizer.json (measured: 90 MB for the 11 MB of Qwen3)
+# Address space in bytes (measured), which is more than what is resident
+PROGRAM_SPACE = 130 << 20  # of NumPy and the engine
+TOKENIZER_SPACE = 14  # while the tokenizer loads, for each byte of tokenizer.json
+THREAD_SPACE = 100 << 20  # of the thread that loads it: the allocator's arena, its stack, the library
+STACK = 8 << 20  # of each further thread
+COPIED = 16 << 20  # bytes at a time, so that a signal or another thread need not wait for all
 
 
-def available() -> int | None:
-    """Bytes that can be used without swapping, within the container's limit; None if nobody says."""
-    limits = [_of_machine(), _of_container()]
-    return min((limit for limit in limits if limit is not None), default=None)
+def available(mapped: int = 0) -> int | None:
+    """Bytes that can be used without swapping, within every limit on this process; None if nobody says.
+
+    mapped: bytes of a file that the caller counts as needed, although their address space is taken already.
+    """
+    free, limit = _of_machine(), _tightest(mapped)
+    bounds = [free, None if limit is None else limit.left]
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def check_space_for_program() -> None:
+    """MemoryError if `ulimit -v` leaves too little to load NumPy and the engine, which would end the process."""
+    _check_address_space("NumPy and the engine", PROGRAM_SPACE)
+
+
+def check_space_for_model(config: Config, tokenizer_size: int, threads: int) -> None:
+    """MemoryError if `ulimit -v` leaves too little to load the tokenizer and run a prompt.
+
+    It is asked beforehand because the tokenizer's library ends the process where it gets no memory.
+    """
+    _check_address_space("tokenizer and buffers", _address_space(config, tokenizer_size, threads))
+
+
+def _check_address_space(what: str, needed: int) -> None:
+    limit = machine.address_space()
+    if limit is not None and limit.left < needed:
+        raise MemoryError(
+            f"{what} take {needed >> 20} MiB of address space, "
+            f"{limit.name} leaves {limit.left >> 20} of {limit.size >> 20} MiB"
+        )
 
 
 def default_context(config: Config, kv: str) -> int:
@@ -46,42 +79,50 @@ def run_state_bytes(config: Config, rows: int = ROWS) -> int:
     return rows * (4 * floats + widest + 8 * widest // c.group_size)
 
 
-def table(config: Config, file_size: int, tokenizer_size: int) -> list[dict[str, Any]]:
+def _address_space(config: Config, tokenizer_size: int, threads: int) -> int:
+    """Bytes of address space that a model takes besides its file and its KV cache."""
+    return TOKENIZER_SPACE * tokenizer_size + THREAD_SPACE + STACK * (threads - 1) + run_state_bytes(config)
+
+
+def table(config: Config, file_size: int, tokenizer_size: int, mapped: int = 0) -> list[dict[str, Any]]:
     """By context, in bytes: the KV cache when full, all that is resident then, and whether that is available.
 
     Resident are the mapped file, the KV cache, the buffers, the tokenizer and the program. `fits` is None where
-    nobody says how much there is.
+    nobody says how much there is. mapped: how much of the file is mapped already.
     """
     program = file_size + run_state_bytes(config) + PROGRAM + TOKENIZER * tokenizer_size
-    free, rows = available(), []
+    free, rows, space = available(mapped), [], machine.address_space()
+    room = (
+        None if space is None else space.left + mapped - file_size - _address_space(config, tokenizer_size, 1)
+    )
     for context in sorted({*(n for n in CONTEXTS if n < config.context), config.context}):
         row: dict[str, Any] = {"context": context}
         for kv in KV_TYPES:
             row[f"kv_{kv}_bytes"] = context * config.kv_bytes_per_token(kv)
         for kv in KV_TYPES:
-            resident = program + row[f"kv_{kv}_bytes"]
-            row |= {
-                f"resident_{kv}_bytes": resident,
-                f"fits_{kv}": None if free is None else resident <= free,
-            }
+            kv_bytes = row[f"kv_{kv}_bytes"]
+            resident = program + kv_bytes
+            fits = None if free is None else resident <= free and (room is None or kv_bytes <= room)
+            row |= {f"resident_{kv}_bytes": resident, f"fits_{kv}": fits}
         rows.append(row)
     return rows
 
 
-def lines(config: Config, file_size: int, tokenizer_size: int) -> Iterator[str]:
+def lines(config: Config, file_size: int, tokenizer_size: int, mapped: int = 0) -> Iterator[str]:
     """The same for people."""
-    free = available()
+    free, limit = available(mapped), _tightest(mapped)
     heads = "".join(f"{'KV ' + kv:>11}" for kv in KV_TYPES)
     heads += "".join(f"{'resident ' + kv:>15}" for kv in KV_TYPES)
     yield f"{'context':>9}{heads}   fits here"
-    for row in table(config, file_size, tokenizer_size):
+    for row in table(config, file_size, tokenizer_size, mapped):
         sizes = "".join(f"{gib(row[f'kv_{kv}_bytes']):>11}" for kv in KV_TYPES)
         sizes += "".join(f"{gib(row[f'resident_{kv}_bytes']):>15}" for kv in KV_TYPES)
         fits = [kv for kv in KV_TYPES if row[f"fits_{kv}"]]
         verdict = {0: "no", len(KV_TYPES): "yes"}.get(len(fits), ", ".join(fits) + " only")
         yield f"{row['context']:>9}{sizes}   {'' if free is None else verdict}"
     if free is not None:
-        yield f"available: {gib(free)}" + ("" if file_size <= free else _too_large(file_size))
+        within = f"; {limit.name} allows {gib(limit.size)}" if limit and limit.left <= free else ""
+        yield f"available: {gib(free)}{within}" + ("" if file_size <= free else _too_large(file_size))
 
 
 def _too_large(file_size: int) -> str:
@@ -107,7 +148,8 @@ def in_huge_pages(weights: memoryview) -> memoryview:
         raise ValueError(f"huge pages: the weights take {size:,} bytes, {free:,} are available")
     copy = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     copy.madvise(mmap.MADV_HUGEPAGE)
-    copy[:] = weights
+    for start in range(0, size, COPIED):
+        copy[start : start + COPIED] = weights[start : start + COPIED]
     return memoryview(copy).toreadonly()
 
 
@@ -128,12 +170,10 @@ def _of_machine() -> int | None:
         return None
 
 
-def _of_container() -> int | None:
-    """cgroup version 2 as a container sees it; its page cache counts as used, but gives way."""
-    try:
-        limit = int((CGROUP / "memory.max").read_text())  # "max" where there is none
-        used = int((CGROUP / "memory.current").read_text())
-        cache = re.search(r"^file (\d+)", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
-    except (OSError, ValueError):
-        return None
-    return max(limit - used + (int(cache[1]) if cache else 0), 0)
+def _tightest(mapped: int) -> machine.MemoryLimit | None:
+    """The limit that leaves the least; one on address space counts the `mapped` bytes as left."""
+    limits = machine.group_memory_limits()
+    space = machine.address_space()
+    if space is not None:
+        limits.append(replace(space, left=space.left + mapped))
+    return min(limits, key=lambda limit: limit.left, default=None)

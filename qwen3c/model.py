@@ -17,7 +17,7 @@ from . import engine, retrieval
 from .chat import END_THINK, ChatTemplate, last_control_token, may_think
 from .format import ModelFileError
 from .generate import CachedSession, Generation, Reply, ReplyOptions, token_ids
-from .memory import gib
+from .memory import check_space_for_model, gib
 from .sampler import Sampling, SamplingOptions, default_sampling
 from .template import Renderer
 from .tokenizer import BackgroundTokenizer, Tokenizer
@@ -35,7 +35,8 @@ class Model(engine.Model):
     activations: "int8", or "float32" to compare with other implementations. huge_pages: copy the weights into
     memory of large pages (memory.in_huge_pages says what that costs and gains). renderer: of chat templates, if
     one has been started already; any number of models may share it.
-    ModelFileError, one line, if the file is not a model.bin that this version can run.
+    ModelFileError, one line, if the file is not a model.bin that this version can run. MemoryError where `ulimit -v`
+    leaves too little address space.
 
     config: the numbers of the model, such as config.n_layers and config.context. metadata: what else the file says
     of it, such as metadata["name"]. file: the mapped file itself. closed: whether close() was called.
@@ -60,6 +61,7 @@ class Model(engine.Model):
             self.sampling(thinking=True)
         except ValueError as error:
             raise ModelFileError(f"{self.path}: metadata: generation: {error}") from None
+        check_space_for_model(self.config, len(self.file.tokenizer), self.threads)
         self._options = (threads, kv, activations, huge_pages)
         self._tokenizer = BackgroundTokenizer(self.file)
         self._renderer = renderer or Renderer()

@@ -1,7 +1,8 @@
 """model.bin -> chat | generate | trace | info | perplexity | bench.
 
     python run.py model.bin -m chat
-    python run.py model.bin -i "def fibonacci(n):" -n 64
+    python run.py model.bin -i "Why is the sky blue?"
+    python run.py model.bin -m generate -i "def fibonacci(n):" -n 64
 
 The story: arguments, the model, one line on stderr that says what was chosen, then one of the modes.
 stdout gets model text, or what info, perplexity and bench were asked for.
@@ -13,13 +14,14 @@ import argparse
 import json
 import os
 import sys
-import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import terminal
 
 if TYPE_CHECKING:
+    from .format import ModelFile
     from .generate import Generation
     from .model import Model
     from .output import JsonWriter, ReplyWriter
@@ -38,35 +40,59 @@ SAMPLING = {
     "repetition_penalty": "makes tokens of prompt and reply less likely; 1: off",
     "seed": "the same seed gives the same text on every machine",
 }
+TALKING = ("chat", "generate", "trace")
+COMPUTING = (*TALKING, "perplexity", "bench")
+# option -> the modes that use it; any other mode refuses it. --mode alone is every mode's
+USED_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("prompt", "chat_template", "raw"), ("generate", "trace")),
+    "file": ("generate", "trace", "perplexity"),
+    "echo": ("generate",),
+    **dict.fromkeys(
+        ("system", "system_file", "reasoning", "think", "no_think", "max_tokens", "stop"), TALKING
+    ),
+    **dict.fromkeys((*SAMPLING, "logit_bias"), TALKING),
+    "context": (*TALKING, "perplexity"),
+    **dict.fromkeys(("threads", "kv", "activations", "huge_pages", "isa"), COMPUTING),
+    **dict.fromkeys(("hide_thinking", "logprobs"), ("chat", "generate")),
+    "json": (*TALKING, "info", "perplexity"),
+    **dict.fromkeys(("level", "html"), ("trace",)),
+    "verify": ("info",),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command `run.py`; returns the exit status: 0 done, 1 cannot write, 2 bad input, 130 interrupted."""
+    """The command run.py or qwen3c; its exit status: 0 done, 1 cannot write, 2 bad input, 130 interrupted."""
     terminal.open_streams()
     args = _parse(argv)
     try:
+        if args.mode in COMPUTING:
+            from .memory import check_space_for_program
+
+            check_space_for_program()
         status = MODES[args.mode](args)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, MemoryError, ImportError) as error:
-        if isinstance(error, OSError) and error.filename is None:
-            return _cannot_write(error)
-        return _fail(terminal.one_line(error))
+    except (ValueError, OSError, MemoryError, ImportError, RuntimeError) as error:
+        return _cannot_write(error) if terminal.is_write_error(error) else _fail(terminal.one_line(error))
+
+
+def _say_error(message: str) -> None:
+    print(f"{terminal.program_name('run.py')}: error:", " ".join(message.split()), file=sys.stderr)
 
 
 def _fail(message: str) -> int:
-    print("run.py: error:", " ".join(message.split()), file=sys.stderr)
+    _say_error(message)
     return 2
 
 
-def _cannot_write(error: OSError) -> int:
-    """What is still buffered must not fail again at exit. A reader that has had enough is no error."""
+def _cannot_write(error: Exception) -> int:
+    """Point stdout at /dev/null, or the flush at exit would fail again. A closed pipe (`| head`) is not an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
         return 128 + 13  # as if SIGPIPE had ended it
-    print("run.py: error: cannot write:", error.strerror or error, file=sys.stderr)
+    _say_error(f"cannot write: {getattr(error, 'strerror', None) or error}")
     return 1
 
 
@@ -99,8 +125,9 @@ def generate(args: argparse.Namespace) -> int:
     from .generate import CachedSession
     from .output import show
 
-    text, raw = _prompt_text(args), _is_raw(args)
-    model = _open_model(args, chats=not raw)
+    text = _prompt_text(args)
+    model = _open_model(args, chats=_may_chat(args))
+    raw = _is_raw(args, model)
     prompt = _prompt_tokens(args, model, text)
     max_tokens = RAW_TOKENS if raw and args.max_tokens is None else args.max_tokens
     session = CachedSession(model, _context(args, model))
@@ -126,22 +153,29 @@ def trace(args: argparse.Namespace) -> int:
     if args.html:
         trace_page.check_target(args.html)
     prompt_text = _prompt_text(args)
-    model = _open_model(args, chats=not _is_raw(args))
+    model = _open_model(args, chats=_may_chat(args))
+    raw = _is_raw(args, model)
     prompt = _prompt_tokens(args, model, prompt_text)
     session = CachedSession(model, _context(args, model))
     n = TRACED_TOKENS * bool(args.html) if args.max_tokens is None else args.max_tokens
     if args.html:
         trace_page.check_size(model.config, min(len(prompt) + n, session.context))
-    text = trace.continue_text(model, prompt, n, session=session, stop=args.stop, **_sampling(args))
-    _say_what_was_chosen(args, model, session.context, model.may_think(prompt), _is_raw(args))
+    with terminal.waiting(f"tracing {len(prompt)} tokens and what follows them"):
+        text = trace.continue_text(model, prompt, n, session=session, stop=args.stop, **_sampling(args))
+    _say_what_was_chosen(args, model, session.context, model.may_think(prompt), raw)
     if args.html:
-        size = trace_page.write(model, text, args.html)
+        with terminal.waiting(f"drawing {args.html}"):
+            size = trace_page.write(model, text, args.html)
         size_and_seed = f"{len(text.ids)} tokens, seed {text.seed}, {size / 1e6:.1f} MB"
         terminal.note(f"{args.html}: {size_and_seed}; open it in a browser")
-    if args.json:
-        print(json.dumps(trace.describe(model, text, args.level or trace.LEVELS[0])))
-    elif args.level or not args.html:
-        print(*trace.lines(model, text, args.level or trace.LEVELS[0]), sep="\n")
+    level = args.level or trace.LEVELS[0]
+    with terminal.waiting(f"tracing {len(text.ids)} tokens"):
+        if args.json:
+            lines = [json.dumps(trace.describe(model, text, level))]
+        else:
+            lines = list(trace.lines(model, text, level)) if args.level or not args.html else []
+    for line in lines:
+        print(line)
     return 0
 
 
@@ -150,16 +184,33 @@ def info(args: argparse.Namespace) -> int:
     from .format import ModelFile
 
     file = ModelFile(args.model)
-    damaged = [tensor.name for tensor, sound in file.verify() if not sound] if args.verify else []
+    damaged = _damaged_tensors(file) if args.verify else []
     if args.json:
         print(json.dumps(info.describe(file) | ({"damaged": damaged} if args.verify else {})))
     else:
         print(*info.lines(file), sep="\n")
     for name in damaged:
-        print(f"run.py: error: {file.path}: tensor {name} is damaged: its checksum differs", file=sys.stderr)
+        _say_error(f"{file.path}: tensor {name} is damaged: its checksum differs")
     if args.verify and not damaged:
         terminal.note(f"{file.path}: all {len(file.tensors)} tensors match their checksums")
     return 2 if damaged else 0
+
+
+def _damaged_tensors(file: ModelFile) -> list[str]:
+    """Names of the tensors that do not match their checksums, found while a progress line counts bytes."""
+    progress = terminal.Progress(
+        lambda done, total, rate: f"{done / 1e9:.2f} of {total / 1e9:.2f} GB checked"
+    )
+    total, done, damaged = sum(tensor.size for tensor in file.tensors), 0, []
+    try:
+        for tensor, sound in file.verify():
+            if not sound:
+                damaged.append(tensor.name)
+            done += tensor.size
+            progress(done, total)
+    finally:
+        progress.clear()
+    return damaged
 
 
 def perplexity(args: argparse.Namespace) -> int:
@@ -167,46 +218,46 @@ def perplexity(args: argparse.Namespace) -> int:
 
     text = _read_text(args.file)
     model = _open_model(args)
-    ids = [*model.tokenizer.opening, *model.tokenizer.encode(text)]
+    with terminal.waiting(f"cutting {len(text)} characters into tokens"):
+        ids = [*model.tokenizer.opening, *model.tokenizer.encode(text)]
     window = args.context or min(model.config.context, WINDOW if args.context is None else sys.maxsize)
-    status, begin = terminal.StatusLine(interval=0.5), time.monotonic()
+    latest = Perplexity()
 
-    def progress(done: int, so_far: Perplexity) -> None:
-        rate = done / (time.monotonic() - begin)
-        left = f"{(len(ids) - done) / rate:.0f} s left"
-        status.show(
-            lambda: f"{done}/{len(ids)} tokens, {rate:.0f} tok/s, {left}, perplexity {so_far.perplexity:.4f}"
-        )
+    def describe(done: float, total: float, rate: float) -> str:
+        return f"{done:.0f} of {total:.0f} tokens  {rate:.0f} tok/s  perplexity {latest.perplexity:.4f}"
+
+    progress = terminal.Progress(describe)
+
+    def show(done: int, so_far: Perplexity) -> None:
+        nonlocal latest
+        latest = so_far
+        progress(done, len(ids))
 
     try:
-        result = measure(model, ids, window, progress)
+        result = measure(model, ids, window, show)
     finally:
-        status.clear()
+        progress.clear()
     mean = result.nats / result.tokens
     if args.json:
-        print(
-            json.dumps(
-                {
-                    "perplexity": result.perplexity,
-                    "nats_per_token": mean,
-                    "tokens": result.tokens,
-                    "window": window,
-                }
-            )
-        )
+        found = {"perplexity": result.perplexity, "nats_per_token": mean, "tokens": result.tokens}
+        print(json.dumps(found | {"window": window}))
     else:
-        print(
-            f"perplexity {result.perplexity:.4f} ({mean:.4f} nats per token) "
-            f"over {result.tokens} tokens, windows of {window}"
-        )
+        over = f"over {result.tokens} tokens, windows of {window}"
+        print(f"perplexity {result.perplexity:.4f} ({mean:.4f} nats per token) {over}")
     return 0
 
 
 def bench(args: argparse.Namespace) -> int:
     from .bench import quick
 
-    for line in quick(_open_model(args)):
-        print(line, flush=True)
+    model = _open_model(args)
+    status = terminal.StatusLine(delay=0, interval=0)
+    try:
+        for line in quick(model, lambda doing: status.show(lambda: doing)):
+            status.clear()
+            print(line, flush=True)
+    finally:
+        status.clear()
     return 0
 
 
@@ -228,11 +279,17 @@ def _open_model(args: argparse.Namespace, chats: bool = False) -> Model:
         renderer.start()  # beside all that follows, which takes longer
 
     from . import engine
+    from .cpu import default_threads, n_cpus
     from .model import Model
 
     if args.isa:
         engine.set_isa(args.isa)
-    return Model(args.model, args.threads, args.kv, args.activations, args.huge_pages, renderer=renderer)
+    threads = args.threads or default_threads()
+    with terminal.waiting(f"loading {args.model}" + " into huge pages" * args.huge_pages):
+        model = Model(args.model, threads, args.kv, args.activations, args.huge_pages, renderer=renderer)
+    if model.threads > n_cpus():
+        terminal.note(f"note: {model.threads} threads, but this process may use {n_cpus()} processors")
+    return model
 
 
 def _context(args: argparse.Namespace, model: Model) -> int:
@@ -261,6 +318,7 @@ def _say_what_was_chosen(
     """One line on stderr; thinking: whether a hybrid model may, raw: whether it completes bare text."""
     from . import engine
     from .chat import may_think
+    from .cpu import thread_variable
     from .memory import gib
 
     config, kind = model.config, model.metadata["thinking"]
@@ -268,13 +326,15 @@ def _say_what_was_chosen(
     thinking = may_think(kind, thinking)
     s = model.sampling(thinking, **_sampling(args))
     kv_bytes = context * config.kv_bytes_per_token(model.kv)
+    threads_by = "built without OpenMP" if not engine.OPENMP else "-j" if args.threads else thread_variable()
+    mode = {"always": "always thinks", "none": "no thinking"}.get(kind, switch)
     isa = "--isa" if args.isa else "QWEN3C_ISA" if os.environ.get("QWEN3C_ISA") else "widest here"
     parts = [
         f"{terminal.escaped(str(model.metadata['name']))} int8 g{config.group_size} {gib(model.file.file_size)}",
-        "raw text" if raw else {"always": "always thinks", "none": "no thinking"}.get(kind, switch),
+        "raw text" if raw else mode if args.mode == "chat" else f"chat template, {mode}",
         f"temperature {s.temperature:g} top-p {s.top_p:g} top-k {s.top_k}",
         f"context {context} of {config.context} (KV {model.kv}: {gib(kv_bytes)} when full)",
-        f"threads {model.threads}" + ("" if engine.OPENMP else " (built without OpenMP)"),
+        f"threads {model.threads}" + (f" ({threads_by})" if threads_by else ""),
         f"{engine.isa()} ({isa})",
     ]
     terminal.note(" | ".join(parts))
@@ -298,16 +358,27 @@ def _prompt_text(args: argparse.Namespace) -> str:
     return "\n".join(texts)
 
 
-def _is_raw(args: argparse.Namespace) -> bool:
-    """Whether the prompt is text to complete, not a message to reply to."""
-    return (
-        not args.chat_template and args.system is None and args.system_file is None and args.thinking is None
-    )
+def _is_raw(args: argparse.Namespace, model: Model) -> bool:
+    """Whether the prompt is text to complete, not a message to answer: the rule that --help states."""
+    return not (_is_message(args) or (args.without_mode and not args.raw and model.file.template))
+
+
+def _is_message(args: argparse.Namespace) -> bool:
+    """Whether an option makes the prompt a message to answer."""
+    given = (args.system, args.system_file, args.thinking)
+    return bool(args.chat_template) or any(value is not None for value in given)
+
+
+def _may_chat(args: argparse.Namespace) -> bool:
+    """Whether the chat template is used, as far as the options alone say."""
+    return _is_message(args) or (args.without_mode and not args.raw)
 
 
 def _prompt_tokens(args: argparse.Namespace, model: Model, text: str) -> list[int]:
-    if _is_raw(args):
+    if _is_raw(args, model):
         return [*model.tokenizer.opening, *model.tokenizer.encode(text)]
+    if not text.strip():
+        raise ValueError("prompt is empty")
     system = _system(args)
     messages = [{"role": "system", "content": system}] if system is not None else []
     return model.chat_prompt([*messages, {"role": "user", "content": text}], args.thinking)
@@ -347,39 +418,65 @@ class _Parser(argparse.ArgumentParser):
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = _parser()
     args = parser.parse_intermixed_args(argv)
-    if args.mode is None:
-        told = args.prompt is not None or args.file is not None
-        args.mode = "info" if args.verify else "chat" if sys.stdin.isatty() and not told else "generate"
+    given = {action.dest: action for action in parser._actions if _is_given(action, args)}
+    args.without_mode = args.mode is None
+    args.mode = args.mode or _mode_without_m(given.keys())
+    for dest, action in given.items():
+        if args.mode not in USED_BY[dest]:
+            flags, owners = "/".join(action.option_strings), " or ".join(USED_BY[dest])
+            parser.error(f"{flags} belongs to -m {owners}, not to -m {args.mode}")
+    _check_combination(parser, args)
+    args.thinking = True if args.think else False if args.no_think else args.reasoning
+    args.kv, args.activations = args.kv or "f16", args.activations or "int8"
+    args.model = _model_path(parser, args)
+    return args
+
+
+def _is_given(action: argparse.Action, args: argparse.Namespace) -> bool:
+    return action.dest in USED_BY and getattr(args, action.dest) is not action.default
+
+
+def _mode_without_m(given: Collection[str]) -> str:
+    """The mode that alone uses an option that is given; else chat on a terminal without a prompt; else generate."""
+    for dest in given:
+        if len(USED_BY[dest]) == 1:
+            return USED_BY[dest][0]
+    has_prompt = not {"prompt", "file", "chat_template", "raw"}.isdisjoint(given)
+    return "chat" if sys.stdin.isatty() and not has_prompt else "generate"
+
+
+def _model_path(parser: _Parser, args: argparse.Namespace) -> str:
+    """The model that is named, else that of the environment, else the one in the box."""
     paths = args.paths
     if args.mode == "perplexity":
         if args.file is None and paths:
             args.file = paths.pop()
         if args.file is None:
-            parser.error("-m perplexity needs a text: run.py [MODEL] -m perplexity FILE")
+            parser.error(f"-m perplexity needs a text: {parser.prog} [MODEL] -m perplexity FILE")
+    for path in paths:
+        if path in MODES and not os.path.exists(path):
+            parser.error(f"{path}: No such file or directory; did you mean -m {path}?")
     if len(paths) > 1:
         parser.error(f"one model at a time, not {len(paths)}: {' '.join(paths)}")
-    args.model = paths[0] if paths else os.environ.get("QWEN3C_MODEL") or str(MODEL_IN_THE_BOX)
-    if not paths and not os.path.exists(args.model):
-        parser.error(f"which model? There is none at {args.model}")
-    _check_combination(parser, args)
-    return args
+    model: str = paths[0] if paths else os.environ.get("QWEN3C_MODEL") or str(MODEL_IN_THE_BOX)
+    if not paths and not os.path.exists(model):
+        parser.error(f"which model? There is none at {model}")
+    return model
 
 
 def _check_combination(parser: _Parser, args: argparse.Namespace) -> None:
-    if args.verify and args.mode != "info":
-        parser.error("--verify belongs to -m info")
-    if (args.level or args.html) and args.mode != "trace":
-        parser.error("--level and --html belong to -m trace")
-    if args.overflow and args.mode != "chat":
-        parser.error("--overflow belongs to -m chat")
-    if args.mode == "chat" and (args.prompt is not None or args.file is not None):
-        parser.error("-m chat takes its messages from stdin; -i and --file belong to -m generate")
-    if args.echo and (args.mode != "generate" or args.json):
-        parser.error("--echo belongs to -m generate, without --json")
+    if args.echo and args.json:
+        parser.error("--echo is for text; with --json the prompt is not shown")
+    if args.hide_thinking and args.json:
+        parser.error("--hide-thinking is for text; with --json thinking has a field of its own")
     if args.logprobs is not None and not args.json:
         parser.error("--logprobs needs --json, where they are shown")
     if args.system is not None and args.system_file is not None:
         parser.error("--system and --system-file are two system prompts")
+    if args.raw and (args.system is not None or args.system_file is not None):
+        parser.error("--raw completes text, which has no system prompt (-y, --system-file)")
+    if args.raw and (args.think or args.no_think or args.reasoning is not None):
+        parser.error("--raw completes text, which has no switch for thinking (-r, --think, --no-think)")
 
 
 def _at_least(low: int) -> Any:
@@ -408,10 +505,12 @@ def _bias(text: str) -> tuple[int, float]:
 
 def _parser() -> _Parser:
     parser = _Parser(
-        prog="run.py",
-        usage="run.py [MODEL] [-m chat|generate|trace|info|perplexity|bench] [options]",
+        prog=(prog := terminal.program_name("run.py")),
+        usage=f"{prog} [MODEL] [-m {'|'.join(MODES)}] [options]",
         description="Run a model.bin: chat with it, complete text, look into it, measure it.",
-        epilog="Without -m: chat on a terminal, generate if there is -i, --file or a pipe. "
+        epilog="Without -m a model with a chat template chats on a terminal and answers what comes with -i, --file "
+        "or a pipe; -m generate, --raw and a model without a template complete it as text, and --chat-template, -y, "
+        "-r, --think and --no-think make -m generate answer too. "
         "Sampling that is not given comes from the model's generation_config, else from what its "
         "makers recommend (thinking: 0.6/0.95/20, not thinking: 0.7/0.8/20).",
     )
@@ -437,15 +536,18 @@ def _add_text(group: Any) -> None:
     add = group.add_argument
     add("-i", "--prompt", metavar="TEXT", help="what to go on from; - is stdin, as is no -i at all")
     add("--file", metavar="FILE", help="read the prompt, or the text of perplexity, from a file; after -i")
-    add("--chat-template", action="store_true", help="generate: the prompt is a message to reply to, not "
-        "raw text to complete (implied by -y, -r, --think and --no-think)")  # fmt: skip
+    kind = group.add_mutually_exclusive_group().add_argument
+    kind("--chat-template", action="store_true", help="the prompt is a message to answer, also with -m generate "
+        "(implied by -y, -r, --think and --no-think)")  # fmt: skip
+    kind("--raw", action="store_true", help="the prompt is text to complete, also without -m")
     add("--echo", action="store_true", help="generate: print the prompt before what follows it")
     add("-y", "--system", metavar="TEXT", help="system prompt (default: none)")
     add("--system-file", metavar="FILE", help="system prompt from a file")
-    add("-r", "--reasoning", dest="thinking", type=_zero_or_one, metavar="0|1",
+    thinking = group.add_mutually_exclusive_group().add_argument
+    thinking("-r", "--reasoning", type=_zero_or_one, metavar="0|1",
         help="thinking off or on (default: as the model does, which is on)")  # fmt: skip
-    add("--think", dest="thinking", action="store_true", default=None, help="the same as -r 1")
-    add("--no-think", dest="thinking", action="store_false", default=None, help="the same as -r 0")
+    thinking("--think", action="store_true", help="the same as -r 1")
+    thinking("--no-think", action="store_true", help="the same as -r 0")
     add(
         "-n",
         "--max-tokens",
@@ -482,10 +584,11 @@ def _add_machine(group: Any) -> None:
     )
     add("--overflow", choices=("stop", "drop"), help="chat: what happens when the context is full: stop refuses "
         "the message (the default), drop lets the oldest turns go")  # fmt: skip
-    add("-j", "--threads", type=_at_least(1), metavar="N", help="default: what this machine can feed")
-    add("--kv", choices=("int8", "f16", "f32"), default="f16",
+    add("-j", "--threads", type=_at_least(1), metavar="N",
+        help="default: QWEN3C_THREADS, else OMP_NUM_THREADS, else what this machine can feed")  # fmt: skip
+    add("--kv", choices=("int8", "f16", "f32"),
         help="type of the KV cache: int8 takes half the memory of f16 (default: f16)")  # fmt: skip
-    add("--activations", choices=("int8", "float32"), default="int8",
+    add("--activations", choices=("int8", "float32"),
         help="float32 is slow and for comparing with other programs (default: int8)")  # fmt: skip
     add("--huge-pages", action="store_true", help="copy the weights into memory of large pages: more bandwidth for "
         "a slower start and memory of their own")  # fmt: skip

@@ -6,6 +6,8 @@ a file, a pipe that closes early, or not be there at all.
 
 from __future__ import annotations
 
+import errno
+import importlib.util
 import io
 import os
 import re
@@ -13,6 +15,7 @@ import select
 import signal
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +37,8 @@ CONTROL = re.compile(
 )  # C0, DEL and C1: a terminal acts on them instead of showing them
 BAR_WIDTH = 24
 PASTE_PAUSE = 0.02  # seconds: lines that follow faster than this were not typed
+COMPILED = ("engine", "kernels")  # the modules that setup.py builds
+WRITE_ERRORS = {errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT, errno.EBADF, errno.EAGAIN}
 
 
 def open_streams() -> None:
@@ -76,15 +81,47 @@ def _wrapped(text: str, width: int) -> str:
     return "\n".join(wrapper.fill(line) for line in text.split("\n"))
 
 
+def program_name(script: str) -> str:
+    """What a person typed to start this program: an installed command, `python -m qwen3c`, or else `script`."""
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py" and started.parent.name == "qwen3c":
+        return "python -m qwen3c"
+    return started.stem if started.stem.startswith("qwen3c") else script
+
+
 def one_line(error: Exception) -> str:
     """What went wrong, for a person."""
-    if isinstance(error, MemoryError):
-        return f"out of memory: {error}" if str(error) else "out of memory: a smaller context (-c) takes less"
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return _out_of_memory(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return f"{error.strerror}: `ulimit -n` says how many this process may have"
+    if isinstance(error, ImportError) and not _is_built():
+        return "the engine is not built: `make run` (or `pip install .`) in the folder of qwen3c builds it"
     if isinstance(error, ModuleNotFoundError):
         return f"{error}: `pip install .` in the folder of qwen3c builds and installs what is missing"
     return " ".join(str(error).split())
+
+
+def is_write_error(error: Exception) -> bool:
+    """Whether a write to stdout or stderr failed, which have no file name that an error could give."""
+    return isinstance(error, OSError) and error.filename is None and error.errno in WRITE_ERRORS
+
+
+def _out_of_memory(error: Exception) -> str:
+    if isinstance(error, MemoryError) and str(error):
+        return f"out of memory: {error}"
+    from .machine import address_space
+
+    limit = address_space()
+    if limit is None:
+        return "out of memory: a smaller context (-c) takes less"
+    return f"out of memory: {limit.name} leaves {limit.left >> 20} of {limit.size >> 20} MiB of address space"
+
+
+def _is_built() -> bool:
+    return all(importlib.util.find_spec(f"{__package__}.{name}") for name in COMPILED)
 
 
 @contextmanager
@@ -185,6 +222,38 @@ class StatusLine:
 def at_this_rate(done: float, total: float, seconds: float) -> float | None:
     """Seconds left if the rest goes as fast as what was done in `seconds`; None if that says nothing yet."""
     return max(total - done, 0) * seconds / done if done > 0 and seconds > 0 else None
+
+
+@contextmanager
+def waiting(what: str, delay: float = 1.0) -> Iterator[None]:
+    """While the block runs, a status line such as "loading model.bin  3 s", from `delay` seconds on.
+
+    A thread draws it, because what takes long in the block is one call. The block itself must print nothing.
+    """
+    status, begin, ended = StatusLine(delay), time.monotonic(), threading.Event()
+
+    def draw() -> None:
+        status.show(lambda: f"{what}  {time.monotonic() - begin:.0f} s")
+
+    def draw_on() -> None:
+        while not ended.wait(0.1):
+            draw()
+
+    draw()
+    thread = threading.Thread(target=draw_on, daemon=True)
+    is_drawn = can_redraw(sys.stderr)
+    try:
+        if is_drawn:
+            thread.start()
+    except RuntimeError:
+        is_drawn = False  # no thread to be had: then it is waited in silence
+    try:
+        yield
+    finally:
+        ended.set()
+        if is_drawn:
+            thread.join()
+        status.clear()
 
 
 class Progress:

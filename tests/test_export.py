@@ -6,7 +6,6 @@ python -m pytest tests/test_export.py
 from __future__ import annotations
 
 import errno
-import io
 import json
 import math
 import os
@@ -760,7 +759,7 @@ def test_an_estimate_says_what_does_not_fit(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("", (), {"free": 1000}))
-    monkeypatch.setattr(memory, "available", lambda: 1000)
+    monkeypatch.setattr(memory, "available", lambda mapped=0: 1000)
     assert main([str(source), "--estimate"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"disk: 0\.0 MiB free in .*: does not fit", out)

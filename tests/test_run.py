@@ -30,17 +30,19 @@ from qwen3c.info import describe
 from qwen3c.repl import parse_command
 
 ROOT = Path(__file__).parents[1]
-RUN = [sys.executable, str(ROOT / "run.py"), "-j", "1"]  # two threads on a busy machine wait for each other
+RUN = [sys.executable, str(ROOT / "run.py")]
 TINY = str(TINY_QWEN3)
 PROMPT = "def fibonacci(n):\n"
+COMPLETE = ["-m", "generate"]
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, terminals and /dev are POSIX")
 
 
 @pytest.fixture(autouse=True)
 def default_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that can think, for every command that names none."""
+    """A model that can think, for every command that names none; two threads on a busy machine wait for each other."""
     monkeypatch.setenv("QWEN3C_MODEL", TINY)
+    monkeypatch.setenv("QWEN3C_THREADS", "1")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ class Result:
 def in_process(capsys: pytest.CaptureFixture[str], *args: str) -> Result:
     capsys.readouterr()
     try:
-        status = run.main(["-j", "1", *args])
+        status = run.main([*args])
     except SystemExit as leave:
         status = int(leave.code or 0)
     return Result(status, *capsys.readouterr())
@@ -85,12 +87,12 @@ def text_of(model: Model, prompt: list[int], n: int, **sampling: Any) -> str:
 
 def test_stdout_carries_the_text_of_the_model_alone(model: Model) -> None:
     expected = text_of(model, model.tokenizer.encode(PROMPT), 30, seed=7)
-    done = command("-i", PROMPT, "-n", "30", "-s", "7")
+    done = command(*COMPLETE, "-i", PROMPT, "-n", "30", "-s", "7")
     assert done.status == 0 and done.out == expected.rstrip("\n") + "\n"
     chosen, speed = done.err.splitlines()
     assert re.search(
         r"int8 g64 .* \| raw text \| temperature 0\.6 top-p 0\.95 top-k 20 \| context 2048 of 2048 "
-        r"\(KV f16: 6\.0 MiB when full\) \| threads \d+ \| \w+ \(",
+        r"\(KV f16: 6\.0 MiB when full\) \| threads 1 \(QWEN3C_THREADS\) \| \w+ \(",
         chosen,
     )
     assert re.fullmatch(
@@ -122,7 +124,7 @@ def test_the_prompt_comes_from_where_it_is_said(
     options = ["-n", "8", "-t", "0"]
 
     def given(*args: str, stdin: bytes = b"") -> str:
-        return command(*args, *options, input=stdin).out
+        return command(*COMPLETE, *args, *options, input=stdin).out
 
     def expected(prompt: str) -> str:
         return text_of(model, model.tokenizer.encode(prompt), 8, temperature=0).rstrip("\n") + "\n"
@@ -154,7 +156,7 @@ def test_the_chat_template_is_used_where_asked_for(small: str, capsys: pytest.Ca
 
 
 def test_json_is_one_line_that_tells_everything(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
-    done = in_process(capsys, "-i", PROMPT, "-n", "5", "-s", "3", "--json", "--logprobs", "2")
+    done = in_process(capsys, *COMPLETE, "-i", PROMPT, "-n", "5", "-s", "3", "--json", "--logprobs", "2")
     assert done.status == 0 and done.out.count("\n") == 1
     reply = json.loads(done.out)
     events = list(model.generate(model.tokenizer.encode(PROMPT), 5, seed=3, logprobs=2))
@@ -178,9 +180,9 @@ def test_flags_reach_the_sampler(model: Model, capsys: pytest.CaptureFixture[str
     bias = {13: -3.0, 220: 2.0}
     prompt = model.tokenizer.encode(PROMPT)
     expected = text_of(model, prompt, 40, logit_bias=bias, **sampling, **penalties)
-    assert in_process(capsys, "-i", PROMPT, "-n", "40", *flags).out == expected.rstrip("\n") + "\n"
+    assert in_process(capsys, *COMPLETE, "-i", PROMPT, "-n", "40", *flags).out == expected.rstrip("\n") + "\n"
     stop = expected[10:13]
-    stopped = in_process(capsys, "-i", PROMPT, "-n", "40", *flags, "--stop", stop)
+    stopped = in_process(capsys, *COMPLETE, "-i", PROMPT, "-n", "40", *flags, "--stop", stop)
     assert stopped.out == expected[: expected.index(stop)].rstrip("\n") + "\n"
 
 
@@ -192,7 +194,7 @@ def test_threads_isa_and_cache_type_change_no_letter_that_they_should_not(
     before = engine.isa()
     try:
         results = [
-            in_process(capsys, "-i", PROMPT, "-n", "30", "-s", "2", "-j", threads, "--isa", isa)
+            in_process(capsys, *COMPLETE, "-i", PROMPT, "-n", "30", "-s", "2", "-j", threads, "--isa", isa)
             for threads in ("1", "2")
             for isa in engine.runnable_isas()
         ]
@@ -213,7 +215,7 @@ def test_threads_isa_and_cache_type_change_no_letter_that_they_should_not(
     ("args", "complaint"),
     [
         (["/nowhere/model.bin", "-i", "x"], "/nowhere/model.bin: No such file or directory"),
-        (["{dir}", "-i", "x"], "{dir}: is a directory, not a model.bin; convert it with export.py first"),
+        (["{dir}", "-i", "x"], "{dir}: is a directory, not a model.bin; `python export.py {dir} model.bin` converts it"),
         (["{text}", "-i", "x"], "{text}: not a model.bin: starts with b'not a mo', expected b'QWEN3C"),
         (["{text}", "-m", "info"], "{text}: not a model.bin"),
         (["-i", "x", "-t", "-1"], "temperature = -1.0 is not a number from 0 to 100"),
@@ -236,7 +238,7 @@ def test_threads_isa_and_cache_type_change_no_letter_that_they_should_not(
         (["--file", "/nowhere/prompt.txt"], "/nowhere/prompt.txt: No such file or directory"),
         (["--file", "{binary}"], "{binary}: byte 2 is not UTF-8 text"),
         (["-i", "x", "-y", "a", "--system-file", "b"], "--system and --system-file are two system prompts"),
-        (["-m", "chat", "-i", "x"], "-m chat takes its messages from stdin"),
+        (["-m", "chat", "-i", "x"], "-i/--prompt belongs to -m generate or trace, not to -m chat"),
         (["-m", "talk"], "argument -m/--mode: invalid choice: 'talk'"),
         (["-m", "generate", "--verify"], "--verify belongs to -m info"),
         (["-m", "perplexity"], "-m perplexity needs a text"),
@@ -252,6 +254,7 @@ def test_wrong_input_is_one_line_and_status_2(
 ) -> None:
     places = {name: str(tmp_path / name) for name in ("dir", "text", "binary", "one")}
     (tmp_path / "dir").mkdir()
+    (tmp_path / "dir" / "config.json").write_text("{}")
     (tmp_path / "text").write_text("not a model")
     (tmp_path / "binary").write_bytes(b"ab\xff")
     (tmp_path / "one").write_text("a")
@@ -279,7 +282,7 @@ def test_a_model_that_cannot_chat_says_so(tmp_path: Path, capsys: pytest.Capture
                 writer.end_tensor()
         done = in_process(capsys, str(tmp_path / name), "-m", "chat")
         assert done.status == 2 and complaint in done.err and done.err.count("\n") == 1
-        assert in_process(capsys, str(tmp_path / name), "-i", "x", "-n", "2").status == 0
+        assert in_process(capsys, str(tmp_path / name), "--raw", "-i", "x", "-n", "2").status == 0
 
 
 def test_a_switch_the_model_does_not_have_is_refused(
@@ -312,7 +315,9 @@ def test_help_needs_no_heavy_library() -> None:
 @posix
 def test_a_reader_that_leaves_is_no_error() -> None:
     process = subprocess.Popen(
-        [*RUN, "-i", PROMPT, "-n", "2000", "-t", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*RUN, *COMPLETE, "-i", PROMPT, "-n", "2000", "-t", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert process.stdout is not None and process.stderr is not None
     process.stdout.read(1)
@@ -349,7 +354,7 @@ def test_odd_surroundings_bring_no_traceback(shell: str, status: int, complaint:
 
 @posix
 def test_ctrl_c_ends_a_completion_and_keeps_its_text(model: Model) -> None:
-    process = subprocess.Popen([*RUN, "-i", PROMPT, "-n", "2000", "-t", "2", "-s", "1"],
+    process = subprocess.Popen([*RUN, *COMPLETE, "-i", PROMPT, "-n", "2000", "-t", "2", "-s", "1"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     assert process.stdout is not None
     first = os.read(process.stdout.fileno(), 1)
@@ -484,7 +489,7 @@ def test_trace_writes_a_page(small: str, tmp_path: Path, capsys: pytest.CaptureF
         (["-m", "trace", "-i", "hi", "--html", str(tmp_path / "no" / "x.html")], "there is no directory"),
         (["-m", "trace", "-i", "", "--html", str(page)], "prompt is empty"),
         (["-m", "trace", "-i", "hi " * 300], "the context holds 256"),
-        (["-m", "generate", "-i", "hi", "--html", "x"], "belong to -m trace"),
+        (["-m", "generate", "-i", "hi", "--html", "x"], "--html belongs to -m trace, not to -m generate"),
         (["-m", "trace", "-i", "hi", "--level", "all"], "invalid choice"),
     ]:
         done = in_process(capsys, small, *arguments)

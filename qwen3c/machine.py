@@ -1,0 +1,106 @@
+"""What limits this process: the control groups it is in, and its address space.
+
+A container, a service or a batch job is a control group with a limit of its own, and so may be each group above it.
+Both versions are read where they are usually mounted. A limit that nobody set, or that cannot be read, is no limit.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """One limit on memory: who set it, its size, and how much of it is left, in bytes."""
+
+    name: str
+    size: int
+    left: int
+
+
+def group_memory_limits() -> list[MemoryLimit]:
+    """The limits on memory of this process's control groups."""
+    limits = [_memory_limit(version, directory) for version, directory in _groups("memory")]
+    return [limit for limit in limits if limit is not None]
+
+
+def address_space() -> MemoryLimit | None:
+    """What `ulimit -v` allows (RLIMIT_AS): it counts every mapping, also of files and of stacks nobody uses."""
+    pages = re.match(r"\d+", read_text(Path("/proc/self/statm")) or "")
+    try:
+        import resource
+
+        size = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if pages is None or size == resource.RLIM_INFINITY:
+            return None
+        used = int(pages[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (ImportError, OSError, ValueError):
+        return None  # Windows has no such limit
+    return MemoryLimit("ulimit -v", size, max(size - used, 0))
+
+
+def cpu_quota() -> float | None:
+    """CPUs of the tightest quota on this process's control group or one above it; None if there is none."""
+    quotas = []
+    for version, directory in _groups("cpu"):
+        if version == 2:  # "max 100000" or "150000 100000"
+            limit, _, period = (read_text(directory / "cpu.max") or "max").partition(" ")
+        else:  # two files, -1 for no limit
+            limit = read_text(directory / "cpu.cfs_quota_us") or "-1"
+            period = read_text(directory / "cpu.cfs_period_us") or ""
+        if limit.isdigit() and int(period or "100000") > 0:
+            quotas.append(int(limit) / int(period or "100000"))
+    return min(quotas, default=None)
+
+
+def _memory_limit(version: int, directory: Path) -> MemoryLimit | None:
+    """Page cache counts as used there, but gives way: it is left too."""
+    if version == 2:
+        bounds = [_number(directory / name) for name in ("memory.max", "memory.high")]
+        used, cache = _number(directory / "memory.current"), "file"
+    else:
+        bounds = [_number(directory / "memory.limit_in_bytes")]
+        used, cache = _number(directory / "memory.usage_in_bytes"), "total_cache"
+    size = min((bound for bound in bounds if bound is not None), default=None)
+    if size is None or used is None:
+        return None
+    cached = re.search(rf"^{cache} (\d+)", read_text(directory / "memory.stat") or "", re.MULTILINE)
+    return MemoryLimit(
+        f"control group {directory}", size, max(size - used + int(cached[1] if cached else 0), 0)
+    )
+
+
+def _groups(controller: str) -> Iterator[tuple[int, Path]]:
+    """(version, directory) of this process's control groups for `controller`, and of all groups above them."""
+    for line in (read_text(Path("/proc/self/cgroup")) or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        inside = Path(path.lstrip("/"))
+        if controllers == "":
+            root, version = CGROUP_ROOT, 2
+        elif controller in controllers.split(","):
+            root, version = CGROUP_ROOT / controller, 1
+        else:
+            continue
+        # in a container the path may be the host's, of which only the root is seen here
+        for group in dict.fromkeys([inside, *inside.parents]):
+            yield version, root / group
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None where it says "max" or cannot be read."""
+    text = read_text(path) or ""
+    return int(text) if text.isdigit() else None
+
+
+def read_text(path: Path) -> str | None:
+    """What a file of the system says, without the blanks around it; None where it cannot be read."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
