@@ -46,3 +46,13 @@ def sync_directory(directory: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def reason(error: OSError) -> str:
+    """What the system says about a failed call; of too many open files, how many are allowed."""
+    said = error.strerror or str(error)
+    if error.errno != errno.EMFILE or os.name != "posix":
+        return said
+    import resource
+
+    return f"{said}: the limit is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} (ulimit -n)"
