@@ -104,3 +104,13 @@ def hint_if_directory(path: str) -> str:
     if (directory / "config.json").is_file():
         return f"; `python export.py {shlex.quote(path)} model.bin` converts it"
     return ""
+
+
+def reason(error: OSError) -> str:
+    """What the system says about a failed call; of too many open files, how many are allowed."""
+    said = error.strerror or str(error)
+    if error.errno != errno.EMFILE or os.name != "posix":
+        return said
+    import resource
+
+    return f"{said}: the limit is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} (ulimit -n)"

@@ -18,17 +18,19 @@ Every count, offset and size is checked against the bytes there are before it is
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 import os
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from . import format
+from . import format, mistakes
 from .huggingface import (
     BLOCKS,
     Files,
@@ -37,6 +39,7 @@ from .huggingface import (
     StoredTensor,
     inverse_frequencies,
     read_rope,
+    shown,
     to_float32,
 )
 
@@ -44,6 +47,10 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_HEADER = 64 << 20  # bytes before the data, most of them the vocabulary
 MAX_ENTRIES = 1 << 16  # keys, and tensors
+MAX_ITEMS = (
+    1 << 21
+)  # of all arrays that are read item by item; a vocabulary of 262,144 tokens has half as many
+SHORT = 64  # items of an array that is read whatever it is called
 MAX_DIMENSIONS = 4
 
 # general.architecture -> the class transformers runs it with
@@ -57,6 +64,8 @@ ARCHITECTURES = {
 # kind of a value -> struct code; 8 and 9 are texts and arrays
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY, _FLOAT32 = 8, 9, 6
+# The arrays that are read, whatever their length
+_READ = {f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")}
 
 # kind of a tensor -> its name in ggml
 _KINDS = dict(enumerate(
@@ -140,14 +149,14 @@ class GGUF(Files):
         self.architecture = architecture = _check_kind(self._keys)
         for info in self._infos.values():
             if info.kind not in BLOCKS:
-                fault = f"{info.name!r} is {info.kind}, supported: {', '.join(BLOCKS)}"
+                fault = f"{shown(info.name)} is {info.kind}, supported: {', '.join(BLOCKS)}"
                 raise SourceError(f"{self.directory}: {fault}; take an F16, BF16 or Q8_0 file of the model")
         header.check_layout(self._infos)
         self.group_size = 32 if any(info.kind == "Q8_0" for info in self._infos.values()) else 64
-        vocabulary = Vocabulary(self._keys)
+        config, vocabulary = self._config(architecture), Vocabulary(self._keys)
         self._texts = {
-            "config.json": json.dumps(self._config(architecture) | {"eos_token_id": vocabulary.eos_ids}),
-            "generation_config.json": json.dumps(self._generation()),
+            "config.json": json.dumps(config | {"eos_token_id": vocabulary.eos_ids}, default=repr),
+            "generation_config.json": json.dumps(self._generation(), default=repr),
             "tokenizer.json": vocabulary.tokenizer_json(),
             "tokenizer_config.json": json.dumps(vocabulary.special_tokens),
             "chat_template.jinja": _text(self._keys, "tokenizer.chat_template", ""),
@@ -182,7 +191,7 @@ class GGUF(Files):
         if layer and layer[2] in _LAYER_NAMES:
             return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{layer[3]}"
         if name not in _NAMES:
-            raise SourceError(f"{self.directory}: unexpected tensor {name!r}")
+            raise SourceError(f"{self.directory}: unexpected tensor {shown(name)}")
         return _NAMES[name]
 
     def _config(self, architecture: str) -> dict[str, Any]:
@@ -192,7 +201,7 @@ class GGUF(Files):
         known = {f"{architecture}.{key}" for key in (*_KNOWN_KEYS, *expert_keys.values())}
         for key in keys.values:
             if key.startswith(f"{architecture}.") and key not in known:
-                raise SourceError(f"{keys.path}: key {key!r} is not supported")
+                raise SourceError(f"{keys.path}: key {shown(key)} is not supported")
         required = _CONFIG_KEYS | expert_keys
         config = {name: keys.require(f"{architecture}.{key}") for name, key in required.items()}
         if expert_keys:  # what GGUF does not say, llama.cpp does always
@@ -215,7 +224,7 @@ class GGUF(Files):
         ):
             value = keys.values.get(f"{architecture}.{key}", only)
             if value != only:
-                raise SourceError(f"{keys.path}: {architecture}.{key} is {value!r}, supported: {only!r}")
+                raise SourceError(f"{keys.path}: {architecture}.{key} is {shown(value)}, supported: {only!r}")
         embedding = self._infos.get("token_embd.weight")
         if embedding is None:
             raise SourceError(f"{keys.path}: tensor token_embd.weight is missing")
@@ -288,17 +297,17 @@ def _check_kind(keys: Keys) -> str:
     """The architecture, if the file is one whole model of a supported one."""
     kind = keys.values.get("general.type", "model")
     if kind != "model":
-        raise SourceError(f"{keys.path}: general.type is {kind!r}, expected 'model'")
+        raise SourceError(f"{keys.path}: general.type is {shown(kind)}, expected 'model'")
     if keys.values.get("split.count", 1) not in (0, 1):
         n = keys.values["split.count"]
         raise SourceError(
-            f"{keys.path}: is one of {n!r} parts; join them with llama-gguf-split --merge first"
+            f"{keys.path}: is one of {shown(n)} parts; join them with llama-gguf-split --merge first"
         )
     architecture = keys.require("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
         raise SourceError(
-            f"{keys.path}: architecture {architecture!r} is not supported (supported: {supported})"
+            f"{keys.path}: architecture {shown(architecture)} is not supported (supported: {supported})"
         )
     return architecture
 
@@ -324,7 +333,7 @@ def _rope_scaling(keys: Keys, architecture: str) -> dict[str, Any] | None:
 def _text(keys: Keys, key: str, default: str) -> str:
     value = keys.values.get(key, default)
     if not isinstance(value, str):
-        raise SourceError(f"{keys.path}: {key} is {value!r}, expected text")
+        raise SourceError(f"{keys.path}: {key} is {shown(value)}, expected text")
     return value
 
 
@@ -347,6 +356,16 @@ class _Info:
         return math.prod(self.shape) // weights * size
 
 
+class _Skipped:
+    """Stands for an array that nothing here needs; a message that shows it says what it is."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __repr__(self) -> str:
+        return f"an array of {self.n} items"
+
+
 class _Header:
     """The header of an open file, read from the start; no step past its end or past MAX_HEADER."""
 
@@ -355,12 +374,15 @@ class _Header:
         self.file = open(file.fileno(), "rb", closefd=False)
         self.file_size = os.fstat(file.fileno()).st_size
         self.position = 0
+        self.items = 0  # of arrays, read so far
 
     def read(self) -> tuple[Keys, dict[str, _Info]]:
         """The keys, and the tensors in file order."""
         magic = self.take(min(4, self.file_size), "magic")
         if magic != MAGIC:
-            raise self.fault(f"starts with {magic!r}; expected a directory or a GGUF file, {MAGIC!r}")
+            hint = mistakes.of_file(self.path, magic + self.file.read(mistakes.START))
+            expected = f"starts with {magic!r}; expected a directory or a GGUF file, {MAGIC!r}"
+            raise self.fault(hint or expected)
         version = self.number("I", "version")
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "big"), "little") in VERSIONS
@@ -374,27 +396,30 @@ class _Header:
         for i in range(n_keys):
             key = self.text(f"name of key {i}")
             if key in values:
-                raise self.fault(f"key {key!r} is given twice")
-            values[key] = self.value(self.number("I", f"kind of {key!r}"), key)
+                raise self.fault(f"key {shown(key)} is given twice")
+            values[key] = self.value(self.number("I", f"kind of {shown(key)}"), key)
         infos: dict[str, _Info] = {}
         for i in range(n_tensors):
             info = self.info(i)
             if info.name in infos:
-                raise self.fault(f"tensor {info.name!r} is given twice")
+                raise self.fault(f"tensor {shown(info.name)} is given twice")
             infos[info.name] = info
         return Keys(self.path, values), self.placed(infos, values.get("general.alignment", 32))
 
     def take(self, n: int, what: str) -> bytes:
-        if n > min(self.file_size, MAX_HEADER) - self.position:
-            limit = (
-                f"the file has {self.file_size}" if self.file_size < MAX_HEADER else f"at most {MAX_HEADER}"
-            )
-            raise self.fault(f"{what}: {n} bytes at {self.position}, but {limit} (cut short?)")
+        self.check(n, what)
         data = self.file.read(n)
         if len(data) != n:
             raise self.fault(f"ended inside {what}; did the file change?")
         self.position += n
         return data
+
+    def check(self, n: int, what: str) -> None:
+        """The next n bytes are in the file, and before MAX_HEADER."""
+        if n > min(self.file_size, MAX_HEADER) - self.position:
+            of_file = f"the file has {self.file_size}"
+            limit = of_file if self.file_size < MAX_HEADER else f"at most {MAX_HEADER}"
+            raise self.fault(f"{what}: {n} bytes at {self.position}, but {limit} (cut short?)")
 
     def number(self, code: str, what: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code), what))[0]
@@ -408,44 +433,78 @@ class _Header:
 
     def value(self, kind: int, key: str) -> Any:
         if kind == _TEXT:
-            return self.text(repr(key))
+            return self.text(shown(key))
         if kind == _ARRAY:
-            kind, n = self.number("I", f"kind of {key!r}"), self.number("Q", f"length of {key!r}")
-            if kind == _TEXT:
-                return [self.text(f"{key!r}[{i}]") for i in range(n)]
-            return self.scalars(kind, key, n)
+            kind, n = self.number("I", f"kind of {shown(key)}"), self.number("Q", f"length of {shown(key)}")
+            return self.array(kind, key, n)
         return self.scalars(kind, key, 1)[0]
 
+    def array(self, kind: int, key: str, n: int) -> list[Any] | _Skipped:
+        """The items of an array that is needed or short. Of any other no more is kept than how many there are."""
+        name, is_read = shown(key), key in _READ or n <= SHORT
+        if is_read or kind == _TEXT:
+            self.items += n
+            if self.items > MAX_ITEMS:
+                raise self.fault(f"{name}: {n} items, at most {MAX_ITEMS} in all arrays are accepted")
+        if kind == _TEXT and is_read:
+            return [*self.texts(name, n)]
+        if is_read:
+            return self.scalars(kind, key, n)
+        if kind == _TEXT:
+            collections.deque(self.texts(name, n), maxlen=0)
+        else:
+            self.check(n * self.scalar_size(kind, key), name)
+            self.position = self.file.seek(n * self.scalar_size(kind, key), os.SEEK_CUR)
+        return _Skipped(n)
+
+    def texts(self, name: str, n: int) -> Iterator[str]:
+        """n texts, one after the other; there may be a million, so nothing is called for each that need not be."""
+        read, end = self.file.read, min(self.file_size, MAX_HEADER)
+        for i in range(n):
+            size = int.from_bytes(read(8), "little")
+            self.position += 8
+            if self.position + size > end:
+                self.check(size, f"{name}[{i}]")
+            self.position += size
+            try:
+                yield read(size).decode()
+            except UnicodeDecodeError as error:
+                raise self.fault(f"{name}[{i}] is not UTF-8: byte {error.start}") from None
+
     def scalars(self, kind: int, key: str, n: int) -> list[Any]:
-        if kind not in _SCALARS:
-            raise self.fault(f"kind of {key!r} is {kind}, which GGUF does not have here")
-        code = _SCALARS[kind]
-        data = self.take(n * struct.calcsize("<" + code), repr(key))
+        data = self.take(n * self.scalar_size(kind, key), shown(key))
         if kind != _FLOAT32:
-            return list(struct.unpack(f"<{n}{code}", data))
+            return list(struct.unpack(f"<{n}{_SCALARS[kind]}", data))
         import numpy as np
 
         # the shortest decimal: 1e-06, as config.json says it, not 9.999999974752427e-07
         return [float(str(x)) for x in np.frombuffer(data, "<f4")]
 
+    def scalar_size(self, kind: int, key: str) -> int:
+        if kind not in _SCALARS:
+            raise self.fault(f"kind of {shown(key)} is {kind}, which GGUF does not have here")
+        return struct.calcsize("<" + _SCALARS[kind])
+
     def info(self, i: int) -> _Info:
         name = self.text(f"name of tensor {i}")
-        n = self.number("I", f"dimensions of {name!r}")
+        n = self.number("I", f"dimensions of {shown(name)}")
         if not 1 <= n <= MAX_DIMENSIONS:
-            raise self.fault(f"tensor {name!r} has {n} dimensions, expected 1 to {MAX_DIMENSIONS}")
-        shape = tuple(reversed([self.number("Q", f"shape of {name!r}") for _ in range(n)]))
+            raise self.fault(f"tensor {shown(name)} has {n} dimensions, expected 1 to {MAX_DIMENSIONS}")
+        shape = tuple(reversed([self.number("Q", f"shape of {shown(name)}") for _ in range(n)]))
         if not all(shape) or math.prod(shape) >= 2**48:
-            raise self.fault(f"tensor {name!r} has shape {list(shape)}")
-        kind = self.number("I", f"kind of {name!r}")
+            raise self.fault(f"tensor {shown(name)} has shape {list(shape)}")
+        kind = self.number("I", f"kind of {shown(name)}")
         kind = _KINDS.get(kind, f"kind {kind}")
         if shape[-1] % BLOCKS.get(kind, (1, 0))[0]:
-            raise self.fault(f"tensor {name!r} is {kind}, but its rows have {shape[-1]} weights")
-        return _Info(name, shape, kind, self.number("Q", f"offset of {name!r}"))
+            raise self.fault(f"tensor {shown(name)} is {kind}, but its rows have {shape[-1]} weights")
+        return _Info(name, shape, kind, self.number("Q", f"offset of {shown(name)}"))
 
     def placed(self, infos: dict[str, _Info], alignment: Any) -> dict[str, _Info]:
         """The tensors, their offsets counted from the start of the file."""
         if type(alignment) is not int or not 8 <= alignment <= 65536 or alignment & (alignment - 1):
-            raise self.fault(f"general.alignment is {alignment!r}, expected a power of two from 8 to 65536")
+            raise self.fault(
+                f"general.alignment is {shown(alignment)}, expected a power of two from 8 to 65536"
+            )
         self.alignment = alignment
         self.start = format.align(self.position, alignment)
         return {
@@ -457,7 +516,7 @@ class _Header:
         end = padded = self.start
         for info in infos.values():
             if info.offset != padded:
-                raise self.fault(f"tensor {info.name!r} is at byte {info.offset}, expected {padded}")
+                raise self.fault(f"tensor {shown(info.name)} is at byte {info.offset}, expected {padded}")
             end = info.offset + info.size
             padded = format.align(end, self.alignment)
         if not end <= self.file_size <= padded:
@@ -514,11 +573,11 @@ class Vocabulary:
         self.keys = keys
         model = keys.require("tokenizer.ggml.model")
         if model != "gpt2":
-            raise SourceError(f"{keys.path}: tokenizer.ggml.model is {model!r}, supported: 'gpt2'")
+            raise SourceError(f"{keys.path}: tokenizer.ggml.model is {shown(model)}, supported: 'gpt2'")
         pre = keys.require("tokenizer.ggml.pre")
         if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
             supported = ", ".join(PRE_TOKENIZERS)
-            raise SourceError(f"{keys.path}: tokenizer.ggml.pre is {pre!r}, supported: {supported}")
+            raise SourceError(f"{keys.path}: tokenizer.ggml.pre is {shown(pre)}, supported: {supported}")
         self.pre = PRE_TOKENIZERS[pre]
         self.tokens, self.kinds = self._tokens()
         self.add_bos = keys.values.get("tokenizer.ggml.add_bos_token", self.pre.add_bos)
@@ -576,19 +635,21 @@ class Vocabulary:
         highest = 0
         for i, kind in enumerate(kinds):
             if rank.get(kind, -1) < highest:
-                raise self._fault(f"token {i} ({tokens[i]!r}) has kind {kind}, which cannot be there")
+                raise self._fault(f"token {i} ({shown(tokens[i])}) has kind {kind}, which cannot be there")
             highest = rank[kind]
         last = {token: i for i, token in enumerate(tokens)}
         for i, token in enumerate(tokens):
             if last[token] != i:
-                raise self._fault(f"tokens {i} and {last[token]} are both {token!r}")
+                raise self._fault(f"tokens {i} and {last[token]} are both {shown(token)}")
         return tokens, kinds
 
     def _merges(self) -> list[list[str]]:
         merges = [merge.split(" ") for merge in self._list("tokenizer.ggml.merges", str)]
         for i, merge in enumerate(merges):
             if len(merge) != 2 or not all(merge):
-                raise self._fault(f"tokenizer.ggml.merges[{i}] is {' '.join(merge)!r}, expected two tokens")
+                raise self._fault(
+                    f"tokenizer.ggml.merges[{i}] is {shown(' '.join(merge))}, expected two tokens"
+                )
         return merges
 
     def _bos_processor(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import stat
 import sys
 from collections.abc import Callable
@@ -24,7 +25,8 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import format
+from . import format, mistakes
+from .files import reason
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +34,33 @@ if TYPE_CHECKING:
 
 
 class SourceError(ValueError):
-    """The directory cannot be exported; the message is one line naming the file and the key or tensor."""
+    """The directory cannot be exported; the message is one line naming the file and the key or tensor.
+
+    Characters that no terminal shows, such as those of an escape sequence in a tensor's name, are spelled out.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """`text` with every control character, line break and lone surrogate as its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong, _SHORT.maxlevel = 60, 60, 40, 2
+
+
+def shown(value: Any) -> str:
+    """A value of a file as a message shows it: its repr, cut in the middle where it is long."""
+    return cut(_SHORT.repr(value))
+
+
+def cut(text: object, length: int = 120) -> str:
+    """A name, or a message of a library, in one line of at most `length` characters; the middle goes."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= length else f"{line[: length - 33]}...{line[-30:]}"
 
 
 @dataclass(frozen=True)
@@ -92,6 +120,9 @@ _QUANTIZED_DTYPE = re.compile(r"[IU]\d+$|F[468](_|$)|BOOL$")
 _TAKE_UNQUANTIZED = "already quantised; take the model's original BF16, F16 or F32 repository instead"
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the limit of the safetensors library
 MAX_TEXT = 16 << 20  # bytes accepted of any text file other than tokenizer.json
+MAX_DEPTH = 100  # of lists and objects in JSON
+MAX_NAME = 200  # characters of what config.json calls the model, and of its licence
+MAX_INTEGER = 1 << 127  # what is larger is no count of anything
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -120,14 +151,21 @@ class Checkpoint:
     ) -> None:
         """yarn: stretch a model of default rope by this factor. yarn_attn_factor: its factor on cos and sin."""
         self.files = files
-        group_size = files.group_size if group_size is None else group_size
+        if group_size is not None and group_size not in format.GROUP_SIZES:
+            sizes = ", ".join(map(str, format.GROUP_SIZES))
+            raise SourceError(f"--group-size is {shown(group_size)}, not one of {sizes}")
+        hint = "" if files.exists("config.json") else mistakes.directory_without_config(files.directory)
+        if hint:
+            raise SourceError(f"{files.directory}: {hint}")
         keys = files.keys("config.json")
         architecture = _supported_architecture(keys)
         self.tokenizer, n_tokens = _read_tokenizer(files, keys.integer("vocab_size"))
         self.rope = read_rope(keys, _head_dim(keys, ARCHITECTURES[architecture]))
         if yarn is not None or yarn_attn_factor is not None:
             self.rope = _stretched(keys, self.rope, yarn, yarn_attn_factor)
-        self.config = _read_config(keys, ARCHITECTURES[architecture], self.rope, n_tokens, group_size)
+        self.config = _read_config(
+            keys, ARCHITECTURES[architecture], self.rope, n_tokens, group_size or files.group_size
+        )
         if yarn is not None:
             self.config = _longer(keys, self.config, self.rope)
         self.template = _read_template(files)
@@ -179,11 +217,13 @@ class Files:
     group_size = 64  # of the weights, where the caller has no wish
 
     def __init__(self, directory: str | os.PathLike[str], expected: str = "config.json") -> None:
-        self.directory = directory = Path(directory)
+        self.directory = path = Path(directory)
         self.opened: list[FileIO] = []
-        if not directory.is_dir():
-            problem = "is not a directory" if directory.exists() else "no such directory"
-            raise SourceError(f"{directory}: {problem}; expected one with {expected} and *.safetensors")
+        if not path.is_dir():
+            problem = "is not a directory" if path.exists() else "no such directory"
+            hint = "" if path.exists() else mistakes.missing_directory(path, os.fspath(directory))
+            hint = hint or f"expected one with {expected} and *.safetensors"
+            raise SourceError(f"{directory}: {problem}; {hint}")
 
     def __enter__(self) -> Files:
         return self
@@ -207,8 +247,11 @@ class Files:
                 raise SourceError(f"{path}: is not a regular file")
             file = open(path, "rb", buffering=0)
         except OSError as error:
-            raise SourceError(f"{path}: {error.strerror}") from None
+            raise SourceError(f"{path}: {reason(error)}") from None
         self.opened.append(file)
+        hint = mistakes.is_lfs_pointer(os.pread(file.fileno(), mistakes.START, 0))
+        if hint:
+            raise SourceError(f"{path}: {hint}")
         return file
 
     def bytes(self, name: str, limit: int = MAX_TEXT) -> bytes:
@@ -236,10 +279,10 @@ class Files:
             found = open_safetensors(self, file_name)
             path = self.path(file_name)
             for name in sorted(found.keys() & stored.keys()):
-                raise SourceError(f"{path}: {name} is also in {stored[name].path.name}")
+                raise SourceError(f"{path}: {cut(name)} is also in {stored[name].path.name}")
             for name in sorted(found.keys() ^ names) if names is not None else ():
                 fault = "is here, but not by" if name in found else "is missing, though here by"
-                raise SourceError(f"{path}: {name} {fault} {INDEX_NAME}")
+                raise SourceError(f"{path}: {cut(name)} {fault} {INDEX_NAME}")
             stored |= found
         return stored
 
@@ -259,19 +302,21 @@ class Keys:
     def integer(self, key: str) -> int:
         value = self.require(key)
         if type(value) is not int:
-            raise SourceError(f"{self.path}: {key} is {value!r}, expected an integer")
+            raise SourceError(f"{self.path}: {key} is {shown(value)}, expected an integer")
+        if abs(value) > MAX_INTEGER:
+            raise SourceError(f"{self.path}: {key} is {shown(value)}, expected a smaller integer")
         return value
 
     def number(self, key: str) -> float:
         value = self.require(key)
         if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # integers may be longer
-            raise SourceError(f"{self.path}: {key} is {value!r}, expected a finite number")
+            raise SourceError(f"{self.path}: {key} is {shown(value)}, expected a finite number")
         return float(value)
 
     def flag(self, key: str) -> bool:
         value = self.require(key)
         if type(value) is not bool:
-            raise SourceError(f"{self.path}: {key} is {value!r}, expected true or false")
+            raise SourceError(f"{self.path}: {key} is {shown(value)}, expected true or false")
         return value
 
     def numbers(self, keys: tuple[str, ...]) -> dict[str, int | float]:
@@ -283,13 +328,16 @@ class Keys:
 
 
 def parse_json(path: Path, data: bytes) -> dict[str, Any]:
-    """The object in `data`. A key given twice, NaN and Infinity are errors: readers differ on them."""
+    """The object in `data`. A key given twice, NaN and Infinity are errors: readers differ on them.
+
+    So are numbers beyond a float, lone surrogates, which no file can hold, and objects nested deeper than MAX_DEPTH.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in pairs:
             if key in result:
-                raise ValueError(f"key {key!r} is given twice")
+                raise ValueError(f"key {shown(key)} is given twice")
             result[key] = value
         return result
 
@@ -299,10 +347,38 @@ def parse_json(path: Path, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: is not valid JSON: {error}") from None
+        raise SourceError(f"{path}: is not valid JSON: {cut(error)}") from None
     if not isinstance(value, dict):
         raise SourceError(f"{path}: is a JSON {type(value).__name__}, expected an object")
+    _check_values(path, value)
     return value
+
+
+def _check_values(path: Path, values: dict[str, Any]) -> None:
+    """Everything in the JSON object can be written as JSON again."""
+    waiting: list[tuple[tuple[Any, ...], Any]] = [
+        ((), values)
+    ]  # the keys that lead to a value, and the value
+    while waiting:
+        place, value = waiting.pop()
+        if len(place) > MAX_DEPTH:
+            raise SourceError(f"{path}: {_dotted(place)} is nested deeper than {MAX_DEPTH}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SourceError(f"{path}: {_dotted(place)} is not a finite number")
+        if any(_has_surrogate(text) for text in (value, *place[-1:])):
+            raise SourceError(f"{path}: {_dotted(place)} is not Unicode: surrogates not allowed")
+        if isinstance(value, dict):
+            waiting.extend(((*place, key), inner) for key, inner in value.items())
+        elif isinstance(value, list):
+            waiting.extend(((*place, i), inner) for i, inner in enumerate(value))
+
+
+def _dotted(place: tuple[Any, ...]) -> str:
+    return cut(".".join(map(str, place)))
+
+
+def _has_surrogate(text: Any) -> bool:
+    return isinstance(text, str) and not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
 
 
 # ----------------------------------------------------------------------------
@@ -315,23 +391,23 @@ def _supported_architecture(keys: Keys) -> str:
         quantization = keys.values.get(key)
         if quantization is not None:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise SourceError(f"{keys.path}: {key} says {method!r}: {_TAKE_UNQUANTIZED}")
+            raise SourceError(f"{keys.path}: {key} says {shown(method)}: {_TAKE_UNQUANTIZED}")
     names = keys.require("architectures")
     if not isinstance(names, list) or len(names) != 1 or str(names[0]) not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
-        raise SourceError(f"{keys.path}: architectures is {names!r}, supported: {supported}")
+        raise SourceError(f"{keys.path}: architectures is {shown(names)}, supported: {supported}")
     for key, only in _FIXED_KEYS.items():
         if key not in ARCHITECTURES[names[0]].implied:
             keys.require(key)
         if keys.values.get(key, only) != only:
-            raise SourceError(f"{keys.path}: {key} is {keys.values[key]!r}, supported: {only!r}")
+            raise SourceError(f"{keys.path}: {key} is {shown(keys.values[key])}, supported: {only!r}")
     for key, only in _OPTIONAL_FIXED_KEYS.items():
         if keys.values.get(key) not in (None, only):
-            raise SourceError(f"{keys.path}: {key} is {keys.values[key]!r}, supported: {only!r}")
+            raise SourceError(f"{keys.path}: {key} is {shown(keys.values[key])}, supported: {only!r}")
     layer_types = keys.values.get("layer_types") or []
     for kind in layer_types if isinstance(layer_types, list) else [layer_types]:
         if kind != "full_attention":
-            raise SourceError(f"{keys.path}: layer_types has {kind!r}, supported: 'full_attention'")
+            raise SourceError(f"{keys.path}: layer_types has {shown(kind)}, supported: 'full_attention'")
     return str(names[0])
 
 
@@ -345,7 +421,7 @@ def _read_config(
         try:
             format.check_range(field, values[field])
         except ValueError as error:
-            raise SourceError(f"{keys.path}: {key}: {error}") from None
+            raise SourceError(f"{keys.path}: {key}: {cut(error)}") from None
     config = format.Config(
         **values,
         **(_read_experts(keys) if architecture.experts else {}),
@@ -362,8 +438,18 @@ def _read_config(
     try:
         format.check_config(config)  # also that rope_theta is in range
     except ValueError as error:
-        raise SourceError(f"{keys.path}: {error}") from None
+        others = [size for size in format.GROUP_SIZES if _is_sound(replace(config, group_size=size))]
+        hint = f"; --group-size {' or '.join(map(str, others))} fits" if others else ""
+        raise SourceError(f"{keys.path}: {cut(error)}{hint}") from None
     return config
+
+
+def _is_sound(config: format.Config) -> bool:
+    try:
+        format.check_config(config)
+        return True
+    except ValueError:
+        return False
 
 
 def _read_experts(keys: Keys) -> dict[str, Any]:
@@ -374,7 +460,7 @@ def _read_experts(keys: Keys) -> dict[str, Any]:
         raise SourceError(f"{keys.path}: num_experts and num_local_experts contradict each other")
     dense = keys.require("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
-        raise SourceError(f"{keys.path}: mlp_only_layers is {dense!r}, expected a list of layers")
+        raise SourceError(f"{keys.path}: mlp_only_layers is {shown(dense)}, expected a list of layers")
     return {
         "n_experts": counts.pop(),
         "n_experts_per_token": keys.integer("num_experts_per_tok"),
@@ -504,23 +590,25 @@ def read_rope(keys: Keys, head_dim: int) -> Rope:
     }:  # transformers 5 may nest by layer type
         values = values["full_attention"]
     if not isinstance(values, dict):
-        raise SourceError(f"{keys.path}: {found[0]} is {values!r}, expected an object")
+        raise SourceError(f"{keys.path}: {found[0]} is {shown(values)}, expected an object")
     rope_type = values.get("rope_type", values.get("type", "default"))
     if not isinstance(rope_type, str) or rope_type not in _FREQUENCIES:
         supported = ", ".join(_FREQUENCIES)
-        raise SourceError(f"{keys.path}: rope type {rope_type!r} is not supported (supported: {supported})")
+        raise SourceError(
+            f"{keys.path}: rope type {shown(rope_type)} is not supported (supported: {supported})"
+        )
     known = _ANY_ROPE_KEYS | {*_ROPE_FIELDS[rope_type].values(), *_ROPE_OPTIONS.get(rope_type, ())}
     unknown = sorted(values.keys() - known - (_YARN_SCALE_KEYS if rope_type == "yarn" else set()))
     if unknown:
-        raise SourceError(f"{keys.path}: unknown key {unknown[0]!r} beside rope type {rope_type!r}")
+        raise SourceError(f"{keys.path}: unknown key {shown(unknown[0])} beside rope type {rope_type!r}")
     if values.get("partial_rotary_factor") not in (None, 1.0):
         factor = values["partial_rotary_factor"]
-        raise SourceError(f"{keys.path}: partial_rotary_factor is {factor!r}, supported: 1.0")
+        raise SourceError(f"{keys.path}: partial_rotary_factor is {shown(factor)}, supported: 1.0")
     nested = Keys(keys.path, values)
     theta = nested.number("rope_theta") if "rope_theta" in values else keys.number("rope_theta")
     if keys.values.get("rope_theta") is not None and keys.number("rope_theta") != theta:
         other = keys.values["rope_theta"]
-        raise SourceError(f"{keys.path}: rope_theta is {other!r} and, in {found[0]}, {theta!r}")
+        raise SourceError(f"{keys.path}: rope_theta is {shown(other)} and, in {found[0]}, {theta!r}")
     return _checked(keys, _read_rope_numbers(nested, Rope(rope_type, theta, head_dim)))
 
 
@@ -547,7 +635,9 @@ def _yarn_scale(factor: float, scales: dict[str, int | float]) -> float:
         return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
     numerator, denominator = scales.get("mscale"), scales.get("mscale_all_dim")
-    return scale(numerator) / scale(denominator) if numerator and denominator else scale(1)
+    if not numerator or not denominator:
+        return scale(1)
+    return scale(numerator) / (scale(denominator) or math.nan)  # not a number: refused with the other numbers
 
 
 def _checked(keys: Keys, rope: Rope) -> Rope:
@@ -555,15 +645,14 @@ def _checked(keys: Keys, rope: Rope) -> Rope:
     limits = (
         ("factor", 1 <= rope.factor <= 1e6),
         ("original_context", 1 <= rope.original_context <= 1 << 24 or rope.type in ("default", "linear")),
-        ("beta_slow", 0 < rope.beta_slow < rope.beta_fast <= 1e6),
+        ("beta_slow", 1e-6 <= rope.beta_slow < rope.beta_fast <= 1e6),
         ("low_freq_factor", 0 <= rope.low_freq_factor < rope.high_freq_factor <= 1e6),
         ("theta", rope.theta > 1 or rope.type != "yarn"),
     )
     for field, sound in limits:
         if not sound:
-            raise SourceError(
-                f"{keys.path}: rope type {rope.type!r}: {field} = {getattr(rope, field)} is out of range"
-            )
+            value = shown(getattr(rope, field))
+            raise SourceError(f"{keys.path}: rope type {rope.type!r}: {field} = {value} is out of range")
     return rope
 
 
@@ -592,7 +681,7 @@ def _longer(keys: Keys, config: format.Config, rope: Rope) -> format.Config:
     try:
         format.check_config(config)
     except ValueError as error:
-        raise SourceError(f"{keys.path}: --yarn {rope.factor:g}: {error}") from None
+        raise SourceError(f"{keys.path}: --yarn {rope.factor:g}: {cut(error)}") from None
     return config
 
 
@@ -617,12 +706,12 @@ def _read_tokenizer(files: Files, vocab_size: int) -> tuple[bytes, int]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exception, and panics, which are not even that
-        raise SourceError(f"{path}: {error}") from None
+        raise SourceError(f"{path}: {cut(error)}") from None
     if not vocabulary:
         raise SourceError(f"{path}: has no tokens")
     token, highest = max(vocabulary.items(), key=lambda item: item[1])
     if highest >= vocab_size:
-        raise SourceError(f"{path}: token {token!r} has id {highest}, but vocab_size is {vocab_size}")
+        raise SourceError(f"{path}: token {shown(token)} has id {highest}, but vocab_size is {vocab_size}")
     return _with_opening(files, data), highest + 1
 
 
@@ -639,7 +728,7 @@ def _with_opening(files: Files, data: bytes) -> bytes:
     bos, tokenizer = _special_tokens(keys).get("bos_token"), Tokenizer.from_buffer(data)
     id = None if bos is None else tokenizer.token_to_id(bos)
     if id is None:
-        raise SourceError(f"{keys.path}: add_bos_token is true, but bos_token {bos!r} is no token")
+        raise SourceError(f"{keys.path}: add_bos_token is true, but bos_token {shown(bos)} is no token")
     if id in tokenizer.encode("a").ids[:1]:
         return data
     own, first = json.loads(data), {"SpecialToken": {"id": bos, "type_id": 0}}
@@ -663,8 +752,8 @@ def _read_template(files: Files) -> str:
         keys = files.keys(name, optional=True)
         template = keys.values.get("chat_template")
         if isinstance(template, list):  # several templates by name; "default" is the one for chat
-            named = [t["template"] for t in template if isinstance(t, dict) and t.get("name") == "default"]
-            template = named[0] if named else template
+            default = (t for t in template if isinstance(t, dict) and t.get("name") == "default")
+            template = next(default, {}).get("template", template)
         if isinstance(template, str):
             return template
         if template is not None:
@@ -693,7 +782,9 @@ def _eos_token_ids(config: Keys, generation: Keys, n_tokens: int) -> list[int]:
         value = keys.values.get("eos_token_id")
         for token in value if isinstance(value, list) else [] if value is None else [value]:
             if type(token) is not int or not 0 <= token < n_tokens:
-                raise SourceError(f"{keys.path}: eos_token_id {token!r} is not a token id below {n_tokens}")
+                raise SourceError(
+                    f"{keys.path}: eos_token_id {shown(token)} is not a token id below {n_tokens}"
+                )
             found.append(token)
     if "eos_token_id" not in generation.values:
         config.require("eos_token_id")
@@ -718,12 +809,12 @@ def _licence(files: Files) -> str | None:
     card = files.bytes("README.md").decode(errors="replace")
     front_matter = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
     line = re.search(r"^license:[ \t]*(\S.*)$", front_matter[1], re.MULTILINE) if front_matter else None
-    return line[1].strip() if line else None
+    return cut(line[1], MAX_NAME) if line else None
 
 
 def _base_name(config: dict[str, Any]) -> str:
     path = config.get("_name_or_path")
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] if isinstance(path, str) else ""
+    return cut(re.split(r"[/\\]", path.rstrip("/\\"))[-1], MAX_NAME) if isinstance(path, str) else ""
 
 
 def _describe_size(config: format.Config) -> str:
@@ -784,7 +875,7 @@ def _open_tensors(
         check_dtype(tensor)
         if tensor.dtype == "Q8_0" and config.group_size != 32:
             fault = f"is Q8_0: group_size is {config.group_size}, but its codes and scales fit 32 only"
-            raise SourceError(f"{tensor.path}: {tensor.name} {fault}")
+            raise SourceError(f"{tensor.path}: {cut(tensor.name)} {fault}")
     stored = _split_experts(stored, config)
     expected = {part.name: (part.rows, *t.shape[1:]) for t in format.tensors(config) for part in t.parts}
     for name, shape in expected.items():
@@ -792,10 +883,12 @@ def _open_tensors(
             raise SourceError(f"{files.directory}: tensor {name} {list(shape)} is missing")
         if stored[name].shape != shape:
             found_shape = list(stored[name].shape)
-            raise SourceError(f"{stored[name].path}: {name} has shape {found_shape}, expected {list(shape)}")
+            raise SourceError(
+                f"{stored[name].path}: {name} has shape {shown(found_shape)}, expected {list(shape)}"
+            )
     for name in sorted(stored.keys() - expected.keys()):
         if not _is_redundant(name, config):
-            raise SourceError(f"{stored[name].path}: unexpected tensor {stored[name].name}")
+            raise SourceError(f"{stored[name].path}: unexpected tensor {cut(stored[name].name)}")
     return {name: stored[name] for name in expected}
 
 
@@ -836,7 +929,7 @@ def check_dtype(tensor: StoredTensor) -> None:
     """Raise SourceError unless the tensor's numbers can be read."""
     if tensor.dtype not in BLOCKS:
         fault = _TAKE_UNQUANTIZED if _QUANTIZED_DTYPE.match(tensor.dtype) else "expected BF16, F16 or F32"
-        raise SourceError(f"{tensor.path}: {tensor.name} is {tensor.dtype}: {fault}")
+        raise SourceError(f"{tensor.path}: {cut(tensor.name)} is {cut(tensor.dtype)}: {fault}")
 
 
 def _is_redundant(name: str, config: format.Config) -> bool:
@@ -849,8 +942,7 @@ def _shards(files: Files) -> dict[str, set[str] | None]:
     if files.exists(SINGLE_NAME):
         return {SINGLE_NAME: None}
     if not files.exists(INDEX_NAME):
-        pickles = sorted([*files.directory.glob("*.bin"), *files.directory.glob("*.pt*")])
-        hint = f" ({pickles[0].name} is never opened: only safetensors are read)" if pickles else ""
+        hint = mistakes.directory_without_weights(files.directory)
         raise SourceError(f"{files.directory}: has neither {SINGLE_NAME} nor {INDEX_NAME}{hint}")
     index = files.keys(INDEX_NAME)
     weight_map = index.require("weight_map")
@@ -860,7 +952,9 @@ def _shards(files: Files) -> dict[str, set[str] | None]:
     for name, file_name in sorted(weight_map.items()):
         # only files beside the index: no path, no drive
         if not isinstance(file_name, str) or not re.fullmatch(r"[^/\\:\0]+\.safetensors", file_name):
-            raise SourceError(f"{index.path}: {name}: {file_name!r} is not the name of a safetensors file")
+            raise SourceError(
+                f"{index.path}: {cut(name)}: {shown(file_name)} is not the name of a safetensors file"
+            )
         shards[file_name] = (shards.get(file_name) or set()) | {name}
     return shards
 
@@ -884,7 +978,7 @@ def open_safetensors(files: Files, file_name: str) -> dict[str, StoredTensor]:
             tensors[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path, file, first)
             end = max(end, last)
         except (TypeError, KeyError, ValueError):
-            raise SourceError(f"{path}: {name}: dtype, shape or data_offsets is wrong") from None
+            raise SourceError(f"{path}: {cut(name)}: dtype, shape or data_offsets is wrong") from None
     if end != file_size:
         raise SourceError(f"{path}: {file_size} bytes, its header describes {end} (cut short?)")
     try:
@@ -892,4 +986,4 @@ def open_safetensors(files: Files, file_name: str) -> dict[str, StoredTensor]:
         with safe_open(path, "numpy"):
             return tensors
     except SafetensorError as error:
-        raise SourceError(f"{path}: {error}") from None
+        raise SourceError(f"{path}: {cut(error)}") from None

@@ -28,7 +28,9 @@ from .huggingface import (
     SourceError,
     StoredTensor,
     check_dtype,
+    cut,
     open_safetensors,
+    shown,
     to_float32,
 )
 
@@ -96,7 +98,7 @@ def merge(checkpoint: Checkpoint, adapter: Files) -> None:
         if module == "lm_head" and checkpoint.config.tied_embedding:
             raise SourceError(f"{a.path}: adapts lm_head, which in this base is the embedding as well")
         if base is None or len(base.shape) != 2 or module == "model.embed_tokens":
-            raise SourceError(f"{a.path}: {module!r} is not a linear layer of the base model")
+            raise SourceError(f"{a.path}: {shown(module)} is not a linear layer of the base model")
         _adapt(keys, checkpoint, module, [name], a, b)
     kept = {key: keys.values[key] for key in sorted(_HONOURED & keys.values.keys())}
     checkpoint.metadata["source"]["lora"] = kept
@@ -171,20 +173,20 @@ def _check_keys(keys: Keys) -> None:
     """Refuse every key that would make peft's merge differ from the formula above."""
     kind = keys.require("peft_type")
     if kind != "LORA":
-        raise SourceError(f"{keys.path}: peft_type is {kind!r}, supported: 'LORA'")
+        raise SourceError(f"{keys.path}: peft_type is {shown(kind)}, supported: 'LORA'")
     for key, value in keys.values.items():
         if key not in _HONOURED | _WITHOUT_EFFECT and value not in (None, False, [], {}, ""):
-            raise SourceError(f"{keys.path}: {key} is {str(value)[:60]!r}, which is not supported")
+            raise SourceError(f"{keys.path}: {key} is {shown(value)}, which is not supported")
     if keys.values.get("bias", "none") != "none":
-        raise SourceError(f"{keys.path}: bias is {keys.values['bias']!r}, supported: 'none'")
+        raise SourceError(f"{keys.path}: bias is {shown(keys.values['bias'])}, supported: 'none'")
     start = keys.values.get("init_lora_weights", True)
     if start not in _INITIALISATIONS:
         raise SourceError(
-            f"{keys.path}: init_lora_weights is {start!r}, which changes the base weights too; "
+            f"{keys.path}: init_lora_weights is {shown(start)}, which changes the base weights too; "
             "convert it to plain LoRA with peft first"
         )
     if keys.integer("r") < 1:
-        raise SourceError(f"{keys.path}: r is {keys.values['r']}, at least 1 is needed")
+        raise SourceError(f"{keys.path}: r is {shown(keys.values['r'])}, at least 1 is needed")
     keys.number("lora_alpha")
 
 
@@ -202,15 +204,15 @@ def _pairs(adapter: Files) -> dict[str, tuple[StoredTensor, StoredTensor]]:
             hints = {"lora_magnitude": ": DoRA is not supported"}
             hints |= {"base_layer": " of the base: save the adapter with save_embedding_layers=False"}
             hint = next((hint for part, hint in hints.items() if part in name), "")
-            raise SourceError(f"{path}: unexpected tensor {name!r}{hint}")
+            raise SourceError(f"{path}: unexpected tensor {shown(name)}{hint}")
         check_dtype(tensor)
         if len(tensor.shape) != 2 or not all(tensor.shape):
-            raise SourceError(f"{path}: {name!r} has shape {list(tensor.shape)}, expected a matrix")
+            raise SourceError(f"{path}: {shown(name)} has shape {list(tensor.shape)}, expected a matrix")
         halves.setdefault(known[1], {})[known[2]] = tensor
     for module, half in halves.items():
         if len(half) != 2:
             missing = "B" if "A" in half else "A"
-            raise SourceError(f"{path}: {module!r} has no tensor lora_{missing}.weight")
+            raise SourceError(f"{path}: {shown(module)} has no tensor lora_{missing}.weight")
     if not halves:
         raise SourceError(f"{path}: has no tensors")
     return {module: (half["A"], half["B"]) for module, half in halves.items()}
@@ -220,7 +222,7 @@ def _parameters(keys: Keys, checkpoint: Checkpoint) -> dict[str, list[str]]:
     """Parameter of transformers' that target_parameters names -> the tensors that make it up, in order."""
     targets = keys.values.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        raise SourceError(f"{keys.path}: target_parameters is {targets!r}, expected a list of names")
+        raise SourceError(f"{keys.path}: target_parameters is {shown(targets)}, expected a list of names")
     parameters: dict[str, list[str]] = {}
     for name, tensor in checkpoint.tensors.items():
         expert = _EXPERT.fullmatch(name)
@@ -256,11 +258,11 @@ def _check_targets(keys: Keys, pairs: dict[str, Any], checkpoint: Checkpoint) ->
     excluded = keys.values.get("exclude_modules") or []
     for key, value in (("target_modules", targets), ("exclude_modules", excluded)):
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise SourceError(f"{keys.path}: {key} is {value!r}, expected a list of names")
+            raise SourceError(f"{keys.path}: {key} is {shown(value)}, expected a list of names")
     layers = keys.values.get("layers_to_transform")
     layers = [layers] if type(layers) is int else layers or []
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise SourceError(f"{keys.path}: layers_to_transform is {layers!r}, expected a list of integers")
+        raise SourceError(f"{keys.path}: layers_to_transform is {shown(layers)}, expected a list of integers")
 
     def named(module: str, names: list[str]) -> bool:
         return any(module == name or module.endswith(f".{name}") for name in names)
@@ -286,7 +288,7 @@ def _check_shapes(
     """They fit the base, and the rank is what the configuration says."""
     for tensor, expected in ((a, a_shape), (b, b_shape)):
         if tensor.shape != expected:
-            found = f"{tensor.name} has shape {list(tensor.shape)}, expected {list(expected)}"
+            found = f"{cut(tensor.name)} has shape {shown([*tensor.shape])}, expected {shown([*expected])}"
             raise SourceError(f"{tensor.path}: {found}: made for another base model?")
 
 
@@ -309,16 +311,17 @@ def _of_pattern(keys: Keys, key: str, target: str) -> Any:
     """
     patterns = keys.values.get(key) or {}
     if not isinstance(patterns, dict):
-        raise SourceError(f"{keys.path}: {key} is {patterns!r}, expected an object")
+        raise SourceError(f"{keys.path}: {key} is {shown(patterns)}, expected an object")
     for pattern, value in patterns.items():
         simple = re.fullmatch(r"\^?[\w.*+-]*(\\[.d][\w.*+-]*)*\$?", pattern)
         if not simple or pattern.count("*") + pattern.count("+") > 2 or len(pattern) > 200:
-            raise SourceError(f"{keys.path}: {key}: pattern {pattern[:80]!r} is not supported")
+            raise SourceError(f"{keys.path}: {key}: pattern {shown(pattern)} is not supported")
         try:
             found = re.match(rf"(.*\.)?({pattern})$", target)
         except re.error as error:
-            raise SourceError(f"{keys.path}: {key}: pattern {pattern!r}: {error}") from None
+            raise SourceError(f"{keys.path}: {key}: pattern {shown(pattern)}: {cut(error)}") from None
         if found:
-            nested = Keys(keys.path, {f"{key}[{pattern!r}]": value})
-            return (nested.integer if key == "rank_pattern" else nested.number)(f"{key}[{pattern!r}]")
+            name = f"{key}[{shown(pattern)}]"
+            nested = Keys(keys.path, {name: value})
+            return nested.integer(name) if key == "rank_pattern" else nested.number(name)
     return None

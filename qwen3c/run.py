@@ -57,6 +57,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "json": (*TALKING, "info", "perplexity"),
     **dict.fromkeys(("level", "html"), ("trace",)),
     "verify": ("info",),
+    "overflow": ("chat",),
 }
 
 

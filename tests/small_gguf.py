@@ -194,11 +194,10 @@ def encode(weights: NDArray[np.float32], dtype: str) -> tuple[str, tuple[int, ..
 def write_gguf(
     path: Path, keys: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...], bytes]]
 ) -> Path:
-    """One GGUF file, version 3: integers as u32, negative ones as i32, floats as f32."""
+    """One GGUF file, version 3: integers as u32, negative ones as i32, floats as f32, NumPy arrays as they are."""
     alignment = keys.get("general.alignment", 32)
     header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys))
-    for key, value in keys.items():
-        header += _text(key) + _value(value)
+    header += b"".join(_text(key) + _value(value) for key, value in keys.items())
     data = b""
     for name, (kind, shape, content) in tensors.items():
         header += _text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
@@ -213,6 +212,9 @@ def _text(text: str) -> bytes:
 
 
 def _value(value: Any) -> bytes:
+    if isinstance(value, np.ndarray):
+        code = {"u1": 0, "i1": 1, "u2": 2, "i2": 3, "u4": 4, "i4": 5, "f4": 6}[value.dtype.str[1:]]
+        return struct.pack("<IIQ", 9, code, len(value)) + value.tobytes()
     if isinstance(value, list):
         code, items = (8, b"".join(map(_text, value))) if value and isinstance(value[0], str) else (5, b"")
         items = items or struct.pack(f"<{len(value)}i", *value)
