@@ -57,6 +57,7 @@ THINKING_KINDS = ("hybrid", "always", "none")
 TEXTS = ("metadata", "tokenizer", "template")
 SECTIONS = (*TEXTS, "checksums")
 MAX_JSON = 1 << 20  # bytes of metadata a reader accepts
+MAX_DEPTH = 32  # of objects and lists in one another in the metadata
 MAX_TOKENIZER = 64 << 20
 MAX_TEMPLATE = 1 << 20
 
@@ -332,7 +333,8 @@ class ModelFile:
     """A checked, read-only memory map of a model.bin.
 
     Raises ModelFileError (one line, naming the path, the field and both numbers) if anything about
-    the header, the sections or the size is wrong. Tensor bytes are only read by `verify`.
+    the header, the sections or the size is wrong, or a vector holds a NaN or an infinity. The bytes of
+    matrices are only read by `verify`.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -356,6 +358,7 @@ class ModelFile:
         self._check_gaps()
         self.metadata = self._read_metadata()
         self.checksums = struct.unpack(f"<{len(self.tensors)}I", self._section("checksums"))
+        self._check_vectors()
 
     @property
     def tensors_offset(self) -> int:
@@ -402,14 +405,12 @@ class ModelFile:
             gap = memoryview(self.map)[end:start]
             end = start + tensor.size
             intact = zlib.crc32(self.data(tensor)) == checksum and not any(gap)
-            yield tensor, intact and self._has_sound_values(tensor)
+            yield tensor, intact and (not tensor.quantized or self._has_sound_tiles(tensor))
 
-    def _has_sound_values(self, tensor: Tensor) -> bool:
+    def _has_sound_tiles(self, tensor: Tensor) -> bool:
         import numpy as np
 
         data = np.frombuffer(self.data(tensor), np.uint8)
-        if not tensor.quantized:
-            return bool(np.isfinite(data.view("<f4")).all())
         codes_size = TILE_ROWS * self.config.group_size
         tiles = data.reshape(-1, codes_size + 2 * TILE_ROWS)
         for i in range(0, len(tiles), 4096):  # bounds the memory
@@ -498,6 +499,17 @@ class ModelFile:
             if zero >= 0:
                 raise ModelFileError(f"{self.path}: {part} is {size} bytes, but byte {zero - start} is zero")
 
+    def _check_vectors(self) -> None:
+        """Norms, biases, rope frequencies and routers are small, and one NaN in them is in every logit."""
+        import numpy as np
+
+        for tensor in self.tensors:
+            if not tensor.quantized:
+                finite = np.isfinite(np.frombuffer(self.data(tensor), "<f4"))
+                if not finite.all():
+                    at = int(finite.argmin())
+                    raise ModelFileError(f"{self.path}: {tensor.name}: value {at} is not a finite number")
+
     def _read_metadata(self) -> dict[str, Any]:
         section = "template"
         try:
@@ -520,22 +532,64 @@ class ModelFile:
 
 
 def check_metadata(metadata: Any, config: Config) -> None:
-    """Raise ValueError unless the keys every reader relies on are there and sound (docs/FORMAT.md)."""
+    """Raise ValueError, naming the key, unless the keys every reader relies on are sound (docs/FORMAT.md).
+
+    Other keys may hold any JSON that every reader can print: no lone surrogate, no NaN, no integer of more
+    than 64 bits, nothing nested deeper than MAX_DEPTH.
+    """
     if not isinstance(metadata, dict):
         raise ValueError("is not a JSON object")
+    _check_printable(metadata, "", MAX_DEPTH)
     if not isinstance(metadata.get("name"), str):
-        raise ValueError("name is not a string")
-    if metadata.get("thinking") not in THINKING_KINDS:
-        raise ValueError(f"thinking is {metadata.get('thinking')!r}, not one of {', '.join(THINKING_KINDS)}")
+        raise ValueError(f"name is {_shown(metadata.get('name'))}, not a string")
+    thinking = metadata.get("thinking")
+    if thinking not in THINKING_KINDS:
+        raise ValueError(f"thinking is {_shown(thinking)}, not one of {', '.join(THINKING_KINDS)}")
     eos = metadata.get("eos_token_ids")
     if not isinstance(eos, list) or not all(type(i) is int and 0 <= i < config.n_tokens for i in eos):
-        raise ValueError(f"eos_token_ids is {eos!r}, not a list of token ids below {config.n_tokens}")
-    generation = metadata.get("generation")
-    if not isinstance(generation, dict):
-        raise ValueError("generation is not an object")
-    for key, value in generation.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"generation.{key} is {value!r}, not a finite number")
+        raise ValueError(f"eos_token_ids is {_shown(eos)}, not a list of token ids below {config.n_tokens}")
+    for key in ("generation", "source", "special_tokens"):
+        if not isinstance(metadata.get(key, {} if key != "generation" else None), dict):
+            raise ValueError(f"{key} is {_shown(metadata.get(key))}, not an object")
+    for key, value in metadata["generation"].items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{_place('generation', key)} is {_shown(value)}, not a finite number")
+    for key, value in metadata.get("special_tokens", {}).items():
+        if not isinstance(value, str):
+            raise ValueError(f"{_place('special_tokens', key)} is {_shown(value)}, not a string")
+
+
+def _check_printable(value: Any, where: str, depth: int) -> None:
+    if isinstance(value, (dict, list)):
+        if depth == 0:
+            raise ValueError(f"{where[:80]}...: nested deeper than {MAX_DEPTH}")
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            place = _place(where, key)
+            _check_printable(key, f"the key {place}", depth)
+            _check_printable(item, place, depth - 1)
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where} has a lone surrogate at position {error.start}") from None
+    elif isinstance(value, int):
+        if value.bit_length() > 64:
+            raise ValueError(f"{where} is an integer of {value.bit_length()} bits, at most 64 are accepted")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value!r}, not a finite number")
+
+
+def _place(where: str, key: str | int) -> str:
+    """A key of the object at `where`, or an index of the list, as code would write it."""
+    if isinstance(key, str) and key.isidentifier() and len(key) <= 40:
+        return f"{where}.{key}" if where else key
+    return f"{where}[{_shown(key)}]"
+
+
+def _shown(value: Any) -> str:
+    """`value` in an error message: not more of it than fits there."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # ----------------------------------------------------------------------------

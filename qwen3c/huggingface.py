@@ -25,7 +25,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import format, mistakes
+from . import format, mistakes, tokenizer_json
 from .files import reason
 
 if TYPE_CHECKING:
@@ -698,14 +698,10 @@ def inverse_frequencies(rope: Rope) -> NDArray[np.float32]:
 
 def _read_tokenizer(files: Files, vocab_size: int) -> tuple[bytes, int]:
     """tokenizer.json and the number of tokens: the highest id + 1."""
-    from tokenizers import Tokenizer
-
     path, data = files.path("tokenizer.json"), files.bytes("tokenizer.json", format.MAX_TOKENIZER)
     try:
-        vocabulary = Tokenizer.from_buffer(data).get_vocab(with_added_tokens=True)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises bare Exception, and panics, which are not even that
+        vocabulary = tokenizer_json.load(data).get_vocab(with_added_tokens=True)
+    except ValueError as error:
         raise SourceError(f"{path}: {cut(error)}") from None
     if not vocabulary:
         raise SourceError(f"{path}: has no tokens")
@@ -720,17 +716,19 @@ def _with_opening(files: Files, data: bytes) -> bytes:
 
     transformers does so for LlamaTokenizerFast, which is what DeepSeek's distilled models name.
     """
-    from tokenizers import Tokenizer
-
     keys = files.keys("tokenizer_config.json", optional=True)
     if keys.values.get("add_bos_token") is not True:
         return data
-    bos, tokenizer = _special_tokens(keys).get("bos_token"), Tokenizer.from_buffer(data)
+    bos, tokenizer = _special_tokens(keys).get("bos_token"), tokenizer_json.load(data)
     id = None if bos is None else tokenizer.token_to_id(bos)
     if id is None:
         raise SourceError(f"{keys.path}: add_bos_token is true, but bos_token {shown(bos)} is no token")
-    if id in tokenizer.encode("a").ids[:1]:
-        return data
+    try:
+        with tokenizer_json.library_errors():
+            if id in tokenizer.encode("a").ids[:1]:
+                return data
+    except ValueError as error:
+        raise SourceError(f"{files.path('tokenizer.json')}: {cut(error)}") from None
     own, first = json.loads(data), {"SpecialToken": {"id": bos, "type_id": 0}}
     text, other = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
     opening = {

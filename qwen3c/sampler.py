@@ -94,9 +94,9 @@ def default_sampling(metadata: Mapping[str, Any], thinking: bool) -> dict[str, f
     that can do both describes thinking alone, so it does not count when thinking is off.
     """
     own = metadata["generation"] if thinking or metadata["thinking"] != "hybrid" else {}
-    names = {f.name for f in fields(Sampling)}
+    names = {f.name for f in fields(Sampling)} - {"logit_bias", "seed"}
     # a JSON writer may have made 20 of top_k into 20.0
-    own = {name: int(value) if value == int(value) else value for name, value in own.items() if name in names}
+    own = {name: int(x) if abs(x) < 2**53 and x == int(x) else x for name, x in own.items() if name in names}
     return {**RECOMMENDED[thinking], **own}
 
 

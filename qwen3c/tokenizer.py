@@ -13,29 +13,31 @@ import codecs
 import re
 import threading
 from collections.abc import Collection, Iterable
-from typing import Any, Protocol
+from functools import cached_property, lru_cache
+from typing import Protocol
 
+from . import tokenizer_json
 from .format import ModelFile, ModelFileError
+from .tokenizer_json import library_errors
 
 ESCAPE = "\ufdd0"
 """Marks escaped text. A Unicode noncharacter: text has no use for it and no normaliser changes it."""
 
 
 class Tokenizer:
-    """data: the bytes of a tokenizer.json. ValueError, one line, if `tokenizers` cannot read it."""
+    """data: the bytes of a tokenizer.json. ValueError, one line, if it is not one that may be used (tokenizer_json)."""
 
     def __init__(self, data: bytes) -> None:
         import tokenizers
 
         try:
-            self._full = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"tokenizer.json: {' '.join(str(error).split())}") from None
+            self._full = tokenizer_json.load(data)
+        except ValueError as error:
+            raise ValueError(f"tokenizer.json: {error}") from None
         self._full.no_truncation()  # some files ask for it, but text is never cut silently
         self._full.no_padding()
-        added = self._full.get_added_tokens_decoder()
-        self._added = {id: token.content for id, token in added.items()}
-        self._control, self._control_ids = _control_pattern(added)
+        self._tokens = self._full.get_added_tokens_decoder()
+        self._added = {id: token.content for id, token in self._tokens.items()}
         # the same model and the same steps before it, but added tokens are unknown to it
         self._plain = tokenizers.Tokenizer(self._full.model)  # shares the vocabulary, copies nothing
         if self._full.normalizer is not None:
@@ -81,7 +83,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"text holds a lone surrogate at position {error.start}") from None
-        ids = (self._full if special else self._plain).encode(text, add_special_tokens=False).ids
+        with library_errors():
+            ids = (self._full if special else self._plain).encode(text, add_special_tokens=False).ids
         if not special and not self._added.keys().isdisjoint(ids):
             # only in a vocabulary that lists a control token among the ordinary ones too
             raise ValueError("text becomes a control token in this vocabulary")
@@ -98,22 +101,20 @@ class Tokenizer:
         return self._around()[1]
 
     def _around(self) -> tuple[list[int], list[int]]:
-        inner = self._full.encode("a", add_special_tokens=False).ids
-        ids = self._full.encode("a", add_special_tokens=True).ids
+        with library_errors():
+            inner = self._full.encode("a", add_special_tokens=False).ids
+            ids = self._full.encode("a", add_special_tokens=True).ids
         starts = (i for i in range(len(ids)) if ids[i : i + len(inner)] == inner)
         start = next(starts, 0)
         return ids[:start], ids[start + len(inner) :]
 
     def escape(self, text: str, keep: Collection[str] = ()) -> str:
         """`text` with the text of every added token broken by ESCAPE, except of those in `keep`."""
-
-        def broken(match: re.Match[str]) -> str:
-            content = match[match.lastindex or 0]
-            return (
-                match[0] if content in keep else match[0].replace(content, content[0] + ESCAPE + content[1:])
-            )
-
-        return self._control.sub(broken, text.replace(ESCAPE, 2 * ESCAPE))
+        pattern = _breaking_pattern(tuple(self._ids), frozenset(keep))
+        return pattern.sub(
+            lambda match: match[0] if match[0] in keep else match[0] + ESCAPE,
+            text.replace(ESCAPE, 2 * ESCAPE),
+        )
 
     def encode_escaped(self, text: str) -> list[int]:
         """Token ids of text put together from escaped parts and control tokens.
@@ -122,12 +123,29 @@ class Tokenizer:
         escapes in it this is encode(text, special=True).
         """
         ids: list[int] = []
-        end = 0
+        end = 0  # of what has become tokens
         for match in self._control.finditer(text):
-            ids += self.encode(_unescape(text[end : match.start()]))
-            ids.append(self._control_ids[(match.lastindex or 0) - 1])
-            end = match.end()
+            id, (start, stop) = self._ids[match[0]], match.span()
+            token = self._tokens[id]
+            if token.single_word and _touches_word(text, start, stop):
+                continue
+            # the whitespace around it that the token swallows: looked for from the token, as a pattern that
+            # began with whitespace would be tried from every space of a long run
+            before = text[end:start].rstrip() if token.lstrip else text[end:start]
+            ids += self.encode(_unescape(before))
+            ids.append(id)
+            end = _WHITESPACE.match(text, stop).end() if token.rstrip else stop  # type: ignore[union-attr]
         return ids + self.encode(_unescape(text[end:]))
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        """Added tokens that can be told from text (one character alone cannot), the longest first."""
+        tokens = sorted(self._added.items(), key=lambda item: len(item[1]), reverse=True)
+        return {content: id for id, content in tokens if len(content) > 1}
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._ids)) or "(?!)")
 
     # ------------------------------------------------------------------------
     # Tokens -> text
@@ -145,7 +163,7 @@ class Tokenizer:
         """The text of `ids`, control tokens included; bytes that are not UTF-8 become U+FFFD."""
         if self._byte_level:
             return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
-        return self._full.decode(list(ids), skip_special_tokens=False)
+        return self._decode(list(ids))
 
     def stream(self) -> TextStream:
         """A new incremental decoder, whose pieces together equal decode()."""
@@ -161,11 +179,15 @@ class Tokenizer:
         if token is None:
             return b""
         if not self._byte_level:
-            return self._full.decode([id], skip_special_tokens=False).encode()
+            return self._decode([id]).encode()
         try:
             return bytes(map(_BYTE_OF.__getitem__, token))
         except KeyError:  # not written in stand-ins
             return token.encode()
+
+    def _decode(self, ids: list[int]) -> str:
+        with library_errors():
+            return self._full.decode(ids, skip_special_tokens=False)
 
 
 class BackgroundTokenizer:
@@ -177,12 +199,17 @@ class BackgroundTokenizer:
     def __init__(self, file: ModelFile) -> None:
         self.file = file
         self._loaded: Tokenizer | BaseException | None = None
-        self._thread = threading.Thread(target=self._load)
-        self._thread.start()
+        self._thread: threading.Thread | None = threading.Thread(target=self._load)
+        try:
+            self._thread.start()
+        except RuntimeError:  # no thread to be had: then at once
+            self._thread = None
+            self._load()
 
     def result(self) -> Tokenizer:
         """Wait for it. ModelFileError if the tokenizer.json in the file cannot be read."""
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         if isinstance(self._loaded, ValueError):
             raise ModelFileError(f"{self.file.path}: {self._loaded}")
         if isinstance(self._loaded, BaseException):
@@ -249,20 +276,21 @@ class _WindowStream:
         return text
 
 
-def _control_pattern(added: dict[int, Any]) -> tuple[re.Pattern[str], list[int]]:
-    """A pattern with one group per added token, longest first, and the ids in the order of the groups.
+_WHITESPACE, _WORD = re.compile(r"\s*"), re.compile(r"\w")
 
-    The flags of an added token say what whitespace it swallows and whether it must stand alone.
-    A token of one character cannot be told from text and is left out.
-    """
-    tokens = sorted(added.items(), key=lambda item: len(item[1].content), reverse=True)
-    tokens = [(id, token) for id, token in tokens if len(token.content) > 1]
-    alternatives = []
-    for _, token in tokens:
-        before = r"\s*" * token.lstrip + r"(?<!\w)" * token.single_word
-        after = r"(?!\w)" * token.single_word + r"\s*" * token.rstrip
-        alternatives.append(f"{before}({re.escape(token.content)}){after}")
-    return re.compile("|".join(alternatives) or "(?!)"), [id for id, _ in tokens]
+
+def _touches_word(text: str, start: int, stop: int) -> bool:
+    """Whether the character before `start` or the one at `stop` is part of a word."""
+    return bool(_WORD.match(text, stop) or (start and _WORD.match(text, start - 1)))
+
+
+@lru_cache(maxsize=8)
+def _breaking_pattern(contents: tuple[str, ...], keep: frozenset[str]) -> re.Pattern[str]:
+    """Matches the first character of every token text, also of one that begins inside another, and `keep` whole."""
+    alternatives = (
+        re.escape(c) if c in keep else f"{re.escape(c[0])}(?={re.escape(c[1:])})" for c in contents
+    )
+    return re.compile("|".join(alternatives) or "(?!)")
 
 
 def _unescape(text: str) -> str:

@@ -59,7 +59,7 @@ NEEDED: dict[str, Any] = {
     "eos_token_ids": [79, 3],
     "generation": {"top_k": 20},
 }
-METADATA = NEEDED | {"source": "x" * 20_000}
+METADATA = NEEDED | {"source": {"config": "x" * 20_000}}
 TOKENIZER = b'{"not": "read by the format"}' * 10
 TEMPLATE = "{{ messages }} é"
 
@@ -423,6 +423,20 @@ BAD_METADATA: dict[str, Any] = {
     "generation NaN": {"generation": {"top_p": math.nan}},
     "generation infinite": {"generation": {"top_p": math.inf}},
     "generation true": {"generation": {"top_k": True}},
+    "generation of 401 digits": {"generation": {"temperature": 10**400}},
+    "generation of a long name": {"generation": {"x" * 500: None}},
+    "source a number": {"source": 3},
+    "source null": {"source": None},
+    "special_tokens a list": {"special_tokens": ["<s>"]},
+    "special_tokens of numbers": {"special_tokens": {"bos_token": 1}},
+    "eos of 401 digits": {"eos_token_ids": [10**400]},
+    "eos of many": {"eos_token_ids": [-1] * 3000},
+    "name a long list": {"name": ["x"] * 3000},
+    "another key of 401 digits": {"other": [{"a": -(10**400)}]},
+    "another key infinite": {"other": -math.inf},
+    "another key with a surrogate in it": {"other": {"a": ["x\ud800"]}},
+    "another key that is a surrogate": {"other": {"\udfff": 1}},
+    "another key nested deeply": {"other": json.loads("[" * 40 + "]" * 40)},
 }
 
 
@@ -432,7 +446,18 @@ def test_metadata_is_checked(tmp_path: Path, model: Path, fault: str) -> None:
     bad = BAD_METADATA[fault]
     content = bad if isinstance(bad, bytes) else json.dumps(NEEDED | bad).encode()
     path.write_bytes(with_section(data, fields, "metadata", content.ljust(fields["metadata_size"])))
-    assert "metadata: " in refusal(path)
+    message = refusal(path)
+    assert "metadata: " in message and len(message) < len(str(path)) + 250
+    message.encode()
+    if isinstance(bad, dict):
+        assert next(iter(bad)) in message
+
+
+def test_the_writer_refuses_what_readers_refuse(tmp_path: Path) -> None:
+    for bad in BAD_METADATA.values():
+        if isinstance(bad, dict):
+            with pytest.raises(ValueError, match=next(iter(bad))):
+                ModelWriter(tmp_path / "model.bin", CONFIG, METADATA | bad, TOKENIZER, TEMPLATE)
 
 
 def test_template_must_be_text(tmp_path: Path, model: Path) -> None:
@@ -550,32 +575,44 @@ def test_verify_finds_bytes_hidden_between_tensors(tmp_path: Path, model: Path) 
             damaged[file.tensors_offset + after.offset - 1] = 0
 
 
+def with_values(model: Path, tensor: format.Tensor, place: int, content: bytes) -> bytes:
+    """The file with other bytes in a tensor, under a checksum that fits."""
+    file, data = ModelFile(model), model.read_bytes()
+    start = file.tensors_offset + tensor.offset
+    data = data[: start + place] + content + data[start + place + len(content) :]
+    checksums = list(file.checksums)
+    checksums[file.tensors.index(tensor)] = zlib.crc32(data[start : start + tensor.size])
+    packed = struct.pack(f"<{len(checksums)}I", *checksums)
+    return with_section(data, file.fields(), "checksums", packed)
+
+
 @pytest.mark.parametrize(
-    ("kind", "place", "content"),
+    ("place", "content"),
     [
-        ("matrix", 5, b"\x80"),  # code -128
-        ("matrix", 16 * 32, struct.pack("<e", math.nan)),
-        ("matrix", 16 * 32 + 2, struct.pack("<e", math.inf)),
-        ("matrix", 16 * 32 + 30, struct.pack("<e", -1.0)),
-        ("vector", 4, struct.pack("<f", math.nan)),
-        ("vector", 8, struct.pack("<f", -math.inf)),
+        (5, b"\x80"),  # code -128
+        (16 * 32, struct.pack("<e", math.nan)),
+        (16 * 32 + 2, struct.pack("<e", math.inf)),
+        (16 * 32 + 30, struct.pack("<e", -1.0)),
     ],
 )
 def test_verify_finds_values_no_exporter_writes(
-    tmp_path: Path, model: Path, kind: str, place: int, content: bytes
+    tmp_path: Path, model: Path, place: int, content: bytes
 ) -> None:
-    """Under checksums that fit."""
-    path, file = tmp_path / "model.bin", ModelFile(model)
-    index = next(i for i, tensor in enumerate(file.tensors) if tensor.quantized == (kind == "matrix"))
-    tensor = file.tensors[index]
-    start = file.tensors_offset + tensor.offset
-    data = model.read_bytes()
-    data = data[: start + place] + content + data[start + place + len(content) :]
-    checksums = list(file.checksums)
-    checksums[index] = zlib.crc32(data[start : start + tensor.size])
-    packed = struct.pack(f"<{len(checksums)}I", *checksums)
-    path.write_bytes(with_section(data, file.fields(), "checksums", packed))
+    path = tmp_path / "model.bin"
+    tensor = next(tensor for tensor in ModelFile(model).tensors if tensor.quantized)
+    path.write_bytes(with_values(model, tensor, place, content))
     assert unsound(path) == [tensor.name]
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_vector_that_is_not_finite_is_refused_by_name(tmp_path: Path, model: Path, value: float) -> None:
+    """Norms, biases, rope frequencies, routers: with INT8 activations such a number would become text."""
+    path, vectors = tmp_path / "model.bin", [t for t in ModelFile(model).tensors if not t.quantized]
+    assert format.ROPE_TENSOR in {t.name for t in vectors}
+    for i, tensor in enumerate(vectors):
+        at = (0, 3, tensor.size // 4 - 1)[i % 3]
+        path.write_bytes(with_values(model, tensor, 4 * at, struct.pack("<f", value)))
+        assert refusal(path) == f"{path}: {tensor.name}: value {at} is not a finite number"
 
 
 # ----------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from small_models import TINY_QWEN3, export_small_model
 
-from qwen3c import Model, run, trace
+from qwen3c import Model, engine, run, trace
 from qwen3c.format import ModelFile
 from qwen3c.info import describe
 from qwen3c.repl import parse_command
@@ -90,6 +90,7 @@ def test_stdout_carries_the_text_of_the_model_alone(model: Model) -> None:
     done = command(*COMPLETE, "-i", PROMPT, "-n", "30", "-s", "7")
     assert done.status == 0 and done.out == expected.rstrip("\n") + "\n"
     chosen, speed = done.err.splitlines()
+    build = "" if engine.OPENMP else r" \(built without OpenMP\)"
     assert re.search(
         r"int8 g64 .* \| raw text \| temperature 0\.6 top-p 0\.95 top-k 20 \| context 2048 of 2048 "
         r"\(KV f16: 6\.0 MiB when full\) \| threads 1 \(QWEN3C_THREADS\) \| \w+ \(",

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
 import sys
+import threading
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ import pytest
 import tokenizers
 from small_models import SPECIAL_TOKENS, TAG_TOKENS, tokenizer_json
 
-from qwen3c.tokenizer import ESCAPE, Tokenizer
+from qwen3c.tokenizer import ESCAPE, BackgroundTokenizer, Tokenizer
 
 REAL = os.environ.get("QWEN3C_TOKENIZER")
 N_STRINGS = 200_000 if REAL else 4_000
@@ -240,6 +242,60 @@ def test_added_tokens_take_the_whitespace_their_flags_say() -> None:
     for _ in range(2000):
         text = "".join(r.choices([*tags, " ", "\n", "b", "c", "_", "."], k=8))
         assert tokenizer.encode_escaped(text) == plain.encode(text, add_special_tokens=False).ids, repr(text)
+
+
+def with_added(*tokens: tokenizers.AddedToken) -> Tokenizer:
+    source = tokenizers.Tokenizer.from_str(tokenizer_json())
+    source.add_tokens(list(tokens))
+    return Tokenizer(source.to_str().encode())
+
+
+def test_tokens_that_overlap_are_escaped_wherever_one_begins() -> None:
+    contents = ["<a>", "a><b", "><", "b<a", "xx", "xxx"]
+    tokenizer = with_added(*(tokenizers.AddedToken(c, normalized=False) for c in contents))
+    r = random.Random(10)
+    for _ in range(2000):
+        text = "".join(r.choices(["<", ">", "a", "b", "x", ESCAPE], k=9))
+        escaped = tokenizer.escape(text)
+        assert not any(content in escaped for content in contents), repr(text)
+        assert tokenizer.encode_escaped(escaped) == tokenizer.encode(text), repr(text)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="bounds processor time")
+def test_long_runs_of_spaces_take_time_in_proportion() -> None:
+    """Seven tokens that swallow spaces: 200,000 of them in a process that may compute for 20 seconds."""
+    script = (
+        "import resource, tokenizers; from small_models import tokenizer_json\n"
+        "from qwen3c.tokenizer import Tokenizer\n"
+        "source = tokenizers.Tokenizer.from_str(tokenizer_json())\n"
+        "source.add_tokens([tokenizers.AddedToken(f'<{i}>', normalized=False, lstrip=True) for i in range(7)])\n"
+        "tokenizer = Tokenizer(source.to_str().encode())\n"
+        "resource.setrlimit(resource.RLIMIT_CPU, (20, 20))\n"
+        "text = ' ' * 200_000\n"
+        "assert tokenizer.encode_escaped(tokenizer.escape(text) + '<3>') == [tokenizer.control_id('<3>')]\n"
+        "assert tokenizer.encode_escaped('.' + text) == tokenizer.encode('.' + text)\n"
+    )
+    path = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parent)))
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0
+
+
+# ----------------------------------------------------------------------------
+# Loaded beside other things
+
+
+class File:
+    """As much of a ModelFile as its tokenizer needs."""
+
+    path, tokenizer = "model.bin", tokenizer_json().encode()
+
+
+def test_without_a_thread_to_be_had_the_tokenizer_is_loaded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert BackgroundTokenizer(File()).result().encode("a") == Tokenizer(File.tokenizer).encode("a")  # type: ignore[arg-type]
 
 
 # ----------------------------------------------------------------------------
