@@ -121,12 +121,19 @@ class Progress:
 
     On a terminal it is a StatusLine; elsewhere a line of its own every `pause` seconds.
     describe: (done, total, done per second) -> the words between the percentage and the time left.
+    start: what was done before, by an earlier run; it says nothing about the speed.
     """
 
     def __init__(
-        self, describe: Callable[[float, float, float], str], *, delay: float = 0.5, pause: float = 10.0
+        self,
+        describe: Callable[[float, float, float], str],
+        *,
+        delay: float = 0.5,
+        pause: float = 10.0,
+        start: float = 0.0,
     ) -> None:
         self._describe = describe
+        self._start = start
         self._status = StatusLine(delay)
         self._pause = pause
         self._begin = self._printed = time.monotonic()
@@ -144,18 +151,24 @@ class Progress:
 
     def _line(self, done: float, total: float, width: int) -> str:
         seconds = time.monotonic() - self._begin
-        return progress_line(done, total, seconds, self._describe, width)
+        return progress_line(done, total, seconds, self._describe, width, start=self._start)
 
 
 def progress_line(
-    done: float, total: float, seconds: float, describe: Callable[[float, float, float], str], width: int
+    done: float,
+    total: float,
+    seconds: float,
+    describe: Callable[[float, float, float], str],
+    width: int,
+    *,
+    start: float = 0.0,
 ) -> str:
     """A line such as "[######      ]  50%  1.20 of 2.40 GB  600 MB/s  2 s left", for `width` columns.
 
-    The bar and then the words go where they do not fit; width 0: a line without a bar.
+    The bar and then the words go where they do not fit; width 0: a line without a bar. start: see Progress.
     """
     share = min(max(done / total, 0.0), 1.0) if total else 1.0
-    rate = done / seconds if seconds > 0 else 0.0
+    rate = max(done - start, 0) / seconds if seconds > 0 else 0.0
     left = f"  {time_left(max(total - done, 0) / rate)}" if rate else ""
     percent = f"{int(share * 100):3d}%"
     text = f"{percent}  {describe(done, total, rate)}{left}"

@@ -36,12 +36,7 @@ class Tokenizer:
         added = self._full.get_added_tokens_decoder()
         self._added = {id: token.content for id, token in added.items()}
         self._control, self._control_ids = _control_pattern(added)
-        # the same model and the same steps before it, but added tokens are unknown to it
-        self._plain = tokenizers.Tokenizer(self._full.model)  # shares the vocabulary, copies nothing
-        if self._full.normalizer is not None:
-            self._plain.normalizer = self._full.normalizer
-        if self._full.pre_tokenizer is not None:
-            self._plain.pre_tokenizer = self._full.pre_tokenizer
+        self._plain = without_added_tokens(self._full)
         self._byte_level = isinstance(self._full.decoder, tokenizers.decoders.ByteLevel)
         self._bytes: dict[int, bytes] = {}
 
@@ -263,6 +258,18 @@ def _control_pattern(added: dict[int, Any]) -> tuple[re.Pattern[str], list[int]]
         after = r"(?!\w)" * token.single_word + r"\s*" * token.rstrip
         alternatives.append(f"{before}({re.escape(token.content)}){after}")
     return re.compile("|".join(alternatives) or "(?!)"), [id for id, _ in tokens]
+
+
+def without_added_tokens(full: Any) -> Any:
+    """The vocabulary of a tokenizers.Tokenizer and the steps before it: no text becomes an added token."""
+    import tokenizers
+
+    plain = tokenizers.Tokenizer(full.model)  # shares the vocabulary, copies nothing
+    if full.normalizer is not None:
+        plain.normalizer = full.normalizer
+    if full.pre_tokenizer is not None:
+        plain.pre_tokenizer = full.pre_tokenizer
+    return plain
 
 
 def _unescape(text: str) -> str:
