@@ -262,6 +262,7 @@ class Progress:
     On a terminal it is a StatusLine; elsewhere a line of its own every `pause` seconds.
     describe: (done, total, done per second) -> the words between the percentage and the time left.
     predict: (done, total, seconds so far) -> seconds left, or None while nobody can say.
+    start: what was done before, by an earlier run; it says nothing about the speed.
     """
 
     def __init__(
@@ -269,11 +270,13 @@ class Progress:
         describe: Callable[[float, float, float], str],
         *,
         predict: Callable[[float, float, float], float | None] = at_this_rate,
+        start: float = 0.0,
         delay: float = 0.5,
         pause: float = 10.0,
     ) -> None:
         self._describe = describe
         self._predict = predict
+        self._start = start
         self._status = StatusLine(delay)
         self._pause = pause
         self._begin = self._printed = time.monotonic()
@@ -291,7 +294,9 @@ class Progress:
 
     def _line(self, done: float, total: float, width: int) -> str:
         seconds = time.monotonic() - self._begin
-        return progress_line(done, total, seconds, self._describe, width, self._predict)
+        return progress_line(
+            done, total, seconds, self._describe, width, predict=self._predict, start=self._start
+        )
 
 
 def progress_line(
@@ -300,15 +305,17 @@ def progress_line(
     seconds: float,
     describe: Callable[[float, float, float], str],
     width: int,
+    *,
     predict: Callable[[float, float, float], float | None] = at_this_rate,
+    start: float = 0.0,
 ) -> str:
     """A line such as "[######      ]  50%  1.20 of 2.40 GB  600 MB/s  2 s left", for `width` columns.
 
     The bar and then the words go where they do not fit; width 0: a line without a bar. See Progress for the rest.
     """
     share = min(max(done / total, 0.0), 1.0) if total else 1.0
-    rate = done / seconds if seconds > 0 else 0.0
-    seconds_left = predict(done, total, seconds)
+    rate = max(done - start, 0) / seconds if seconds > 0 else 0.0
+    seconds_left = predict(done - start, total - start, seconds)
     left = "" if seconds_left is None else f"  {time_left(seconds_left)}"
     percent = f"{int(share * 100):3d}%"
     text = f"{percent}  {describe(done, total, rate)}{left}"

@@ -38,12 +38,7 @@ class Tokenizer:
         self._full.no_padding()
         self._tokens = self._full.get_added_tokens_decoder()
         self._added = {id: token.content for id, token in self._tokens.items()}
-        # the same model and the same steps before it, but added tokens are unknown to it
-        self._plain = tokenizers.Tokenizer(self._full.model)  # shares the vocabulary, copies nothing
-        if self._full.normalizer is not None:
-            self._plain.normalizer = self._full.normalizer
-        if self._full.pre_tokenizer is not None:
-            self._plain.pre_tokenizer = self._full.pre_tokenizer
+        self._plain = without_added_tokens(self._full)
         self._byte_level = isinstance(self._full.decoder, tokenizers.decoders.ByteLevel)
         self._bytes: dict[int, bytes] = {}
 
@@ -291,6 +286,18 @@ def _breaking_pattern(contents: tuple[str, ...], keep: frozenset[str]) -> re.Pat
         re.escape(c) if c in keep else f"{re.escape(c[0])}(?={re.escape(c[1:])})" for c in contents
     )
     return re.compile("|".join(alternatives) or "(?!)")
+
+
+def without_added_tokens(full: Any) -> Any:
+    """The vocabulary of a tokenizers.Tokenizer and the steps before it: no text becomes an added token."""
+    import tokenizers
+
+    plain = tokenizers.Tokenizer(full.model)  # shares the vocabulary, copies nothing
+    if full.normalizer is not None:
+        plain.normalizer = full.normalizer
+    if full.pre_tokenizer is not None:
+        plain.pre_tokenizer = full.pre_tokenizer
+    return plain
 
 
 def _unescape(text: str) -> str:

@@ -10,6 +10,9 @@ next_token    what pretraining and fine-tuning share
 pretrain, sft, grpo   the stages
 estimate      parameters, memory and FLOPs before anything runs
 curves        metrics.jsonl -> a picture
+loading       a Hugging Face directory -> a model to tune, checked as the exporter does
+telling       what a run says on stderr
+arguments     what train.py is told
 cli           arguments -> a stage
 """
 

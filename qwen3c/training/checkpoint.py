@@ -8,11 +8,12 @@ OUT/checkpoints/step-N/   a Hugging Face directory and trainer.pt: what resuming
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,68 @@ from . import TrainingError
 
 FOLDER = "checkpoints"
 STATE = "trainer.pt"
+METRICS, CURVES = "metrics.jsonl", "curves.png"
+MODEL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.*", "*.safetensors", "*.safetensors.index.json",
+)  # fmt: skip
 _NAME = re.compile(r"step-(\d+)$")
+_TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp$")  # as files.replacing names them
 
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [(int(m[1]), p) for p in out.glob(f"{FOLDER}/step-*") if (m := _NAME.match(p.name))]
     return [path for _, path in sorted(found)]
+
+
+def check_free(out: Path) -> None:
+    """TrainingError, saying what is there, if `out` is no place for a new run."""
+    if out.exists() and not out.is_dir():
+        raise TrainingError(f"{out}: is a file; -o takes a folder")
+    if checkpoints(out):
+        raise TrainingError(
+            f"{out}: holds a run already; --resume goes on with it, or choose another directory "
+            "(--force begins anew and removes it)"
+        )
+    found = model_files(out)
+    if found:
+        names = ", ".join(path.name for path in found[:4]) + (", ..." if len(found) > 4 else "")
+        raise TrainingError(
+            f"{out}: holds {_model_name(out)} that no run left checkpoints of ({names}); choose another directory "
+            "(--force replaces it)"
+        )
+
+
+def model_files(directory: Path) -> list[Path]:
+    """The files of a Hugging Face model in a directory."""
+    found = {path for pattern in MODEL_FILES for path in directory.glob(pattern)}
+    return sorted(path for path in found if not path.name.startswith("."))
+
+
+def _model_name(directory: Path) -> str:
+    try:
+        config = json.loads((directory / "config.json").read_text("utf-8"))
+        return f"a model ({config['architectures'][0]})"
+    except (OSError, ValueError, LookupError, TypeError):
+        return "a model"
+
+
+def begin(out: Path) -> None:
+    """Make `out` ready for a new run: what an earlier one left goes, but for its model, which stays until replaced."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in [*checkpoints(out), *out.glob(f"{FOLDER}/.step-*.tmp")]:
+        shutil.rmtree(path, ignore_errors=True)
+    for name in (METRICS, CURVES):
+        (out / name).unlink(missing_ok=True)
+
+
+def tidy(out: Path) -> None:
+    """Remove the temporary files that writers which were killed left in `out`."""
+    for path in out.glob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and (match[1] in (METRICS, CURVES) or any(Path(match[1]).match(p) for p in MODEL_FILES)):
+            path.unlink(missing_ok=True)
 
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
@@ -51,11 +107,16 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def publish(directory: Path, out: Path) -> None:
-    """Copy the model files of a checkpoint into `out`, each one replaced at once, the weights last."""
+    """Copy the model files of a checkpoint into `out`, each one replaced at once, the weights last.
+
+    Files of a model that was there before go, if this one has none of the name: a chat template, shards.
+    """
     files = [p for p in directory.iterdir() if p.is_file() and p.name != STATE]
     for file in sorted(files, key=lambda p: (p.suffix == ".safetensors", p.name)):
         with replacing(out / file.name) as temporary:
             shutil.copyfile(file, temporary)
+    for stale in {path.name for path in model_files(out)} - {file.name for file in files}:
+        (out / stale).unlink()
 
 
 def prune(out: Path, keep: int) -> None:
@@ -67,7 +128,10 @@ def prune(out: Path, keep: int) -> None:
 
 
 class Metrics:
-    """metrics.jsonl: a record per line. On resuming, lines after the checkpoint's step are dropped."""
+    """metrics.jsonl: a record per line. On resuming, lines after the checkpoint's step are dropped.
+
+    step: of the checkpoint; a run that begins anew has no file (see begin).
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
@@ -79,8 +143,11 @@ class Metrics:
 
     def add(self, record: dict[str, Any]) -> None:
         self.records.append(record)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # a failing write does not say which file
+            raise TrainingError(f"{self.path}: {error.strerror}") from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -94,3 +161,51 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise TrainingError(f"{path}: line {number} is not JSON") from None
     return records
+
+
+# ----------------------------------------------------------------------------
+# What a resumed run must share with the one it goes on with
+
+Inputs = dict[str, "str | int | float | None"]
+"""Name -> value, as a person reads both ("--context": 256), or a fingerprint (see fingerprint)."""
+
+_FINGERPRINT = "sha256:"
+
+
+def fingerprint(parts: Iterable[bytes]) -> str:
+    """One text for bytes of any length; where they are cut into parts makes a difference."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(hashlib.sha256(part).digest())
+    return _FINGERPRINT + whole.hexdigest()
+
+
+def file_fingerprint(paths: Iterable[Path]) -> str:
+    """Of the contents of files, in this order."""
+
+    def blocks() -> Iterable[bytes]:
+        for path in paths:
+            yield path.name.encode()
+            with open(path, "rb") as file:
+                while block := file.read(1 << 24):
+                    yield block
+
+    return fingerprint(blocks())
+
+
+def check_inputs(path: Path, saved: Inputs, given: Inputs) -> None:
+    """TrainingError, naming the first difference, if the run behind a checkpoint began otherwise."""
+    for name in dict.fromkeys([*saved, *given]):
+        old, new = saved.get(name), given.get(name)
+        if old == new:
+            continue
+        if str(old).startswith(_FINGERPRINT) and str(new).startswith(_FINGERPRINT):
+            raise TrainingError(f"{path}: was made with another {name}: its contents are not the same")
+        was, now = (_in_words(value) for value in (old, new))
+        raise TrainingError(f"{path}: was made with {name} {was}, not {now}")
+
+
+def _in_words(value: str | int | float | None) -> str:
+    if value is None:
+        return "not given"
+    return "of other contents" if str(value).startswith(_FINGERPRINT) else str(value)

@@ -1,7 +1,8 @@
 """Conversations (JSONL) -> samples -> packed rows.
 
 A sample is one reply of the assistant behind everything said before it, rendered by the model's own chat
-template and cut into tokens as at run time; only the reply's tokens, its end included, are learned. Plain text may
+template, thoughts and tool calls included, and cut into tokens as at run time; only the reply's tokens, its end
+included, are learned. What the template would leave out of a reply is refused, never dropped. Plain text may
 stand among the conversations, so that a model does not forget how to go on with one: it is learned whole. Rows
 hold several samples, none of which sees another.
 """
@@ -17,8 +18,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
+from ..chat import ROLES, normalized
 from . import TrainingError
+from .checkpoint import fingerprint
 from .next_token import IGNORED
+from .vocabulary import TextEncoder, end_of_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,8 +30,10 @@ if TYPE_CHECKING:
     from .trainer import Batch
 
 OPEN_ROWS = 32  # rows that a sample may still go into
+BEYOND_TEXT = ("reasoning_content", "tool_calls")  # what a reply may have besides its text
 
 Message = dict[str, Any]
+Tools = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,12 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line.decode("utf-8"))
+            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            if b"\\u" in line:
+                json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            fault = f"holds half of a surrogate pair, {error.object[error.start]!r}: that is no character"
+            raise TrainingError(f"{path}: line {number}: {fault}") from None
         except UnicodeDecodeError as error:
             raise TrainingError(f"{path}: line {number}: byte {error.start} is not UTF-8") from None
         except (ValueError, RecursionError) as error:
@@ -63,14 +74,34 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def check_messages(value: Any, where: str) -> list[Message]:
-    """`value` as a list of messages with role and text. TrainingError, naming `where`, if it is not."""
+    """The messages as the chat does (chat.normalized). TrainingError, naming `where`, if they are none."""
     if not isinstance(value, list) or not value:
         raise TrainingError(f"{where}: messages is not a list of messages")
     for i, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise TrainingError(f"{where}: message {i} has no role")
-        if not isinstance(message.get("content"), str):
+        if message["role"] not in ROLES:
+            expected = ", ".join(ROLES)
+            raise TrainingError(
+                f"{where}: message {i} has the role {message['role']!r}, not one of {expected}"
+            )
+        content = message.get("content")
+        if content is None and not any(message.get(key) for key in BEYOND_TEXT):
             raise TrainingError(f"{where}: the content of message {i} is not text")
+        if not isinstance(content, (str, list, type(None))):
+            raise TrainingError(f"{where}: the content of message {i} is not text")
+    try:
+        return normalized(value)
+    except ValueError as error:
+        raise TrainingError(f"{where}: {error}") from None
+
+
+def check_tools(value: Any, where: str) -> Tools | None:
+    """The functions that a model is told of; None if there are none."""
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise TrainingError(f"{where}: tools is not a list of objects")
     return value
 
 
@@ -82,23 +113,22 @@ class Renderer:
             raise TrainingError("the model has no chat template: conversations cannot be rendered")
         self.tokenizer = tokenizer
         self.control = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        self._plain = TextEncoder(tokenizer)
 
-    def prompt(self, messages: list[Message], where: str) -> list[int]:
-        """The conversation up to where the assistant speaks."""
-        return self._encode(self._render(messages, True, where))
+    def prompt(self, line: dict[str, Any], where: str) -> list[int]:
+        """The conversation of a line of JSONL, up to where the assistant speaks."""
+        messages, tools = self._conversation(line, where)
+        return self._encode(self._render(messages, tools, where, prompts=True))
 
-    def samples(self, messages: list[Message], where: str) -> Iterator[Sample]:
-        """One sample per reply. TrainingError if there is no reply to learn."""
+    def samples(self, line: dict[str, Any], where: str) -> Iterator[Sample]:
+        """One sample per reply of a line of JSONL. TrainingError if there is no reply to learn."""
+        messages, tools = self._conversation(line, where)
         replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not replies:
             raise TrainingError(f"{where}: has no message of the assistant: there is nothing to learn")
         for i in replies:
-            prompt = self._render(messages[:i], True, where)
-            whole = self._render(messages[: i + 1], False, where)
-            if not whole.startswith(prompt):
-                raise TrainingError(
-                    f"{where}: the chat template renders message {i} otherwise than it prompts for it"
-                )
+            prompt, whole = self._prompt_and_whole(messages[: i + 1], tools, where)
+            self._refuse_what_is_dropped(messages[: i + 1], tools, where)
             tokens = self._encode(prompt)
             reply = self._encode(whole[len(prompt) :])
             end = self.tokenizer.eos_token_id  # what the template puts behind it is not the assistant's
@@ -109,19 +139,70 @@ class Renderer:
         if not isinstance(text, str) or not text:
             raise TrainingError(f"{where}: text is not a text")
         self._refuse_control_tokens(text, f"{where}: text")
-        return Sample([*self._encode(text), self.tokenizer.pad_token_id], 0)
+        return Sample([*self._plain.encode(text, where), end_of_text(self.tokenizer)], 0)
 
-    def _refuse_control_tokens(self, text: str, where: str) -> None:
-        for token in self.control:
-            if token in text:
-                raise TrainingError(f"{where} holds the control token {token}")
-
-    def _render(self, messages: list[Message], generation_prompt: bool, where: str) -> str:
+    def _conversation(self, line: dict[str, Any], where: str) -> tuple[list[Message], Tools | None]:
+        messages, tools = check_messages(line.get("messages"), where), check_tools(line.get("tools"), where)
         for i, message in enumerate(messages):
-            self._refuse_control_tokens(message["content"], f"{where}: message {i}")
+            self._refuse_control_tokens(message, f"{where}: message {i}")
+        self._refuse_control_tokens(tools, f"{where}: tools")
+        return messages, tools
+
+    def _prompt_and_whole(self, messages: list[Message], tools: Tools | None, where: str) -> tuple[str, str]:
+        """(what a model is shown before it writes the last message, the same with that message)."""
+        for thinking in (False, True):  # a template that can switch thoughts off does so for replies without
+            prompt = self._render(messages[:-1], tools, where, prompts=True, thinking=thinking)
+            whole = self._render(messages, tools, where, thinking=thinking)
+            if whole.startswith(prompt):
+                return prompt, whole
+        raise TrainingError(
+            f"{where}: the chat template renders message {len(messages) - 1} otherwise than it prompts for it"
+        )
+
+    def _refuse_what_is_dropped(self, messages: list[Message], tools: Tools | None, where: str) -> None:
+        """TrainingError if the last message's thoughts or calls, or the tools, change nothing in what is rendered."""
+        *before, reply = messages
+        for key in BEYOND_TEXT:
+            without = {name: value for name, value in reply.items() if name != key}
+            if reply.get(key) and self._render_alike(messages, tools, [*before, without], tools):
+                raise TrainingError(f"{where}: the chat template drops the {key} of message {len(before)}")
+        if tools and self._render_alike(messages, tools, messages, None):
+            raise TrainingError(f"{where}: the chat template drops the tools")
+
+    def _render_alike(
+        self, messages: list[Message], tools: Tools | None, others: list[Message], other_tools: Tools | None
+    ) -> bool:
+        try:
+            return self._render(messages, tools, "") == self._render(others, other_tools, "")
+        except TrainingError:  # a template that cannot do without a thing does not drop it
+            return False
+
+    def _refuse_control_tokens(self, value: Any, where: str) -> None:
+        """Look into every text of a JSON value."""
+        if isinstance(value, str):
+            for token in self.control:
+                if token in value:
+                    raise TrainingError(f"{where} holds the control token {token}")
+        elif isinstance(value, dict):
+            self._refuse_control_tokens([*value.keys(), *value.values()], where)
+        elif isinstance(value, list):
+            for item in value:
+                self._refuse_control_tokens(item, where)
+
+    def _render(
+        self,
+        messages: list[Message],
+        tools: Tools | None,
+        where: str,
+        *,
+        prompts: bool = False,
+        thinking: bool = False,
+    ) -> str:
+        """What transformers renders. prompts: whether the assistant speaks next."""
+        given: Any = tools
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation_prompt, enable_thinking=False
+                messages, tools=given, tokenize=False, add_generation_prompt=prompts, enable_thinking=thinking
             )
         except Exception as error:  # whatever the template raises
             raise TrainingError(
@@ -142,7 +223,7 @@ def read_samples(path: Path, tokenizer: PreTrainedTokenizerFast, context: int) -
         if "text" in value and "messages" not in value:
             found = iter([renderer.text(value["text"], where)])
         else:
-            found = renderer.samples(check_messages(value.get("messages"), where), where)
+            found = renderer.samples(value, where)
         for sample in found:
             fits = len(sample.tokens) <= context
             too_long += not fits
@@ -151,6 +232,11 @@ def read_samples(path: Path, tokenizer: PreTrainedTokenizerFast, context: int) -
     if not samples:
         raise TrainingError(f"{path}: all {too_long} samples are longer than the context of {context} tokens")
     return samples, too_long
+
+
+def samples_fingerprint(samples: Sequence[Sample]) -> str:
+    """Of the tokens and of where each reply begins."""
+    return fingerprint(np.array([s.prompt_length, *s.tokens], np.int32).tobytes() for s in samples)
 
 
 class HasTokens(Protocol):

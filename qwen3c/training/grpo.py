@@ -1,6 +1,13 @@
 """Group Relative Policy Optimisation (https://arxiv.org/abs/2402.03300, section 4.1).
 
 For each prompt G completions are sampled; a completion's advantage is its reward, normalised within the group.
+Two losses (LOSSES) differ in what a mean is taken over, and in the standard deviation that advantages have:
+
+    dapo  every token of the step counts the same (DAPO, https://arxiv.org/abs/2503.14476, section 3.3), so a long
+          completion weighs more than a short one; the deviation is that of the group as it is (divided by G)
+    grpo  every completion counts the same, and within it every token (the paper's equation 3); the deviation is
+          the sample's (divided by G - 1), as in most implementations: the paper does not say
+
 Completions come from the INT8 engine, so the policy that sampled differs a little from the one that learns: the
 ratio of their probabilities corrects for that, as it does for the updates since, and is clipped for both.
 """
@@ -9,6 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
+import json
 import math
 import os
 import shutil
@@ -22,16 +31,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import TrainingError
-from .conversations import Renderer, check_messages, read_jsonl
+from .checkpoint import fingerprint
+from .conversations import Renderer, read_jsonl
 from .rollouts import Completion, rollout
-from .trainer import Batch, Settings, Trainer
+from .trainer import Batch, Settings, Start, Trainer
+from .vocabulary import end_of_text
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from .. import engine
 
+LOSSES = ("dapo", "grpo")
+SAMPLES = 4  # texts that show the model's progress
 ROLLOUTS = ".rollouts"  # the folder in which the engine meets the weights of a step
 
 Reward = Callable[[str, str, dict[str, Any]], float]
@@ -55,6 +69,16 @@ class Policy:
     updates: int = 1  # of the optimiser per batch of completions
     clip_ratio: float = 0.2
     kl: float = 0.02  # weight of the divergence from the reference
+    loss: str = "dapo"  # of LOSSES
+
+    def check(self) -> None:
+        """TrainingError for what would learn nothing, or the reverse."""
+        if self.completions < 2:
+            raise TrainingError(
+                f"--completions {self.completions}: a reward is compared within its group, which takes at least 2"
+            )
+        if self.kl < 0:
+            raise TrainingError(f"--kl {self.kl:g} would push away from the reference; at least 0 is needed")
 
 
 def load_reward(name: str) -> Reward:
@@ -65,6 +89,11 @@ def load_reward(name: str) -> Reward:
     sys.path.insert(0, os.getcwd())
     try:
         reward: Reward = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        hint = ""
+        if error.name == module:
+            hint = f"; {module}.py in this folder would be found, with {function}(prompt, completion, task) in it"
+        raise TrainingError(f"--reward {name}: ModuleNotFoundError: {error}{hint}") from None
     except Exception as error:  # whatever the module raises while it loads
         raise TrainingError(
             f"--reward {name}: {type(error).__name__}: {' '.join(str(error).split())}"
@@ -74,15 +103,29 @@ def load_reward(name: str) -> Reward:
     return reward
 
 
+def reward_fingerprint(reward: Reward) -> str:
+    """Of the function's source, where it has one."""
+    try:
+        source = inspect.getsource(reward)
+    except (OSError, TypeError):
+        source = ""
+    return fingerprint([source.encode()])
+
+
+def tasks_fingerprint(tasks: Sequence[Task]) -> str:
+    return fingerprint(json.dumps([t.tokens, t.values], sort_keys=True).encode() for t in tasks)
+
+
 def read_tasks(path: Path, tokenizer: PreTrainedTokenizerFast, room: int) -> list[Task]:
     """Lines of {"messages": [...], ...} or {"prompt": "text", ...}, of at most `room` tokens each."""
-    tasks = []
+    tasks, renderer = [], None
     for number, value in read_jsonl(path):
         where = f"{path}: line {number}"
         if isinstance(value.get("prompt"), str):
             ids = list(tokenizer.backend_tokenizer.encode(value["prompt"], add_special_tokens=False).ids)
         else:
-            ids = Renderer(tokenizer).prompt(check_messages(value.get("messages"), where), where)
+            renderer = renderer or Renderer(tokenizer)
+            ids = renderer.prompt(value, where)
         if not 1 <= len(ids) <= room:
             raise TrainingError(
                 f"{where}: the prompt is {len(ids)} tokens, from 1 to {room} leave room for a completion"
@@ -91,27 +134,46 @@ def read_tasks(path: Path, tokenizer: PreTrainedTokenizerFast, room: int) -> lis
     return tasks
 
 
+def advantages_of(rewards: NDArray[np.float64], loss: str) -> NDArray[np.float64]:
+    """Rewards (groups, completions) -> how far each is from the mean of its group, in standard deviations."""
+    deviation = rewards.std(1, ddof=1 if loss == "grpo" else 0, keepdims=True)
+    return (rewards - rewards.mean(1, keepdims=True)) / (deviation + 1e-4)
+
+
+def token_losses(logprobs: torch.Tensor, batch: Batch, policy: Policy) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, divergence from the reference) of every token, masked ones too."""
+    import torch
+
+    ratio = torch.exp(logprobs - batch["old"])
+    clipped = ratio.clamp(1 - policy.clip_ratio, 1 + policy.clip_ratio)
+    gain = torch.minimum(ratio * batch["advantages"], clipped * batch["advantages"])
+    # an estimate of the divergence that is never negative and right on average (Schulman, "Approximating KL")
+    log_ratio = batch["reference"] - logprobs
+    kl = torch.exp(log_ratio) - log_ratio - 1
+    return policy.kl * kl - gain, kl
+
+
 class GRPO(Trainer):
     best_is_highest = True
 
     def __init__(
         self,
         settings: Settings,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
-        resume: Path | None,
+        start: Start,
         reference: PreTrainedModel,
         policy: Policy,
         train: list[Task],
         validation: list[Task],
         reward: Reward,
     ) -> None:
-        super().__init__(settings, model, tokenizer, resume)
+        super().__init__(settings, start)
         self.reference = reference.to(self.accelerator.device).eval().requires_grad_(False)
         self.policy, self.train, self.validation, self.reward = policy, train, validation, reward
-        ends = model.generation_config.eos_token_id
-        self.end_tokens = frozenset([ends] if isinstance(ends, int) else ends or [tokenizer.eos_token_id])
-        self.n_tokens = len(tokenizer)
+        ends = self.plain_model.generation_config.eos_token_id
+        self.end_tokens = frozenset(
+            [ends] if isinstance(ends, int) else ends or [end_of_text(self.tokenizer)]
+        )
+        self.n_tokens = len(self.tokenizer)
         self._kl = 0.0
 
     def describe(self) -> str:
@@ -132,15 +194,18 @@ class GRPO(Trainer):
     # Completions and what they are worth
 
     def updates(self, step: int) -> Iterator[Sequence[Batch]]:
+        import torch
+
         tasks = self._tasks(step)
         begin = time.perf_counter()
         with self._engine() as model:
             groups = self._complete(model, tasks, self.policy.completions, self.policy.temperature, step)
         seconds = time.perf_counter() - begin
         rewards = np.array([self._rewards(task, group) for task, group in zip(tasks, groups, strict=True)])
-        advantages = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-4)
+        advantages = advantages_of(rewards, self.policy.loss)
         n_sampled = sum(len(c.tokens) for group in groups for c in group)
         self.step_record = {
+            "tokens": int(self._sum(torch.tensor(n_sampled * self.policy.updates))),
             "reward": self._mean(float(rewards.mean())),
             "completion_tokens": self._mean(n_sampled / rewards.size),
             "ended": self._mean(float(np.mean([c.ended for group in groups for c in group]))),
@@ -227,7 +292,7 @@ class GRPO(Trainer):
         import torch
 
         length = max(len(prompt) + len(completion.tokens) for prompt, completion, _ in rows)
-        tokens = np.full((len(rows), length), self.tokenizer.pad_token_id, np.int64)
+        tokens = np.full((len(rows), length), end_of_text(self.tokenizer), np.int64)
         mask = np.zeros((len(rows), length - 1), bool)
         old, advantages = np.zeros(mask.shape, np.float32), np.zeros(mask.shape, np.float32)
         for i, (prompt, completion, advantage) in enumerate(rows):
@@ -254,18 +319,17 @@ class GRPO(Trainer):
         return logprobs.gather(-1, tokens[:, 1:, None]).squeeze(-1)
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        import torch
-
-        p, mask, advantages = self.policy, batch["mask"], batch["advantages"]
-        logprobs = self._logprobs(self.model, batch["tokens"])
-        ratio = torch.exp(logprobs - batch["old"])
-        clipped = ratio.clamp(1 - p.clip_ratio, 1 + p.clip_ratio)
-        gain = torch.minimum(ratio * advantages, clipped * advantages)
-        # an estimate of the divergence that is never negative and right on average (Schulman, "Approximating KL")
-        log_ratio = batch["reference"] - logprobs
-        kl = torch.exp(log_ratio) - log_ratio - 1
+        mask = batch["mask"]
+        losses, kl = token_losses(self._logprobs(self.model, batch["tokens"]), batch, self.policy)
         self._kl += float((kl.detach() * mask).sum())
-        return ((p.kl * kl - gain) * mask).sum(), self.count(batch)
+        losses = losses * mask
+        if self.policy.loss == "grpo":
+            losses = losses / mask.sum(1, keepdim=True)
+        return losses.sum(), self.count(batch)
+
+    def count(self, batch: Batch) -> int:
+        """Tokens, or completions, that the mean is taken over."""
+        return len(batch["mask"]) if self.policy.loss == "grpo" else super().count(batch)
 
     def judge(self) -> tuple[float, dict[str, Any]]:
         with self._engine() as model:
@@ -276,8 +340,11 @@ class GRPO(Trainer):
             mean[name] = float(
                 np.mean([self._rewards(t, g) for t, g in zip(self.validation, groups, strict=True)])
             )
-        text = str(self.tokenizer.decode(greedy[0][0].tokens))
-        return mean["validation_reward"], {**mean, "sample": self.validation[0].text + text}
+        samples = [
+            task.text + str(self.tokenizer.decode(group[0].tokens))
+            for task, group in zip(self.validation[:SAMPLES], greedy[:SAMPLES], strict=True)
+        ]
+        return mean["validation_reward"], {**mean, "samples": samples}
 
     def _mean(self, value: float) -> float:
         import torch

@@ -10,17 +10,21 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .trainer import Batch, Trainer
+from .vocabulary import end_of_text
 
 if TYPE_CHECKING:
     import torch
 
 IGNORED = -100  # a target that is not learned
+SAMPLES = 4  # texts that show the model's progress
 SAMPLE_TOKENS = 120
 VALIDATION_ROWS = 64
 
 
 class NextToken(Trainer):
     """A batch has tokens and targets (n, context) int64; packed rows also have positions and attention."""
+
+    samples_end = True  # whether a sample ends where the model ends it
 
     @abstractmethod
     def row(self, index: int) -> Any:
@@ -35,8 +39,8 @@ class NextToken(Trainer):
         """Rows as one batch."""
 
     @abstractmethod
-    def sample_prompt(self) -> list[int]:
-        """What the text that shows the model's progress goes on from."""
+    def sample_prompts(self) -> list[list[int]]:
+        """At most SAMPLES; what the texts that show the model's progress go on from."""
 
     def updates(self, step: int) -> Iterator[Sequence[Batch]]:
         s, accelerator = self.settings, self.accelerator
@@ -70,27 +74,44 @@ class NextToken(Trainer):
             loss, n = self.loss_of(batch)
             total, count = total + float(loss), count + n
         mean = total / max(count, 1)
-        return mean, {"validation_loss": mean, "sample": self._sample()}
+        return mean, {"validation_loss": mean, "samples": self._samples()}
 
-    def _sample(self) -> str | None:
-        """Text that goes on from the prompt, at temperature 0.8; None where the weights are sharded."""
+    def _samples(self) -> list[str]:
+        """Texts that go on from the prompts, at temperature 0.8; none where the weights are sharded."""
         import torch
 
-        if self.settings.shard:
-            return None
-        prompt = self.sample_prompt()
+        context = self.plain_model.config.max_position_embeddings
+        prompts = [prompt[: max(1, context // 2)] for prompt in self.sample_prompts()]
+        length = max(map(len, prompts))
+        room = min(SAMPLE_TOKENS, context - length)
+        if self.settings.shard or room < 1:
+            return []
+        padding = end_of_text(self.tokenizer)
+        rows = [[padding] * (length - len(prompt)) + prompt for prompt in prompts]  # the text is on the right
+        seen = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        model: Any = self.plain_model
+        ends: Any = {} if self.samples_end else {"eos_token_id": -1}  # a token that never comes
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
-            ids = torch.tensor([prompt], device=self.accelerator.device)
-            room = self.plain_model.config.max_position_embeddings - len(prompt)
-            model: Any = self.plain_model
             out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=min(SAMPLE_TOKENS, room),
+                torch.tensor(rows, device=self.accelerator.device),
+                attention_mask=torch.tensor(seen, device=self.accelerator.device),
+                max_new_tokens=room,
                 do_sample=True,
                 temperature=0.8,
                 top_k=0,
                 top_p=1.0,
+                pad_token_id=padding,
+                **ends,
             )
-        return str(self.tokenizer.decode(out[0].tolist()))
+        return [
+            self._as_text(row[length - len(prompt) :])
+            for row, prompt in zip(out.tolist(), prompts, strict=True)
+        ]
+
+    def _as_text(self, ids: list[int]) -> str:
+        """The text, without what fills up the row of a sample that ended before the longest one."""
+        padding = end_of_text(self.tokenizer)
+        while self.samples_end and ids[-1:] == [padding]:
+            ids = ids[:-1]
+        return str(self.tokenizer.decode(ids))

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .next_token import VALIDATION_ROWS, NextToken
+from .next_token import SAMPLES, VALIDATION_ROWS, NextToken
 from .text import Windows
-from .trainer import Batch, Settings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from .trainer import Batch, Settings, Start
 
 PROMPT_TOKENS = 16  # of a validation text that a sample goes on from
 
 
 class Pretraining(NextToken):
-    def __init__(
-        self,
-        settings: Settings,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
-        resume: Path | None,
-        train: Windows,
-        validation: Windows,
-    ) -> None:
-        super().__init__(settings, model, tokenizer, resume)
+    samples_end = False  # behind the end of a text another one begins
+
+    def __init__(self, settings: Settings, start: Start, train: Windows, validation: Windows) -> None:
+        super().__init__(settings, start)
         self.train, self.validation = train, validation
 
     def describe(self) -> str:
@@ -51,5 +40,5 @@ class Pretraining(NextToken):
         windows = torch.from_numpy(np.stack(rows).astype(np.int64))
         return {"tokens": windows[:, :-1].contiguous(), "targets": windows[:, 1:].contiguous()}
 
-    def sample_prompt(self) -> list[int]:
-        return [int(token) for token in self.validation_rows()[0][:PROMPT_TOKENS]]
+    def sample_prompts(self) -> list[list[int]]:
+        return self.validation.starts(SAMPLES, min(PROMPT_TOKENS, self.validation.context))

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .conversations import Rows, Sample, collate, pack
-from .next_token import VALIDATION_ROWS, NextToken
-from .trainer import Batch, Settings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from .next_token import SAMPLES, VALIDATION_ROWS, NextToken
+from .trainer import Batch, Settings, Start
+from .vocabulary import end_of_text
 
 
 class FineTuning(NextToken):
     def __init__(
-        self,
-        settings: Settings,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
-        resume: Path | None,
-        train: list[Sample],
-        validation: list[Sample],
-        context: int,
+        self, settings: Settings, start: Start, train: list[Sample], validation: list[Sample], context: int
     ) -> None:
-        super().__init__(settings, model, tokenizer, resume)
+        super().__init__(settings, start)
         self.train, self.context = Rows(train, context, settings.seed), context
         self.validation = pack(validation, context)[:VALIDATION_ROWS]
 
@@ -45,8 +34,8 @@ class FineTuning(NextToken):
         return self.validation
 
     def collate(self, rows: Sequence[Sequence[Sample]]) -> Batch:
-        return collate(rows, self.context, self.tokenizer.pad_token_id)
+        return collate(rows, self.context, end_of_text(self.tokenizer))
 
-    def sample_prompt(self) -> list[int]:
-        first = self.validation[0][0]
-        return first.tokens[: max(first.prompt_length, 1)]
+    def sample_prompts(self) -> list[list[int]]:
+        samples = [row[0] for row in self.validation[:SAMPLES]]
+        return [sample.tokens[: max(sample.prompt_length, 1)] for sample in samples]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from . import TrainingError
+from .vocabulary import end_of_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -65,7 +66,7 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Pr
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     shape.check()
-    end_of_text, end_of_turn = tokenizer.pad_token_id, tokenizer.eos_token_id
+    end, end_of_turn = end_of_text(tokenizer), tokenizer.eos_token_id
     config = Qwen3Config(
         vocab_size=-(-len(tokenizer) // 16) * 16,
         hidden_size=shape.dim,
@@ -78,8 +79,8 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Pr
         tie_word_embeddings=True,
         attention_bias=False,
         bos_token_id=None,
-        eos_token_id=end_of_turn,
-        pad_token_id=end_of_text,
+        eos_token_id=end if end_of_turn is None else end_of_turn,
+        pad_token_id=end,
     )
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(config)
@@ -88,8 +89,8 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Pr
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.div_(math.sqrt(2 * shape.n_layers))
     generation = model.generation_config
-    generation.eos_token_id = sorted({end_of_turn, end_of_text})
-    generation.pad_token_id = end_of_text
+    generation.eos_token_id = sorted({end_of_turn, end} - {None})
+    generation.pad_token_id = end
     # the distribution of a small model is wide: nearer to greedy it makes more sense
     generation.do_sample, generation.temperature, generation.top_p, generation.top_k = True, 0.3, 0.9, 20
     return model

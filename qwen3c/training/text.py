@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import TrainingError
+from .checkpoint import fingerprint
+from .vocabulary import TextEncoder, end_of_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,15 +27,35 @@ class Document:
     text: str
 
 
-def read_documents(paths: Sequence[Path]) -> list[Document]:
+class NotText(TrainingError):
+    """A file is binary."""
+
+
+def read_documents(paths: Sequence[Path], say: Callable[[str], None] = lambda line: None) -> list[Document]:
     """Every file named, and every file below a folder named, in sorted order; hidden ones are left out.
 
-    TrainingError, one line, for what is missing, empty, not UTF-8 or binary.
+    say: gets a line on the files of folders that are not text, which are left out too.
+    TrainingError, one line, for what is missing, empty, or named and not text.
     """
-    documents = [_read(file) for path in paths for file in _files(path)]
+    documents, skipped = [], []
+    for path in paths:
+        for file in _files(path):
+            try:
+                documents.append(_read(file))
+            except NotText as error:
+                if file == path:
+                    raise
+                skipped.append((file, error))
     documents = [d for d in documents if d.text.strip()]
+    if skipped:
+        count = f"{len(skipped):,} files are" if len(skipped) > 1 else "1 file is"
+        left_out = f"{count} not text and left out, such as {skipped[0][0]}"
     if not documents:
-        raise TrainingError(f"{', '.join(map(str, paths))}: no text in there")
+        raise TrainingError(
+            f"{', '.join(map(str, paths))}: no text in there" + (f": {left_out}" if skipped else "")
+        )
+    if skipped:
+        say(left_out)
     return documents
 
 
@@ -43,23 +65,28 @@ def _files(path: Path) -> Iterator[Path]:
     elif path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.is_file())
         yield from (p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
+    elif path.exists():
+        raise TrainingError(f"{path}: is neither a file nor a folder")
     else:
         raise TrainingError(f"{path}: no such file or folder")
 
 
 def _read(path: Path) -> Document:
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")  # some editors put a byte order mark first
     except UnicodeDecodeError as error:
-        raise TrainingError(f"{path}: is not text: byte {error.start} is not UTF-8") from None
+        raise NotText(f"{path}: is not text: byte {error.start} is not UTF-8") from None
     except OSError as error:
         raise TrainingError(f"{path}: {error.strerror}") from None
     controls = sum(c < " " and c not in "\n\t\r\f\v" for c in text)
     if controls > MAX_CONTROL * len(text):
-        raise TrainingError(
-            f"{path}: is not text: {controls} of {len(text)} characters are control characters"
-        )
+        raise NotText(f"{path}: is not text: {controls} of {len(text)} characters are control characters")
     return Document(str(path), text)
+
+
+def documents_fingerprint(documents: Sequence[Document]) -> str:
+    """Of the texts and their order; where the files lie makes no difference."""
+    return fingerprint(d.text.encode() for d in documents)
 
 
 def split(documents: list[Document], fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
@@ -86,12 +113,10 @@ class Windows:
     def __init__(
         self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, context: int, seed: int
     ) -> None:
-        stream: list[int] = []
-        for encoding in tokenizer.backend_tokenizer.encode_batch(
-            [d.text for d in documents], add_special_tokens=False
-        ):
-            stream += encoding.ids
-            stream.append(tokenizer.pad_token_id)
+        end, encoder, stream = end_of_text(tokenizer), TextEncoder(tokenizer), []
+        for ids in encoder.encode_all((d.name, d.text) for d in documents):
+            stream += ids
+            stream.append(end)
         self.stream = np.array(stream, dtype=np.int32)
         self.context, self.seed = context, seed
         self.bytes_per_token = sum(len(d.text.encode()) for d in documents) / len(stream)
@@ -105,6 +130,12 @@ class Windows:
     @property
     def n_tokens(self) -> int:
         return len(self.stream)
+
+    def starts(self, n: int, length: int) -> list[list[int]]:
+        """At most `n` pieces of `length` tokens, evenly spread over the text."""
+        last = len(self.stream) - length
+        places = dict.fromkeys(i * last // max(n - 1, 1) for i in range(n))
+        return [self.stream[place : place + length].tolist() for place in places]
 
     @property
     def n_windows(self) -> int:

@@ -2,6 +2,9 @@
 
 A stage says which samples a step trains on, what their loss is and how a model is judged. Everything that
 decides a step is a function of (settings, step): after a kill, a resumed run gives the same losses to the bit.
+
+A run is resumed with the settings (Settings.deciding) and inputs that it began with. The number of steps may
+change, and the warm-up, which follows from it: from there on the learning rate has the new schedule.
 """
 
 from __future__ import annotations
@@ -9,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -20,7 +22,22 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import replacing
 from . import TrainingError
-from .checkpoint import FOLDER, STATE, Metrics, checkpoints, prune, publish, write_directory
+from .checkpoint import (
+    CURVES,
+    FOLDER,
+    METRICS,
+    STATE,
+    Inputs,
+    Metrics,
+    begin,
+    check_inputs,
+    checkpoints,
+    prune,
+    publish,
+    tidy,
+    write_directory,
+)
+from .telling import Telling
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +70,13 @@ class Settings:
     quiet: bool = False
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide the losses: those that must stay for a run to be resumed."""
-        others = ("out", "evaluate_every", "checkpoint_every", "keep", "compile", "quiet")
+        """The settings that must stay for a run to be resumed.
+
+        Of the others, the schedule may be drawn out, and micro-batches change nothing but how sums are rounded.
+        """
+        others = (
+            "out", "steps", "warmup", "micro_batch", "evaluate_every", "checkpoint_every", "keep", "compile", "quiet",
+        )  # fmt: skip
         return {
             name: list(v) if isinstance(v, tuple) else v
             for name, v in asdict(self).items()
@@ -69,11 +91,23 @@ class Settings:
         return self.learning_rate * (self.min_learning_rate + (1 - self.min_learning_rate) * cosine)
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with, or goes on from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    resume: Path | None  # the checkpoint that model and tokenizer were read from
+    inputs: Inputs  # what else must be the same for a run to be resumed: data, shapes, ...
+    telling: Telling
+
+
 class Stopped(Exception):
     """The run was asked to stop, and has written a checkpoint."""
 
     def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped after step {step}; --resume goes on from there")
+        where = f"after step {step}; --resume goes on from there" if step else "before the first step"
+        super().__init__(f"stopped {where}")
         self.signal = number
 
 
@@ -82,17 +116,13 @@ class Trainer(ABC):
 
     best_is_highest = False  # of the judgement that picks the best checkpoint
 
-    def __init__(
-        self,
-        settings: Settings,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
-        resume: Path | None,
-    ) -> None:
+    def __init__(self, settings: Settings, start: Start) -> None:
         import torch
         from accelerate import Accelerator
 
-        self.settings, self.tokenizer = settings, tokenizer
+        model = start.model
+        self.settings, self.tokenizer, self.inputs = settings, start.tokenizer, start.inputs
+        self.telling = start.telling
         self.accelerator = Accelerator(
             mixed_precision="no" if settings.precision == "fp32" else settings.precision
         )
@@ -113,10 +143,14 @@ class Trainer(ABC):
         )
         compiled: Any = torch.compile(model) if settings.compile else model
         self.model = compiled if settings.shard else self.accelerator.prepare(compiled)
-        if resume:
-            self._load(resume)
-        settings.out.mkdir(parents=True, exist_ok=True)
-        self.metrics = Metrics(settings.out / "metrics.jsonl", self.step) if self.is_main else None
+        if start.resume:
+            self._load(start.resume)
+        if self.is_main:
+            if not start.resume:
+                begin(settings.out)
+            tidy(settings.out)
+        self.accelerator.wait_for_everyone()
+        self.metrics = Metrics(settings.out / METRICS, self.step) if self.is_main else None
         self._signal: int | None = None
 
     # ------------------------------------------------------------------------
@@ -146,25 +180,20 @@ class Trainer(ABC):
         return bool(self.accelerator.is_main_process)
 
     def run(self) -> None:
-        """Train from the current step to the last; Stopped after SIGINT or SIGTERM, with a checkpoint."""
-        from tqdm import tqdm
-
-        s = self.settings
-        self._say(self.describe())
-        if self.step == 0:
-            self._evaluate()
-        bar = tqdm(
-            total=s.steps, initial=self.step, unit="step", file=sys.stderr, dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 60, disable=not self.is_main or s.quiet,
-        )  # fmt: skip
-        with self._catching_signals(), bar:
+        """Train from the current step to the last; Stopped after SIGINT, SIGTERM or SIGHUP, with a checkpoint."""
+        s, telling = self.settings, self.telling
+        telling.say(self.describe())
+        with self._catching_signals(), telling.steps(self.step):
+            if self.step == 0:
+                self._evaluate()
+                self._leave_if_asked()
+            telling.step(self.step, s.steps)
             while self.step < s.steps:
                 begin = time.perf_counter()
                 record = self._train_step()
                 record["tokens_per_second"] = round(record["tokens"] / (time.perf_counter() - begin), 1)
                 self._record(record)
-                bar.set_postfix_str(self._status(record), refresh=False)
-                bar.update()
+                telling.step(self.step, s.steps, self._status(record))
                 last = self.step == s.steps
                 stopping = self._stop_requested()
                 judged = last or self.step % s.evaluate_every == 0
@@ -173,6 +202,17 @@ class Trainer(ABC):
                     self._save(better)
                 if stopping and not last:
                     raise Stopped(stopping, self.step)
+        telling.say(self._outcome())
+
+    def _leave_if_asked(self) -> None:
+        if stopping := self._stop_requested():
+            raise Stopped(stopping, self.step)
+
+    def _outcome(self) -> str:
+        out = self.settings.out
+        if self.best is None:
+            return f"{out}: no model in there yet"
+        return f"{out}: the best model of {self.step:,} steps; `export.py {out} model.bin` makes it run"
 
     def _train_step(self) -> dict[str, Any]:
         learning_rate = self.settings.learning_rate_at(self.step)
@@ -214,7 +254,7 @@ class Trainer(ABC):
                 loss, _ = self.loss_of(batch)
                 # data parallelism averages the gradients of the processes; the mean over all samples is wanted
                 (loss * (world / max(total, 1))).backward()
-            losses += loss.detach().double().cpu()
+            losses += loss.detach().cpu().double()  # Apple's GPUs have no float64
         norm: Any = torch.nn.utils.clip_grad_norm_(self.plain_model.parameters(), self.settings.clip)
         norm = norm.full_tensor() if self.settings.shard else norm
         if torch.isfinite(norm):
@@ -242,6 +282,9 @@ class Trainer(ABC):
         return int(batch["mask"].sum())
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Over all processes."""
+        if self.accelerator.num_processes == 1:
+            return value
         return self.accelerator.reduce(value.to(self.accelerator.device), reduction="sum")
 
     def _evaluate(self) -> bool:
@@ -249,7 +292,7 @@ class Trainer(ABC):
         import torch
 
         self.model.eval()
-        with torch.no_grad():
+        with self.telling.doing(f"step {self.step:,}: evaluating"), torch.no_grad():
             judgement, record = self.judge()
         self._record({"step": self.step, **record})
         better = self.step > 0 and (  # the model that training began with is no result of it
@@ -260,7 +303,7 @@ class Trainer(ABC):
         figures = ", ".join(
             f"{name} {value:.4g}" for name, value in record.items() if isinstance(value, float)
         )
-        self._say(f"step {self.step}: {figures}")
+        self.telling.say(f"step {self.step}: {figures}")
         self._draw()
         return better
 
@@ -275,10 +318,18 @@ class Trainer(ABC):
             self.tokenizer.save_pretrained(directory)
 
     def _save(self, is_best: bool) -> None:
-        import torch
+        from safetensors import SafetensorError
 
+        path = self.settings.out / FOLDER / f"step-{self.step:07d}"
+        with self.telling.doing(f"step {self.step:,}: writing a checkpoint"):
+            try:
+                self._write(path, is_best)
+            except (OSError, SafetensorError) as error:
+                why = error.strerror if isinstance(error, OSError) else error
+                raise TrainingError(f"{path}: cannot be written: {why}") from None
+
+    def _write(self, path: Path, is_best: bool) -> None:
         s, out = self.settings, self.settings.out
-        path = out / FOLDER / f"step-{self.step:07d}"
         weights, optimizer = self._weights(), self._optimizer_state()
         if self.is_main:
 
@@ -288,10 +339,11 @@ class Trainer(ABC):
                 state = {
                     "step": self.step,
                     "best": self.best,
-                    "settings": s.deciding(),
+                    "settings": {**s.deciding(), "steps": s.steps},
+                    "inputs": self.inputs,
                     "optimizer": optimizer,
                 }
-                torch.save(state, directory / STATE)
+                _save_state(state, directory / STATE)
 
             write_directory(path, fill)
             if is_best:
@@ -310,7 +362,17 @@ class Trainer(ABC):
                 raise TrainingError(
                     f"{path}: was made with --{flag} {state['settings'].get(name)}, not {value}"
                 )
+        check_inputs(path, state.get("inputs", self.inputs), self.inputs)
         self.step, self.best = state["step"], state["best"]
+        steps, now = state["settings"]["steps"], self.settings.steps
+        if now < self.step:
+            raise TrainingError(f"{path}: is past --steps {now}")
+        line = (
+            f"going on from step {self.step:,}" if self.step < now else f"all {now:,} steps are done already"
+        )
+        if steps != now:
+            line += f"; --steps was {steps:,} and is {now:,}: the learning rate follows the new schedule"
+        self.telling.say(line)
         if self.settings.shard:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
@@ -345,12 +407,6 @@ class Trainer(ABC):
         if self.metrics:
             self.metrics.add(record)
 
-    def _say(self, line: str) -> None:
-        from tqdm import tqdm
-
-        if self.is_main and not self.settings.quiet:
-            tqdm.write(line, file=sys.stderr)
-
     def _status(self, record: dict[str, Any]) -> str:
         return f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tok/s"
 
@@ -358,7 +414,7 @@ class Trainer(ABC):
         from .curves import draw
 
         if self.metrics:
-            with replacing(self.settings.out / "curves.png") as temporary:
+            with replacing(self.settings.out / CURVES) as temporary:
                 draw(self.metrics.records, temporary)
 
     # ------------------------------------------------------------------------
@@ -366,14 +422,23 @@ class Trainer(ABC):
 
     @contextlib.contextmanager
     def _catching_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the step at hand; a second one ends it at once."""
+        """SIGINT, SIGTERM and SIGHUP (a closed terminal) end the run after the step at hand.
+
+        A second SIGINT or SIGTERM ends it at once; a second SIGHUP does not: a shell sends its own after the system's.
+        """
 
         def request(number: int, frame: FrameType | None) -> None:
-            if self._signal is not None:
+            if self._signal is not None and number != hangup:
                 raise KeyboardInterrupt
-            self._signal = number
+            if self._signal is None and number == signal.SIGINT:
+                self.telling.at_once("stopping after this step; another Ctrl-C stops at once")
+            self._signal = self._signal or number
 
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        hangup = getattr(signal, "SIGHUP", None)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:  # nohup has it ignored
+            numbers.append(hangup)
+        previous = {number: signal.signal(number, request) for number in numbers}
         try:
             yield
         finally:
@@ -389,6 +454,18 @@ class Trainer(ABC):
         return int(
             self.accelerator.gather(torch.tensor([self._signal or 0]).to(self.accelerator.device)).max()
         )
+
+
+def _save_state(state: dict[str, Any], path: Path) -> None:
+    """torch.save. OSError, with the system's reason, if it cannot write all of it."""
+    import torch
+
+    try:
+        torch.save(state, path)
+    except RuntimeError:  # "unexpected pos 704 vs 598" on a full disk: ask the system itself
+        with open(path, "ab") as file:
+            file.write(bytes(1 << 20))
+        raise
 
 
 def _shard(model: PreTrainedModel) -> None:

@@ -5,12 +5,14 @@ Both are ordinary tokenizer.json files, as transformers, export.py and the engin
 
 from __future__ import annotations
 
+import itertools
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..gguf import PRE_TOKENIZERS
+from ..tokenizer import without_added_tokens
 from . import TrainingError
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # ordinary text t
 
 CHARACTERS = "\n\t" + "".join(c for c in string.printable if c.isprintable())  # printable ASCII
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+ENCODED_AT_ONCE = 64  # documents; the library encodes them on all cores
+UNKNOWN_SHOWN = 5  # characters that an error names
 
 CHAT_TEMPLATE = """\
 {%- if tools %}{{ raise_exception("this model calls no tools") }}{% endif -%}
@@ -89,6 +93,50 @@ def _wrapped(tokenizer: Tokenizer, **settings: str) -> PreTrainedTokenizerFast:
 
     fast: Any = PreTrainedTokenizerFast
     return fast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, bos_token=None, **settings)
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The token behind a document, which is also what rows are padded with. TrainingError if there is none."""
+    for id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(id, int):
+            return id
+    raise TrainingError("the tokenizer has neither pad_token nor eos_token: nothing can end a text")
+
+
+class TextEncoder:
+    """Text -> tokens as the engine encodes it: what looks like a control token is text like any other."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._plain = without_added_tokens(tokenizer.backend_tokenizer)
+        self._unknown = tokenizer.unk_token_id
+
+    def encode(self, text: str, name: str) -> list[int]:
+        """The tokens of one text. TrainingError, with its name, for characters that the vocabulary lacks."""
+        return next(self.encode_all([(name, text)]))
+
+    def encode_all(self, texts: Iterable[tuple[str, str]]) -> Iterator[list[int]]:
+        """The tokens of each (name, text), one text after the other."""
+        remaining = iter(texts)
+        while batch := list(itertools.islice(remaining, ENCODED_AT_ONCE)):
+            encodings = self._plain.encode_batch([text for _, text in batch], add_special_tokens=False)
+            for (name, text), encoding in zip(batch, encodings, strict=True):
+                ids = list(encoding.ids)
+                if self._unknown is not None and self._unknown in ids:
+                    raise self._cannot_say(name, text, encoding)
+                yield ids
+
+    def _cannot_say(self, name: str, text: str, encoding: Any) -> TrainingError:
+        unknown = [
+            text[start:end]
+            for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            if id == self._unknown
+        ]
+        kinds = list(dict.fromkeys(unknown))
+        shown = ", ".join(map(repr, kinds[:UNKNOWN_SHOWN])) + (", ..." if len(kinds) > UNKNOWN_SHOWN else "")
+        return TrainingError(
+            f"{name}: the tokenizer has no token for {len(unknown):,} of {len(text):,} characters ({shown}); "
+            "--tokenizer bpe takes any text"
+        )
 
 
 def load(directory: str | Path) -> PreTrainedTokenizerFast:

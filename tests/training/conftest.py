@@ -1,4 +1,4 @@
 import pytest
 
-for library in ("torch", "transformers", "accelerate", "matplotlib", "tqdm"):
+for library in ("torch", "transformers", "accelerate", "matplotlib"):
     pytest.importorskip(library, reason="training needs the extra `train` (make oracles)")

@@ -40,7 +40,7 @@ def data(tmp_path_factory):
         ("pretrain {d}/text -o {o} --warmup 5000", "--warmup 5000 is not from 0 to --steps"),
         ("pretrain {d}/text -o {o} --tokenizer {d}/text", "has no tokenizer.json"),
         ("pretrain {d}/text -o {o} --model {d}/text", "has no config.json"),
-        ("pretrain {d}/text -o {o} --model {d}/broken", "broken: "),
+        ("pretrain {d}/text -o {o} --model {d}/broken", "broken/config.json: is not valid JSON"),
         ("pretrain {d}/text -o {d}/binary", "binary"),
         ("pretrain {d}/text -o {o} --shard", "--shard needs several processes"),
         ("sft {d}/bad.jsonl --model {d}/base -o {o}", "bad.jsonl: line 1: messages is not a list"),

@@ -53,7 +53,7 @@ def test_the_loss_falls_from_that_of_a_uniform_guess(base):
     validation = [r["validation_loss"] for r in records if "validation_loss" in r]
     assert validation[0] == pytest.approx(np.log(320), rel=0.05)
     assert validation[-1] < 2.5
-    assert all(r["sample"] for r in records if "validation_loss" in r)
+    assert all(r["samples"] for r in records if "validation_loss" in r)
 
 
 def test_a_run_leaves_a_model_metrics_and_a_picture(base):
@@ -150,7 +150,7 @@ def test_a_finished_or_foreign_run_is_not_overwritten(data, base, capsys):
 KILL = """
 import os, random, signal, sys, time
 from pathlib import Path
-import torch, transformers, accelerate, matplotlib.figure, tqdm
+import torch, transformers, accelerate, matplotlib.figure
 import qwen3c.training.pretrain, qwen3c.training.cli as cli
 from qwen3c.training.checkpoint import checkpoints
 torch.set_num_threads(1)

@@ -1,0 +1,57 @@
+"""A Hugging Face directory -> a model to train, after every check that the exporter makes at the end."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..huggingface import Checkpoint, Files
+from . import TrainingError
+from .checkpoint import file_fingerprint, model_files
+from .vocabulary import load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+SMALLEST_GROUP = 32  # weights that share a scale: what fits no such group cannot be exported at all
+
+
+def check_exportable(directory: Path) -> None:
+    """SourceError, as export.py would raise it, for a model whose tuning could not be exported."""
+    if not (directory / "config.json").is_file():
+        hint = ""
+        if not directory.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
+            hint = f": `hf download {directory} --local-dir {directory.name}` gets one"
+        raise TrainingError(f"{directory}: has no config.json; expected a Hugging Face directory{hint}")
+    with Files(directory) as files:
+        Checkpoint(files, SMALLEST_GROUP)
+
+
+def load_model(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A model in float32, every weight of it from the directory, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    check_exportable(directory)
+    tokenizer = load(directory)
+    factory: Any = AutoModelForCausalLM
+    try:
+        model, loaded = factory.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # the libraries raise what they like
+        raise TrainingError(f"{directory}: {' '.join(str(error).split())[:300]}") from None
+    for name in sorted(loaded["missing_keys"]):
+        raise TrainingError(f"{directory}: tensor {name} is missing: it would begin as random numbers")
+    return model, tokenizer
+
+
+def model_fingerprint(directory: Path) -> str:
+    """Of the files of a model."""
+    return file_fingerprint(model_files(directory))
