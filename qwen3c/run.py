@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # or what comes next would stand behind the terminal's ^C
         return 130
     except (ValueError, OSError, MemoryError, ImportError) as error:
         if isinstance(error, OSError) and error.filename is None:
