@@ -74,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # or what comes next would stand behind the terminal's ^C
         return 130
     except (ValueError, OSError, MemoryError, ImportError, RuntimeError) as error:
         return _cannot_write(error) if terminal.is_write_error(error) else _fail(terminal.one_line(error))

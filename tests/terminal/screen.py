@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import signal
+import termios
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,11 +23,31 @@ import pexpect
 import pyte
 
 ROOT = Path(__file__).parents[2]
+SHELL = ("bash", "--norc", "--noprofile", "-i")  # for Ctrl-Z and fg, which only a shell gives a meaning
 KEYS = {
     "ctrl-c": "\x03", "ctrl-d": "\x04", "ctrl-z": "\x1a", "ctrl-l": "\x0c", "ctrl-a": "\x01", "ctrl-u": "\x15",
     "up": "\x1b[A", "down": "\x1b[B", "left": "\x1b[D", "right": "\x1b[C", "tab": "\t", "enter": "\r", "backspace": "\x7f",
 }  # fmt: skip
 PATIENCE = 60.0  # seconds that a test waits for something to appear before it fails
+
+
+class _Screen(pyte.HistoryScreen):
+    """pyte's screen, which also knows dim text (as a colour) and remembers the lines that were erased."""
+
+    def __init__(self, columns: int, rows: int) -> None:
+        self.erased: list[str] = []
+        super().__init__(columns, rows, history=100_000)
+
+    def select_graphic_rendition(self, *attributes: int, **options: Any) -> None:
+        super().select_graphic_rendition(*attributes, **options)
+        if attributes and attributes[-1] in (2, 22):
+            self.cursor.attrs = self.cursor.attrs._replace(fg="dim" if attributes[-1] == 2 else "default")
+
+    def erase_in_line(self, how: int = 0, private: bool = False) -> None:
+        line = str(self.display[self.cursor.y]).rstrip()
+        if line:
+            self.erased.append(line)
+        super().erase_in_line(how, private)
 
 
 class Terminal:
@@ -46,7 +67,7 @@ class Terminal:
         cwd: str | os.PathLike[str] = ROOT,
     ) -> None:
         program, *arguments = map(str, command)
-        self._screen = pyte.HistoryScreen(columns, rows, history=100_000)
+        self._screen = _Screen(columns, rows)
         self._stream = pyte.ByteStream(self._screen)
         self._child = pexpect.spawn(
             program,
@@ -57,6 +78,7 @@ class Terminal:
             timeout=PATIENCE,
         )
         self._child.delaybeforesend = None
+        self._hung_up = False
         self.raw = b""
 
     def __enter__(self) -> Terminal:
@@ -65,6 +87,10 @@ class Terminal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
+        if self._hung_up and not self._child.ptyproc.terminated:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self._child.ptyproc.terminated = True
         self._child.close(force=True)
 
     @property
@@ -92,13 +118,31 @@ class Terminal:
         """The line that the cursor is on, without trailing blanks."""
         return str(self._screen.display[self._screen.cursor.y]).rstrip()
 
+    @property
+    def erased(self) -> list[str]:
+        """What lines showed before they were erased, in order: every state of a line that is drawn again."""
+        return self._screen.erased
+
     def colours(self, text: str) -> set[str]:
-        """The foreground colours of the first place on the screen that shows `text`; {"default"} if uncoloured."""
+        """The foreground colours of the first place on the screen that shows `text`; {"default"} if uncoloured.
+
+        Dim text has the colour "dim".
+        """
         for y, line in enumerate(self._screen.display):
             x = line.find(text)
             if x >= 0:
                 return {self._screen.buffer[y][x + i].fg for i in range(len(text))}
         raise AssertionError(f"{text!r} is not on the screen:\n{self.text}")
+
+    def assert_left_as_found(self) -> None:
+        """What is typed next stands at the start of a line, echoed, uncoloured, beside a cursor that is seen."""
+        screen = self._screen
+        assert screen.cursor.x == 0, f"the cursor is left at column {screen.cursor.x}:\n{self.text}"
+        assert screen.cursor.attrs == screen.default_char, f"the next text would be {screen.cursor.attrs}"
+        assert not screen.cursor.hidden
+        assert self.raw.count(b"\x1b[?2004h") == self.raw.count(b"\x1b[?2004l"), "pastes stay bracketed"
+        flags = termios.tcgetattr(self._child.child_fd)[3]
+        assert flags & termios.ECHO and flags & termios.ICANON and flags & termios.ISIG
 
     def read(self, seconds: float = 0.0) -> None:
         """Draw what the child writes within `seconds`, or what has come already."""
@@ -151,8 +195,9 @@ class Terminal:
     def hang_up(self) -> None:
         """Close the terminal as a window manager does: the child gets SIGHUP and its streams are gone."""
         self.read()
-        os.close(self._child.child_fd)
-        self._child.closed = True
+        pty = self._child.ptyproc
+        pty.fileobj.close()
+        pty.closed = self._child.closed = self._hung_up = True
         self._child.child_fd = -1
 
     def finish(self, timeout: float = PATIENCE) -> int:
@@ -167,10 +212,9 @@ class Terminal:
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                self._child.terminated = True
+                self._child.ptyproc.terminated = True
                 return os.waitstatus_to_exitcode(status)
             if time.monotonic() > deadline:
-                os.kill(self.pid, signal.SIGKILL)
                 raise AssertionError(f"still running {timeout:g} s after its terminal was closed")
             time.sleep(0.02)
 

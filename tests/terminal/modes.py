@@ -1,0 +1,37 @@
+"""The modes of run.py that answer and end, as they are typed; test_modes.py runs them, test_coverage.py counts them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from screen import ROOT
+from small_models import TINY_QWEN3
+
+PROMPT = "def fibonacci(n):"
+SLOWLY = [sys.executable, str(Path(__file__).with_name("slowly.py"))]
+TEXT = "def add(a, b):\n    return a + b\n\n\n" * 60
+MODES = {
+    "generate": ["-i", PROMPT, "-n", "12", "-s", "1"],
+    "trace": ["-m", "trace", "-i", PROMPT],
+    "trace --html": ["-m", "trace", "-i", PROMPT, "--html", "page.html", "-n", "4"],
+    "info": ["-m", "info"],
+    "info --verify": ["-m", "info", "--verify"],
+    "perplexity": ["-m", "perplexity", "text.txt"],
+    "bench": ["-m", "bench"],
+}
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where commands are typed: a folder with text.txt in it, and a model."""
+
+    folder: Path
+    model: Path = TINY_QWEN3
+
+    def command(self, mode: str, *more: str, pace: str = "") -> list[str]:
+        """One of MODES with more flags; pace: of slowly.py, none: as it is."""
+        script = [*SLOWLY, pace, "run.py"] if pace else [sys.executable, str(ROOT / "run.py")]
+        # two threads on a busy machine wait for each other
+        return [*script, str(self.model), "-j", "1", *MODES[mode], *more]

@@ -1,0 +1,108 @@
+"""The scripts of examples/ as a person types them.
+
+python -m pytest tests/terminal/test_examples.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from screen import ROOT, SHELL, Terminal
+from small_models import TINY_QWEN3
+
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+FOUND = {"PYTHONPATH": str(ROOT)}
+KINDS: dict[str, dict[str, str | None]] = {
+    "usual": {},
+    "dumb": {"TERM": "dumb"},
+    "NO_COLOR": {"NO_COLOR": "1"},
+    "LANG=C": {"LANG": "C"},
+}
+
+every_example = pytest.mark.parametrize("name", EXAMPLES)
+
+
+def command(name: str) -> list[str]:
+    return [sys.executable, str(ROOT / "examples" / f"{name}.py"), str(TINY_QWEN3)]
+
+
+def words(text: str) -> str:
+    """Without blanks, and without the speed, which is never the same twice."""
+    return re.sub(r"\d+ a second", "", re.sub(r"[ \n]+", "", text).replace("asecond", " a second"))
+
+
+@every_example
+def test_an_example_says_the_same_on_every_terminal_and_in_every_width(name: str, tmp_path: Path) -> None:
+    screens = []
+    for columns, kind in ((80, "usual"), (20, "usual"), (80, "dumb"), (80, "NO_COLOR"), (80, "LANG=C")):
+        with Terminal(command(name), columns=columns, env=FOUND | KINDS[kind], cwd=tmp_path) as terminal:
+            assert terminal.finish() == 0, terminal.text
+            terminal.assert_left_as_found()
+            assert "Traceback" not in terminal.text and b"\x1b" not in terminal.raw
+            screens.append(words(terminal.text))
+    assert len(screens[0]) > 50 and set(screens) == {screens[0]}
+    assert not list(tmp_path.iterdir())
+
+
+@every_example
+def test_an_example_in_a_pipe_prints_what_it_prints_on_a_terminal(name: str, tmp_path: Path) -> None:
+    screens = []
+    for redirection in ("", "< /dev/null", "| cat", "2> err"):
+        shell = ["sh", "-c", f"{shlex.join(command(name))} {redirection}"]
+        with Terminal(shell, env=FOUND, cwd=tmp_path) as terminal:
+            assert terminal.finish() == 0, terminal.text
+            screens.append(words(terminal.text))
+    assert set(screens) == {screens[0]} and (tmp_path / "err").read_text() == ""
+
+
+@every_example
+def test_ctrl_c_and_a_closed_terminal_end_an_example_at_once(name: str, tmp_path: Path) -> None:
+    """They are plain Python scripts: Ctrl-C is Python's own KeyboardInterrupt, from wherever it was."""
+    for how, signals in (("ctrl-c", (signal.SIGINT,)), ("closed", (signal.SIGHUP,))):
+        with Terminal(held(name), env=FOUND, cwd=tmp_path) as terminal:
+            terminal.wait_for("held")
+            if how == "ctrl-c":
+                terminal.press("ctrl-c")
+                status = terminal.finish(timeout=10)
+                terminal.assert_left_as_found()
+                assert terminal.lines[-1] == "KeyboardInterrupt"
+            else:
+                terminal.hang_up()
+                status = terminal.finish_unseen(timeout=10)
+                with pytest.raises(ProcessLookupError):
+                    os.killpg(terminal.pid, 0)
+            assert -status in signals
+    assert not list(tmp_path.iterdir())
+
+
+@every_example
+def test_ctrl_z_fg_and_another_width_change_nothing(name: str, tmp_path: Path) -> None:
+    with Terminal(SHELL, env=FOUND | {"PS1": "$ "}, cwd=tmp_path, columns=200, rows=200) as shell:
+        shell.type(shlex.join(held(name)) + "\r")
+        shell.wait_until(lambda: "held" in shell.lines, "the example at work")
+        shell.press("ctrl-z")
+        shell.wait_for("Stopped")
+        shell.resize(60, 200)
+        shell.type("fg\r")
+        shell.type("echo status=$?\r")
+        shell.wait_until(lambda: "status=0" in shell.lines, "the end")
+        assert "Traceback" not in shell.text
+
+
+def held(name: str) -> list[str]:
+    """The example, which holds for a second once the model is open."""
+    program = (
+        "import runpy, sys, time, qwen3c, qwen3c.model as m\n"
+        "class Held(m.Model):\n"
+        "    def __init__(self, *args):\n"
+        "        super().__init__(*args); print('held', flush=True); time.sleep(1)\n"
+        "m.Model = qwen3c.Model = Held\n"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    return [sys.executable, "-c", program, *command(name)[1:]]

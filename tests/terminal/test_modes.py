@@ -1,0 +1,292 @@
+"""generate, trace, info, perplexity and bench as a person types them: on any terminal, in any pipe, interrupted,
+suspended, resized, closed.
+
+python -m pytest tests/terminal/test_modes.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from modes import MODES, PROMPT, TEXT, Desk
+from screen import SHELL, Terminal, run_typed
+
+from qwen3c import Model
+
+SGR = re.compile(rb"\x1b\[[\d;]*m")  # colours and the like
+SLOW = ["generate", "perplexity", "info --verify", "bench", "trace --html"]  # take long with a large model
+DRAWING = ["generate", "perplexity"]  # and show how far they are
+PACE = {
+    "bench": "quick"
+}  # it measures for seconds: where that is not what is tested, its figures are made up
+
+every_mode = pytest.mark.parametrize("mode", MODES)
+every_slow_mode = pytest.mark.parametrize("mode", SLOW)
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    (tmp_path / "text.txt").write_text(TEXT)
+    return Desk(tmp_path)
+
+
+def type_mode(desk: Desk, mode: str, *, columns: int = 80, **options: Any) -> tuple[str, bytes]:
+    """(the text on the terminal, the bytes behind it) of a mode that must succeed and leave things as they were."""
+    # bench measures for seconds: its figures are made up
+    with Terminal(
+        desk.command(mode, pace=PACE.get(mode, "")), columns=columns, cwd=desk.folder, **options
+    ) as t:
+        status = t.finish()
+        t.assert_left_as_found()
+        assert status == 0 and "Traceback" not in t.text, t.text
+        return t.text, t.raw
+
+
+def words(text: str) -> str:
+    """What stands on a screen whatever its width and whatever the clock said: no blanks nor rules, every number N."""
+    return re.sub(r"\d[\d.,]*", "N", re.sub(r"[\s:-]+", "", text))
+
+
+# ----------------------------------------------------------------------------
+# Kinds of terminals
+
+
+@every_mode
+def test_every_mode_ends_well_at_80_and_at_20_columns_and_says_the_same(desk: Desk, mode: str) -> None:
+    usual, narrow = (words(type_mode(desk, mode, columns=columns)[0]) for columns in (80, 20))
+    assert len(usual) > 20 and narrow == usual
+
+
+@every_mode
+def test_a_dumb_terminal_gets_no_escape_code(desk: Desk, mode: str) -> None:
+    text, raw = type_mode(desk, mode, env={"TERM": "dumb"})
+    assert b"\x1b" not in raw and "\r" not in raw.decode().replace("\r\n", "")
+    assert words(text) == words(type_mode(desk, mode)[0])
+
+
+@every_mode
+def test_no_color_is_no_colour_and_nothing_else(desk: Desk, mode: str) -> None:
+    _, plain = type_mode(desk, mode, env={"NO_COLOR": "1"})
+    _, coloured = type_mode(desk, mode)
+    assert not SGR.search(plain)
+    assert words(SGR.sub(b"", coloured).decode()) == words(plain.decode())
+
+
+@pytest.mark.parametrize("mode", ["generate", "trace", "info --verify"])
+def test_notes_are_dim_and_answers_are_not(desk: Desk, mode: str) -> None:
+    with Terminal(desk.command(mode), cwd=desk.folder, rows=200, columns=200) as terminal:
+        assert terminal.finish() == 0
+        note, answer = {
+            "generate": ("KV f16", "  #"),
+            "trace": ("KV f16", "lm_head"),
+            "info --verify": ("match", "n_layers"),
+        }[mode]
+        assert terminal.colours(note) == {"dim"}
+        assert terminal.colours(answer) == {"default"}
+
+
+@every_mode
+@pytest.mark.parametrize("locale", ["C", "ascii"])
+def test_a_plain_locale_shows_what_it_can(desk: Desk, mode: str, locale: str) -> None:
+    """ascii: what an old system makes of LANG=C, where Python has no UTF-8 to fall back on."""
+    env: dict[str, str | None] = {"LANG": "C"}
+    if locale == "ascii":
+        env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    _, raw = type_mode(desk, mode, env=env)
+    assert locale == "C" or max(raw) < 128
+
+
+@every_mode
+def test_each_stream_may_be_a_pipe_alone(desk: Desk, mode: str) -> None:
+    whole = words(type_mode(desk, mode)[0])
+    command = shlex.join(desk.command(mode, pace=PACE.get(mode, "")))
+    for redirection in ("< file", "2> file", "> file"):
+        (desk.folder / "file").write_text("")
+        status, text, _ = run_typed(["sh", "-c", f"{command} {redirection}"], cwd=desk.folder)
+        hidden = (desk.folder / "file").read_text()
+        assert status == 0 and "Traceback" not in text + hidden
+        assert "\x1b" not in hidden and "\r" not in hidden
+        # what is not on the screen is in the file
+        assert sorted(words(text) + words(hidden)) == sorted(whole)
+
+
+def test_a_reader_that_has_had_enough_is_no_error(desk: Desk) -> None:
+    for mode in ("trace", "info"):
+        _, text, _ = run_typed(["sh", "-c", shlex.join(desk.command(mode)) + " | head -1"], cwd=desk.folder)
+        assert "error" not in text and "Traceback" not in text
+
+
+# ----------------------------------------------------------------------------
+# Work that takes long
+
+
+@every_slow_mode
+@pytest.mark.parametrize("columns", [20, 80])
+def test_progress_leaves_nothing_behind(desk: Desk, mode: str, columns: int) -> None:
+    screens = {}
+    more = ["--file", "text.txt"] if mode == "generate" else []
+    for drawn in (False, True):
+        with Terminal(
+            desk.command(mode, *more, pace="drawn" if drawn else "undrawn"), cwd=desk.folder, columns=columns
+        ) as terminal:
+            assert terminal.finish() == 0, terminal.text
+            terminal.assert_left_as_found()
+            screens[drawn] = words(terminal.text)
+            assert drawn or not terminal.erased
+            if drawn and mode in DRAWING:
+                assert terminal.erased
+            # the last column stays free
+            assert all(len(line) < columns for line in terminal.erased)
+    assert screens[True] == screens[False]
+
+
+@pytest.mark.parametrize("mode", DRAWING)
+def test_a_dumb_terminal_sees_no_progress_in_place(desk: Desk, mode: str) -> None:
+    command = desk.command(mode, *(["--file", "text.txt"] if mode == "generate" else []), pace="drawn")
+    status, text, raw = run_typed(command, cwd=desk.folder, env={"TERM": "dumb"})
+    assert status == 0 and b"\x1b" not in raw and "Traceback" not in text
+    assert b"\r" not in raw.replace(b"\r\n", b"")
+
+
+@pytest.mark.parametrize("mode", DRAWING)
+def test_a_window_made_smaller_gets_shorter_lines(desk: Desk, mode: str) -> None:
+    command = desk.command(mode, *(["--file", "text.txt"] if mode == "generate" else []), pace="drawn")
+    with Terminal(command, cwd=desk.folder, columns=100) as terminal:
+        terminal.wait_until(lambda: terminal.erased, "progress")
+        terminal.resize(20, 24)
+        seen = len(terminal.erased)
+        terminal.wait_until(lambda: len(terminal.erased) > seen + 2, "progress in a narrow window")
+        assert terminal.finish() == 0
+        terminal.assert_left_as_found()
+        # one line may have been on its way
+        assert all(len(line) < 20 for line in terminal.erased[seen + 2 :])
+
+
+@every_slow_mode
+def test_ctrl_c_ends_it_at_once_and_leaves_the_terminal_as_it_was(desk: Desk, mode: str) -> None:
+    with interrupted(desk, mode) as terminal:
+        assert terminal.finish(timeout=10) == 130, terminal.text
+        terminal.assert_left_as_found()
+        assert "Traceback" not in terminal.text
+        assert not terminal.erased or terminal.erased[-1] not in terminal.lines
+    assert not (desk.folder / "page.html").exists() and not list(desk.folder.glob(".*"))
+
+
+def test_text_that_came_before_ctrl_c_stays(desk: Desk) -> None:
+    model = Model(str(desk.model), threads=1)
+    events = model.generate(model.tokenizer.encode(PROMPT), 12, seed=1)
+    first = "".join(event.text for event in events).split("\n")[0]
+    command = desk.command("generate", "-n", "1500", pace="drawn")
+    with Terminal(command, cwd=desk.folder, columns=200) as terminal:
+        terminal.wait_for(first)
+        terminal.press("ctrl-c")
+        assert terminal.finish(timeout=10) == 130
+        terminal.assert_left_as_found()
+        assert any(line.startswith(first) for line in terminal.lines)
+        # how fast it was is said after what there is of it
+        assert "tok/s" in terminal.lines[-1] and "^C" not in terminal.lines[-1]
+
+
+@every_slow_mode
+def test_ctrl_z_and_fg_go_on_where_it_was(desk: Desk, mode: str) -> None:
+    with Terminal(SHELL, cwd=desk.folder, env={"PS1": "$ "}, columns=200, rows=200) as shell:
+        start(shell, desk, mode)
+        shell.press("ctrl-z")
+        shell.wait_for("Stopped")
+        shell.type("fg\r")
+        shell.wait_for("run.py", timeout=10)
+        shell.type("echo status=$?\r")  # typed ahead, while it works
+        shell.wait_until(lambda: "status=0" in shell.lines, "the end")
+        assert "Traceback" not in shell.text
+
+
+@every_slow_mode
+def test_keys_typed_meanwhile_are_the_shell_s(desk: Desk, mode: str) -> None:
+    with Terminal(SHELL, cwd=desk.folder, env={"PS1": "$ "}, columns=200, rows=200) as shell:
+        start(shell, desk, mode)
+        shell.type("echo ty''ped\r")
+        shell.press("up", "left", "tab")
+        shell.wait_until(lambda: "typed" in shell.lines, "what was typed ahead")
+        assert "Traceback" not in shell.text
+
+
+@every_slow_mode
+def test_a_closed_terminal_ends_it(desk: Desk, mode: str) -> None:
+    """Soon, without a traceback, a core, or a process that stays."""
+    command = shlex.join(desk.command(mode, *long_enough(mode), pace="drawn"))
+    with Terminal(["sh", "-c", f"ulimit -c unlimited; exec {command} 2> err"], cwd=desk.folder) as terminal:
+        wait_for_work(terminal, desk)
+        terminal.hang_up()
+        status = terminal.finish_unseen(timeout=10)
+        assert status == -signal.SIGHUP or status in (0, 1, 128 + signal.SIGHUP, 128 + signal.SIGPIPE), status
+        with pytest.raises(ProcessLookupError):
+            os.killpg(terminal.pid, 0)
+    assert "Traceback" not in (desk.folder / "err").read_text()
+    assert sorted(path.name for path in desk.folder.iterdir()) == ["err", "text.txt", "working"]
+
+
+def long_enough(mode: str) -> list[str]:
+    """Flags with which a mode takes until somebody stops it."""
+    return {"generate": ["-n", "1500"], "trace --html": ["-n", "200"]}.get(mode, [])
+
+
+def start(shell: Terminal, desk: Desk, mode: str) -> None:
+    shell.wait_for("$")
+    shell.type("clear; " + shlex.join(desk.command(mode, pace="drawn")) + "\r")
+    wait_for_work(shell, desk)
+
+
+def wait_for_work(terminal: Terminal, desk: Desk) -> None:
+    """Draw until the command has begun with what takes long: slowly.py leaves a file then."""
+    terminal.wait_until((desk.folder / "working").exists, "work")
+
+
+def interrupted(desk: Desk, mode: str) -> Terminal:
+    terminal = Terminal(desk.command(mode, *long_enough(mode), pace="drawn"), cwd=desk.folder)
+    wait_for_work(terminal, desk)
+    time.sleep(0.1)
+    terminal.press("ctrl-c")
+    return terminal
+
+
+# ----------------------------------------------------------------------------
+# Text from the terminal
+
+
+@pytest.mark.parametrize("mode", ["generate", "trace", "perplexity"])
+def test_text_may_be_typed_until_ctrl_d(desk: Desk, mode: str) -> None:
+    with Terminal(reading(desk, mode), cwd=desk.folder, columns=200, rows=200) as terminal:
+        terminal.wait_for("Ctrl-D")
+        terminal.type("def add(a, b):\r    return a\r")
+        terminal.press("ctrl-d")
+        assert terminal.finish() == 0, terminal.text
+        terminal.assert_left_as_found()
+        assert "Traceback" not in terminal.text and len(terminal.lines) > 3
+
+
+@pytest.mark.parametrize("mode", ["generate", "trace", "perplexity"])
+@pytest.mark.parametrize(("key", "status"), [("ctrl-d", 2), ("ctrl-c", 130)])
+def test_nothing_typed_is_an_error_and_ctrl_c_leaves(desk: Desk, mode: str, key: str, status: int) -> None:
+    with Terminal(reading(desk, mode), cwd=desk.folder) as terminal:
+        terminal.wait_for("Ctrl-D")
+        terminal.press(key)
+        assert terminal.finish(timeout=10) == status, terminal.text
+        assert "Traceback" not in terminal.text
+        assert terminal.text.count("error") == (status == 2)
+
+
+def reading(desk: Desk, mode: str) -> list[str]:
+    """A command that takes its text from stdin."""
+    options = {
+        "generate": ["-m", "generate", "-n", "8"],
+        "trace": ["-m", "trace"],
+        "perplexity": ["-m", "perplexity", "-"],
+    }
+    return [*desk.command("info")[:-2], *options[mode]]
