@@ -90,10 +90,10 @@ def test_stdout_carries_the_text_of_the_model_alone(model: Model) -> None:
     done = command(*COMPLETE, "-i", PROMPT, "-n", "30", "-s", "7")
     assert done.status == 0 and done.out == expected.rstrip("\n") + "\n"
     chosen, speed = done.err.splitlines()
-    build = "" if engine.OPENMP else r" \(built without OpenMP\)"
+    why = "QWEN3C_THREADS" if engine.OPENMP else "built without OpenMP"
     assert re.search(
         r"int8 g64 .* \| raw text \| temperature 0\.6 top-p 0\.95 top-k 20 \| context 2048 of 2048 "
-        r"\(KV f16: 6\.0 MiB when full\) \| threads 1 \(QWEN3C_THREADS\) \| \w+ \(",
+        rf"\(KV f16: 6\.0 MiB when full\) \| threads 1 \({why}\) \| \w+ \(",
         chosen,
     )
     assert re.fullmatch(
