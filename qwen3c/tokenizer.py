@@ -14,7 +14,7 @@ import re
 import threading
 from collections.abc import Collection, Iterable
 from functools import cached_property, lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 from . import tokenizer_json
 from .format import ModelFile, ModelFileError
