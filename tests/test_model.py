@@ -131,6 +131,15 @@ def test_annotations_can_be_evaluated() -> None:
     """By what makes forms, schemas or command lines of a function's annotations."""
     assert typing.get_type_hints(Model.generate)["sampling"] == typing.Unpack[SamplingOptions]
     assert typing.get_type_hints(Model.chat)["options"] == typing.Unpack[ReplyOptions]
+    for function in (
+        Model.__init__,
+        Model.forward,
+        Model.complete,
+        Model.sampling,
+        Model.embed,
+        Model.rerank,
+    ):
+        assert typing.get_type_hints(function)
 
 
 def test_a_type_checker_finds_a_misspelt_or_mistyped_option(tmp_path: Path) -> None:
@@ -520,6 +529,11 @@ def parameters(function: ast.FunctionDef) -> list[str]:
 
 def test_the_stub_of_the_engine_and_the_engine_agree() -> None:
     for node in stub().body:
+        if isinstance(node, ast.Assign):
+            value = eval(ast.unparse(node.value), vars(typing))
+            assert getattr(engine, ast.unparse(node.targets[0])) == value
+        if isinstance(node, ast.AnnAssign):
+            assert hasattr(engine, ast.unparse(node.target))
         if isinstance(node, ast.FunctionDef):
             assert list(inspect.signature(getattr(engine, node.name)).parameters) == parameters(node), (
                 node.name
