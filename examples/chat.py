@@ -7,8 +7,7 @@ Every question goes on from the same session: what was said before is not read a
 
 import sys
 
-from qwen3c import Model
-from qwen3c.conversation import Conversation
+from qwen3c import Conversation, Model
 from qwen3c.run import MODEL_IN_THE_BOX
 
 model = Model(*sys.argv[1:2] or [str(MODEL_IN_THE_BOX)])

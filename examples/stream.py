@@ -1,6 +1,6 @@
 """Text as it comes, and how to stop it.
 
-A reply ends at a stop text, after so many tokens, or when the caller has had enough.
+A reply ends at a stop text, after so many tokens, or when the caller has had enough. `async for` works too.
 
     python examples/stream.py [model.bin]
 """
@@ -14,7 +14,7 @@ from qwen3c.run import MODEL_IN_THE_BOX
 model = Model(*sys.argv[1:2] or [str(MODEL_IN_THE_BOX)])
 deadline = time.monotonic() + 5  # seconds
 reply = model.generate(
-    model.tokenizer.encode("class Stack:\n    def __init__(self"),
+    model.text_prompt("class Stack:\n    def __init__(self"),
     max_tokens=120,
     temperature=0.6,
     seed=3,

@@ -18,6 +18,7 @@ edge; inside nogil nothing can fail. What the kernels compute is written in kern
 import fnmatch
 import operator
 import threading
+from typing import Literal
 
 import numpy as np
 
@@ -66,6 +67,10 @@ cdef extern from "kernels/team.h" nogil:
 cdef extern from "Python.h" nogil:
     int CheckSignals "PyErr_CheckSignals"()  # an exception stays pending, for the end of the pass
 
+
+Logits = Literal["last", "all", "hidden"]
+Activations = Literal["int8", "float32"]
+KV = Literal["int8", "f16", "f32"]
 
 # Rows one pass through the layers takes; longer prompts go in several. Large enough that reading a weight is
 # paid for by using it often, small enough that the buffers stay tens of megabytes.

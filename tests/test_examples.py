@@ -42,6 +42,14 @@ def model() -> Model:
     return Model(str(TINY_QWEN3))
 
 
+def test_ask_says_what_the_calls_say(model: Model) -> None:
+    answer = model.chat("Who?", 100, seed=1)
+    text = "import os" + model.complete("import os", 24, temperature=0).text
+    line = rf"\[{answer.finish_reason}: {answer.stats.generated_tokens} tokens, \d+ a second\]"
+    expected = rf"{re.escape(answer.text)}\n{line}\n{re.escape(text)}\n"
+    assert re.fullmatch(expected, run("ask", str(TINY_QWEN3), "Who?"))
+
+
 def test_chat_remembers_both_questions() -> None:
     out = run("chat", str(TINY_QWEN3), "Who?", "And when?")
     assert "> Who?" in out and "> And when?" in out

@@ -610,6 +610,7 @@ def test_cancelling_the_task_ends_the_reply_and_leaves_the_session_usable(model:
         )
         asyncio.run(cancelled(generation, lambda pieces=pieces: pieces, times))
         assert generation.reply.finish_reason == "cancelled" and list(generation) == []
+        assert generation.tokens == [] and len(session.tokens) < len(prompt)  # the next piece was not read
         assert list(model.generate(prompt, 5, session=session, seed=1)) == list(
             model.generate(prompt, 5, seed=1)
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import dataclasses
 import gc
 import importlib
 import inspect
@@ -130,6 +131,15 @@ def test_annotations_can_be_evaluated() -> None:
     """By what makes forms, schemas or command lines of a function's annotations."""
     assert typing.get_type_hints(Model.generate)["sampling"] == typing.Unpack[SamplingOptions]
     assert typing.get_type_hints(Model.chat)["options"] == typing.Unpack[ReplyOptions]
+    for function in (
+        Model.__init__,
+        Model.forward,
+        Model.complete,
+        Model.sampling,
+        Model.embed,
+        Model.rerank,
+    ):
+        assert typing.get_type_hints(function)
 
 
 def test_a_type_checker_finds_a_misspelt_or_mistyped_option(tmp_path: Path) -> None:
@@ -343,9 +353,12 @@ def test_what_runs_cannot_be_pickled_and_says_so(model: Model) -> None:
 # Damage: weights that overflow, in a file that is otherwise sound
 
 
-def rewritten(path: Path, target: Path, changes: dict[str, Callable[[bytearray], None]]) -> Path:
+def rewritten(
+    path: Path, target: Path, changes: dict[str, Callable[[bytearray], None]], n_tokens: int | None = None
+) -> Path:
     file = ModelFile(path)
-    with ModelWriter(target, file.config, file.metadata, file.tokenizer, file.template) as writer:
+    config = dataclasses.replace(file.config, n_tokens=n_tokens or file.config.n_tokens)
+    with ModelWriter(target, config, file.metadata, file.tokenizer, file.template) as writer:
         for tensor in writer.tensors:
             data = bytearray(file.data(tensor))
             changes.get(tensor.name, lambda data: None)(data)
@@ -406,15 +419,17 @@ def test_a_trace_still_shows_where_a_number_overflowed(tmp_path: Path) -> None:
     assert np.isfinite(arrays["model.layers.1"]).all() and not np.isfinite(arrays["model.norm"]).all()
 
 
-def test_rows_that_stand_for_no_token_may_overflow(tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_tokens", [None, 512], ids=["beyond the tokens", "undefined"])
+def test_rows_that_stand_for_no_token_may_overflow(tmp_path: Path, n_tokens: int | None) -> None:
     changes = {
         "model.norm.weight": fill_norm(1e32),
         "model.embed_tokens.weight": largest_scales_in_the_last_rows,
     }
-    model = Model(rewritten(export_small_model(tmp_path), tmp_path / "odd.bin", changes), threads=1)
+    path = rewritten(export_small_model(tmp_path), tmp_path / "odd.bin", changes, n_tokens)
+    model = Model(path, threads=1)
     logits = model.session().forward([1])
-    assert model.config.n_tokens <= len(logits) - 16 and not np.isfinite(logits[-16:]).all()
-    assert np.isfinite(logits[: model.config.n_tokens]).all()
+    assert not np.isfinite(logits[-16:]).all() and np.isfinite(logits[:-16]).all()
+    assert bool(model.undefined_tokens) == bool(n_tokens)
 
 
 # ----------------------------------------------------------------------------
@@ -514,6 +529,11 @@ def parameters(function: ast.FunctionDef) -> list[str]:
 
 def test_the_stub_of_the_engine_and_the_engine_agree() -> None:
     for node in stub().body:
+        if isinstance(node, ast.Assign):
+            value = eval(ast.unparse(node.value), vars(typing))
+            assert getattr(engine, ast.unparse(node.targets[0])) == value
+        if isinstance(node, ast.AnnAssign):
+            assert hasattr(engine, ast.unparse(node.target))
         if isinstance(node, ast.FunctionDef):
             assert list(inspect.signature(getattr(engine, node.name)).parameters) == parameters(node), (
                 node.name
