@@ -331,9 +331,12 @@ def _edited_line(readline: Any, prompt: str) -> str:
     def suspend(number: int, frame: FrameType | None) -> None:
         raise _Suspended(readline.get_line_buffer())
 
+    def insert() -> None:
+        readline.insert_text(typed)
+
     while True:
         previous = signal.signal(signal.SIGTSTP, suspend)
-        readline.set_startup_hook(lambda: readline.insert_text(typed))
+        readline.set_startup_hook(insert)
         try:
             return input(prompt)
         except _Suspended as suspended:
