@@ -94,9 +94,8 @@ class Reading:
     def __init__(self) -> None:
         self._progress = Progress(self._words, predict=self._seconds_left)
         self._stats = Stats()
-        self._pieces: list[
-            tuple[float, float, float]
-        ] = []  # tokens, depth of the middle one, seconds per token
+        # tokens, depth of the middle one, seconds per token
+        self._pieces: list[tuple[float, float, float]] = []
 
     def __call__(self, stats: Stats, done: int, total: int) -> None:
         tokens = stats.read_tokens - self._stats.read_tokens

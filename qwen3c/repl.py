@@ -138,7 +138,9 @@ class Repl:
 
     def _run_command(self, name: str, argument: str) -> None:
         if name not in self._commands:
-            near = difflib.get_close_matches(name, [*self._commands, *ALIASES], 1)
+            names = [*self._commands, *ALIASES]
+            near = difflib.get_close_matches(name, names, 1)
+            near = near or [each for each in names if name.startswith(each) or each.startswith(name)]
             meant = f": /{near[0]}?" if near else ""
             raise ValueError(
                 f"unknown command /{name}{meant} (/help lists them; a space before the / sends it as text)"

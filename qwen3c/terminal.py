@@ -382,7 +382,7 @@ class MessageReader:
 
     def _line(self, prompt: str) -> str:
         if self._interactive:
-            return input(prompt)
+            return input(prompt) if self._readline is None else _edited_line(self._readline, prompt)
         if sys.stdin.isatty():
             print(prompt, end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
@@ -394,6 +394,33 @@ class MessageReader:
         if not self._interactive or self._gathers_pastes or os.name != "posix":
             return False
         return bool(select.select([sys.stdin], [], [], PASTE_PAUSE)[0])
+
+
+class _Suspended(Exception):
+    """Ctrl-Z while a line is typed; the argument is what it holds so far."""
+
+
+def _edited_line(readline: Any, prompt: str) -> str:
+    """input(), but Ctrl-Z gives the shell its terminal as it was, and `fg` shows prompt and text again."""
+    typed = ""
+
+    def suspend(number: int, frame: FrameType | None) -> None:
+        raise _Suspended(readline.get_line_buffer())
+
+    def insert() -> None:
+        readline.insert_text(typed)
+
+    while True:
+        previous = signal.signal(signal.SIGTSTP, suspend)
+        readline.set_startup_hook(insert)
+        try:
+            return input(prompt)
+        except _Suspended as suspended:
+            typed = suspended.args[0]
+        finally:
+            readline.set_startup_hook()
+            signal.signal(signal.SIGTSTP, previous)
+        signal.raise_signal(signal.SIGTSTP)  # here it stops, until `fg`
 
 
 def _without_fences(block: str) -> str:

@@ -5,6 +5,8 @@ python -m pytest tests/test_conversation.py
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from small_models import TINY_QWEN3, export_small_model
 
 from qwen3c import Model
 from qwen3c.conversation import SETTINGS, Conversation, read_conversation
+from qwen3c.generate import ContextFullError
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +161,130 @@ def test_a_save_that_fails_leaves_the_old_file(
     with pytest.raises(ZeroDivisionError):
         conversation.save(str(path))
     assert path.read_bytes() == saved and os.listdir(tmp_path) == ["c.json"]
+
+
+def test_a_full_context_ends_the_conversation_or_drops_its_oldest_turns(model: Model) -> None:
+    conversation = Conversation(model, 256, max_tokens=4, seed=1, thinking=False, system="be brief")
+    said = []
+    with pytest.raises(ContextFullError):
+        while len(said) < 100:
+            text = f"message {len(said)} " + "ab " * 10
+            say(conversation, text)
+            said.append(text)
+    n_before = len(conversation.messages)
+    assert 4 < n_before < 100 and conversation.forgotten == 0
+    with pytest.raises(ContextFullError):
+        say(conversation, text)
+    conversation.set("overflow", "drop")
+    dropped_at = []
+    for i in range(30):
+        before = conversation.forgotten
+        generation = conversation.ask(f"and {i} " + "ab " * 10)
+        list(generation)
+        if conversation.forgotten > before:
+            dropped_at.append(i)
+            # the rest is what a model is asked that never heard of the oldest turns
+            assert conversation.messages[conversation.forgotten]["role"] == "user"
+        else:
+            assert generation.stats.cached_tokens > 100 // 2
+        told = [
+            {"role": "system", "content": "be brief"},
+            *conversation.messages[conversation.forgotten : -1],
+        ]
+        assert generation.stats.prompt_tokens == len(model.chat_prompt(told, False)) <= 256 - 4
+    # nothing is lost, and half of the context is made free, so that it is seldom read again
+    assert len(conversation.messages) == n_before + 60
+    assert dropped_at and min(b - a for a, b in itertools.pairwise(dropped_at)) > 1
+    n = len(conversation.messages)
+    list(conversation.regenerate())
+    assert len(conversation.messages) == n
+    conversation.clear()
+    assert conversation.forgotten == 0
+
+
+def test_turns_are_dropped_whole_and_system_messages_never(model: Model, tmp_path: Path) -> None:
+    turn: list[dict[str, Any]] = [
+        {"role": "user", "content": "ab " * 10},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "one"},
+    ]
+    messages = [{"role": "system", "content": "RULES"}, *turn * 6]
+    data = {"qwen3c": "conversation", "system": None, "messages": messages}
+    (tmp_path / "c.json").write_text(json.dumps(data))
+    conversation = Conversation(model, 256, max_tokens=4, thinking=False, overflow="drop")
+    conversation.load(str(tmp_path / "c.json"))
+    prompts: list[list[dict[str, Any]]] = []
+    chat_prompt = model.chat_prompt
+    model.chat_prompt = lambda told, thinking: (prompts.append(told), chat_prompt(told, thinking))[1]  # type: ignore[assignment,func-returns-value]
+    try:
+        say(conversation, "go on")
+    finally:
+        del model.chat_prompt
+    assert conversation.forgotten > 1 and (conversation.forgotten - 1) % 4 == 0
+    assert all(told[0] == messages[0] and told[1]["role"] == "user" for told in prompts)
+
+
+def test_a_question_that_does_not_fit_alone_is_refused_and_nothing_dropped(model: Model) -> None:
+    conversation = Conversation(model, 128, max_tokens=4, thinking=False, overflow="drop")
+    say(conversation, "hi")
+    with pytest.raises(ContextFullError):
+        conversation.ask("ab " * 200)
+    assert conversation.forgotten == 0 and len(conversation.messages) == 2
+
+
+def test_the_context_can_be_changed_and_what_was_said_stays(model: Model) -> None:
+    conversation = Conversation(model, 128, max_tokens=4, seed=1, thinking=False)
+    say(conversation, "hi")
+    before = conversation.messages
+    for value in (0, 2049, "many", 1.5):
+        with pytest.raises((ValueError, TypeError), match="context|int"):
+            conversation.set("context", value)
+        assert conversation.effective_settings()["context"] == 128
+    conversation.set("context", 512)
+    assert conversation.messages == before and conversation.session.context == 512
+    say(conversation, "ab " * 150)
+    conversation.set("context", None)
+    assert conversation.effective_settings()["context"] == 128
+    with pytest.raises(ContextFullError):
+        say(conversation, "ab")
+
+
+def test_stop_strings_are_a_setting(model: Model) -> None:
+    conversation = talk(model, temperature=0, max_tokens=30)
+    full = say(conversation, "hi")
+    conversation.clear()
+    conversation.set("stop", full[5:8])
+    assert say(conversation, "hi") == full[: full.index(full[5:8])]
+    conversation.set("stop", None)
+    conversation.clear()
+    assert say(conversation, "hi") == full
+    with pytest.raises(ValueError, match="non-empty"):
+        conversation.set("stop", [""])
+    with pytest.raises(ValueError, match="overflow = 'away' is neither stop nor drop"):
+        conversation.set("overflow", "away")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="named pipes and devices are POSIX")
+def test_a_path_that_cannot_be_a_conversation_is_named_as_it_was_given(model: Model, tmp_path: Path) -> None:
+    conversation = talk(model)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        for act in (conversation.load, conversation.save):
+            with pytest.raises(ValueError, match=f"{path} is not a file"):
+                act(str(path))  # and does not wait for somebody to write into the pipe
+    for act in (conversation.load, conversation.save):
+        with pytest.raises(ValueError, match="~nosuchuser/x: there is no such home directory"):
+            act("~nosuchuser/x")
+    with pytest.raises(FileNotFoundError) as caught:
+        conversation.save(str(tmp_path / "no" / "c.json"))
+    assert caught.value.filename == str(tmp_path / "no" / "c.json")
+
+
+def test_the_home_directory_is_found(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    conversation = talk(model)
+    say(conversation, "hi")
+    conversation.save("~/c.json")
+    assert read_conversation(tmp_path / "c.json")[1] == conversation.messages
+    conversation.load("~/c.json")

@@ -17,7 +17,7 @@ from small_models import TINY_QWEN3, export_small_model
 
 from qwen3c import Model
 from qwen3c.format import ModelFileError
-from qwen3c.generate import CachedSession, Event, Generation
+from qwen3c.generate import CachedSession, ContextFullError, Event, Generation
 
 PROMPT = "def fibonacci(n):\n"
 
@@ -248,8 +248,68 @@ def test_an_interrupted_forward_leaves_the_session_usable(
     )
 
 
+class InterruptedAt:
+    """A session of the engine that is interrupted once: before or after the engine did what was asked."""
+
+    def __init__(self, inner: Any, method: str, after: bool) -> None:
+        self.inner, self.method, self.after = inner, method, after
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> Any:
+            interrupts = name == self.method
+            if interrupts and not self.after:
+                raise KeyboardInterrupt
+            result = getattr(self.inner, name)(*args)
+            if interrupts:
+                raise KeyboardInterrupt
+            return result
+
+        return call
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("method", ["forward", "rewind"])
+def test_a_session_never_claims_more_than_it_holds_wherever_it_is_interrupted(
+    model: Model, method: str, after: bool
+) -> None:
+    """Between the engine's call and the list of tokens: in either order of the two, one interrupt tells."""
+    session = CachedSession(model)
+    session.forward(ids(model))
+    inner = session.session
+    session.session = InterruptedAt(inner, method, after)  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        session.forward([5, 6, 7]) if method == "forward" else session.rewind(3)
+    session.session = inner
+    assert len(session.tokens) <= inner.position
+    prompt = [*ids(model), 5, 6, 7, 8]
+    assert list(model.generate(prompt, 5, session=session, seed=1)) == list(model.generate(prompt, 5, seed=1))
+
+
 # ----------------------------------------------------------------------------
 # What events and statistics say
+
+
+def test_the_rate_of_a_cancelled_prompt_is_that_of_the_tokens_read(model: Model) -> None:
+    prompt, pieces = ids(model, "x = 1\n" * 150), []
+    generation = model.generate(
+        prompt, cancel=lambda: len(pieces) >= 2, progress=lambda done, total: pieces.append(done)
+    )
+    list(generation)
+    stats = generation.stats
+    assert 0 < stats.read_tokens == pieces[-1] < len(prompt) == stats.prompt_tokens
+    assert stats.prefill_rate == stats.read_tokens / stats.prefill_seconds
+
+
+def test_a_prompt_that_does_not_fit_says_what_the_model_can_hold(model: Model) -> None:
+    for context, more in [
+        (7, r"; this model can hold 2048 \(-c 2048\)$"),
+        (2048, "; this model holds no more$"),
+    ]:
+        n = context + 1
+        with pytest.raises(
+            ContextFullError, match=f"prompt is {n} tokens, the context holds {context}{more}"
+        ):
+            model.generate([1] * n, session=CachedSession(model, context))
 
 
 def test_logprobs_are_those_of_the_logits(model: Model) -> None:

@@ -90,7 +90,7 @@ class Terminal:
         if self._hung_up and not self._child.ptyproc.terminated:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
-            self._child.ptyproc.terminated = True
+            self._child.ptyproc.terminated = self._child.terminated = True
         self._child.close(force=True)
 
     @property
@@ -212,7 +212,7 @@ class Terminal:
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                self._child.ptyproc.terminated = True
+                self._child.ptyproc.terminated = self._child.terminated = True
                 return os.waitstatus_to_exitcode(status)
             if time.monotonic() > deadline:
                 raise AssertionError(f"still running {timeout:g} s after its terminal was closed")
