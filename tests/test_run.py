@@ -6,11 +6,13 @@ python -m pytest tests/test_run.py
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +23,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_models import TINY_QWEN3, export_small_model
+from small_models import TINY_QWEN3, export_small_model, write_small_model
 
-from qwen3c import Model, run, trace
+from qwen3c import Model, engine, run, trace
+from qwen3c.cpu import THREAD_VARIABLES, default_threads, n_cpus
 from qwen3c.format import ModelFile, ModelFileError, ModelWriter
 from qwen3c.info import describe
 from qwen3c.repl import parse_command
@@ -188,8 +191,6 @@ def test_flags_reach_the_sampler(model: Model, capsys: pytest.CaptureFixture[str
 def test_threads_isa_and_cache_type_change_no_letter_that_they_should_not(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from qwen3c import engine
-
     before = engine.isa()
     try:
         results = [
@@ -526,6 +527,124 @@ def test_help_needs_no_heavy_library() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--repetition-penalty" in done.stdout
+
+
+@posix
+@pytest.mark.parametrize(
+    ("started_as", "name"),
+    [
+        (["{folder}/qwen3c"], "qwen3c"),
+        (["{folder}/run.py"], "run.py"),
+        (["{folder}/anything"], "run.py"),
+        (["-m", "qwen3c"], "python -m qwen3c"),
+    ],
+)
+def test_help_and_errors_have_the_name_that_was_typed(
+    started_as: list[str], name: str, tmp_path: Path
+) -> None:
+    # what pip writes for an installed command
+    script = "import sys\nfrom qwen3c.run import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+    for file in ("qwen3c", "run.py", "anything"):
+        (tmp_path / file).write_text(script)
+    command = [sys.executable, *(part.format(folder=tmp_path) for part in started_as)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+
+    def said(*args: str) -> tuple[str, str]:
+        done = subprocess.run(
+            [*command, *args], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60
+        )
+        return done.stdout, done.stderr
+
+    assert said("--help")[0].startswith(f"usage: {name} [MODEL] ")
+    for wrong in (["--nonsense"], ["/nowhere/model.bin", "-m", "info"]):
+        assert said(*wrong)[1].startswith(f"{name}: error: ")
+    assert f"text: {name} [MODEL] -m perplexity FILE" in said("-m", "perplexity")[1]
+
+
+@pytest.mark.parametrize(
+    "command", [["run.py", "-i", "x"], ["run.py"], ["-m", "qwen3c"], ["export.py", "{hf}", "out"]]
+)
+def test_an_engine_that_was_not_built_is_one_line_that_says_how(command: list[str], tmp_path: Path) -> None:
+    unbuilt = tmp_path / "unbuilt"
+    ignored = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__", "training")
+    shutil.copytree(ROOT / "qwen3c", unbuilt / "qwen3c", ignore=ignored)
+    for script in ("run.py", "export.py"):
+        shutil.copy(ROOT / script, unbuilt)
+    hf = write_small_model(tmp_path / "hf")
+    done = subprocess.run(
+        [sys.executable, *(part.format(hf=hf) for part in command)],
+        cwd=unbuilt, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert (
+        "error: the engine is not built: `make run` (or `pip install .`) in the folder of qwen3c"
+        in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "cannot write: No space left on device"),
+        (OSError(errno.EIO, "Input/output error"), 1, "cannot write: Input/output error"),
+        (OSError(errno.EMFILE, "Too many open files"), 2, "Too many open files: `ulimit -n` says how many"),
+        (OSError(errno.EMFILE, "Too many open files", "x"), 2, "x: Too many open files"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "out of memory: a smaller context (-c) takes less"),
+        (MemoryError(), 2, "out of memory: a smaller context (-c) takes less"),
+        (RuntimeError("can't start new thread"), 2, "can't start new thread"),
+    ],
+)  # fmt: skip
+def test_an_error_is_one_line_that_says_what_was_short(
+    error: Exception,
+    status: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def fail(args: Any) -> int:
+        raise error
+
+    monkeypatch.setattr(run, "MODES", run.MODES | {"info": fail})
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # or this test's own stdout were gone
+    done = in_process(capfd, "-m", "info")
+    assert done.status == status and done.err.count("\n") == 1
+    assert done.err.startswith(f"run.py: error: {said}")
+
+
+@pytest.mark.skipif(not engine.OPENMP, reason="without OpenMP there is one thread")
+def test_the_banner_says_who_chose_the_threads_and_a_note_that_they_are_many(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*args: str, **environment: str) -> list[str]:
+        for name in THREAD_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        done = in_process(capsys, *COMPLETE, "-i", "x", "-n", "1", *args)
+        return done.err.splitlines()
+
+    n = n_cpus()
+    for args, environment, expected in [
+        ([], {}, rf"threads {default_threads_without_environment(monkeypatch)} \|"),
+        (["-j", "1"], {}, r"threads 1 \(-j\) \|"),
+        ([], {"OMP_NUM_THREADS": "1"}, r"threads 1 \(OMP_NUM_THREADS\) \|"),
+        ([], {"OMP_NUM_THREADS": "2", "QWEN3C_THREADS": "1"}, r"threads 1 \(QWEN3C_THREADS\) \|"),
+        (["-j", "1"], {"QWEN3C_THREADS": "many"}, r"threads 1 \(-j\) \|"),
+    ]:
+        chosen, _ = told(*args, **environment)
+        assert re.search(expected, chosen), chosen
+    note, chosen, _ = told("-j", str(n + 1))
+    assert note == f"note: {n + 1} threads, but this process may use {n} processors"
+    assert told(QWEN3C_THREADS="many") == [
+        "run.py: error: QWEN3C_THREADS is 'many', not a number of threads from 1 to 1024"
+    ]
+
+
+def default_threads_without_environment(monkeypatch: pytest.MonkeyPatch) -> int:
+    with monkeypatch.context() as context:
+        for name in THREAD_VARIABLES:
+            context.delenv(name, raising=False)
+        return default_threads()
 
 
 @posix
