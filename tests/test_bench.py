@@ -350,7 +350,7 @@ def test_run_py_prints_a_table_of_80_columns_and_explains_it(
     assert max(map(len, lines)) < 80
     file = ModelFile(TINY_QWEN3)
     model = f"{file.metadata['name']} int8 g64, 4.2 MiB, {file.config.n_parameters / 1e6:.2f} M parameters"
-    assert lines[0] == model and "1 threads" in words
+    assert lines[0] == model and ", 1 thread, " in words
     assert "bit for bit" in words and "int8 peak" in words
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
     assert rows[0] == list(bench.COLUMNS)

@@ -67,6 +67,22 @@ def test_what_takes_long_says_what_it_does_and_leaves_no_trace_of_it(
         assert not re.search(pattern, text), text
 
 
+def test_the_seconds_of_a_wait_go_on_while_nothing_else_is_heard_of_it(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, time\n"
+        "from qwen3c.terminal import waiting\n"
+        "with waiting('busy', delay=0):\n"
+        "    while not os.path.exists(sys.argv[1]):\n"
+        "        time.sleep(0.01)\n"
+        "print('done')\n"
+    )
+    with Terminal([sys.executable, "-c", script, tmp_path / "go"]) as terminal:
+        terminal.wait_for("busy  0 s")
+        terminal.wait_for("busy  1 s")
+        (tmp_path / "go").touch()
+        assert terminal.finish() == 0 and terminal.text == "done"
+
+
 @pytest.mark.parametrize("columns", [20, 80])
 @pytest.mark.parametrize(
     "arguments", [["-m", "info", "--verify"], ["-m", "perplexity", "{text}"], ["-m", "trace", "-i", "x"]]
