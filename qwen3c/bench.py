@@ -395,8 +395,9 @@ def quick(model: Model, doing: Callable[[str], None] = lambda _: None) -> Iterat
 
     doing: told what is done next, in words, each time.
     """
+    threads = "thread" if model.threads == 1 else "threads"
     yield from _wrapped(", ".join(model_cells(model.file)) + " parameters")
-    yield from _wrapped(f"{cpu_name()}, {model.threads} threads, {engine.isa()}, KV {model.kv}")
+    yield from _wrapped(f"{cpu_name()}, {model.threads} {threads}, {engine.isa()}, KV {model.kv}")
     doing("comparing a few tokens with the scalar kernels")
     yield from _wrapped(check_bits(model))
     player, machine, results, legend = Player(model), Machine(model.threads), [], []

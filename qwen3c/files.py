@@ -98,10 +98,10 @@ def hint_if_missing(path: str) -> str:
 
 def hint_if_directory(path: str) -> str:
     """What to do where a model.bin was expected and `path` is a directory; "" if nobody can tell."""
-    directory = Path(path)
-    if (directory / "model.bin").is_file():
-        return f"; did you mean {directory / 'model.bin'}?"
-    if (directory / "config.json").is_file():
+    inside = os.path.join(path, "model.bin")
+    if os.path.isfile(inside):
+        return f"; did you mean {inside}?"
+    if os.path.isfile(os.path.join(path, "config.json")):
         return f"; `python export.py {shlex.quote(path)} model.bin` converts it"
     return ""
 

@@ -381,7 +381,7 @@ def _prompt_tokens(args: argparse.Namespace, model: Model, text: str) -> list[in
     if _is_raw(args, model):
         return [*model.tokenizer.opening, *model.tokenizer.encode(text)]
     if not text.strip():
-        raise ValueError("prompt is empty")
+        raise ValueError("prompt is empty: there is nothing to answer")
     system = _system(args)
     messages = [{"role": "system", "content": system}] if system is not None else []
     return model.chat_prompt([*messages, {"role": "user", "content": text}], args.thinking)
@@ -426,8 +426,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args.mode = args.mode or _mode_without_m(given.keys())
     for dest, action in given.items():
         if args.mode not in USED_BY[dest]:
-            flags, owners = "/".join(action.option_strings), " or ".join(USED_BY[dest])
-            parser.error(f"{flags} belongs to -m {owners}, not to -m {args.mode}")
+            *owners, last = USED_BY[dest]
+            owner = f"{', '.join(owners)} or {last}" if owners else last
+            parser.error(f"{'/'.join(action.option_strings)} belongs to -m {owner}, not to -m {args.mode}")
     _check_combination(parser, args)
     args.thinking = True if args.think else False if args.no_think else args.reasoning
     args.kv, args.activations = args.kv or "f16", args.activations or "int8"
@@ -537,7 +538,7 @@ def _parser() -> _Parser:
 
 def _add_text(group: Any) -> None:
     add = group.add_argument
-    add("-i", "--prompt", metavar="TEXT", help="what to go on from; - is stdin, as is no -i at all")
+    add("-i", "--prompt", metavar="TEXT", help="the prompt; - is stdin, as is no -i at all")
     add("--file", metavar="FILE", help="read the prompt, or the text of perplexity, from a file; after -i")
     kind = group.add_mutually_exclusive_group().add_argument
     kind("--chat-template", action="store_true", help="the prompt is a message to answer, also with -m generate "

@@ -338,18 +338,28 @@ def test_the_machine_has_limits_on_every_instruction_set() -> None:
 # The commands
 
 
-def test_run_py_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_py_prints_a_table_of_80_columns_and_explains_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(bench, "PROBE_BYTES", 1 << 20)
     monkeypatch.setattr(bench, "QUICK_RUNS", (2, 2))
+    monkeypatch.setattr(bench, "cpu_name", lambda: "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz" * 2)
     assert run.main([str(TINY_QWEN3), "-m", "bench", "-j", "1"]) == 0
     out = capsys.readouterr().out
-    assert "bit for bit" in out and "int8 peak" in out
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line[:1] == "|"]
-    assert rows[0] == ["model", "size", "params", "threads", *bench.COLUMNS]
-    assert [row[4] for row in rows[2:]] == ["pp512", "tg64", "loop64"]
+    lines, words = out.splitlines(), " ".join(out.split())
+    assert max(map(len, lines)) < 80
+    file = ModelFile(TINY_QWEN3)
+    model = f"{file.metadata['name']} int8 g64, 4.2 MiB, {file.config.n_parameters / 1e6:.2f} M parameters"
+    assert lines[0] == model and ", 1 thread, " in words
+    assert "bit for bit" in words and "int8 peak" in words
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    assert rows[0] == list(bench.COLUMNS)
+    assert [row[0] for row in rows[2:]] == ["pp512", "tg64", "loop64"]
     for row in rows[2:]:
-        rate = float(row[5].split(" ± ")[0])
-        assert rate > 0 and float(row[6]) > 0 and float(row[7]) > 0 and row[8].endswith("%")
+        rate = float(row[1].split(" ± ")[0])
+        assert rate > 0 and float(row[2]) > 0 and float(row[3]) > 0 and row[4].endswith("%")
+    for name in ("pp512", "tg64", "loop64", *bench.COLUMNS[1:]):
+        assert any(line.startswith(f"{name:<11} ") and len(line) > 40 for line in lines), name
 
 
 def test_what_was_measured_is_kept_when_the_next_test_fails(

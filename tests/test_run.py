@@ -6,11 +6,13 @@ python -m pytest tests/test_run.py
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -22,10 +24,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_models import TINY_QWEN3, export_small_model
+from small_models import TINY_QWEN3, export_small_model, write_small_model
 
 from qwen3c import Model, engine, run, trace
-from qwen3c.format import ModelFile
+from qwen3c.cpu import THREAD_VARIABLES, default_threads, n_cpus
+from qwen3c.format import ModelFile, ModelFileError, ModelWriter
 from qwen3c.info import describe
 from qwen3c.repl import parse_command
 
@@ -190,8 +193,6 @@ def test_flags_reach_the_sampler(model: Model, capsys: pytest.CaptureFixture[str
 def test_threads_isa_and_cache_type_change_no_letter_that_they_should_not(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from qwen3c import engine
-
     before = engine.isa()
     try:
         results = [
@@ -206,6 +207,222 @@ def test_threads_isa_and_cache_type_change_no_letter_that_they_should_not(
         f"{isa} (--isa)" in result.err
         for result, isa in zip(results, 2 * engine.runnable_isas(), strict=True)
     )
+
+
+# ----------------------------------------------------------------------------
+# What is answered and what is completed
+
+
+def prompt_tokens_of(result: Result) -> int:
+    return int(json.loads(result.out)["prompt_tokens"])
+
+
+def test_a_chat_model_answers_a_prompt_unless_a_mode_or_raw_asks_for_its_continuation(
+    small: str, tmp_path: Path
+) -> None:
+    model = Model(small, threads=1)
+    answered = len(model.chat_prompt([{"role": "user", "content": "hi"}]))
+    completed = len(model.tokenizer.encode("hi"))
+    (tmp_path / "file").write_text("hi\n")
+    for sources, stdin in ((["-i", "hi"], b""), (["--file", str(tmp_path / "file")], b""), ([], b"hi\n")):
+        for options, expected, said in [
+            ([], answered, "| chat template, thinking on |"),
+            (["-m", "generate", "--chat-template"], answered, "| chat template, thinking on |"),
+            (["-m", "generate", "--no-think"], answered, "| chat template, thinking off |"),
+            (["-m", "generate"], completed, "| raw text |"),
+            (["--raw"], completed, "| raw text |"),
+            (["-m", "generate", "--raw"], completed, "| raw text |"),
+        ]:
+            done = command(small, *sources, *options, "-n", "2", "--json", input=stdin)
+            assert done.status == 0 and said in done.err, done.err
+            if "--no-think" not in options:
+                assert prompt_tokens_of(done) == expected, (sources, options)
+
+
+def test_a_model_without_a_template_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = without_template(tmp_path)
+    done = in_process(capsys, path, "-i", "hi", "-n", "2", "--json")
+    assert done.status == 0 and "| raw text |" in done.err
+    assert prompt_tokens_of(done) == len(Model(path, threads=1).tokenizer.encode("hi"))
+    done = in_process(capsys, path, "-i", "hi", "--chat-template")
+    assert done.status == 2 and "no chat template" in done.err
+
+
+def test_help_states_the_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    said = " ".join(in_process(capsys, "--help").out.split())
+    assert (
+        "Without -m a model with a chat template chats on a terminal and answers what comes with -i, --file or a "
+        "pipe; -m generate, --raw and a model without a template complete it as text"
+    ) in said
+
+
+@pytest.mark.parametrize("option", [[], ["--chat-template"], ["--raw"], ["-m", "generate"]])
+def test_an_empty_prompt_is_refused_whatever_becomes_of_it(
+    option: list[str], small: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = in_process(capsys, small, "-i", "", *option)
+    assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+    assert done.err.startswith("run.py: error: prompt is empty: there is nothing to ")
+
+
+def without_template(directory: Path) -> str:
+    return with_template(ModelFile(export_small_model(directory)), directory / "base.bin", "")
+
+
+def with_template(file: ModelFile, path: Path, template: str) -> str:
+    """The same model with another chat template."""
+    with ModelWriter(path, file.config, file.metadata, file.tokenizer, template) as writer:
+        for tensor in writer.tensors:
+            writer.write(file.data(tensor))
+            writer.end_tensor()
+    return str(path)
+
+
+# ----------------------------------------------------------------------------
+# Modes and options
+
+ALL = {"chat", "generate", "trace", "info", "perplexity", "bench"}
+MAKES_TEXT = {"chat", "generate", "trace"}
+SAMPLING = (
+    "-t 1", "-p 1", "-s 1", "--top-k 1", "--min-p 0.1", "--presence-penalty 1", "--frequency-penalty 1",
+    "--repetition-penalty 1", "--logit-bias 5=1",
+)  # fmt: skip
+OPTIONS = [  # and the modes that use them
+    (("-i x", "--chat-template", "--raw"), {"generate", "trace"}),
+    (("--file /dev/null",), {"generate", "trace", "perplexity"}),
+    (("--echo",), {"generate"}),
+    (("-y x", "--system-file x", "-r 1", "--think", "--no-think"), MAKES_TEXT),
+    (("-n 1", "--stop x", *SAMPLING), MAKES_TEXT),
+    (("-c 0",), MAKES_TEXT | {"perplexity"}),
+    (("-j 1", "--kv f16", "--activations int8", "--huge-pages", "--isa scalar"), ALL - {"info"}),
+    (("--hide-thinking", "--json --logprobs 1"), {"chat", "generate"}),
+    (("--json",), ALL - {"bench"}),
+    (("--level compact", "--html x"), {"trace"}),
+    (("--verify",), {"info"}),
+]
+
+
+@pytest.mark.parametrize("mode", sorted(ALL))
+def test_a_mode_refuses_in_one_line_every_option_that_it_does_not_use(
+    mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "MODES", dict.fromkeys(run.MODES, lambda args: 0))
+    for option, modes in [(option, modes) for options, modes in OPTIONS for option in options]:
+        text = ["text"] * (mode == "perplexity" and "--file" not in option)
+        done = in_process(capsys, TINY, *text, "-m", mode, *option.split())
+        if mode in modes:
+            assert (done.status, done.err) == (0, ""), option
+            continue
+        assert done.status == 2 and done.err.count("\n") == 1, option
+        belongs = re.fullmatch(rf"run.py: error: (\S+) belongs to -m (.+), not to -m {mode}\n", done.err)
+        assert belongs, done.err
+        flags = set(belongs[1].split("/"))
+        assert flags & set(option.split())
+        if len(option.split()) < 3:
+            assert set(re.split(", | or ", belongs[2])) == modes
+
+
+def test_every_option_is_some_modes() -> None:
+    dests = {action.dest for action in run._parser()._actions}
+    assert dests - {"help", "version", "mode", "paths"} == run.USED_BY.keys()
+
+
+def test_without_a_mode_the_options_tell_which_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen: list[str] = []
+
+    def note(args: Any) -> int:
+        chosen.append(args.mode)
+        return 0
+
+    monkeypatch.setattr(run, "MODES", dict.fromkeys(run.MODES, note))
+    for at_terminal in (True, False):
+        monkeypatch.setattr(sys, "stdin", FakeStdin(at_terminal))
+        for options, expected in [
+            ("", "chat" if at_terminal else "generate"),
+            ("-t 0.5 -y x", "chat" if at_terminal else "generate"),
+            ("-i x", "generate"),
+            ("--file x", "generate"),
+            ("--raw", "generate"),
+            ("--echo -i x", "generate"),
+            ("--verify --json", "info"),
+            ("--html x -i x", "trace"),
+        ]:
+            assert in_process(capsys, *options.split()).status == 0
+            assert chosen.pop() == expected, (at_terminal, options)
+
+
+class FakeStdin:
+    def __init__(self, at_terminal: bool) -> None:
+        self.isatty = lambda: at_terminal
+
+
+# ----------------------------------------------------------------------------
+# A file that is not a model.bin
+
+
+def test_what_is_not_a_model_bin_says_what_it_is_and_what_to_do(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    (tmp_path / "box").mkdir()
+    (tmp_path / "box" / "model.bin").write_bytes(Path(small).read_bytes())
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a b.gguf").write_bytes(b"GGUF" + bytes(100))
+    (tmp_path / "pointer.bin").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n"
+    )
+    (tmp_path / "page.bin").write_text("<!doctype html><html><body>404</body></html>")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04" + bytes(100))
+    header = b'{"__metadata__":{"format":"pt"}}'
+    tensors = len(header).to_bytes(8, "little") + header
+    (tmp_path / "hf" / "model.safetensors").write_bytes(tensors)
+    (tmp_path / "alone.safetensors").write_bytes(tensors)
+    missing = "No such file or directory"
+    makes_one = "`python export.py DIR model.bin` makes one of a Hugging Face model or a GGUF file"
+    for path, expected in {
+        "hf": "hf: is a directory, not a model.bin; `python export.py hf model.bin` converts it",
+        "box": "box: is a directory, not a model.bin; did you mean box/model.bin?",
+        "empty": "empty: is a directory, not a model.bin",
+        "a b.gguf": "a b.gguf: not a model.bin but a GGUF file; `python export.py 'a b.gguf' model.bin` converts it",
+        "pointer.bin": "pointer.bin: not a model.bin but a git-lfs pointer; "
+        "`git lfs pull` in its folder fetches the file itself",
+        "page.bin": "page.bin: not a model.bin but a web page; the download brought no model; `hf download` does",
+        "pytorch_model.bin": "pytorch_model.bin: not a model.bin but a PyTorch or zip file; "
+        "export.py converts a folder with *.safetensors, or a GGUF file",
+        "hf/model.safetensors": "hf/model.safetensors: not a model.bin but a safetensors file; "
+        "`python export.py hf model.bin` converts its folder",
+        "alone.safetensors": "alone.safetensors: not a model.bin but a safetensors file; "
+        "`python export.py . model.bin` converts its folder",
+        "Qwen/Qwen3-0.6B": f"Qwen/Qwen3-0.6B: {missing}; `hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B` "
+        "fetches it from the Hugging Face Hub, then `python export.py Qwen3-0.6B model.bin` converts it",
+        "no/model.bin": f"no/model.bin: {missing}; {makes_one}",
+        "hf/Qwen3-0.6B": f"hf/Qwen3-0.6B: {missing}; {makes_one}",  # a folder that is there is no owner on the Hub
+        "model.bin": f"model.bin: {missing}; {makes_one}",
+        "/no/Qwen3": f"/no/Qwen3: {missing}; {makes_one}",
+    }.items():  # fmt: skip
+        with pytest.raises(ModelFileError) as caught:
+            Model(path)
+        assert str(caught.value) == expected
+        for options in (["-i", "x"], ["-m", "info"]):
+            done = in_process(capsys, path, *options)
+            assert (done.status, done.out, done.err) == (2, "", f"run.py: error: {expected}\n")
+
+
+@pytest.mark.parametrize("mode", sorted(ALL))
+def test_the_name_of_a_mode_where_the_model_stands_is_recognised(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([mode], [mode, TINY], [TINY, mode]):
+        done = in_process(capsys, *arguments)
+        expected = f"run.py: error: {mode}: No such file or directory; did you mean -m {mode}?\n"
+        assert (done.status, done.err) == (2, expected)
+    (tmp_path / mode).write_bytes(TINY_QWEN3.read_bytes())  # a file of that name is a file
+    assert in_process(capsys, mode, "-m", "info").status == 0
 
 
 # ----------------------------------------------------------------------------
@@ -227,6 +444,12 @@ def test_threads_isa_and_cache_type_change_no_letter_that_they_should_not(
         (["-i", "x", "-c", "-1"], "argument -c/--context/--ctx: -1 is less than 0"),
         (["-i", "x", "-j", "0"], "argument -j/--threads: 0 is less than 1"),
         (["-i", "x", "-j", "2000"], "threads = 2000 is outside 1..1024"),
+        (["-i", "x", "--think", "--no-think"], "argument --no-think: not allowed with argument --think"),
+        (["-i", "x", "-r", "1", "--no-think"], "argument --no-think: not allowed with argument -r/--reasoning"),
+        (["-i", "x", "--raw", "--chat-template"], "argument --chat-template: not allowed with argument --raw"),
+        (["-i", "x", "--raw", "-y", "x"], "--raw completes text, which has no system prompt"),
+        (["-i", "x", "--raw", "-r", "0"], "--raw completes text, which has no switch for thinking"),
+        (["-i", "x", "--json", "--hide-thinking"], "--hide-thinking is for text"),
         (["-i", "x", "-r", "2"], "argument -r/--reasoning: '2' is neither 0 nor 1"),
         (["-i", "x", "--isa", "z80"], "z80"),
         (["-i", "x", "--stop", ""], "non-empty strings"),
@@ -266,8 +489,6 @@ def test_wrong_input_is_one_line_and_status_2(
 
 
 def test_a_model_that_cannot_chat_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from qwen3c.format import ModelWriter
-
     file = ModelFile(export_small_model(tmp_path))
     for name, template, complaint in [
         ("none.bin", "", "no chat template"),
@@ -277,10 +498,7 @@ def test_a_model_that_cannot_chat_says_so(tmp_path: Path, capsys: pytest.Capture
             "processor time",
         ),
     ]:
-        with ModelWriter(tmp_path / name, file.config, file.metadata, file.tokenizer, template) as writer:
-            for tensor in writer.tensors:
-                writer.write(file.data(tensor))
-                writer.end_tensor()
+        with_template(file, tmp_path / name, template)
         done = in_process(capsys, str(tmp_path / name), "-m", "chat")
         assert done.status == 2 and complaint in done.err and done.err.count("\n") == 1
         assert in_process(capsys, str(tmp_path / name), "--raw", "-i", "x", "-n", "2").status == 0
@@ -311,6 +529,124 @@ def test_help_needs_no_heavy_library() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--repetition-penalty" in done.stdout
+
+
+@posix
+@pytest.mark.parametrize(
+    ("started_as", "name"),
+    [
+        (["{folder}/qwen3c"], "qwen3c"),
+        (["{folder}/run.py"], "run.py"),
+        (["{folder}/anything"], "run.py"),
+        (["-m", "qwen3c"], "python -m qwen3c"),
+    ],
+)
+def test_help_and_errors_have_the_name_that_was_typed(
+    started_as: list[str], name: str, tmp_path: Path
+) -> None:
+    # what pip writes for an installed command
+    script = "import sys\nfrom qwen3c.run import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+    for file in ("qwen3c", "run.py", "anything"):
+        (tmp_path / file).write_text(script)
+    command = [sys.executable, *(part.format(folder=tmp_path) for part in started_as)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+
+    def said(*args: str) -> tuple[str, str]:
+        done = subprocess.run(
+            [*command, *args], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60
+        )
+        return done.stdout, done.stderr
+
+    assert said("--help")[0].startswith(f"usage: {name} [MODEL] ")
+    for wrong in (["--nonsense"], ["/nowhere/model.bin", "-m", "info"]):
+        assert said(*wrong)[1].startswith(f"{name}: error: ")
+    assert f"text: {name} [MODEL] -m perplexity FILE" in said("-m", "perplexity")[1]
+
+
+@pytest.mark.parametrize(
+    "command", [["run.py", "-i", "x"], ["run.py"], ["-m", "qwen3c"], ["export.py", "{hf}", "out"]]
+)
+def test_an_engine_that_was_not_built_is_one_line_that_says_how(command: list[str], tmp_path: Path) -> None:
+    unbuilt = tmp_path / "unbuilt"
+    ignored = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__", "training")
+    shutil.copytree(ROOT / "qwen3c", unbuilt / "qwen3c", ignore=ignored)
+    for script in ("run.py", "export.py"):
+        shutil.copy(ROOT / script, unbuilt)
+    hf = write_small_model(tmp_path / "hf")
+    done = subprocess.run(
+        [sys.executable, *(part.format(hf=hf) for part in command)],
+        cwd=unbuilt, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert (
+        "error: the engine is not built: `make run` (or `pip install .`) in the folder of qwen3c"
+        in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "cannot write: No space left on device"),
+        (OSError(errno.EIO, "Input/output error"), 1, "cannot write: Input/output error"),
+        (OSError(errno.EMFILE, "Too many open files"), 2, "Too many open files: `ulimit -n` says how many"),
+        (OSError(errno.EMFILE, "Too many open files", "x"), 2, "x: Too many open files"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "out of memory: a smaller context (-c) takes less"),
+        (MemoryError(), 2, "out of memory: a smaller context (-c) takes less"),
+        (RuntimeError("can't start new thread"), 2, "can't start new thread"),
+    ],
+)  # fmt: skip
+def test_an_error_is_one_line_that_says_what_was_short(
+    error: Exception,
+    status: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def fail(args: Any) -> int:
+        raise error
+
+    monkeypatch.setattr(run, "MODES", run.MODES | {"info": fail})
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # or this test's own stdout were gone
+    done = in_process(capfd, "-m", "info")
+    assert done.status == status and done.err.count("\n") == 1
+    assert done.err.startswith(f"run.py: error: {said}")
+
+
+@pytest.mark.skipif(not engine.OPENMP, reason="without OpenMP there is one thread")
+def test_the_banner_says_who_chose_the_threads_and_a_note_that_they_are_many(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*args: str, **environment: str) -> list[str]:
+        for name in THREAD_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        done = in_process(capsys, *COMPLETE, "-i", "x", "-n", "1", *args)
+        return done.err.splitlines()
+
+    n = n_cpus()
+    for args, environment, expected in [
+        ([], {}, rf"threads {default_threads_without_environment(monkeypatch)} \|"),
+        (["-j", "1"], {}, r"threads 1 \(-j\) \|"),
+        ([], {"OMP_NUM_THREADS": "1"}, r"threads 1 \(OMP_NUM_THREADS\) \|"),
+        ([], {"OMP_NUM_THREADS": "2", "QWEN3C_THREADS": "1"}, r"threads 1 \(QWEN3C_THREADS\) \|"),
+        (["-j", "1"], {"QWEN3C_THREADS": "many"}, r"threads 1 \(-j\) \|"),
+    ]:
+        chosen, _ = told(*args, **environment)
+        assert re.search(expected, chosen), chosen
+    note, chosen, _ = told("-j", str(n + 1))
+    assert note == f"note: {n + 1} threads, but this process may use {n} processors"
+    assert told(QWEN3C_THREADS="many") == [
+        "run.py: error: QWEN3C_THREADS is 'many', not a number of threads from 1 to 1024"
+    ]
+
+
+def default_threads_without_environment(monkeypatch: pytest.MonkeyPatch) -> int:
+    with monkeypatch.context() as context:
+        for name in THREAD_VARIABLES:
+            context.delenv(name, raising=False)
+        return default_threads()
 
 
 @posix
