@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import select
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -21,6 +22,9 @@ from typing import Any, TextIO
 DIM, RESET, CLEAR_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 FENCE = '"""'
 HISTORY_LINES = 1000
+CONTROL = re.compile(
+    "[\x00-\x1f\x7f-\x9f]"
+)  # C0, DEL and C1: a terminal acts on them instead of showing them
 BAR_WIDTH = 24
 PASTE_PAUSE = 0.02  # seconds: lines that follow faster than this were not typed
 
@@ -37,8 +41,25 @@ def open_streams() -> None:
             stream.reconfigure(encoding=encoding, errors="replace")
 
 
+def program_name(default: str) -> str:
+    """What the user typed to start this program: a script, an installed command or `python -m` and a module."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name.startswith("qwen3c"):
+        return f"python -m {spec.name.removesuffix('.__main__')}"
+    name = os.path.basename(sys.argv[0])
+    return name if name.startswith("qwen3c") else default
+
+
 def has_colour(stream: TextIO) -> bool:
     return can_redraw(stream) and not os.environ.get("NO_COLOR")
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """`text` with its control characters as JSON writes them (\\u001b), but for those in `keep`.
+
+    For text of a file or a model on its way to a terminal, where it must not move the cursor or worse.
+    """
+    return CONTROL.sub(lambda match: match[0] if match[0] in keep else f"\\u{ord(match[0]):04x}", text)
 
 
 def note(text: str) -> None:
@@ -75,6 +96,15 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
+def abandon_closed_streams() -> None:
+    """Point a standard stream that is gone at the null device, where its last flush cannot fail."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def can_redraw(stream: TextIO) -> bool:
     """Whether `stream` is a terminal on which a line can be drawn again; TERM=dumb says that it cannot."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
@@ -86,6 +116,12 @@ def columns(stream: TextIO) -> int:
         return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError):
         return 80
+
+
+def _draw(text: str) -> None:
+    """Write to stderr. Nothing ends because nobody looks any more: a closed terminal sends SIGHUP for that."""
+    with suppress(OSError):
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 class StatusLine:
@@ -101,19 +137,23 @@ class StatusLine:
 
     def show(self, text: Callable[[], str]) -> None:
         """Draw text(), unless the last drawing was less than an interval ago."""
-        now = time.monotonic()
-        if now >= self._next and can_redraw(sys.stderr):
-            self._next = now + self._interval
+        if time.monotonic() >= self._next and can_redraw(sys.stderr):
+            self.show_now(text())
+
+    def show_now(self, text: str) -> None:
+        """Draw `text`, before a wait in which nothing else will be drawn."""
+        if can_redraw(sys.stderr):
+            self._next = time.monotonic() + self._interval
             self._shown = True
             # the last column stays free: a terminal that wraps there would leave the line behind
-            line = text()[: max(columns(sys.stderr) - 1, 1)]
-            print(CLEAR_LINE + line, end="", file=sys.stderr, flush=True)
+            line = text[: max(columns(sys.stderr) - 1, 1)]
+            _draw(CLEAR_LINE + line)
 
     def clear(self) -> None:
         """Erase what was drawn."""
         if self._shown:
             self._shown = False
-            print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
+            _draw(CLEAR_LINE)
 
 
 class Progress:
@@ -136,7 +176,11 @@ class Progress:
             self._status.show(lambda: self._line(done, total, columns(sys.stderr)))
         elif (now := time.monotonic()) - self._printed >= self._pause:
             self._printed = now
-            print(self._line(done, total, 0), file=sys.stderr, flush=True)
+            _draw(self._line(done, total, 0) + "\n")
+
+    def say(self, text: str) -> None:
+        """Draw `text` in place of how far it is, before a wait that has no measure."""
+        self._status.show_now(text)
 
     def clear(self) -> None:
         """Erase what was drawn."""
