@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import os
 import re
@@ -28,11 +29,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
-from . import format, memory
+from . import format, memory, mistakes
+from .files import reason
 from .memory import gib
-from .terminal import Progress, one_line
+from .terminal import Progress, abandon_closed_streams, escaped, one_line, open_streams, program_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,7 +67,7 @@ class KindError:
 
 @dataclass
 class Report:
-    """What an export did."""
+    """What an export did. `warnings` are sentences about what the model will not do."""
 
     path: Path
     name: str
@@ -73,6 +76,7 @@ class Report:
     seconds: float = 0.0
     anonymous_bytes: int = 0  # most seen at once; 0 where the system does not tell
     errors: dict[str, KindError] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def add(self, piece: Slice, converted: _Converted) -> None:
         """Add a slice's error to its kind, and look how much memory is in use."""
@@ -89,7 +93,7 @@ class Report:
         error.squared_weight += converted.squared_weight
 
     def lines(self) -> Iterator[str]:
-        """A table of errors, then what was written and what it took."""
+        """A table of errors, what was written and what it took, and the warnings."""
         yield f"{'tensors':<28}{'count':>6}{'worst error':>14}{'mean error':>13}"
         for kind, error in self.errors.items():
             yield f"{kind:<28}{error.tensors:>6}{error.worst:>14.3g}{error.relative:>12.3%} "
@@ -97,13 +101,16 @@ class Report:
         peak = f"peak memory {peak_bytes() / 1e6:.0f} MB"
         if self.anonymous_bytes:
             peak += f" ({self.anonymous_bytes / 1e6:.0f} MB anonymous)"
-        yield f"{self.path}: {self.name}, {self.file_size / 1e6:,.1f} MB"
+        yield f"{self.path}: {escaped(self.name)}, {self.file_size / 1e6:,.1f} MB"
         yield f"{self.source_size / 1e6:,.1f} MB of weights in {self.seconds:.1f} s ({rate:.0f} MB/s), {peak}"
+        yield from (f"warning: {warning}" for warning in self.warnings)
 
 
 def export(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
+    *,
+    force: bool = False,
     group_size: int | None = None,
     threads: int | None = None,
     name: str | None = None,
@@ -114,6 +121,7 @@ def export(
 ) -> Report:
     """Convert the Hugging Face directory or GGUF file `source` into the file `target`.
 
+    force: replace `target` whatever it is. Without it only a model.bin or an empty file is replaced.
     group_size: weights that share a scale (default: 64; 32 for a GGUF file with Q8_0 weights).
     threads: for the quantisation (default: cpu.default_threads()); the result does not depend on it.
     name: what the model calls itself (default: from config.json).
@@ -133,11 +141,12 @@ def export(
         if lora is not None:
             adapter = opened.enter_context(Files(lora, "adapter_config.json"))
             merge(checkpoint, adapter)
-            path = _check_target(target, adapter)
-        path = _check_target(target, files)
+            path = _check_target(target, adapter, force)
+        path = _check_target(target, files, force)
         writer = _writer(path, checkpoint, files)
         _check_space(path, writer.file_size)
         report = Report(path, checkpoint.metadata["name"], writer.file_size, checkpoint.size)
+        report.warnings += _warnings(checkpoint)
         with writer:
             _stream(checkpoint, writer, threads or default_threads(), report, progress)
         report.seconds = time.monotonic() - start
@@ -170,6 +179,8 @@ class Estimate:
 def estimate(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str] | None = None,
+    *,
+    force: bool = False,
     group_size: int | None = None,
     name: str | None = None,
     yarn: float | None = None,
@@ -183,7 +194,7 @@ def estimate(
 
     with _source(source) as files:
         checkpoint = Checkpoint(files, group_size, name, yarn, yarn_attn_factor)
-        path = Path("model.bin").absolute() if target is None else _check_target(target, files)
+        path = Path("model.bin").absolute() if target is None else _check_target(target, files, force)
         writer = _writer(path, checkpoint, files)
     free = shutil.disk_usage(path.parent).free
     sizes = (checkpoint.size, writer.file_size, len(checkpoint.tokenizer))
@@ -197,17 +208,26 @@ def _source(source: str | os.PathLike[str]) -> Files:
     return GGUF(source) if os.path.isfile(source) else Files(source)
 
 
+def _warnings(checkpoint: Checkpoint) -> Iterator[str]:
+    if not checkpoint.template:
+        source = checkpoint.files.directory
+        where = (
+            "tokenizer.chat_template" if source.is_file() else "tokenizer_config.json, chat_template.jinja"
+        )
+        yield f"{source} has no chat template ({where}): the model completes text, but cannot chat"
+
+
 def _writer(path: Path, checkpoint: Checkpoint, files: Files) -> format.ModelWriter:
-    from .huggingface import SourceError
+    from .huggingface import SourceError, cut
 
     c = checkpoint
     try:
         return format.ModelWriter(path, c.config, c.metadata, c.tokenizer, c.template)
     except ValueError as error:
-        raise SourceError(f"{files.directory}: {error}") from None
+        raise SourceError(f"{files.directory}: {cut(error)}") from None
 
 
-def _check_target(target: str | os.PathLike[str], files: Files) -> Path:
+def _check_target(target: str | os.PathLike[str], files: Files, force: bool) -> Path:
     """Where the file will really be (a link stays a link), if it can be there."""
     from .huggingface import SourceError
 
@@ -219,6 +239,8 @@ def _check_target(target: str | os.PathLike[str], files: Files) -> Path:
             raise SourceError(f"{target}: is not a regular file")
         if any(path.samefile(file.name) for file in files.opened):
             raise SourceError(f"{target}: is a file of the model that is read")
+        if not force and path.stat().st_size and not mistakes.is_model_file(path):
+            raise SourceError(f"{target}: exists and is not a model.bin; --force replaces it")
     if not path.parent.is_dir():
         raise SourceError(f"{target}: there is no directory {path.parent}")
     if not os.access(path.parent, os.W_OK):
@@ -325,12 +347,15 @@ def _stream(
 
     done = 0
     try:
-        for _ in range(window - 2):
-            start_new_thread(convert_slices, ())
-        for i in range(min(window, len(work))):
+        n_workers = _start_threads(window - 2, convert_slices)
+        for i in range(min(window, len(work)) if n_workers else 0):
             jobs.put(i)
         for i, piece in enumerate(work):
-            converted = results[i % window].get()
+            converted: _Converted | BaseException
+            if n_workers:
+                converted = results[i % window].get()
+            else:
+                converted = _convert(checkpoint, piece, sources[0], targets[0])
             if isinstance(converted, BaseException):
                 raise converted
             writer.write(converted.data)
@@ -348,6 +373,16 @@ def _stream(
                 jobs.get_nowait()
         for _ in range(window - 2):
             jobs.put(None)
+
+
+def _start_threads(n: int, target: Callable[[], None]) -> int:
+    """Start up to n threads that run `target`; how many the limits of processes and of memory let start."""
+    for started in range(n):
+        try:
+            start_new_thread(target, ())
+        except RuntimeError:
+            return started
+    return n
 
 
 def _convert(checkpoint: Checkpoint, piece: Slice, source: memoryview, target: memoryview) -> _Converted:
@@ -506,58 +541,95 @@ def describe_bytes(done: float, total: float, rate: float) -> str:
     return f"{done / 1e9:.2f} of {total / 1e9:.2f} GB  {rate / 1e6:.0f} MB/s"
 
 
-class _Terminated(SystemExit):
-    """SIGTERM, as an exception, so that the temporary file is removed."""
+class _Ended(SystemExit):
+    """SIGINT, SIGTERM or SIGHUP, as an exception, so that the temporary file is removed."""
+
+    words = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "its terminal was closed"}
+
+    def __init__(self, number: int) -> None:
+        self.status = 128 + number  # as a shell says it
+        self.word = self.words[signal.Signals(number).name]
+        super().__init__(self.status)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Within, the first signal that asks the program to end raises _Ended; those that follow change nothing.
+
+    A closed terminal sends two. A signal that the caller ignores (nohup, a background job) stays ignored.
+    """
+    numbers = [getattr(signal, name) for name in _Ended.words if hasattr(signal, name)]
+    previous = {number: signal.getsignal(number) for number in numbers}
+    chosen = [number for number in numbers if previous[number] not in (signal.SIG_IGN, None)]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for other in chosen:
+            signal.signal(other, signal.SIG_IGN)
+        raise _Ended(number)
+
+    try:
+        for number in chosen:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in chosen:
+            signal.signal(number, previous[number])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command `export.py SRC OUT`: 0 done, 2 refused, 130 or 143 interrupted; no traceback."""
+    """The command `export.py SRC OUT`: 0 done, 2 refused, 130, 143 or 129 ended by a signal; no traceback."""
+    open_streams()
     args = _parse(argv)
     progress = None if args.quiet else Progress(describe_bytes)
     target = args.target or args.source  # what a message is about
-
-    def terminate(*_: object) -> None:
-        raise _Terminated
-
-    previous = signal.signal(signal.SIGTERM, terminate)
     try:
-        if args.estimate:
-            options = (args.group_size, args.name, args.yarn, args.yarn_attn_factor)
-            print(*estimate(args.source, args.target, *options).lines(), sep="\n")
-            return 0
-        report = export(
-            args.source,
-            args.target,
-            args.group_size,
-            args.threads,
-            args.name,
-            progress,
-            args.lora,
-            args.yarn,
-            args.yarn_attn_factor,
-        )
-    except KeyboardInterrupt:
-        return _fail(progress, f"{target}: interrupted, nothing was written", 130)
-    except _Terminated:
-        return _fail(progress, f"{target}: terminated, nothing was written", 143)
+        with _ended_by_signals():
+            lines = _run(args, progress)
+    except _Ended as ended:
+        return _fail(f"{target}: {ended.word}, nothing was written", ended.status, progress)
     except OSError as error:
-        return _fail(progress, f"{error.filename or target}: {error.strerror or error}", 2)
+        return _fail(f"{error.filename or target}: {reason(error)}", 2, progress)
     except MemoryError as error:
-        return _fail(progress, f"out of memory: {error}", 2)
+        return _fail(f"{target}: out of memory{f': {error}' if str(error) else ''}", 2, progress)
     except (ValueError, ImportError) as error:
-        return _fail(progress, one_line(error), 2)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+        return _fail(one_line(error), 2, progress)
     if progress:
         progress.clear()
-        print(*report.lines(), sep="\n", file=sys.stderr)
+    if args.estimate or not args.quiet:
+        _say(*lines, file=sys.stdout if args.estimate else sys.stderr)
     return 0
 
 
+def _run(args: argparse.Namespace, progress: Progress | None) -> list[str]:
+    """What was asked for; the lines to print about it."""
+    options = {key: getattr(args, key) for key in ("force", "group_size", "name", "yarn", "yarn_attn_factor")}
+    if progress:
+        progress.say(f"reading {args.source}")
+    if args.estimate:
+        return [*estimate(args.source, args.target, **options).lines()]
+
+    report = export(
+        args.source,
+        args.target,
+        threads=args.threads,
+        lora=args.lora,
+        progress=functools.partial(_draw, progress) if progress else None,
+        **options,
+    )
+    return [*report.lines()]
+
+
+def _draw(progress: Progress, done: int, total: int) -> None:
+    progress(done, total)
+    if done == total:
+        progress.say("writing to disk")
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="export.py",
-        usage="export.py SRC OUT.bin [options]",
+    name = program_name("export.py")
+    parser = _Parser(
+        prog=name,
+        usage=f"{name} SRC OUT.bin [options]",
         description="Convert a Hugging Face model directory or a GGUF file into one model.bin.",
     )
     parser.add_argument(
@@ -565,7 +637,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="SRC",
         help="directory with config.json, tokenizer.json, *.safetensors; or a GGUF file",
     )
-    parser.add_argument("target", metavar="OUT.bin", nargs="?", help="file to write")
+    parser.add_argument(
+        "target",
+        metavar="OUT.bin",
+        nargs="?",
+        help="file to write; one that exists is replaced if it is a model.bin or empty",
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT.bin whatever it is")
     parser.add_argument(
         "--estimate",
         action="store_true",
@@ -593,15 +671,34 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads is {args.threads}, at least 1 is needed")
-    if args.target is None and not args.estimate:
+    if not args.source:
+        parser.error("SRC is an empty text")
+    if not args.target and not args.estimate:
         parser.error("OUT.bin is missing; with --estimate nothing is written")
     if args.target and not os.path.isdir(args.source) and os.path.isdir(args.target):
         parser.error(f"{args.target} is a directory and {args.source} is not: the order is SRC OUT.bin")
     return args
 
 
-def _fail(progress: Progress | None, message: str, status: int) -> int:
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line; the usage is in --help."""
+        self.exit(_fail(message, 2))
+
+
+def _fail(message: str, status: int, progress: Progress | None = None) -> int:
     if progress:
         progress.clear()
-    print("export.py: error:", " ".join(message.split()), file=sys.stderr)
+    _say(f"{program_name('export.py')}: error: {escaped(' '.join(message.split()))}", file=sys.stderr)
     return status
+
+
+def _say(*lines: str, file: TextIO) -> None:
+    """Print lines; whoever closed the stream does not want to know, nor does the flush at exit."""
+    with contextlib.suppress(OSError):
+        print(*lines, sep="\n", file=file, flush=True)
+    abandon_closed_streams()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

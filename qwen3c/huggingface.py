@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import format, mistakes, tokenizer_json
 from .files import reason
+from .terminal import escaped
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,16 +37,11 @@ if TYPE_CHECKING:
 class SourceError(ValueError):
     """The directory cannot be exported; the message is one line naming the file and the key or tensor.
 
-    Characters that no terminal shows, such as those of an escape sequence in a tensor's name, are spelled out.
+    Control characters, such as those of an escape sequence in a tensor's name, are spelled out.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
-
-
-def printable(text: str) -> str:
-    """`text` with every control character, line break and lone surrogate as its escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        super().__init__(escaped(message))
 
 
 _SHORT = reprlib.Repr()

@@ -176,7 +176,7 @@ def _check_keys(keys: Keys) -> None:
         raise SourceError(f"{keys.path}: peft_type is {shown(kind)}, supported: 'LORA'")
     for key, value in keys.values.items():
         if key not in _HONOURED | _WITHOUT_EFFECT and value not in (None, False, [], {}, ""):
-            raise SourceError(f"{keys.path}: {key} is {shown(value)}, which is not supported")
+            raise SourceError(f"{keys.path}: {cut(key)} is {shown(value)}, which is not supported")
     if keys.values.get("bias", "none") != "none":
         raise SourceError(f"{keys.path}: bias is {shown(keys.values['bias'])}, supported: 'none'")
     start = keys.values.get("init_lora_weights", True)

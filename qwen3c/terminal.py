@@ -18,7 +18,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -51,6 +51,15 @@ def open_streams() -> None:
             # files and pipes carry UTF-8; a terminal shows what its own encoding has
             encoding = stream.encoding if stream.isatty() else "utf-8"
             stream.reconfigure(encoding=encoding, errors="replace")
+
+
+def program_name(default: str) -> str:
+    """What the user typed to start this program: a script, an installed command or `python -m` and a module."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name.startswith("qwen3c"):
+        return f"python -m {spec.name.removesuffix('.__main__')}"
+    name = os.path.basename(sys.argv[0])
+    return name if name.startswith("qwen3c") else default
 
 
 def has_colour(stream: TextIO) -> bool:
@@ -191,6 +200,12 @@ def columns(stream: TextIO) -> int:
         return 80
 
 
+def _draw(text: str) -> None:
+    """Write to stderr. Nothing ends because nobody looks any more: a closed terminal sends SIGHUP for that."""
+    with suppress(OSError):
+        print(text, end="", file=sys.stderr, flush=True)
+
+
 class StatusLine:
     """One line on stderr, drawn again while something takes time, and cut to the width of the terminal.
 
@@ -204,19 +219,23 @@ class StatusLine:
 
     def show(self, text: Callable[[], str]) -> None:
         """Draw text(), unless the last drawing was less than an interval ago."""
-        now = time.monotonic()
-        if now >= self._next and can_redraw(sys.stderr):
-            self._next = now + self._interval
+        if time.monotonic() >= self._next and can_redraw(sys.stderr):
+            self.show_now(text())
+
+    def show_now(self, text: str) -> None:
+        """Draw `text`, before a wait in which nothing else will be drawn."""
+        if can_redraw(sys.stderr):
+            self._next = time.monotonic() + self._interval
             self._shown = True
             # the last column stays free: a terminal that wraps there would leave the line behind
-            line = text()[: max(columns(sys.stderr) - 1, 1)]
-            print(CLEAR_LINE + line, end="", file=sys.stderr, flush=True)
+            line = text[: max(columns(sys.stderr) - 1, 1)]
+            _draw(CLEAR_LINE + line)
 
     def clear(self) -> None:
         """Erase what was drawn."""
         if self._shown:
             self._shown = False
-            print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
+            _draw(CLEAR_LINE)
 
 
 def at_this_rate(done: float, total: float, seconds: float) -> float | None:
@@ -286,7 +305,11 @@ class Progress:
             self._status.show(lambda: self._line(done, total, columns(sys.stderr)))
         elif (now := time.monotonic()) - self._printed >= self._pause:
             self._printed = now
-            print(self._line(done, total, 0), file=sys.stderr, flush=True)
+            _draw(self._line(done, total, 0) + "\n")
+
+    def say(self, text: str) -> None:
+        """Draw `text` in place of how far it is, before a wait that has no measure."""
+        self._status.show_now(text)
 
     def clear(self) -> None:
         """Erase what was drawn."""

@@ -35,6 +35,7 @@ from qwen3c.huggingface import SourceError, StoredTensor
 from qwen3c.info import lines
 
 ROOT = Path(__file__).parent.parent
+OLD = format.MAGIC + b"old"  # what stood in the target: a model.bin, so that an export may replace it
 PACKAGES = Path(format.__file__).parent.parent  # where `import qwen3c` finds the package under test
 
 
@@ -276,11 +277,11 @@ def test_weight_that_is_no_number_is_refused_by_place(
     weights[name][place] = value
     write_safetensors(source / "model.safetensors", {n: encode_tensor(w, "BF16") for n, w in weights.items()})
     target = tmp_path / "model.bin"
-    target.write_bytes(b"old")
+    target.write_bytes(OLD)
     where = ", ".join(map(str, place))
     with pytest.raises(SourceError, match=re.escape(f"{name}[{where}] is {value}; only finite weights")):
         export(source, target)
-    assert target.read_bytes() == b"old"
+    assert target.read_bytes() == OLD
     assert leftovers(tmp_path) == []
 
 
@@ -372,7 +373,7 @@ def test_failure_of_any_call_leaves_the_old_file(
     export(source, tmp_path / "whole.bin")
     target, failures = tmp_path / "model.bin", 0
     while True:
-        target.write_bytes(b"old")
+        target.write_bytes(OLD)
         with monkeypatch.context() as patch:
             fail_at_nth(patch, call, failures)
             status = main([str(source), str(target), "--quiet"])
@@ -383,7 +384,7 @@ def test_failure_of_any_call_leaves_the_old_file(
         assert capfd.readouterr().err == f"export.py: error: {target}: No space left on device\n"
         assert leftovers(tmp_path) == []
         renamed = call == "fsync" and failures == 3  # what failed is to make the new name durable
-        assert target.read_bytes() == ((tmp_path / "whole.bin").read_bytes() if renamed else b"old")
+        assert target.read_bytes() == ((tmp_path / "whole.bin").read_bytes() if renamed else OLD)
     assert failures >= {"write": 50, "fsync": 3, "replace": 1}[call]
 
 
@@ -465,7 +466,7 @@ for point in points or []:
             os.rename(target.parent / name, target.parent / f"leftover {point}")
     if target.exists():
         os.rename(target, target.parent / f"target {point}")
-    if old == b"old":
+    if old is not None:
         target.write_bytes(old)
 """
 
@@ -475,7 +476,7 @@ def run_script(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=PACKAGES, capture_output=True, text=True, timeout=100, check=False)
 
 
-@pytest.mark.parametrize("old", [b"old", None])
+@pytest.mark.parametrize("old", [OLD, None])
 def test_kill_at_any_point_leaves_the_old_file_or_the_whole_new_one(
     tmp_path: Path, source: Path, old: bytes | None
 ) -> None:
@@ -554,13 +555,13 @@ def test_signal_ends_the_export_and_leaves_nothing(
     tmp_path: Path, source: Path, signal_number: int, status: int, word: str
 ) -> None:
     target = tmp_path / "model.bin"
-    target.write_bytes(b"old")
+    target.write_bytes(OLD)
     with start_slow_export(source, target) as process:
         process.send_signal(signal_number)
         out, error = process.communicate(timeout=60)
     assert (process.returncode, out) == (status, "")
     assert error == f"export.py: error: {target}: {word}, nothing was written\n"
-    assert target.read_bytes() == b"old"
+    assert target.read_bytes() == OLD
     assert leftovers(tmp_path) == []
 
 
@@ -635,21 +636,21 @@ def test_damaged_source_is_one_line_and_status_2(
     damage, expected = FAULTS[fault]
     damage(source)
     target = tmp_path / "model.bin"
-    target.write_bytes(b"old")
+    target.write_bytes(OLD)
     assert main([str(source), str(target)]) == 2
     out, error = capfd.readouterr()
     assert out == ""
     assert error.startswith(f"export.py: error: {source}")
     assert error.count("\n") == 1
     assert expected in error
-    assert target.read_bytes() == b"old"
+    assert target.read_bytes() == OLD
     assert leftovers(tmp_path) == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["SRC", "OUT", "--group-size", "100"], "group_size is 100, not one of 32, 64, 128, 256"),
+        (["SRC", "OUT", "--group-size", "100"], "--group-size is 100, not one of 32, 64, 128, 256"),
         (["SRC", "OUT", "--group-size", "128"], "dim = 64 is not a multiple of group_size = 128"),
         (["SRC", "OUT", "--name", "\ud800"], "surrogates not allowed"),
         (["nowhere", "OUT"], "nowhere: no such directory"),

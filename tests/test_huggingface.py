@@ -687,10 +687,10 @@ def test_group_size_must_divide_every_width(tmp_path: Path) -> None:
     source = write_small_model(tmp_path, dim=96, hidden_dim=192, n_heads=4, head_dim=32)
     assert read(source, group_size=32).config.group_size == 32
     for group_size, reason in (
-        (64, "dim = 96 is not a multiple of group_size = 64"),
-        (128, "dim = 96 is not a multiple of group_size = 128"),
-        (48, "group_size is 48, not one of 32, 64, 128, 256"),
-        (0, "group_size = 0 is outside 32..256"),
+        (64, "config.json: dim = 96 is not a multiple of group_size = 64; --group-size 32 fits"),
+        (128, "config.json: dim = 96 is not a multiple of group_size = 128; --group-size 32 fits"),
+        (48, "^--group-size is 48, not one of 32, 64, 128, 256$"),
+        (0, "^--group-size is 0, not one of 32, 64, 128, 256$"),
     ):
         with pytest.raises(SourceError, match=reason):
             read(source, group_size=group_size)
