@@ -896,18 +896,20 @@ cdef void choose_experts(Model m, const LayerTrace *t, Py_ssize_t row) noexcept 
     cdef float *shares = m.s.shares + row * k
     cdef int32_t *chosen = m.s.chosen + row * k
     cdef int32_t expert
-    cdef float total, sum_chosen = 0
+    cdef float total, not_finite = 0, sum_chosen = 0
     record(t.router, m.t.row + row, scores, 1, m.n_experts)
     if kernels.top_k(chosen, scores, m.n_experts, k):
         for i in range(k):  # NaN: any experts will do, the shares are NaN too and so are the logits
             chosen[i] = i
+    for i in range(m.n_experts):
+        not_finite = not_finite + scores[i] * 0  # 0; NaN also for an infinite score, of which softmax could make a 0
     for i in range(1, k):
         expert, j = chosen[i], i
         while j > 0 and chosen[j - 1] > expert:
             chosen[j] = chosen[j - 1]
             j = j - 1
         chosen[j] = expert
-    total = kernels.exponentials(scores, scores, m.n_experts, 1.0)
+    total = kernels.exponentials(scores, scores, m.n_experts, 1.0) + not_finite
     for i in range(k):
         shares[i] = scores[chosen[i]] / total
         sum_chosen = sum_chosen + shares[i]
