@@ -16,7 +16,7 @@ from small_models import export_small_model
 
 from qwen3c import engine
 from qwen3c.engine import Model, Session
-from qwen3c.format import KV_TYPES
+from qwen3c.format import KV_TYPES, ModelFile, Tensor
 
 SHAPE = {
     "dim": 64,
@@ -235,6 +235,60 @@ def test_random_histories_notice_a_cache_of_other_precision(nano_path: Path, kv:
     for seed in range(100):
         histories.run(seed)
     assert histories.differences > histories.comparisons / 2
+
+
+# ----------------------------------------------------------------------------
+# Damaged weights
+
+TINY = SHAPE | {"dim": 32, "hidden_dim": 32, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 512, "tied": False}
+DAMAGED = {
+    "qwen3": {},
+    "qwen2": {"architecture": "qwen2", "head_dim": 16},
+    "qwen3_moe": {"architecture": "qwen3_moe", "n_experts": 3, "n_experts_per_token": 3, "expert_hidden_dim": 32},
+}
+TOKEN = 7
+
+
+def damage(path: Path, tensor: Tensor, bad: float) -> memoryview:
+    """The weights of a model.bin with one number of one tensor changed: of a matrix, the scale of one row's group."""
+    file = ModelFile(path)
+    weights = bytearray(file.weights)
+    if not tensor.quantized:
+        weights[tensor.offset + 4 : tensor.offset + 8] = np.float32(bad).tobytes()
+        return memoryview(weights)
+    group_size, groups = file.config.group_size, tensor.shape[1] // file.config.group_size
+    tile = tensor.offset + TOKEN // 16 * groups * (16 * group_size + 32)
+    scale = tile + 16 * group_size + 2 * (TOKEN % 16)
+    weights[scale : scale + 2] = np.float16(bad).tobytes()
+    return memoryview(weights)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_one_damaged_number_makes_every_logit_of_its_tokens_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, bad: float
+) -> None:
+    path = export_small_model(tmp_path, **TINY | DAMAGED[kind])
+    ids = np.array([3, TOKEN, 100, 200, 300])
+    for tensor in ModelFile(path).tensors:
+        weights = damage(path, tensor, bad)
+        monkeypatch.setattr(engine, "in_huge_pages", lambda _, weights=weights: weights)  # past every check of a file
+        for kv in KV_TYPES:
+            for activations in ("int8", "float32"):
+                found = []
+                for isa in engine.runnable_isas():
+                    engine.set_isa(isa)
+                    session = Model(path, 1, kv, activations, huge_pages=True).session()
+                    found.append(np.concatenate([session.forward(ids, "all"), session.forward([50], "all")]))
+                logits, case = found[0], (tensor.name, kv, activations)
+                assert all(np.array_equal(logits, other, equal_nan=True) for other in found), case
+                if tensor.name == "lm_head.weight":
+                    assert not np.isfinite(logits[:, TOKEN]).any(), case
+                    assert np.isfinite(np.delete(logits, TOKEN, 1)).all(), case
+                elif tensor.name == "model.embed_tokens.weight":
+                    assert np.isfinite(logits[0]).all() and not np.isfinite(logits[1:]).any(), case
+                else:
+                    assert not np.isfinite(logits).any(), case
 
 
 # ----------------------------------------------------------------------------
