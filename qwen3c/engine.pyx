@@ -47,6 +47,7 @@ cdef extern from "<stdlib.h>" nogil:
 
 cdef extern from "kernels/openmp.h" nogil:
     int team_size()
+    int startable_team(int wanted)
 
 
 cdef extern from "kernels/team.h" nogil:
@@ -551,7 +552,7 @@ cdef class Model:
 
     cdef int _begin_pass(self, Py_ssize_t n):
         """Ready for a pass of n rows; returns for how many threads."""
-        cdef int threads = 1 if forked or n * self.row_work < SERIAL_WORK else self.threads
+        cdef int threads = 1 if forked or n * self.row_work < SERIAL_WORK else startable_team(self.threads)
         team_begin(&self.team, threads)
         return threads
 
@@ -1083,9 +1084,10 @@ cdef float *_floats(Py_ssize_t n) except NULL:
 
 
 cdef int _team(int wanted) noexcept:
-    """How many threads OpenMP really gives when asked for so many."""
+    """How many threads a pass can have if `wanted` are asked for."""
     cdef int i, size = 1
-    for i in prange(wanted, nogil=True, schedule="static", num_threads=wanted, use_threads_if=not forked):
+    wanted = 1 if forked else startable_team(wanted)
+    for i in prange(wanted, nogil=True, schedule="static", num_threads=wanted, use_threads_if=wanted > 1):
         if i == 0:
             store_team_size(&size)
     return size

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -449,6 +451,43 @@ def test_threads_and_isa_can_be_asked_for(path: Path) -> None:
     assert Model(path).threads == (engine.default_threads() if engine.OPENMP else 1)
     assert engine.isa() in engine.runnable_isas() and set(engine.runnable_isas()) <= set(engine.ISA_NAMES)
     assert engine.runnable_isas()[0] == "scalar"
+
+
+WITHOUT_THREADS = """
+import resource, sys, threading
+import numpy as np
+from qwen3c import engine
+
+path, ids, limited, results = sys.argv[1], np.arange(200), threading.Event(), []
+usual = engine.Model(path, threads=2)
+
+def another_thread():  # for which OpenMP starts threads of its own
+    limited.wait()
+    results.append(usual.session().forward(ids, "all"))
+
+thread = threading.Thread(target=another_thread)
+thread.start()
+size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize:")) << 10
+resource.setrlimit(resource.RLIMIT_AS, (size + (20 << 20), resource.RLIM_INFINITY))  # two stacks of 8 MiB
+model = engine.Model(path, threads=64)
+results.append(model.session().forward(ids, "all"))
+limited.set()
+thread.join()
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+expected = usual.session().forward(ids, "all")
+print(model.threads, len(results), all(np.array_equal(result, expected) for result in results))
+"""
+
+
+@pytest.mark.skipif(not engine.OPENMP or sys.platform != "linux", reason="no OpenMP, or no /proc")
+def test_a_model_makes_do_with_the_threads_that_can_be_started(path: Path) -> None:
+    result = subprocess.run(
+        ["sh", "-c", 'ulimit -s 8192 && exec "$@"', "sh", sys.executable, "-c", WITHOUT_THREADS, str(path)],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    threads, n_results, same = result.stdout.split()
+    assert 1 < int(threads) < 8 and n_results == "2" and same == "True"
 
 
 # ----------------------------------------------------------------------------
