@@ -48,6 +48,7 @@ cdef extern from "<stdlib.h>" nogil:
 
 cdef extern from "kernels/openmp.h" nogil:
     int team_size()
+    int startable_team(int wanted)
 
 
 cdef extern from "kernels/team.h" nogil:
@@ -578,7 +579,7 @@ cdef class Model:
 
     cdef int _begin_pass(self, Py_ssize_t n):
         """Ready for a pass of n rows; returns for how many threads."""
-        cdef int threads = 1 if forked or n * self.row_work < SERIAL_WORK else self.threads
+        cdef int threads = 1 if forked or n * self.row_work < SERIAL_WORK else startable_team(self.threads)
         team_begin(&self.team, threads)
         return threads
 
@@ -924,18 +925,20 @@ cdef void choose_experts(Model m, const LayerTrace *t, Py_ssize_t row) noexcept 
     cdef float *shares = m.s.shares + row * k
     cdef int32_t *chosen = m.s.chosen + row * k
     cdef int32_t expert
-    cdef float total, sum_chosen = 0
+    cdef float total, not_finite = 0, sum_chosen = 0
     record(t.router, m.t.row + row, scores, 1, m.n_experts)
     if kernels.top_k(chosen, scores, m.n_experts, k):
         for i in range(k):  # NaN: any experts will do, the shares are NaN too and so are the logits
             chosen[i] = i
+    for i in range(m.n_experts):
+        not_finite = not_finite + scores[i] * 0  # 0; NaN also for an infinite score, of which softmax could make a 0
     for i in range(1, k):
         expert, j = chosen[i], i
         while j > 0 and chosen[j - 1] > expert:
             chosen[j] = chosen[j - 1]
             j = j - 1
         chosen[j] = expert
-    total = kernels.exponentials(scores, scores, m.n_experts, 1.0)
+    total = kernels.exponentials(scores, scores, m.n_experts, 1.0) + not_finite
     for i in range(k):
         shares[i] = scores[chosen[i]] / total
         sum_chosen = sum_chosen + shares[i]
@@ -1109,9 +1112,10 @@ cdef float *_floats(Py_ssize_t n) except NULL:
 
 
 cdef int _team(int wanted) noexcept:
-    """How many threads OpenMP really gives when asked for so many."""
+    """How many threads a pass can have if `wanted` are asked for."""
     cdef int i, size = 1
-    for i in prange(wanted, nogil=True, schedule="static", num_threads=wanted, use_threads_if=not forked):
+    wanted = 1 if forked else startable_team(wanted)
+    for i in prange(wanted, nogil=True, schedule="static", num_threads=wanted, use_threads_if=wanted > 1):
         if i == 0:
             store_team_size(&size)
     return size

@@ -19,6 +19,7 @@ from libc.stdlib cimport calloc, free
 
 cdef extern from "kernels/openmp.h" nogil:
     int HAVE_OPENMP
+    int startable_team(int wanted)
 
 
 cdef extern from "kernels/kernels.h" nogil:
@@ -193,8 +194,9 @@ def read_bandwidth(data, int threads=1):
     if n == 0:
         raise ValueError(f"{len(data)} bytes are too few to time, at least 64 are needed")
     start = &words[0]
+    threads = 1 if forked else startable_team(threads)
     begin = time.perf_counter()
-    for i in prange(tasks, nogil=True, schedule="static", num_threads=threads, use_threads_if=not forked):
+    for i in prange(tasks, nogil=True, schedule="static", num_threads=threads, use_threads_if=threads > 1):
         all_folded ^= fold(start + i * step, min(step, n - i * step))
     seconds = time.perf_counter() - begin
     folded = all_folded
@@ -204,10 +206,11 @@ def read_bandwidth(data, int threads=1):
 def int8_peak(int threads=1, double seconds=0.05):
     cdef Py_ssize_t i, tasks
     cdef size_t count = 0
+    threads = 1 if forked else startable_team(threads)
     begin = time.perf_counter()
     kernels.int8_peak(PEAK_ROUNDS)
     tasks = threads * max(1, int(seconds / (time.perf_counter() - begin)))
     begin = time.perf_counter()
-    for i in prange(tasks, nogil=True, schedule="dynamic", num_threads=threads, use_threads_if=not forked):
+    for i in prange(tasks, nogil=True, schedule="dynamic", num_threads=threads, use_threads_if=threads > 1):
         count += kernels.int8_peak(PEAK_ROUNDS)
     return count / (time.perf_counter() - begin)

@@ -459,6 +459,154 @@ static void int8_peaks(const Kernels *k) {
     }
 }
 
+/* ---- what is not finite stays so, whatever it meets: no instruction set may lose a NaN */
+
+static const float not_finite[] = {NAN, INFINITY, -INFINITY};
+
+static void add_digest_of_numbers(const float *x, size_t n) {  /* which NaN it is depends on the instruction set */
+    for (size_t i = 0; i < n; i++) {
+        float value = x[i] == x[i] ? x[i] : 0.5f;
+        add_digest(&value, 4);
+        add_digest(x[i] == x[i] ? "=" : "!", 1);
+    }
+}
+
+static int none_finite(const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (isfinite(x[i])) return 0;
+    return 1;
+}
+
+static void damaged_products(const Kernels *k, float bad) {
+    enum { ROWS = 21, COLUMNS = 19 * 32, GROUP = 32, N = 3 };  /* 19 groups: more than are divided at a time */
+    uint8_t *w = random_matrix(ROWS, COLUMNS, GROUP);
+    float *x = floats(N * COLUMNS, 3), *y = guarded(N * ROWS * 4), *clean = guarded(N * ROWS * 4);
+    Int8Rows xq = int8_rows(N, COLUMNS, GROUP);
+    quantize_all(k, &xq, x, N, COLUMNS, GROUP);
+    k->matmul_int8(clean, ROWS, &xq, N, w, ROWS, COLUMNS, GROUP);
+    for (size_t c = 0; c < COLUMNS; c += 37) {
+        float kept = x[COLUMNS + c];
+        x[COLUMNS + c] = bad;  /* of the second token alone */
+        quantize_all(k, &xq, x, N, COLUMNS, GROUP);
+        k->matmul_int8(y, ROWS, &xq, N, w, ROWS, COLUMNS, GROUP);
+        CHECK(none_finite(y + ROWS, ROWS), "%s: matmul_int8 of %g in column %zu", k->name, bad, c);
+        CHECK(!memcmp(y, clean, ROWS * 4) && !memcmp(y + 2 * ROWS, clean + 2 * ROWS, ROWS * 4), "%s: %g reaches another token", k->name, bad);
+        add_digest(xq.codes, N * COLUMNS);
+        add_digest(xq.sums, N * COLUMNS / GROUP * 4);
+        add_digest_of_numbers(xq.scales, N * COLUMNS / GROUP);
+        add_digest_of_numbers(y, N * ROWS);
+        k->matmul_float32(y, ROWS, x, N, w, ROWS, COLUMNS, GROUP);
+        CHECK(none_finite(y + ROWS, ROWS), "%s: matmul_float32 of %g in column %zu", k->name, bad, c);
+        add_digest_of_numbers(y, N * ROWS);
+        x[COLUMNS + c] = kept;
+    }
+    uint16_t half = bad != bad ? 0x7e00 : bad > 0 ? 0x7c00 : 0xfc00;
+    memcpy(w + TILE_BYTES(GROUP) + 16 * GROUP + 2 * 5, &half, 2);  /* the scale of row 5 in the second group */
+    quantize_all(k, &xq, x, N, COLUMNS, GROUP);
+    k->matmul_int8(y, ROWS, &xq, N, w, ROWS, COLUMNS, GROUP);
+    for (size_t t = 0; t < N; t++) CHECK(none_finite(y + t * ROWS + 5, 1), "%s: matmul_int8 with a scale of %g", k->name, bad);
+    add_digest_of_numbers(y, N * ROWS);
+    k->matmul_float32(y, ROWS, x, N, w, ROWS, COLUMNS, GROUP);
+    for (size_t t = 0; t < N; t++) CHECK(none_finite(y + t * ROWS + 5, 1), "%s: matmul_float32 with a scale of %g", k->name, bad);
+    add_digest_of_numbers(y, N * ROWS);
+    k->dequantize_row(x, w, 5, COLUMNS, GROUP);
+    CHECK(none_finite(x + GROUP, GROUP), "%s: dequantize_row with a scale of %g", k->name, bad);
+    add_digest_of_numbers(x, COLUMNS);
+    release(w, (ROWS + 15) / 16 * COLUMNS / GROUP * TILE_BYTES(GROUP));
+    release(x, N * COLUMNS * 4); release(y, N * ROWS * 4); release(clean, N * ROWS * 4);
+    release_rows(xq, N, COLUMNS, GROUP);
+}
+
+static void damaged_rows(const Kernels *k, float bad) {
+    for (size_t n = 2; n <= 70; n += 17)
+        for (size_t at = 0; at < n; at += 9) {
+            float *x = floats(n, 4), *w = floats(n, 2), *y = guarded(n * 4), score;
+            x[at] = bad;
+            k->rmsnorm(y, x, w, n, 1e-6f);
+            CHECK(none_finite(y + at, 1), "%s: rmsnorm of %g", k->name, bad);
+            add_digest_of_numbers(y, n);
+            k->rmsnorm(y, w, x, n, 1e-6f);
+            CHECK(none_finite(y + at, 1), "%s: rmsnorm by %g", k->name, bad);
+            add_digest_of_numbers(y, n);
+            k->swiglu(y, w, x, n);
+            CHECK(none_finite(y + at, 1), "%s: swiglu, up %g", k->name, bad);
+            add_digest_of_numbers(y, n);
+            k->swiglu(y, x, w, n);
+            CHECK(none_finite(y + at, 1), "%s: swiglu, gate %g", k->name, bad);
+            add_digest_of_numbers(y, n);
+            k->matvec(&score, w, x, 1, n);
+            CHECK(none_finite(&score, 1), "%s: matvec of %g", k->name, bad);
+            if (bad > 0 || bad != bad) {  /* -infinity is how a sampler forbids a token */
+                score = k->exponentials(y, x, n, 1);
+                CHECK(none_finite(&score, 1), "%s: exponentials of %g", k->name, bad);
+            }
+            release(x, n * 4); release(w, n * 4); release(y, n * 4);
+        }
+    for (size_t position = 0; position < 5; position++) {
+        float frequencies[] = {1, bad, 1e38f, 0.1f}, c[4], s[4], x[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+        k->rope_angles(c, s, frequencies, 4, position, 1);
+        CHECK(none_finite(c + 1, 1) && none_finite(s + 1, 1), "%s: the angle of %g at %zu", k->name, bad, position);
+        add_digest_of_numbers(c, 4);
+        add_digest_of_numbers(s, 4);
+        k->rope(x, c, s, 8, 1);
+        CHECK(none_finite(x + 1, 1) && none_finite(x + 5, 1), "%s: rotation by %g", k->name, bad);
+        add_digest_of_numbers(x, 8);
+    }
+}
+
+/* one number of a query, key or value is damaged, in a sequence of one block or three; in place: 0 q, 1 k, 2 v */
+static void damaged_attention(const Kernels *k, float bad, KVType type, size_t head_dim, int place) {
+    enum { N = 3, GROUP = 2, ROWS = N * GROUP };
+    for (size_t position = 5; position < 600; position += 290) {
+        size_t total = position + N, n_blocks = (total + KV_BLOCK - 1) / KV_BLOCK, damaged = total - 2, size = ROWS * head_dim;
+        size_t keys = key_bytes(type, head_dim), block = keys + value_bytes(type, head_dim);
+        char *blocks[3];
+        float *k_row = floats(head_dim, 2), *v_row = floats(head_dim, 2), *q = floats(size, 1), *out = guarded(size * 4);
+        float *scratch = guarded(ATTENTION_SCRATCH(head_dim) * 4), *weights = guarded(ROWS * total * 4);
+        for (size_t b = 0; b < n_blocks; b++) blocks[b] = guarded(block);
+        for (size_t p = 0; p < total; p++) {
+            char *at = blocks[p / KV_BLOCK];
+            for (size_t d = 0; d < head_dim; d++) k_row[d] = uniform(2), v_row[d] = uniform(2);
+            if (p == damaged && place == 1) k_row[head_dim - 1] = bad;
+            if (p == damaged && place == 2) v_row[head_dim - 1] = bad;
+            k->store_kv[type](at, at + keys, p % KV_BLOCK, k_row, v_row, head_dim);
+            uint16_t scale = 0x7e00;
+            if (type == KV_I8 && p == damaged && place == 2) memcpy(&scale, at + keys + KV_BLOCK * PADDED(head_dim) + p % KV_BLOCK * 2, 2);
+            CHECK((scale & 0x7fff) > 0x7c00, "%s: the scale of a value of %g is %04x, not a NaN", k->name, bad, scale);
+        }
+        if (place == 0) q[(ROWS - 1) * head_dim] = bad;
+        Attention task = {q, out, GROUP * head_dim, GROUP * head_dim, N, GROUP, head_dim, position, blocks, 0, keys, scratch};
+        task.weights = weights, task.weights_token = GROUP * total, task.weights_head = total;
+        k->attend[type](&task);
+        add_digest_of_numbers(out, size);
+        for (size_t row = 0; row < ROWS; row++) {
+            size_t seen = position + row / GROUP + 1;
+            int hurt = place == 0 ? row == ROWS - 1 : seen > damaged;
+            const float *found = out + row * head_dim;
+            CHECK(hurt ? none_finite(place == 2 ? found + head_dim - 1 : found, place == 2 ? 1 : head_dim) : isfinite(found[0]) && isfinite(found[head_dim - 1]),
+                  "%s: attention type %d, %g in %c, position %zu, row %zu: %g", k->name, (int)type, bad, "qkv"[place], position, row, found[head_dim - 1]);
+            add_digest_of_numbers(weights + row * total, seen);
+        }
+        for (size_t b = 0; b < n_blocks; b++) release(blocks[b], block);
+        release(k_row, head_dim * 4); release(v_row, head_dim * 4); release(q, size * 4); release(out, size * 4);
+        release(scratch, ATTENTION_SCRATCH(head_dim) * 4); release(weights, ROWS * total * 4);
+    }
+}
+
+static void not_finites(const Kernels *k) {
+    begin(9);
+    for (size_t b = 0; b < 3; b++) {
+        damaged_products(k, not_finite[b]);
+        damaged_rows(k, not_finite[b]);
+        for (int type = KV_F32; type <= KV_I8; type++)
+            for (int place = 0; place < 3; place++) {
+                damaged_attention(k, not_finite[b], (KVType)type, 24, place);
+                damaged_attention(k, not_finite[b], (KVType)type, 64, place);
+            }
+    }
+    end(k, "not_finite");
+}
+
 static void kernels_named(const char *name, const Kernels *k, int spec) {
     int all = name == NULL;
     if (all || !strcmp(name, "matmul")) matmuls(k, spec);
@@ -469,6 +617,7 @@ static void kernels_named(const char *name, const Kernels *k, int spec) {
     if (all || !strcmp(name, "halves")) halves(k);
     if (all || !strcmp(name, "top_k")) top_ks(k, spec);
     if (all || !strcmp(name, "quantize_tiles")) quantized_tiles(k);
+    if (all || !strcmp(name, "not_finite")) not_finites(k);
     if (all || !strcmp(name, "int8_peak")) int8_peaks(k);
 }
 

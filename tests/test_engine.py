@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from small_models import export_small_model
 
 from qwen3c import engine
 from qwen3c.engine import Model, Session
-from qwen3c.format import KV_TYPES
+from qwen3c.format import KV_TYPES, ModelFile, Tensor
 
 SHAPE = {
     "dim": 64,
@@ -238,6 +240,60 @@ def test_random_histories_notice_a_cache_of_other_precision(nano_path: Path, kv:
 
 
 # ----------------------------------------------------------------------------
+# Damaged weights
+
+TINY = SHAPE | {"dim": 32, "hidden_dim": 32, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 512, "tied": False}
+DAMAGED = {
+    "qwen3": {},
+    "qwen2": {"architecture": "qwen2", "head_dim": 16},
+    "qwen3_moe": {"architecture": "qwen3_moe", "n_experts": 3, "n_experts_per_token": 3, "expert_hidden_dim": 32},
+}
+TOKEN = 7
+
+
+def damage(path: Path, tensor: Tensor, bad: float) -> memoryview:
+    """The weights of a model.bin with one number of one tensor changed: of a matrix, the scale of one row's group."""
+    file = ModelFile(path)
+    weights = bytearray(file.weights)
+    if not tensor.quantized:
+        weights[tensor.offset + 4 : tensor.offset + 8] = np.float32(bad).tobytes()
+        return memoryview(weights)
+    group_size, groups = file.config.group_size, tensor.shape[1] // file.config.group_size
+    tile = tensor.offset + TOKEN // 16 * groups * (16 * group_size + 32)
+    scale = tile + 16 * group_size + 2 * (TOKEN % 16)
+    weights[scale : scale + 2] = np.float16(bad).tobytes()
+    return memoryview(weights)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_one_damaged_number_makes_every_logit_of_its_tokens_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, bad: float
+) -> None:
+    path = export_small_model(tmp_path, **TINY | DAMAGED[kind])
+    ids = np.array([3, TOKEN, 100, 200, 300])
+    for tensor in ModelFile(path).tensors:
+        weights = damage(path, tensor, bad)
+        monkeypatch.setattr(engine, "in_huge_pages", lambda _, weights=weights: weights)  # past every check of a file
+        for kv in KV_TYPES:
+            for activations in ("int8", "float32"):
+                found = []
+                for isa in engine.runnable_isas():
+                    engine.set_isa(isa)
+                    session = Model(path, 1, kv, activations, huge_pages=True).session()
+                    found.append(np.concatenate([session.forward(ids, "all"), session.forward([50], "all")]))
+                logits, case = found[0], (tensor.name, kv, activations)
+                assert all(np.array_equal(logits, other, equal_nan=True) for other in found), case
+                if tensor.name == "lm_head.weight":
+                    assert not np.isfinite(logits[:, TOKEN]).any(), case
+                    assert np.isfinite(np.delete(logits, TOKEN, 1)).all(), case
+                elif tensor.name == "model.embed_tokens.weight":
+                    assert np.isfinite(logits[0]).all() and not np.isfinite(logits[1:]).any(), case
+                else:
+                    assert not np.isfinite(logits).any(), case
+
+
+# ----------------------------------------------------------------------------
 # Sessions, errors, interruption
 
 
@@ -395,6 +451,43 @@ def test_threads_and_isa_can_be_asked_for(path: Path) -> None:
     assert Model(path).threads == (engine.default_threads() if engine.OPENMP else 1)
     assert engine.isa() in engine.runnable_isas() and set(engine.runnable_isas()) <= set(engine.ISA_NAMES)
     assert engine.runnable_isas()[0] == "scalar"
+
+
+WITHOUT_THREADS = """
+import resource, sys, threading
+import numpy as np
+from qwen3c import engine
+
+path, ids, limited, results = sys.argv[1], np.arange(200), threading.Event(), []
+usual = engine.Model(path, threads=2)
+
+def another_thread():  # for which OpenMP starts threads of its own
+    limited.wait()
+    results.append(usual.session().forward(ids, "all"))
+
+thread = threading.Thread(target=another_thread)
+thread.start()
+size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize:")) << 10
+resource.setrlimit(resource.RLIMIT_AS, (size + (20 << 20), resource.RLIM_INFINITY))  # two stacks of 8 MiB
+model = engine.Model(path, threads=64)
+results.append(model.session().forward(ids, "all"))
+limited.set()
+thread.join()
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+expected = usual.session().forward(ids, "all")
+print(model.threads, len(results), all(np.array_equal(result, expected) for result in results))
+"""
+
+
+@pytest.mark.skipif(not engine.OPENMP or sys.platform != "linux", reason="no OpenMP, or no /proc")
+def test_a_model_makes_do_with_the_threads_that_can_be_started(path: Path) -> None:
+    result = subprocess.run(
+        ["sh", "-c", 'ulimit -s 8192 && exec "$@"', "sh", sys.executable, "-c", WITHOUT_THREADS, str(path)],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    threads, n_results, same = result.stdout.split()
+    assert 1 < int(threads) < 8 and n_results == "2" and same == "True"
 
 
 # ----------------------------------------------------------------------------

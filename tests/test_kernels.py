@@ -49,7 +49,7 @@ def run(objects: Path, program: Path, *arguments: str) -> tuple[int, dict[str, d
 def test_every_instruction_set_gives_the_same_bits_as_the_spec(objects: Path, tmp_path: Path) -> None:
     status, digests, output = run(objects, tmp_path / "program")
     assert status == 0, output
-    assert set(digests) == {"matmul", "rows", "rope", "attention", "top_k", "quantize_tiles"}
+    assert set(digests) == {"matmul", "rows", "rope", "attention", "top_k", "quantize_tiles", "not_finite"}
     for kernel, by_isa in digests.items():
         assert "scalar" in by_isa and len(set(by_isa.values())) == 1, f"{kernel}: {by_isa}"
 
@@ -85,6 +85,13 @@ MUTATIONS = {
     "a read passes the end": ("attention", "body.h", "n < 16 ? load_part(k + d, n, 0) : f32_load(k + d)", "f32_load(k + d)"),
     "top-k orders ties backwards": ("top_k", "body.h", "(x[a] == x[b] && a < b)", "(x[a] == x[b] && a > b)"),
     "the peak stops a round early": ("int8_peak", "body.h", "round < rounds; round++", "round + 1 < rounds; round++"),
+    "a group loses its NaN": ("not_finite", "body.h", "largest = f32_max_magnitude(largest, f32_abs(f32_load(group + c)))", "largest = f32_max(largest, f32_abs(f32_load(group + c)))"),
+    "AVX2 loses a NaN between its halves": ("not_finite", "lanes_avx2.h:avx2", "_mm256_max_epi32(_mm256_castps_si256(a.low), _mm256_castps_si256(a.high))", "_mm256_castps_si256(_mm256_max_ps(a.low, a.high))"),
+    "AVX-512 loses a NaN in its last lanes": ("not_finite", "lanes_x86.h:avx512vnni", "_mm_max_epi32(b, _mm_srli_epi64(b, 32))", "b"),
+    "an infinity becomes a scale": ("not_finite", "body.h", "max[i] < INFINITY ? max[i] : NAN", "max[i]"),
+    "the cache has codes for a NaN": ("not_finite", "body.h", "if (!(max[0] < INFINITY)) max[0] = 0, scales[0] = NAN;", ""),
+    "a key of infinity passes for one far away": ("not_finite", "body.h", "sum = f32_fma(score, f32_set(0), sum);", ""),
+    "a first key of infinity passes for one far away": ("not_finite", "body.h", "sum = f32_mul(m, f32_set(0));", "sum = f32_set(0);"),
     "weights get the next scale": ("quantize_tiles", "body.h", "if (max[r] > 127.5f * back[r]) halves[r]++;", "halves[r]++;"),
 }  # fmt: skip
 

@@ -28,12 +28,20 @@ static inline f32x16 f32_div(f32x16 a, f32x16 b) { return _mm512_div_ps(a, b); }
 static inline f32x16 f32_max(f32x16 a, f32x16 b) { return _mm512_max_ps(a, b); }
 static inline f32x16 f32_min(f32x16 a, f32x16 b) { return _mm512_min_ps(a, b); }
 static inline f32x16 f32_abs(f32x16 a) { return _mm512_abs_ps(a); }
+/* As integers: the bits of magnitudes are in the order of their values, those of a NaN above all. */
+static inline f32x16 f32_max_magnitude(f32x16 a, f32x16 b) {
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
 static inline f32x16 f32_fma(f32x16 a, f32x16 b, f32x16 c) { return _mm512_fmadd_ps(a, b, c); }
 static inline float f32_sum_lanes(f32x16 a) {
     return sum_of_8(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)));
 }
 static inline float f32_max_lanes(f32x16 a) {
     return max_of_8(_mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)));
+}
+static inline float f32_max_magnitude_lanes(f32x16 a) {
+    __m512i bits = _mm512_castps_si512(a);
+    return max_magnitude_of_8(_mm256_max_epi32(_mm512_castsi512_si256(bits), _mm512_extracti64x4_epi64(bits, 1)));
 }
 static inline f32x16 f32_round(f32x16 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline f32x16 f32_from_i32(i32x16 a) { return _mm512_cvtepi32_ps(a); }

@@ -3,6 +3,8 @@
    An ISA file defines ISA, the types f32x16, i32x16, i8x64, i8x4, their operations, and how many
    accumulators fit its registers: MATMUL_TILES x MATMUL_TOKENS, ATTEND_QUERIES x ATTEND_VECTORS, PEAK_DOTS (enough to
    hide the latency of a dot product); OPAQUE(x) makes the compiler forget what it knows of activations x. */
+#include <float.h>
+
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -65,14 +67,19 @@ static void quantize(Int8Rows *row, const float *x, size_t n, size_t group_size)
         for (size_t i = 0; i < n_groups; i++) {
             const float *group = x + (g + i) * group_size;
             f32x16 largest = f32_set(0);
-            for (size_t c = 0; c < group_size; c += 16) largest = f32_max(largest, f32_abs(f32_load(group + c)));
-            max[i] = f32_max_lanes(largest);
+            for (size_t c = 0; c < group_size; c += 16) largest = f32_max_magnitude(largest, f32_abs(f32_load(group + c)));
+            max[i] = f32_max_magnitude_lanes(largest);
         }
         for (size_t i = 0; i < 16; i++) inverse[i] = 127.0f / (max[i] < 1e-30f ? INFINITY : max[i]);
-        for (size_t i = 0; i < 16; i++) max[i] = (max[i] < 1e-30f ? 0.0f : max[i]) / 127.0f;
+        for (size_t i = 0; i < 16; i++) max[i] = (max[i] < 1e-30f ? 0.0f : max[i] < INFINITY ? max[i] : NAN) / 127.0f;
         memcpy(row->scales + g, max, n_groups * sizeof *max);
         for (size_t i = 0; i < n_groups; i++) {
             size_t first = (g + i) * group_size;
+            if (max[i] != max[i]) {  /* a value is NaN or infinite: the scale NaN says so, no code could */
+                memset(row->codes + first, 0, group_size);
+                row->sums[g + i] = 0;
+                continue;
+            }
             f32x16 sum = f32_set(0);  /* of integers, and so small that it is exact */
             for (size_t c = first; c < first + group_size; c += 16) {
                 f32x16 code = f32_round(f32_mul(f32_load(x + c), f32_set(inverse[i])));
@@ -126,7 +133,7 @@ static void sine_cosine(double angle, double *sine, double *cosine) {
         + z * (1.0 / 6227020800.0 + z * (-1.0 / 1307674368000.0))))))));
     double c = 1 + z * (-1.0 / 2 + z * (1.0 / 24 + z * (-1.0 / 720 + z * (1.0 / 40320 + z * (-1.0 / 3628800
         + z * (1.0 / 479001600 + z * (-1.0 / 87178291200.0 + z * (1.0 / 20922789888000.0))))))));
-    int quarter = (int)(long long)k & 3;
+    int quarter = fabs(k) < 0x1p62 ? (int)((long long)k & 3) : 0;  /* no integer beyond, least of all a NaN */
     *sine = quarter == 0 ? s : quarter == 1 ? c : quarter == 2 ? -s : -c;
     *cosine = quarter == 0 ? c : quarter == 1 ? -s : quarter == 2 ? -c : s;
 }
@@ -330,9 +337,11 @@ INLINE f32x16 codes_of(f32x16 x, float scale) {
 /* codes (PADDED(n)) of a row; returns its scale */
 static uint16_t quantize_head(int8_t *codes, const float *x, size_t n) {
     f32x16 largest = f32_set(0);
-    for (size_t i = 0; i < n; i += 16) largest = f32_max(largest, f32_abs(n - i < 16 ? load_part(x + i, n - i, 0) : f32_load(x + i)));
-    float max[16] = {f32_max_lanes(largest)}, scales[16] = {max[0] / 127.0f}, back[16];
+    for (size_t i = 0; i < n; i += 16)
+        largest = f32_max_magnitude(largest, f32_abs(n - i < 16 ? load_part(x + i, n - i, 0) : f32_load(x + i)));
+    float max[16] = {f32_max_magnitude_lanes(largest)}, scales[16] = {max[0] / 127.0f}, back[16];
     uint16_t halves[16];
+    if (!(max[0] < INFINITY)) max[0] = 0, scales[0] = NAN;
     round_scales(halves, back, scales, max);
     for (size_t i = 0; i < n; i += 16)
         f32_store_i8(codes + i, codes_of(n - i < 16 ? load_part(x + i, n - i, 0) : f32_load(x + i), back[0]));
@@ -498,12 +507,17 @@ static void values_int8(float *o, const Int8Rows *p8, float *p, size_t rows, con
 
 /* ---- softmax and both products over all blocks */
 
-/* p = exp(score - max) in place for the first `seen` of a block's positions; returns their sum, 0 beyond them */
+/* p = exp(score - max) in place for the first `seen` of a block's positions, 0 beyond them; returns the sum of p, NaN if
+   a score is NaN or infinite: one of -infinity is a damaged key and must not pass for a position of no weight */
 static float exponentiate(float *p, size_t seen, float *max) {
     size_t end = (seen + 15) / 16 * 16;
-    for (size_t j = seen; j < end; j++) p[j] = -INFINITY;
-    f32x16 m = f32_load(p), sum = f32_set(0);
-    for (size_t j = 16; j < end; j += 16) m = f32_max(m, f32_load(p + j));
+    for (size_t j = seen; j < end; j++) p[j] = -FLT_MAX;
+    f32x16 m = f32_load(p), sum = f32_mul(m, f32_set(0));  /* 0, and NaN if a score is not finite */
+    for (size_t j = 16; j < end; j += 16) {
+        f32x16 score = f32_load(p + j);
+        m = f32_max(m, score);
+        sum = f32_fma(score, f32_set(0), sum);
+    }
     *max = f32_max_lanes(m);
     for (size_t j = 0; j < end; j += 16) {
         f32x16 e = f32_exp(f32_sub(f32_load(p + j), f32_set(*max)));
@@ -701,16 +715,15 @@ static void load_source(float *w, const void *row, SourceType type, size_t offse
 
 /* largest |w| of a group, or a negative number if a value is NaN, infinite or too large for an fp16 scale; sum w^2 */
 static float largest_magnitude(const float *w, size_t n, float *square) {
-    f32x16 largest = f32_set(0), zero = f32_set(0), squares = f32_set(0);
+    f32x16 largest = f32_set(0), squares = f32_set(0);
     for (size_t i = 0; i < n; i += 16) {
         f32x16 v = f32_load(w + i);
-        largest = f32_max(largest, f32_abs(v));
-        zero = f32_fma(v, f32_set(0), zero);  /* NaN if v is NaN or infinite */
+        largest = f32_max_magnitude(largest, f32_abs(v));
         squares = f32_fma(v, v, squares);
     }
     *square = f32_sum_lanes(squares);
-    float max = f32_max_lanes(largest);
-    return f32_sum_lanes(zero) == 0 && max <= 127.0f * 65504.0f ? max : -1.0f;
+    float max = f32_max_magnitude_lanes(largest);
+    return max <= 127.0f * 65504.0f ? max : -1.0f;  /* no NaN is */
 }
 
 static int64_t first_bad(const float *w, size_t n) {

@@ -9,6 +9,9 @@
      - float operations are single IEEE operations or one fmaf, in the order written here;
      - int8 dot products are exact in int32, and as floats: |sum| <= MAX_HEAD_DIM * 127 * 128 < 2^24.
 
+   A NaN or an infinity is never lost on the way: what is computed from one is not finite, in every table, so damaged
+   weights end in logits that say so. (Which NaN it is, its sign and payload, is the instruction set's business.)
+
    All arrays are row-major; (a, b) is a rows of b. Pointers need no alignment. A kernel cannot fail. */
 #ifndef QWEN3C_KERNELS_H
 #define QWEN3C_KERNELS_H
@@ -84,7 +87,8 @@ typedef struct {
     /* y[i] = (x[i] * (1 / sqrt(mean(x^2) + eps))) * weight[i]; the sum of squares runs in 16 lanes, then the tree. */
     void (*rmsnorm)(float *y, const float *x, const float *weight, size_t n, float eps);
 
-    /* Per group: scale = max|x| / 127, code = round to nearest even(x * (127 / max|x|)); all zero below 1e-30. */
+    /* Per group: scale = max|x| / 127, code = round to nearest even(x * (127 / max|x|)); all zero below 1e-30.
+       A group that holds a NaN or an infinity has the scale NaN and codes of zero. */
     void (*quantize)(Int8Rows *row, const float *x, size_t n, size_t group_size);
 
     /* y[t][r] = sum over groups, in order, of fmaf((float)dot, weight scale * activation scale, sum)
@@ -108,7 +112,7 @@ typedef struct {
     void (*rope)(float *x, const float *cosine, const float *sine, size_t head_dim, float scale);
 
     /* Put k and v (head_dim) of position `index` of a block in their places, rounded to nearest even in fp16; as int8
-       with the first of quantize_tiles' scales and codes, one scale for k and one for v. */
+       with the first of quantize_tiles' scales and codes, one scale for k and one for v, NaN if a value is not finite. */
     void (*store_kv[3])(char *keys, char *values, size_t index, const float *k, const float *v, size_t head_dim);
 
     /* out = softmax(q . k) v, by KVType. Per block, from absolute position 0:
@@ -116,6 +120,7 @@ typedef struct {
          l_b = sum p (16 lanes, then the tree);  o_b = fmaf chain over positions in order;
        blocks are merged in order: m' = max(m, m_b), a = exp(m - m'), b = exp(m_b - m'),
          l = fmaf(l, a, l_b * b), o = fmaf(o, a, o_b * b);  at the end out = o * (1 / l).
+       l_b is NaN if a score is not finite, and so is all of out then.
        Where weights are wanted: weight = exp(score - m) * (1 / l) of every position seen.
        KV_I8 differs in its two products. Scores are those of matmul_int8 after quantize made one group of q, with
        zeros up to PADDED(head_dim). And p times the scale of its position's value, zero if not seen, is quantized in

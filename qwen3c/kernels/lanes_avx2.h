@@ -25,11 +25,20 @@ static inline f32x16 f32_abs(f32x16 a) {
     __m256 sign = _mm256_set1_ps(-0.0f);
     return BOTH(f32x16, _mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high));
 }
+/* As integers: the bits of magnitudes are in the order of their values, those of a NaN above all. */
+static inline f32x16 f32_max_magnitude(f32x16 a, f32x16 b) {
+    __m256i low = _mm256_max_epi32(_mm256_castps_si256(a.low), _mm256_castps_si256(b.low));
+    __m256i high = _mm256_max_epi32(_mm256_castps_si256(a.high), _mm256_castps_si256(b.high));
+    return BOTH(f32x16, _mm256_castsi256_ps(low), _mm256_castsi256_ps(high));
+}
 static inline f32x16 f32_fma(f32x16 a, f32x16 b, f32x16 c) {
     return BOTH(f32x16, _mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high));
 }
 static inline float f32_sum_lanes(f32x16 a) { return sum_of_8(_mm256_add_ps(a.low, a.high)); }
 static inline float f32_max_lanes(f32x16 a) { return max_of_8(_mm256_max_ps(a.low, a.high)); }
+static inline float f32_max_magnitude_lanes(f32x16 a) {
+    return max_magnitude_of_8(_mm256_max_epi32(_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)));
+}
 static inline f32x16 f32_round(f32x16 a) {
     return BOTH(f32x16, _mm256_round_ps(a.low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
                 _mm256_round_ps(a.high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -22,6 +22,8 @@ static inline f32x16 f32_div(f32x16 a, f32x16 b) { f32x16 r; EACH_QUARTER(vdivq_
 static inline f32x16 f32_max(f32x16 a, f32x16 b) { f32x16 r; EACH_QUARTER(vmaxq_f32(a.val[i], b.val[i])); }
 static inline f32x16 f32_min(f32x16 a, f32x16 b) { f32x16 r; EACH_QUARTER(vminq_f32(a.val[i], b.val[i])); }
 static inline f32x16 f32_abs(f32x16 a) { f32x16 r; EACH_QUARTER(vabsq_f32(a.val[i])); }
+/* Here the maximum of a NaN and a number is the NaN already. */
+static inline f32x16 f32_max_magnitude(f32x16 a, f32x16 b) { return f32_max(a, b); }
 static inline f32x16 f32_fma(f32x16 a, f32x16 b, f32x16 c) { f32x16 r; EACH_QUARTER(vfmaq_f32(c.val[i], a.val[i], b.val[i])); }
 static inline float f32_sum_lanes(f32x16 a) {
     float32x4_t b = vaddq_f32(vaddq_f32(a.val[0], a.val[2]), vaddq_f32(a.val[1], a.val[3]));
@@ -31,6 +33,7 @@ static inline float f32_sum_lanes(f32x16 a) {
 static inline float f32_max_lanes(f32x16 a) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.val[0], a.val[2]), vmaxq_f32(a.val[1], a.val[3])));
 }
+static inline float f32_max_magnitude_lanes(f32x16 a) { return f32_max_lanes(a); }
 static inline f32x16 f32_round(f32x16 a) { f32x16 r; EACH_QUARTER(vrndnq_f32(a.val[i])); }
 static inline f32x16 f32_from_i32(i32x16 a) { f32x16 r; EACH_QUARTER(vcvtq_f32_s32(a.val[i])); }
 static inline f32x16 f32_power_of_2(f32x16 n) {

@@ -22,6 +22,9 @@ static inline f32x16 f32_div(f32x16 a, f32x16 b) { f32x16 r; EACH_LANE(a.lane[i]
 static inline f32x16 f32_max(f32x16 a, f32x16 b) { f32x16 r; EACH_LANE(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
 static inline f32x16 f32_min(f32x16 a, f32x16 b) { f32x16 r; EACH_LANE(a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
 static inline f32x16 f32_abs(f32x16 a) { f32x16 r; EACH_LANE(fabsf(a.lane[i])); }
+/* The larger of two magnitudes (sign bits clear); a NaN is larger than any number. f32_max loses one. */
+static inline float larger_magnitude(float a, float b) { return a > b || a != a ? a : b; }
+static inline f32x16 f32_max_magnitude(f32x16 a, f32x16 b) { f32x16 r; EACH_LANE(larger_magnitude(a.lane[i], b.lane[i])); }
 static inline f32x16 f32_fma(f32x16 a, f32x16 b, f32x16 c) { f32x16 r; EACH_LANE(fmaf(a.lane[i], b.lane[i], c.lane[i])); }
 
 /* The one tree: lane i and lane i + 8, then + 4, + 2, + 1. */
@@ -35,15 +38,20 @@ static inline float f32_max_lanes(f32x16 a) {
         for (int i = 0; i < width; i++) a.lane[i] = a.lane[i] > a.lane[i + width] ? a.lane[i] : a.lane[i + width];
     return a.lane[0];
 }
+static inline float f32_max_magnitude_lanes(f32x16 a) {
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) a.lane[i] = larger_magnitude(a.lane[i], a.lane[i + width]);
+    return a.lane[0];
+}
 
 /* adding and taking away 1.5 * 2^23 rounds |x| < 2^22 to an integer, ties to even */
 static inline f32x16 f32_round(f32x16 a) { f32x16 r; EACH_LANE((a.lane[i] + 12582912.0f) - 12582912.0f); }
 static inline f32x16 f32_from_i32(i32x16 a) { f32x16 r; EACH_LANE((float)a.lane[i]); }
 
-static inline f32x16 f32_power_of_2(f32x16 n) {  /* n integer, -126..127 */
+static inline f32x16 f32_power_of_2(f32x16 n) {  /* n integer, -126..127; of a NaN any number */
     f32x16 r;
     for (int i = 0; i < 16; i++) {
-        uint32_t bits = (uint32_t)((int32_t)n.lane[i] + 127) << 23;
+        uint32_t bits = n.lane[i] == n.lane[i] ? (uint32_t)((int32_t)n.lane[i] + 127) << 23 : 0;
         memcpy(&r.lane[i], &bits, 4);
     }
     return r;
