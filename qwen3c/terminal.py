@@ -53,15 +53,6 @@ def open_streams() -> None:
             stream.reconfigure(encoding=encoding, errors="replace")
 
 
-def program_name(default: str) -> str:
-    """What the user typed to start this program: a script, an installed command or `python -m` and a module."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is not None and spec.name.startswith("qwen3c"):
-        return f"python -m {spec.name.removesuffix('.__main__')}"
-    name = os.path.basename(sys.argv[0])
-    return name if name.startswith("qwen3c") else default
-
-
 def has_colour(stream: TextIO) -> bool:
     return can_redraw(stream) and not os.environ.get("NO_COLOR")
 
@@ -91,7 +82,10 @@ def _wrapped(text: str, width: int) -> str:
 
 
 def program_name(script: str) -> str:
-    """What a person typed to start this program: an installed command, `python -m qwen3c`, or else `script`."""
+    """What a person typed to start this program: an installed command, `python -m` and a module, else `script`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name.startswith("qwen3c"):
+        return f"python -m {spec.name.removesuffix('.__main__')}"
     started = Path(sys.argv[0])
     if started.name == "__main__.py" and started.parent.name == "qwen3c":
         return "python -m qwen3c"

@@ -246,7 +246,12 @@ TINY = SHAPE | {"dim": 32, "hidden_dim": 32, "n_heads": 2, "n_kv_heads": 1, "voc
 DAMAGED = {
     "qwen3": {},
     "qwen2": {"architecture": "qwen2", "head_dim": 16},
-    "qwen3_moe": {"architecture": "qwen3_moe", "n_experts": 3, "n_experts_per_token": 3, "expert_hidden_dim": 32},
+    "qwen3_moe": {
+        "architecture": "qwen3_moe",
+        "n_experts": 3,
+        "n_experts_per_token": 3,
+        "expert_hidden_dim": 32,
+    },
 }
 TOKEN = 7
 
@@ -274,7 +279,9 @@ def test_one_damaged_number_makes_every_logit_of_its_tokens_not_finite(
     ids = np.array([3, TOKEN, 100, 200, 300])
     for tensor in ModelFile(path).tensors:
         weights = damage(path, tensor, bad)
-        monkeypatch.setattr(engine, "in_huge_pages", lambda _, weights=weights: weights)  # past every check of a file
+        monkeypatch.setattr(
+            engine, "in_huge_pages", lambda _, weights=weights: weights
+        )  # past every check of a file
         for kv in KV_TYPES:
             for activations in ("int8", "float32"):
                 found = []
