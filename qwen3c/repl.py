@@ -233,13 +233,17 @@ class Repl:
         if directory is None or not self._conversation.messages:
             return
         path = directory / time.strftime(f"interrupted-%Y%m%d-%H%M%S-{os.getpid()}.json")
-        with contextlib.suppress(OSError):
+        try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._conversation.save(str(path))
             path.chmod(0o600)
             for old in _interrupted()[:-KEPT]:
                 old.unlink()
-            note(f"ended by a signal; /load {path} goes on from here")
+            told = f"ended by a signal; /load {path} goes on from here"
+        except OSError as error:
+            told = f"ended by a signal; the conversation is lost: {one_line(error)}"
+        with contextlib.suppress(OSError):
+            note(told)
 
 
 def _interrupted() -> list[Path]:

@@ -864,6 +864,20 @@ def test_a_conversation_that_no_longer_fits_goes_on_without_the_message(small: s
     assert re.search(r"error: prompt is \d+ tokens, the context holds 256", done.err)
 
 
+def test_overflow_drop_goes_on_without_the_oldest_turns(
+    small: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stdin = ("ab " * 20 + "\n") * 12
+    done = command(small, "-m", "chat", "-n", "4", "--json", "--overflow", "drop", input=stdin.encode())
+    assert done.status == 0 and len(done.out.splitlines()) == 12
+    assert re.search(r"^\(\d+ oldest messages are no longer told to the model\)$", done.err, re.MULTILINE)
+    stopped = command(small, "-m", "chat", "-n", "4", "--json", input=stdin.encode())
+    assert stopped.status == 2 and len(stopped.out.splitlines()) < 12
+    assert "this model holds no more; /clear forgets what was said, /set overflow drop" in stopped.err
+    done = in_process(capsys, "-i", "x", "--overflow", "drop")
+    assert done.status == 2 and "--overflow belongs to -m chat" in done.err
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

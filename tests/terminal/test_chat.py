@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -336,10 +337,8 @@ def test_a_closed_terminal_loses_neither_conversation_nor_history(chat: Chat, tm
     messages = json.loads(last.read_text())["messages"]
     assert [m["content"] for m in messages[::2]] == ["at the prompt", "in a reply"]
     assert len(messages[3]["content"]) > 30
-    with chat(*BRIEF) as t:
-        ask(t, "on")
-        leave(t)
-    with chat(*BRIEF) as t:  # something was typed since then
+    (state / "history").touch()
+    with chat(*BRIEF) as t:  # something was typed since then: it is known
         wait_for_prompt(t)
         assert "interrupted" not in t.text
 
@@ -359,6 +358,16 @@ def test_sigterm_says_where_the_conversation_is(chat: Chat, tmp_path: Path, spea
         assert t.lines[-1] == f"ended by a signal; /load {path} goes on from here"
         assert len(json.loads(path.read_text())["messages"]) == (4 if speaking else 2)
         assert "Traceback" not in t.text and "Ctrl-D or /exit" not in t.text
+
+
+def test_a_conversation_that_cannot_be_kept_is_said_to_be_lost(chat: Chat, tmp_path: Path) -> None:
+    with chat(*BRIEF, columns=200) as t:
+        ask(t, "hello")
+        shutil.rmtree(tmp_path / "state" / "qwen3c")
+        (tmp_path / "state" / "qwen3c").write_text("")
+        t.send_signal(signal.SIGTERM)
+        assert t.finish() == 128 + signal.SIGTERM
+        assert t.lines[-1].startswith("ended by a signal; the conversation is lost: "), t.text
 
 
 def test_a_chat_that_said_nothing_leaves_nothing(chat: Chat, tmp_path: Path) -> None:
@@ -410,6 +419,7 @@ def test_the_other_names_of_commands_and_what_is_none(chat: Chat, tmp_path: Path
             ('/system "clear"', "system: clear"),
             ("/set top_k 5", "top_k 5"),
             ("/set top_k default", "top_k 20 (default)"),
+            ("/set seed default", "seed new for each reply (default)"),
             ("/set stop a b", 'stop ["a b"]'),
             ("/set stop default", "stop none (default)"),
             ("/set overflow away", "error: overflow = 'away' is neither stop nor drop"),
@@ -421,7 +431,11 @@ def test_the_other_names_of_commands_and_what_is_none(chat: Chat, tmp_path: Path
             ("/load /dev/zero", "error: /dev/zero is not a file"),
         ]:
             assert ask(t, line)[0].startswith(answer), line
+        ask(t, "hello")
         shown = ask(t, "/set")
+        assert any(
+            re.fullmatch(r"seed new for each reply; the last was \d+ \(default\)", line) for line in shown
+        )
         assert [line.split()[0] for line in shown][-3:] == ["context", "overflow", "stop"]
         assert not any("None" in line or "{}" in line for line in shown)
         wait_for_prompt(t)
