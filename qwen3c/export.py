@@ -554,7 +554,7 @@ class _Ended(SystemExit):
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Within, the first signal that asks the program to end raises _Ended; those that follow change nothing.
+    """Within, the first signal that asks the program to end raises _Ended. From then on they are ignored: it ends.
 
     A closed terminal sends two. A signal that the caller ignores (nohup, a background job) stays ignored.
     """
@@ -567,12 +567,16 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(other, signal.SIG_IGN)
         raise _Ended(number)
 
+    for number in chosen:
+        signal.signal(number, end)
+    ended = False
     try:
-        for number in chosen:
-            signal.signal(number, end)
         yield
+    except _Ended:
+        ended = True
+        raise
     finally:
-        for number in chosen:
+        for number in chosen if not ended else ():
             signal.signal(number, previous[number])
 
 
