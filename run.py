@@ -2,7 +2,7 @@
 
 import sys
 
-from qwen3c.run import main
+from qwen3c.cli.run import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -27,7 +27,7 @@ from llamacpp import Session
 from numpy.typing import NDArray
 
 from qwen3c import Model
-from qwen3c.export import export
+from qwen3c.convert.export import export
 
 MARGINS = (1, 2, 4)  # times the noise
 

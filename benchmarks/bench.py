@@ -44,11 +44,12 @@ import numpy as np
 from engines import PEERS, WORKER, Contender, Setting, convert, environment, last_line, require_peers
 from random_model import SIZES, write_random_model
 
-from qwen3c import bench, engine
-from qwen3c.bench import CHAT, COLUMNS, Machine, Series, Test
+from qwen3c import engine
+from qwen3c.convert.export import export
 from qwen3c.cpu import cpu_name, default_threads
-from qwen3c.export import export
 from qwen3c.format import ModelFile
+from qwen3c.inspect import bench
+from qwen3c.inspect.bench import CHAT, COLUMNS, Machine, Series, Test
 from qwen3c.memory import ROWS
 
 OURS = "qwen3c"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3c import engine
-from qwen3c.bench import Test
+from qwen3c.inspect.bench import Test
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("worker.py")

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3c import engine
-from qwen3c.export import export
+from qwen3c.convert.export import export
 
 Ids = NDArray[np.int64]
 Forward = Callable[[Ids], NDArray[np.float32]]  # (n,) tokens from an empty cache -> (n, vocab_size) logits

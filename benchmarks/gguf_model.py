@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3c.gguf import ARCHITECTURES as CLASSES
-from qwen3c.gguf import GGUF
-from qwen3c.huggingface import Checkpoint, Files, Rope, StoredTensor, inverse_frequencies
+from qwen3c.convert.gguf import ARCHITECTURES as CLASSES
+from qwen3c.convert.gguf import GGUF
+from qwen3c.convert.huggingface import Checkpoint, Files, Rope, StoredTensor, inverse_frequencies
 
 try:
     import gguf

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qwen3c import __version__, engine
-from qwen3c.bench import Player, Test, greedy
+from qwen3c.inspect.bench import Player, Test, greedy
 
 
 class Engine:

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from qwen3c import engine
+from qwen3c.convert.export import export
 from qwen3c.cpu import default_threads
-from qwen3c.export import export
 from qwen3c.training.rollouts import rollout
 
 PROMPT = "What is 27 + 45?"

@@ -9,7 +9,7 @@ bits as if it had been alone.
 import sys
 
 from qwen3c import Model
-from qwen3c.run import MODEL_IN_THE_BOX
+from qwen3c.cli.run import MODEL_IN_THE_BOX
 
 PROMPTS = ["def add(a, b):", "import os\n\ndef", "class Queue:\n", "for key, value in"]
 

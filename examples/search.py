@@ -9,8 +9,8 @@ so without an argument this shows how it is done, not how well it works.
 import sys
 
 from qwen3c import Model
+from qwen3c.cli.run import MODEL_IN_THE_BOX
 from qwen3c.retrieval import instruct
-from qwen3c.run import MODEL_IN_THE_BOX
 
 TEXTS = [
     "import os\nimport sys\n",

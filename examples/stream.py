@@ -9,7 +9,7 @@ import sys
 import time
 
 from qwen3c import Model
-from qwen3c.run import MODEL_IN_THE_BOX
+from qwen3c.cli.run import MODEL_IN_THE_BOX
 
 model = Model(*sys.argv[1:2] or [str(MODEL_IN_THE_BOX)])
 deadline = time.monotonic() + 5  # seconds

@@ -47,10 +47,10 @@ import functions
 import rewards
 
 from qwen3c import Model
-from qwen3c.export import export
+from qwen3c.convert.export import export
+from qwen3c.convert.huggingface import SourceError
 from qwen3c.format import ModelFileError
-from qwen3c.huggingface import SourceError
-from qwen3c.perplexity import Perplexity, measure
+from qwen3c.inspect.perplexity import Perplexity, measure
 from qwen3c.sampler import Sampling
 
 FUNCTION_TOKENS, ANSWER_TOKENS, SUM_TOKENS = 256, 64, 96  # the longest reply of each kind
@@ -171,7 +171,7 @@ def text_ids(model: Model, folder: Path) -> list[int]:
 
 
 def float32_perplexity(directory: Path, ids: list[int], window: int, n_tokens: int) -> float:
-    """qwen3c.perplexity's figure as transformers computes it in float32, over the first n_tokens of the vocabulary."""
+    """qwen3c.inspect.perplexity's figure as transformers computes it in float32, over the first n_tokens of the vocabulary."""
     try:
         import torch
         import transformers

@@ -121,7 +121,7 @@ def write_small_model(directory: Path, **shape: Any) -> Path:
 
 def export_small_model(tmp_path: Path, group_size: int = 64, **shape: Any) -> Path:
     """A model.bin of the given shape: tmp_path / "model.bin", exported from tmp_path / "source"."""
-    from qwen3c.export import export
+    from qwen3c.convert.export import export
 
     source = write_small_model(Path(tmp_path) / "source", **shape)
     target = Path(tmp_path) / "model.bin"

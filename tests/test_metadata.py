@@ -14,8 +14,10 @@ import pytest
 from small_models import export_small_model
 from test_format import with_section
 
-from qwen3c import Model, info, run
+from qwen3c import Model
+from qwen3c.cli import run
 from qwen3c.format import ModelFile, ModelFileError, ModelWriter
+from qwen3c.inspect import info
 
 N_MUTANTS = 150
 ROOM = 1 << 16  # bytes

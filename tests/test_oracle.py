@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from small_models import TINY_QWEN3, config_json, export_small_model
 
 from qwen3c import Model, engine
-from qwen3c.export import export
+from qwen3c.convert.export import export
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

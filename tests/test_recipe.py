@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from small_models import export_small_model, write_small_model
 
-from qwen3c.huggingface import thinking_kind
+from qwen3c.convert.huggingface import thinking_kind
 from qwen3c.template import ChatTemplateError, Renderer
 from qwen3c.training.vocabulary import CHAT_TEMPLATE
 

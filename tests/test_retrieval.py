@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from small_models import DEFAULTS, config_json, tokenizer_json, write_small_model
 
 from qwen3c import Model
-from qwen3c.export import export
+from qwen3c.convert.export import export
 from qwen3c.retrieval import instruct
 
 TEXTS = ["import os", "The sun is a star.", "x", instruct("what is a star?"), "day and night " * 40]

@@ -28,8 +28,8 @@ from small_models import tokenizer_json
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from qwen3c.convert.huggingface import Files, SourceError, _read_tokenizer
 from qwen3c.format import ModelFileError
-from qwen3c.huggingface import Files, SourceError, _read_tokenizer
 from qwen3c.tokenizer import BackgroundTokenizer
 
 Place = list[Any]  # of keys and indices

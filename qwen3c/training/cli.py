@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from .. import terminal
+from ..cli import terminal
 from . import TrainingError
 from .arguments import parse
 from .checkpoint import Inputs, check_free, checkpoints

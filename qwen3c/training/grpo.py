@@ -243,7 +243,7 @@ class GRPO(Trainer):
         import torch
 
         from .. import engine
-        from ..export import export
+        from ..convert.export import export
 
         directory = self.settings.out / ROLLOUTS
         path = directory / "model.bin"

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..huggingface import Checkpoint, Files
+from ..convert.huggingface import Checkpoint, Files
 from . import TrainingError
 from .checkpoint import file_fingerprint, model_files
 from .vocabulary import load

@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def hurry_status_lines(haste: float) -> None:
-    from qwen3c import terminal
+    from qwen3c.cli import terminal
 
     clock = SimpleNamespace(**{**vars(time), "monotonic": lambda: time.monotonic() * haste})
     terminal.time = clock  # type: ignore[assignment]
@@ -55,7 +55,7 @@ def slow_down() -> None:
 
 def shorten_bench(seconds: float) -> None:
     """Tests of a few tokens, once each, on a machine whose limits are made up and take `seconds` to measure."""
-    from qwen3c import bench
+    from qwen3c.inspect import bench
 
     def measure(machine: bench.Machine) -> None:
         say_that_work_begins()

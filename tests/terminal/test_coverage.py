@@ -16,7 +16,7 @@ import pytest
 from modes import MODES
 from screen import ROOT
 
-from qwen3c import run
+from qwen3c.cli import run
 from qwen3c.training import cli
 
 HERE = Path(__file__).parent

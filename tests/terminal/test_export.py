@@ -271,7 +271,7 @@ def test_usage_errors_are_one_line_by_the_name_that_was_typed(source: Path, targ
     for command, name in (
         (EXPORT, "export.py"),
         ([sys.executable, link], "qwen3c-export"),
-        ([sys.executable, "-m", "qwen3c.export"], "python -m qwen3c.export"),
+        ([sys.executable, "-m", "qwen3c.convert.export"], "python -m qwen3c.export"),
     ):
         status, text, _ = run_typed([*command, source], columns=200)
         assert (status, text) == (2, f"{name}: error: OUT.bin is missing; with --estimate nothing is written")

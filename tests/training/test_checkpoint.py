@@ -7,14 +7,7 @@ import pytest
 
 from qwen3c.files import replacing
 from qwen3c.training import TrainingError
-from qwen3c.training.checkpoint import (
-    Metrics,
-    checkpoints,
-    prune,
-    publish,
-    read_metrics,
-    write_directory,
-)
+from qwen3c.training.checkpoint import Metrics, checkpoints, prune, publish, read_metrics, write_directory
 
 
 def fill_with(text):

@@ -5,7 +5,7 @@ import pytest
 from nano import environment
 
 from qwen3c import format
-from qwen3c.export import export
+from qwen3c.convert.export import export
 from qwen3c.training.estimate import estimate
 from qwen3c.training.shapes import PRESETS, Shape, new_model
 from qwen3c.training.vocabulary import train_bpe

@@ -12,7 +12,7 @@ import pytest
 from nano import NANO, ROOT, environment, losses, train, write_chat, write_tasks, write_text
 
 import qwen3c
-from qwen3c.export import export
+from qwen3c.convert.export import export
 
 QUICK = ["--quiet", "--threads", 1, "--evaluate-every", 4, "--checkpoint-every", 2]
 

@@ -19,8 +19,8 @@ from test_gguf import byte_level_tokenizer
 from test_tokenizer import ESCAPE, of_choices, strings
 
 from qwen3c import Model
-from qwen3c.export import export
-from qwen3c.huggingface import Checkpoint, Files, SourceError
+from qwen3c.convert.export import export
+from qwen3c.convert.huggingface import Checkpoint, Files, SourceError
 from qwen3c.template import Renderer
 from qwen3c.tokenizer import Tokenizer
 

@@ -20,10 +20,10 @@ from small_gguf import small_gguf, write_gguf
 from small_models import encode_tensor, small_weights, write_json, write_safetensors, write_small_model
 
 from qwen3c import Model
-from qwen3c.export import export, main
+from qwen3c.convert.export import export, main
+from qwen3c.convert.huggingface import Checkpoint, Files, SourceError, to_float32
+from qwen3c.convert.lora import merge
 from qwen3c.format import ModelFile
-from qwen3c.huggingface import Checkpoint, Files, SourceError, to_float32
-from qwen3c.lora import merge
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
@@ -75,7 +75,7 @@ def test_merge_is_the_formula_exactly(tmp_path: Path, source: Path, dtype: str) 
     adapter = write_adapter(tmp_path / "adapter", LINEAR, dtype=dtype)
     found, base = merged(source, adapter), small_weights()
     with Files(adapter) as files:
-        from qwen3c.huggingface import open_safetensors
+        from qwen3c.convert.huggingface import open_safetensors
 
         halves = {}
         for name, tensor in open_safetensors(files, "adapter_model.safetensors").items():
@@ -99,7 +99,7 @@ def test_export_merges_whatever_the_size_of_the_slices(
     tensors = {name: encode_tensor(w, "F32") for name, w in merged(source, adapter).items()}
     other = shutil.copytree(source, tmp_path / "merged")
     write_safetensors(other / "model.safetensors", tensors)
-    monkeypatch.setattr("qwen3c.export.SLICE_WEIGHTS", slice_weights)
+    monkeypatch.setattr("qwen3c.convert.export.SLICE_WEIGHTS", slice_weights)
     export(source, tmp_path / "adapted.bin", lora=adapter)
     export(other, tmp_path / "merged.bin")
     adapted, expected = ModelFile(tmp_path / "adapted.bin"), ModelFile(tmp_path / "merged.bin")

@@ -34,12 +34,13 @@ from small_gguf import (
 from small_models import small_weights, tokenizer_json, write_small_model
 from test_tokenizer import N_STRINGS, REAL, strings
 
-from qwen3c import Model, gguf
-from qwen3c.export import export, main
+from qwen3c import Model
+from qwen3c.convert import gguf
+from qwen3c.convert.export import export, main
+from qwen3c.convert.gguf import GGUF, PRE_TOKENIZERS, Vocabulary
+from qwen3c.convert.huggingface import Checkpoint, Files, SourceError
+from qwen3c.convert.huggingface import Keys as JsonKeys
 from qwen3c.format import ModelFile
-from qwen3c.gguf import GGUF, PRE_TOKENIZERS, Vocabulary
-from qwen3c.huggingface import Checkpoint, Files, SourceError
-from qwen3c.huggingface import Keys as JsonKeys
 
 MOE = {"architecture": "qwen3_moe", "n_experts": 5, "expert_hidden_dim": 64, "dim": 128}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -242,7 +243,7 @@ def odd_blocks(n: int) -> NDArray[Any]:
 def test_odd_scales_are_taken_over_and_dtypes_may_differ_within_a_matrix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slice_weights: int
 ) -> None:
-    monkeypatch.setattr("qwen3c.export.SLICE_WEIGHTS", slice_weights)
+    monkeypatch.setattr("qwen3c.convert.export.SLICE_WEIGHTS", slice_weights)
     shape = SHAPES[2]
     keys, tensors = small_gguf("F16", **shape)
     expected = {}

@@ -32,10 +32,11 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
-from . import format, memory, mistakes
-from .files import reason
-from .memory import gib
-from .terminal import Progress, abandon_closed_streams, escaped, one_line, open_streams, program_name
+from .. import format, memory
+from ..cli.terminal import Progress, abandon_closed_streams, escaped, one_line, open_streams, program_name
+from ..files import reason
+from ..memory import gib
+from . import mistakes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,7 +131,7 @@ def export(
     sin, in place of what transformers computes from the configuration.
     Raises SourceError (huggingface.py) or OSError; the target is then what it was before.
     """
-    from .cpu import default_threads
+    from ..cpu import default_threads
     from .huggingface import Checkpoint, Files
     from .lora import merge
 
@@ -429,7 +430,7 @@ def _quantize(
     """Fill `out`; return the largest error, the sum of squared errors and of squared weights."""
     import numpy as np
 
-    from . import engine
+    from .. import engine
 
     sources: list[tuple[Any, str]] = [(part.data, part.stored.dtype) for part in parts]
     dtypes = {dtype for _, dtype in sources}

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from small_models import TINY_QWEN3
 
-from qwen3c import Model, export
-from qwen3c.perplexity import measure
+from qwen3c import Model
+from qwen3c.convert import export
+from qwen3c.inspect.perplexity import measure
 
 
 def test_an_int8_cache_costs_at_most_one_percent_of_perplexity() -> None:

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from small_models import export_small_model
 
-from qwen3c import Model, trace, trace_page
+from qwen3c import Model
+from qwen3c.inspect import trace, trace_page
 
 HOSTILE = "</script><script>document.title = 'taken'</script><!-- <script> {{DATA}} {{TITLE}} <img src=x onerror=alert(1)>"
 

@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import engine
-from .cpu import cpu_name
-from .format import Config, ModelFile, Tensor, tensors
-from .memory import ROWS, available, gib
-from .sampler import RECOMMENDED, Sampler, Sampling
-from .terminal import escaped
+from .. import engine
+from ..cli.terminal import escaped
+from ..cpu import cpu_name
+from ..format import Config, ModelFile, Tensor, tensors
+from ..memory import ROWS, available, gib
+from ..sampler import RECOMMENDED, Sampler, Sampling
 
 if TYPE_CHECKING:
-    from .model import Model
+    from ..model import Model
 
 PROBE_BYTES = 512 << 20  # of memory read to find the bandwidth: more than any cache keeps
 # standard deviation, as a share of the median, from which on the machine's own figures mean little
@@ -239,7 +239,7 @@ def check_bits(model: engine.Model) -> str:
 
 def check_reference(path: str, threads: int) -> str:
     """What was compared with the NumPy reference, or why nothing was. RuntimeError if a token is different."""
-    from . import reference
+    from .. import reference
 
     file = ModelFile(path)
     config, (n_prompt, n_reply) = file.config, CHECKED

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from . import engine
+from .. import engine
 
 PIECE = 128  # tokens at a time: the logits of a whole window would take gigabytes
 

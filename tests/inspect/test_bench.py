@@ -23,10 +23,12 @@ import numpy as np
 import pytest
 from small_models import TINY_QWEN3, export_small_model, write_small_model
 
-from qwen3c import bench, engine, reference, run
-from qwen3c.bench import Series, Test, Work
-from qwen3c.export import export
+from qwen3c import engine, reference
+from qwen3c.cli import run
+from qwen3c.convert.export import export
 from qwen3c.format import Config, ModelFile, matrix_size
+from qwen3c.inspect import bench
+from qwen3c.inspect.bench import Series, Test, Work
 
 ROOT = Path(__file__).parents[1]
 Test.__test__ = False  # pytest: not a class of tests

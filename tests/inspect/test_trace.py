@@ -15,7 +15,8 @@ import pytest
 from numpy.typing import NDArray
 from small_models import export_small_model, small_weights
 
-from qwen3c import Model, engine, trace
+from qwen3c import Model, engine
+from qwen3c.inspect import trace
 
 Arrays = dict[str, NDArray[np.float32]]
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from . import memory
-from .format import ModelFile
-from .terminal import escaped
+from .. import memory
+from ..cli.terminal import escaped
+from ..format import ModelFile
 
 
 def describe(file: ModelFile) -> dict[str, Any]:

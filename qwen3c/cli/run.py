@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import terminal
 
 if TYPE_CHECKING:
-    from .format import ModelFile
-    from .generate import Generation
-    from .model import Model
+    from ..format import ModelFile
+    from ..generate import Generation
+    from ..model import Model
     from .output import JsonWriter, ReplyWriter
 
 MODEL_IN_THE_BOX = Path(__file__).with_name("data") / "model.bin"
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     try:
         if args.mode in COMPUTING:
-            from .memory import check_space_for_program
+            from ..memory import check_space_for_program
 
             check_space_for_program()
         status = MODES[args.mode](args)
@@ -104,7 +104,7 @@ def _cannot_write(error: Exception) -> int:
 
 
 def chat(args: argparse.Namespace) -> int:
-    from .conversation import Conversation
+    from ..conversation import Conversation
     from .repl import Repl
 
     model = _open_model(args, chats=True)
@@ -125,7 +125,7 @@ def chat(args: argparse.Namespace) -> int:
 
 
 def generate(args: argparse.Namespace) -> int:
-    from .generate import CachedSession
+    from ..generate import CachedSession
     from .output import show
 
     text = _prompt_text(args)
@@ -150,8 +150,8 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def trace(args: argparse.Namespace) -> int:
-    from . import trace, trace_page
-    from .generate import CachedSession
+    from ..generate import CachedSession
+    from ..inspect import trace, trace_page
 
     if args.html:
         trace_page.check_target(args.html)
@@ -183,8 +183,8 @@ def trace(args: argparse.Namespace) -> int:
 
 
 def info(args: argparse.Namespace) -> int:
-    from . import info
-    from .format import ModelFile
+    from ..format import ModelFile
+    from ..inspect import info
 
     file = ModelFile(args.model)
     damaged = _damaged_tensors(file) if args.verify else []
@@ -217,7 +217,7 @@ def _damaged_tensors(file: ModelFile) -> list[str]:
 
 
 def perplexity(args: argparse.Namespace) -> int:
-    from .perplexity import Perplexity, measure
+    from ..inspect.perplexity import Perplexity, measure
 
     text = _read_text(args.file)
     model = _open_model(args)
@@ -251,7 +251,7 @@ def perplexity(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    from .bench import quick
+    from ..inspect.bench import quick
 
     model = _open_model(args)
     status = terminal.StatusLine(delay=0, interval=0)
@@ -276,14 +276,14 @@ MODES = {
 def _open_model(args: argparse.Namespace, chats: bool = False) -> Model:
     renderer = None
     if chats:
-        from .template import Renderer
+        from ..template import Renderer
 
         renderer = Renderer()
         renderer.start()  # beside all that follows, which takes longer
 
-    from . import engine
-    from .cpu import default_threads, n_cpus
-    from .model import Model
+    from .. import engine
+    from ..cpu import default_threads, n_cpus
+    from ..model import Model
 
     if args.isa:
         engine.set_isa(args.isa)
@@ -296,7 +296,7 @@ def _open_model(args: argparse.Namespace, chats: bool = False) -> Model:
 
 
 def _context(args: argparse.Namespace, model: Model) -> int:
-    from .memory import default_context
+    from ..memory import default_context
 
     if args.context is None:
         return default_context(model.config, args.kv)
@@ -319,10 +319,10 @@ def _say_what_was_chosen(
     args: argparse.Namespace, model: Model, context: int, thinking: bool, raw: bool = False
 ) -> None:
     """One line on stderr; thinking: whether a hybrid model may, raw: whether it completes bare text."""
-    from . import engine
-    from .chat import may_think
-    from .cpu import thread_variable
-    from .memory import gib
+    from .. import engine
+    from ..chat import may_think
+    from ..cpu import thread_variable
+    from ..memory import gib
 
     config, kind = model.config, model.metadata["thinking"]
     switch = "thinking on" if thinking else "thinking off"
@@ -613,6 +613,6 @@ def _add_output(group: Any) -> None:
 
 
 def _version() -> str:
-    from . import __version__
+    from .. import __version__
 
     return f"qwen3c {__version__}"

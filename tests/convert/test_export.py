@@ -28,11 +28,11 @@ from small_models import encode_tensor, small_weights, write_json, write_safeten
 from test_huggingface import FAULTS
 
 from qwen3c import engine, format, memory
-from qwen3c import export as exporter
-from qwen3c.export import export, main
+from qwen3c.convert import export as exporter
+from qwen3c.convert.export import export, main
+from qwen3c.convert.huggingface import SourceError, StoredTensor
 from qwen3c.format import ModelFile
-from qwen3c.huggingface import SourceError, StoredTensor
-from qwen3c.info import lines
+from qwen3c.inspect.info import lines
 
 ROOT = Path(__file__).parent.parent
 OLD = format.MAGIC + b"old"  # what stood in the target: a model.bin, so that an export may replace it

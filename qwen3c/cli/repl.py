@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .conversation import OVERFLOW, SETTINGS, Conversation
-from .generate import ContextFullError, Generation
+from ..conversation import OVERFLOW, SETTINGS, Conversation
+from ..generate import ContextFullError, Generation
 from .output import JsonWriter, ReplyWriter, show
 from .terminal import (
     MessageReader,

@@ -30,7 +30,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from . import format, mistakes
+from .. import format
+from . import mistakes
 from .huggingface import (
     BLOCKS,
     Files,

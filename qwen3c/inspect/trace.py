@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import engine, memory
-from .format import ROPE_TENSOR, TILE_ROWS, ModelFile, Tensor
-from .model import Model
+from .. import engine, memory
+from ..format import ROPE_TENSOR, TILE_ROWS, ModelFile, Tensor
+from ..model import Model
 
 LEVELS = ("input_flow", "compact", "verbose")
 ALTERNATIVES = 10  # tokens shown in place of each one

@@ -30,7 +30,7 @@ from small_models import (
 )
 
 from qwen3c import format
-from qwen3c.huggingface import (
+from qwen3c.convert.huggingface import (
     Checkpoint,
     Files,
     Keys,

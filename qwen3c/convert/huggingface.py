@@ -25,9 +25,10 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import format, mistakes, tokenizer_json
-from .files import reason
-from .terminal import escaped
+from .. import format, tokenizer_json
+from ..cli.terminal import escaped
+from ..files import reason
+from . import mistakes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -190,7 +191,7 @@ class Checkpoint:
 
     def _provenance(self, architecture: str, config: dict[str, Any]) -> dict[str, Any]:
         """A function of the files' contents, never of their names, their split or the date."""
-        from . import __version__
+        from .. import __version__
 
         source = {
             "architecture": architecture,
