@@ -2,7 +2,7 @@
 
 import sys
 
-from qwen3c.convert.export import main
+from qwen3c.cli.export import main
 
 if __name__ == "__main__":
     sys.exit(main())

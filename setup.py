@@ -63,13 +63,15 @@ class BuildEngine(build_ext):
 
 KERNELS = Path("qwen3c/kernels")
 extra = shlex.split(os.environ.get("QWEN3C_CFLAGS", ""))
-headers = [str(path) for path in [*KERNELS.glob("*.h"), Path("qwen3c/kernels.pxd")]]
+headers = [str(path) for path in [*KERNELS.glob("*.h"), KERNELS / "table.pxd"]]
+kernel_sources = sorted(str(path) for path in KERNELS.glob("*.c") if path.name != "table.c")
 
 
 def extension(name: str, sources: list[str]) -> Extension:
     return Extension(
         f"qwen3c.{name}",
-        sources=[f"qwen3c/{name}.pyx", *sources],
+        sources=[f"qwen3c/{name.replace('.', '/')}.pyx", *sources],
+        include_dirs=["qwen3c"],
         depends=headers,
         extra_compile_args=CFLAGS + extra,
         extra_link_args=[flag for flag in extra if flag.startswith("-fsanitize")],
@@ -77,5 +79,5 @@ def extension(name: str, sources: list[str]) -> Extension:
     )
 
 
-modules = [extension("kernels", sorted(str(path) for path in KERNELS.glob("*.c"))), extension("engine", [])]
+modules = [extension("kernels.table", kernel_sources), extension("engine", [])]
 setup(ext_modules=cythonize(modules), cmdclass={"build_ext": BuildEngine})

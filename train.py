@@ -2,7 +2,7 @@
 
 import sys
 
-from qwen3c.training.cli import main
+from qwen3c.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -46,10 +46,10 @@ from random_model import SIZES, write_random_model
 
 from qwen3c import engine
 from qwen3c.convert.export import export
-from qwen3c.cpu import cpu_name, default_threads
 from qwen3c.format import ModelFile
 from qwen3c.inspect import bench
 from qwen3c.inspect.bench import CHAT, COLUMNS, Machine, Series, Test
+from qwen3c.machine import cpu_name, default_threads
 from qwen3c.memory import ROWS
 
 OURS = "qwen3c"

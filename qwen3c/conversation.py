@@ -12,11 +12,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .chat import StopStrings, may_think, normalized
 from .files import write_whole
 from .generate import CachedSession, Generation
 from .model import Model
 from .sampler import Sampling
+from .text.chat import StopStrings, may_think, normalized
 
 SETTINGS = ("max_tokens", *(f.name for f in fields(Sampling)), "context", "overflow", "stop")
 OVERFLOW = ("stop", "drop")

@@ -22,9 +22,9 @@ from typing import Literal
 
 import numpy as np
 
-from .cpu import default_threads
+from .machine import default_threads
 from .format import KV_TYPES, ROPE_TENSOR, ROUTER, ModelFile
-from .kernels import (
+from .kernels.table import (
     ISA_NAMES, OPENMP, int8_peak, isa, log_sum_exp, quantize_tiles, read_bandwidth, runnable_isas, set_isa, softmax, top_k,
 )
 from .memory import available, in_huge_pages
@@ -36,7 +36,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.math cimport sqrt
 from libc.string cimport memcpy, memset
 
-from .kernels cimport (
+from .kernels.table cimport (
     ATTENTION_ROWS, ATTENTION_SCRATCH, KV_BLOCK, KV_F16, KV_F32, KV_I8, TILE_BYTES,
     Attention, Int8Rows, KVType, forked, kernels, key_bytes, value_bytes,
 )

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from .chat import THINK, Piece, ReplyStream, last_control_token
 from .sampler import Sampler, Sampling, SamplingOptions
+from .text.chat import THINK, Piece, ReplyStream, last_control_token
 
 if TYPE_CHECKING:
     from .model import Model

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import engine, retrieval
-from .chat import END_THINK, ChatTemplate, last_control_token, may_think
 from .format import ModelFileError
 from .generate import CachedSession, Generation, Reply, ReplyOptions, token_ids
 from .memory import check_space_for_model, gib
 from .sampler import Sampling, SamplingOptions, default_sampling
-from .template import Renderer
-from .tokenizer import BackgroundTokenizer, Tokenizer
+from .text.chat import END_THINK, ChatTemplate, last_control_token, may_think
+from .text.template import Renderer
+from .text.tokenizer import BackgroundTokenizer, Tokenizer
 
 if sys.version_info >= (3, 11):
     from typing import Self, Unpack

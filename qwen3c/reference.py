@@ -148,7 +148,7 @@ def forward(c: Config, w: dict[str, Array], ids: Sequence[int]) -> Array:
 
 def main() -> None:
     """Greedy completion, the whole text recomputed for every token: slow, and nothing hidden."""
-    from .tokenizer import Tokenizer
+    from .text.tokenizer import Tokenizer
 
     path, prompt = sys.argv[1:3]
     file = ModelFile(path)

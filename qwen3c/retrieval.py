@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from .engine import Logits
     from .model import Model
-    from .tokenizer import Tokenizer
+    from .text.tokenizer import Tokenizer
 
 END = "<|endoftext|>"
 TASK = "Given a web search query, retrieve relevant passages that answer the query"

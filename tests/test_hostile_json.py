@@ -20,7 +20,7 @@ import pytest
 from small_models import config_json, write_json, write_small_model
 from test_lora import write_adapter
 
-from qwen3c.convert.export import main
+from qwen3c.cli.export import main
 
 N_CASES = int(os.environ.get("QWEN3C_CASES", 400))
 LONGEST = 300  # characters of a message

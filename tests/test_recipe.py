@@ -15,7 +15,7 @@ import pytest
 from small_models import export_small_model, write_small_model
 
 from qwen3c.convert.huggingface import thinking_kind
-from qwen3c.template import ChatTemplateError, Renderer
+from qwen3c.text.template import ChatTemplateError, Renderer
 from qwen3c.training.vocabulary import CHAT_TEMPLATE
 
 ROOT = Path(__file__).parents[1]

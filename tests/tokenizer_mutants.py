@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 from qwen3c.convert.huggingface import Files, SourceError, _read_tokenizer
 from qwen3c.format import ModelFileError
-from qwen3c.tokenizer import BackgroundTokenizer
+from qwen3c.text.tokenizer import BackgroundTokenizer
 
 Place = list[Any]  # of keys and indices
 

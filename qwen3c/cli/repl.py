@@ -23,8 +23,7 @@ from typing import Any
 
 from ..conversation import OVERFLOW, SETTINGS, Conversation
 from ..generate import ContextFullError, Generation
-from .output import JsonWriter, ReplyWriter, show
-from .terminal import (
+from ..terminal import (
     MessageReader,
     abandon_closed_streams,
     endable,
@@ -33,6 +32,7 @@ from .terminal import (
     one_line,
     state_directory,
 )
+from .output import JsonWriter, ReplyWriter, show
 
 HELP = """\
 /help               this; also /?

@@ -18,7 +18,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import terminal
+from .. import terminal
 
 if TYPE_CHECKING:
     from ..format import ModelFile
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..model import Model
     from .output import JsonWriter, ReplyWriter
 
-MODEL_IN_THE_BOX = Path(__file__).with_name("data") / "model.bin"
+MODEL_IN_THE_BOX = Path(__file__).parents[1] / "data" / "model.bin"
 RAW_TOKENS = 256  # of a completion nobody bounds: without a chat template text need not come to an end
 TRACED_TOKENS = 24  # of the reply in a traced page
 WINDOW = 2048  # tokens of a perplexity window, if the model's context holds as many
@@ -276,13 +276,13 @@ MODES = {
 def _open_model(args: argparse.Namespace, chats: bool = False) -> Model:
     renderer = None
     if chats:
-        from ..template import Renderer
+        from ..text.template import Renderer
 
         renderer = Renderer()
         renderer.start()  # beside all that follows, which takes longer
 
     from .. import engine
-    from ..cpu import default_threads, n_cpus
+    from ..machine import default_threads, n_cpus
     from ..model import Model
 
     if args.isa:
@@ -320,9 +320,9 @@ def _say_what_was_chosen(
 ) -> None:
     """One line on stderr; thinking: whether a hybrid model may, raw: whether it completes bare text."""
     from .. import engine
-    from ..chat import may_think
-    from ..cpu import thread_variable
+    from ..machine import thread_variable
     from ..memory import gib
+    from ..text.chat import may_think
 
     config, kind = model.config, model.metadata["thinking"]
     switch = "thinking on" if thinking else "thinking off"

@@ -30,8 +30,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from .. import format
-from . import mistakes
+from .. import format, mistakes
 from .huggingface import (
     BLOCKS,
     Files,

@@ -25,10 +25,10 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import format, tokenizer_json
-from ..cli.terminal import escaped
+from .. import format, mistakes
 from ..files import reason
-from . import mistakes
+from ..terminal import escaped
+from ..text import tokenizer_json
 
 if TYPE_CHECKING:
     import numpy as np

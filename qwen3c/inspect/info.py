@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from .. import memory
-from ..cli.terminal import escaped
 from ..format import ModelFile
+from ..terminal import escaped
 
 
 def describe(file: ModelFile) -> dict[str, Any]:

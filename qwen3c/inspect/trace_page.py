@@ -23,7 +23,7 @@ from ..format import Config
 from ..model import Model
 from .trace import Array, Text, alternatives, predict, token_text
 
-PAGE = Path(__file__).with_name("data") / "trace.html"
+PAGE = Path(__file__).parents[1] / "data" / "trace.html"
 FIRST_LINE = "<!doctype html><!-- a trace by qwen3c -->"
 MAX_ATTENTION = 16 << 20  # attention weights in a page, one byte each
 LENS_TOKENS = 5  # predictions shown after each layer

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from . import BORROWED_VARIABLE
+from .. import BORROWED_VARIABLE
 
 from cython.parallel cimport prange
 from libc.stdint cimport int32_t, uint8_t, uint64_t, uintptr_t

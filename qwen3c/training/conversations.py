@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from ..chat import ROLES, normalized
+from ..text.chat import ROLES, normalized
 from . import TrainingError
 from .checkpoint import fingerprint
 from .next_token import IGNORED

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from ..cli.terminal import Progress, StatusLine, can_redraw
+from ..terminal import Progress, StatusLine, can_redraw
 
 PATIENCE = 0.3  # seconds that something may take before it is named
 TICK = 0.2  # seconds between two drawings of what takes long

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..convert.gguf import PRE_TOKENIZERS
-from ..tokenizer import without_added_tokens
+from ..text.tokenizer import without_added_tokens
 from . import TrainingError
 
 if TYPE_CHECKING:

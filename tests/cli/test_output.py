@@ -160,7 +160,7 @@ def test_the_time_left_of_a_prompt_knows_that_depth_costs(monkeypatch: pytest.Mo
     """Tokens that cost 1 ms + 1 us of depth: 10,000 of 20,000 take 60 s, the rest 160 s, not 60."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", FakeTerminal())
-    monkeypatch.setattr("qwen3c.cli.terminal.columns", lambda stream: 120)
+    monkeypatch.setattr("qwen3c.terminal.columns", lambda stream: 120)
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     reading, stats, lines = Reading(), Stats(prompt_tokens=20000), {}

@@ -29,10 +29,10 @@ from small_models import TINY_QWEN3, export_small_model, write_small_model
 from qwen3c import Model, engine
 from qwen3c.cli import run
 from qwen3c.cli.repl import parse_command
-from qwen3c.cpu import THREAD_VARIABLES, default_threads, n_cpus
 from qwen3c.format import ModelFile, ModelFileError, ModelWriter
 from qwen3c.inspect import trace
 from qwen3c.inspect.info import describe
+from qwen3c.machine import THREAD_VARIABLES, default_threads, n_cpus
 
 ROOT = Path(__file__).parents[1]
 RUN = [sys.executable, str(ROOT / "run.py")]

@@ -21,8 +21,8 @@ from test_tokenizer import ESCAPE, of_choices, strings
 from qwen3c import Model
 from qwen3c.convert.export import export
 from qwen3c.convert.huggingface import Checkpoint, Files, SourceError
-from qwen3c.template import Renderer
-from qwen3c.tokenizer import Tokenizer
+from qwen3c.text.template import Renderer
+from qwen3c.text.tokenizer import Tokenizer
 
 N_STRINGS = int(os.environ.get("QWEN3C_STRINGS", 2000))
 

@@ -35,8 +35,9 @@ from small_models import small_weights, tokenizer_json, write_small_model
 from test_tokenizer import N_STRINGS, REAL, strings
 
 from qwen3c import Model
+from qwen3c.cli.export import main
 from qwen3c.convert import gguf
-from qwen3c.convert.export import export, main
+from qwen3c.convert.export import export
 from qwen3c.convert.gguf import GGUF, PRE_TOKENIZERS, Vocabulary
 from qwen3c.convert.huggingface import Checkpoint, Files, SourceError
 from qwen3c.convert.huggingface import Keys as JsonKeys

@@ -20,7 +20,8 @@ from small_gguf import small_gguf, write_gguf
 from small_models import encode_tensor, small_weights, write_json, write_safetensors, write_small_model
 
 from qwen3c import Model
-from qwen3c.convert.export import export, main
+from qwen3c.cli.export import main
+from qwen3c.convert.export import export
 from qwen3c.convert.huggingface import Checkpoint, Files, SourceError, to_float32
 from qwen3c.convert.lora import merge
 from qwen3c.format import ModelFile

@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def hurry_status_lines(haste: float) -> None:
-    from qwen3c.cli import terminal
+    from qwen3c import terminal
 
     clock = SimpleNamespace(**{**vars(time), "monotonic": lambda: time.monotonic() * haste})
     terminal.time = clock  # type: ignore[assignment]

@@ -16,7 +16,7 @@ def train(*arguments: object) -> int:
     """train.py's main, as if its process had just begun."""
     from accelerate.state import AcceleratorState
 
-    from qwen3c.training.cli import main
+    from qwen3c.cli.train import main
 
     AcceleratorState._reset_state(reset_partial_state=True)
     return main([str(a) for a in arguments])

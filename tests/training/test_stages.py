@@ -151,7 +151,7 @@ KILL = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch, transformers, accelerate, matplotlib.figure
-import qwen3c.training.pretrain, qwen3c.training.cli as cli
+import qwen3c.training.pretrain, qwen3c.cli.train as cli
 from qwen3c.training.checkpoint import checkpoints
 torch.set_num_threads(1)
 out, arguments = Path(sys.argv[1]), sys.argv[1:]

@@ -1,6 +1,6 @@
 import pytest
 
-from qwen3c.tokenizer import Tokenizer
+from qwen3c.text.tokenizer import Tokenizer
 from qwen3c.training import TrainingError
 from qwen3c.training.vocabulary import CHARACTERS, characters, load, train_bpe
 

@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from .. import format
+from . import format
 
 START = 64  # bytes of a file that are enough for of_file
 _LFS = b"version https://git-lfs.github.com/spec/"

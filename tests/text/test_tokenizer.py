@@ -20,7 +20,7 @@ import pytest
 import tokenizers
 from small_models import SPECIAL_TOKENS, TAG_TOKENS, tokenizer_json
 
-from qwen3c.tokenizer import ESCAPE, BackgroundTokenizer, Tokenizer
+from qwen3c.text.tokenizer import ESCAPE, BackgroundTokenizer, Tokenizer
 
 REAL = os.environ.get("QWEN3C_TOKENIZER")
 N_STRINGS = 200_000 if REAL else 4_000
@@ -266,7 +266,7 @@ def test_long_runs_of_spaces_take_time_in_proportion() -> None:
     """Seven tokens that swallow spaces: 200,000 of them in a process that may compute for 20 seconds."""
     script = (
         "import resource, tokenizers; from small_models import tokenizer_json\n"
-        "from qwen3c.tokenizer import Tokenizer\n"
+        "from qwen3c.text.tokenizer import Tokenizer\n"
         "source = tokenizers.Tokenizer.from_str(tokenizer_json())\n"
         "source.add_tokens([tokenizers.AddedToken(f'<{i}>', normalized=False, lstrip=True) for i in range(7)])\n"
         "tokenizer = Tokenizer(source.to_str().encode())\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3c.cli import terminal
+from qwen3c import terminal
 
 
 class FakeTerminal(io.StringIO):

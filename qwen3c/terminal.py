@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from ..files import write_whole
+from .files import write_whole
 
 DIM, RESET, CLEAR_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 FENCE = '"""'
@@ -115,7 +115,7 @@ def is_write_error(error: Exception) -> bool:
 def _out_of_memory(error: Exception) -> str:
     if isinstance(error, MemoryError) and str(error):
         return f"out of memory: {error}"
-    from ..machine import address_space
+    from .machine import address_space
 
     limit = address_space()
     if limit is None:

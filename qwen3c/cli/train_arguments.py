@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .shapes import PRESETS, Shape
+from ..training.shapes import PRESETS, Shape
 
 # None where nobody gave them, so that it can be told from a default
 NEW_MODEL = {"preset": "nano", "tokenizer": "bpe", "vocab_size": 4096}

@@ -13,17 +13,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ..cli import terminal
-from . import TrainingError
-from .arguments import parse
-from .checkpoint import Inputs, check_free, checkpoints
-from .shapes import PRESETS, Shape
-from .telling import Telling, unheard
+from .. import terminal
+from ..training import TrainingError
+from ..training.checkpoint import Inputs, check_free, checkpoints
+from ..training.shapes import PRESETS, Shape
+from ..training.telling import Telling, unheard
+from .train_arguments import parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from .trainer import Settings
+    from ..training.trainer import Settings
 
 LIBRARIES = ("torch", "transformers", "accelerate", "matplotlib")
 NEEDED = "needs the extra `train`: pip install torch==2.13.0, then pip install -e '.[train]'"
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         telling = Telling(args.quiet)
         with telling.doing("loading PyTorch"), _leaving_at_once(program):
             _load_libraries()
-        from .trainer import Stopped
+        from ..training.trainer import Stopped
 
         try:
             STAGES[args.stage](args, telling)
@@ -107,8 +107,8 @@ def _settings(args: argparse.Namespace) -> Settings:
     """Settings, and the threads they run on."""
     import torch
 
-    from ..cpu import default_threads
-    from .trainer import Settings
+    from ..machine import default_threads
+    from ..training.trainer import Settings
 
     if args.warmup is not None and not 0 <= args.warmup <= args.steps:
         raise TrainingError(f"--warmup {args.warmup} is not from 0 to --steps {args.steps}")
@@ -135,21 +135,21 @@ def _checkpoint(args: argparse.Namespace) -> Path | None:
 
 
 def _load(directory: Path, telling: Telling) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    from .loading import load_model
+    from ..training.loading import load_model
 
     with telling.doing(f"loading {directory}"):
         return load_model(directory)
 
 
 def _model_input(args: argparse.Namespace, telling: Telling) -> Inputs:
-    from .loading import model_fingerprint
+    from ..training.loading import model_fingerprint
 
     with telling.doing(f"reading {args.model}"):
         return {"--model": model_fingerprint(args.model)}
 
 
 def _estimate(model: PreTrainedModel, settings: Settings, context: int) -> None:
-    from .estimate import print_estimate
+    from ..training.estimate import print_estimate
 
     print_estimate(
         model, min(settings.micro_batch, settings.batch), context, settings.batch > settings.micro_batch
@@ -161,10 +161,10 @@ def _estimate(model: PreTrainedModel, settings: Settings, context: int) -> None:
 
 
 def _pretrain(args: argparse.Namespace, telling: Telling) -> None:
-    from .pretrain import Pretraining
-    from .shapes import new_model
-    from .text import Windows, documents_fingerprint, read_documents, split
-    from .trainer import Start
+    from ..training.pretrain import Pretraining
+    from ..training.shapes import new_model
+    from ..training.text import Windows, documents_fingerprint, read_documents, split
+    from ..training.trainer import Start
 
     settings = _settings(args)
     resume = _checkpoint(args)
@@ -211,7 +211,7 @@ def _keep_out_of_data(args: argparse.Namespace) -> None:
 
 
 def _new_tokenizer(args: argparse.Namespace, texts: list[str], telling: Telling) -> PreTrainedTokenizerFast:
-    from .vocabulary import characters, load, train_bpe
+    from ..training.vocabulary import characters, load, train_bpe
 
     if args.tokenizer == "char":
         return characters()
@@ -231,7 +231,7 @@ def _shape(args: argparse.Namespace) -> Shape:
 
 def _new_model_inputs(args: argparse.Namespace) -> Inputs:
     """The sizes and the tokenizer of a new model."""
-    from .checkpoint import file_fingerprint
+    from ..training.checkpoint import file_fingerprint
 
     shape: Inputs = {f"--{name.replace('_', '-')}": value for name, value in asdict(_shape(args)).items()}
     if args.tokenizer == "bpe":
@@ -242,9 +242,9 @@ def _new_model_inputs(args: argparse.Namespace) -> Inputs:
 
 
 def _sft(args: argparse.Namespace, telling: Telling) -> None:
-    from .conversations import read_samples, samples_fingerprint, split
-    from .sft import FineTuning
-    from .trainer import Start
+    from ..training.conversations import read_samples, samples_fingerprint, split
+    from ..training.sft import FineTuning
+    from ..training.trainer import Start
 
     settings = _settings(args)
     resume = _checkpoint(args)
@@ -278,9 +278,9 @@ def _sft(args: argparse.Namespace, telling: Telling) -> None:
 
 
 def _grpo(args: argparse.Namespace, telling: Telling) -> None:
-    from .conversations import split
-    from .grpo import GRPO, Policy, load_reward, read_tasks, reward_fingerprint, tasks_fingerprint
-    from .trainer import Start
+    from ..training.conversations import split
+    from ..training.grpo import GRPO, Policy, load_reward, read_tasks, reward_fingerprint, tasks_fingerprint
+    from ..training.trainer import Start
 
     settings = _settings(args)
     resume = _checkpoint(args)

@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from qwen3c import cpu, machine
+from qwen3c import machine
 
 
 def on_machine(monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cpus: set[int]) -> None:
-    monkeypatch.setattr(cpu, "_allowed_cpus", lambda: cpus)
-    for module in (cpu, machine):
-        monkeypatch.setattr(module, "read_text", lambda path: files.get(str(path)))
+    monkeypatch.setattr(machine, "_allowed_cpus", lambda: cpus)
+    monkeypatch.setattr(machine, "read_text", lambda path: files.get(str(path)))
     monkeypatch.setattr(machine, "CGROUP_ROOT", Path("/cgroup"))
-    monkeypatch.setattr(cpu, "CPU_ROOT", Path("/cpus"))
-    for variable in cpu.THREAD_VARIABLES:
+    monkeypatch.setattr(machine, "CPU_ROOT", Path("/cpus"))
+    for variable in machine.THREAD_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
 
 
@@ -32,17 +31,17 @@ def siblings(*pairs: str) -> dict[str, str]:
 
 def test_hyper_threads_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
     on_machine(monkeypatch, siblings("0,4", "1,5", "2,6", "3,7"), set(range(8)))
-    assert cpu.default_threads() == 4
+    assert machine.default_threads() == 4
 
 
 def test_affinity_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     on_machine(monkeypatch, siblings("0,4", "1,5", "2,6", "3,7"), {0, 4, 1})
-    assert cpu.default_threads() == 2
+    assert machine.default_threads() == 2
 
 
 def test_unknown_topology_counts_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     on_machine(monkeypatch, {}, set(range(6)))
-    assert cpu.default_threads() == 6
+    assert machine.default_threads() == 6
 
 
 @pytest.mark.parametrize(
@@ -50,12 +49,12 @@ def test_unknown_topology_counts_every_cpu(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_a_cgroup_2_quota_is_rounded_down(monkeypatch: pytest.MonkeyPatch, quota: str, threads: int) -> None:
     on_machine(monkeypatch, {"/proc/self/cgroup": "0::/a/b", "/cgroup/a/cpu.max": quota}, set(range(8)))
-    assert cpu.default_threads() == threads
+    assert machine.default_threads() == threads
 
 
 def test_a_quota_at_the_root_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     on_machine(monkeypatch, {"/proc/self/cgroup": "0::/", "/cgroup/cpu.max": "300000 100000"}, set(range(8)))
-    assert cpu.default_threads() == 3
+    assert machine.default_threads() == 3
 
 
 def test_a_cgroup_1_quota_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +65,7 @@ def test_a_cgroup_1_quota_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         "/cgroup/cpu/cpu.cfs_quota_us": "-1",
     }
     on_machine(monkeypatch, files, set(range(8)))
-    assert cpu.default_threads() == 4
+    assert machine.default_threads() == 4
 
 
 @pytest.mark.parametrize(
@@ -86,7 +85,7 @@ def test_the_environment_decides_first(
     on_machine(monkeypatch, {}, set(range(8)))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert (cpu.default_threads(), cpu.thread_variable()) == (threads, variable)
+    assert (machine.default_threads(), machine.thread_variable()) == (threads, variable)
 
 
 @pytest.mark.parametrize("value", ["many", "0", "-1", "1025", "2.5", "1e9", "9" * 5000, ",", "²"])
@@ -97,10 +96,10 @@ def test_a_variable_that_holds_no_number_of_threads_is_one_line(
     on_machine(monkeypatch, {}, {0})
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError) as caught:
-        cpu.default_threads()
+        machine.default_threads()
     said = str(caught.value)
     assert said.startswith(f"{variable} is ") and "from 1 to 1024" in said and len(said) < 120
 
 
 def test_this_machine_gives_at_least_one_thread() -> None:
-    assert cpu.default_threads() >= 1
+    assert machine.default_threads() >= 1

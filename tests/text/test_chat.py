@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from small_models import SPECIAL_TOKENS, TAG_TOKENS, TEMPLATES, TINY_QWEN3, tokenizer_json
 
-from qwen3c.chat import (
+from qwen3c.format import ModelFile
+from qwen3c.text.chat import (
     ChatTemplate,
     ChatTemplateError,
     Piece,
@@ -25,8 +26,7 @@ from qwen3c.chat import (
     may_think,
     normalized,
 )
-from qwen3c.format import ModelFile
-from qwen3c.tokenizer import Tokenizer
+from qwen3c.text.tokenizer import Tokenizer
 
 REAL = os.environ.get("QWEN3C_TOKENIZER")
 WORDS = "Paris weather 你好 naïve 🎉 def f(): x=1 can't 12 /think /no_think <b> </tools> {a: 1}".split()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3c.template import ChatTemplateError, Renderer
+from qwen3c.text.template import ChatTemplateError, Renderer
 
 MESSAGES = {"messages": [{"role": "user", "content": "hi"}]}
 GROWING = (
@@ -151,7 +151,7 @@ def test_threads_share_a_renderer(renderer: Renderer) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_forked_process_gets_a_child_of_its_own() -> None:
     script = (
-        "import os, sys; from qwen3c.template import Renderer; r = Renderer(); r.render('a', {})\n"
+        "import os, sys; from qwen3c.text.template import Renderer; r = Renderer(); r.render('a', {})\n"
         "pid = os.fork(); ok = r.render('{{ x }}', {'x': str(os.getpid())}) == str(os.getpid())\n"
         "if pid: ok = ok and os.waitpid(pid, 0)[1] == 0 and r.render('b', {}) == 'b'\n"
         "sys.exit(not ok)"

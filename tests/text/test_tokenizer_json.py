@@ -17,8 +17,8 @@ import pytest
 import tokenizers
 from tokenizer_mutants import STRAY, originals
 
-from qwen3c import tokenizer_json
-from qwen3c.tokenizer import Tokenizer
+from qwen3c.text import tokenizer_json
+from qwen3c.text.tokenizer import Tokenizer
 
 N_MUTANTS = 400
 

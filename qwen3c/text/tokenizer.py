@@ -16,8 +16,8 @@ from collections.abc import Collection, Iterable
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
+from ..format import ModelFile, ModelFileError
 from . import tokenizer_json
-from .format import ModelFile, ModelFileError
 from .tokenizer_json import library_errors
 
 ESCAPE = "\ufdd0"

@@ -1,0 +1,1 @@
+"""Looking into a model and measuring it: info, traces, perplexity, speed."""

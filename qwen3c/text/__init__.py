@@ -1,0 +1,1 @@
+"""Text <-> tokens: the tokenizer, chat templates in their sandbox, messages and replies."""
