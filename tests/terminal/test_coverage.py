@@ -17,7 +17,7 @@ from modes import MODES
 from screen import ROOT
 
 from qwen3c.cli import run
-from qwen3c.training import cli
+from qwen3c.cli import train as cli
 
 HERE = Path(__file__).parent
 PAGE = (ROOT / "docs" / "TERMINAL.md").read_text(encoding="utf-8")
