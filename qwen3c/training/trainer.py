@@ -187,8 +187,8 @@ class Trainer(ABC):
             if self.step == 0:
                 self._evaluate()
                 self._leave_if_asked()
-            telling.step(self.step, s.steps)
             while self.step < s.steps:
+                telling.step(self.step, s.steps)  # evaluating has erased it
                 begin = time.perf_counter()
                 record = self._train_step()
                 record["tokens_per_second"] = round(record["tokens"] / (time.perf_counter() - begin), 1)

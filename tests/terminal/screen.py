@@ -151,8 +151,8 @@ class Terminal:
     def hang_up(self) -> None:
         """Close the terminal as a window manager does: the child gets SIGHUP and its streams are gone."""
         self.read()
-        os.close(self._child.child_fd)
-        self._child.closed = True
+        self._child.ptyproc.fileobj.close()
+        self._child.ptyproc.closed = self._child.closed = True
         self._child.child_fd = -1
 
     def finish(self, timeout: float = PATIENCE) -> int:
@@ -167,7 +167,7 @@ class Terminal:
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                self._child.terminated = True
+                self._child.ptyproc.terminated = self._child.terminated = True
                 return os.waitstatus_to_exitcode(status)
             if time.monotonic() > deadline:
                 os.kill(self.pid, signal.SIGKILL)
