@@ -175,5 +175,5 @@ def test_a_full_disk_is_named(tmp_path):
     metrics = Metrics(tmp_path / "metrics.jsonl", 0)
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(TrainingError, match=r"metrics\.jsonl: No space left on device"):
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl: cannot be written: No space left on device"):
         metrics.add({"step": 1})
