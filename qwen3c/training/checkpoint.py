@@ -8,12 +8,13 @@ OUT/checkpoints/step-N/   a Hugging Face directory and trainer.pt: what resuming
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,18 @@ def tidy(out: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, what cannot be written is a TrainingError with this path and the reason: no library names both."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise TrainingError(f"{path}: cannot be written: {why}") from None
+
+
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write into a temporary directory, then give it its name; an older one of the name goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,11 +156,8 @@ class Metrics:
 
     def add(self, record: dict[str, Any]) -> None:
         self.records.append(record)
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:  # a failing write does not say which file
-            raise TrainingError(f"{self.path}: {error.strerror}") from None
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -90,7 +90,8 @@ class NextToken(Trainer):
         rows = [[padding] * (length - len(prompt)) + prompt for prompt in prompts]  # the text is on the right
         seen = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         model: Any = self.plain_model
-        ends: Any = {} if self.samples_end else {"eos_token_id": -1}  # a token that never comes
+        never = model.config.vocab_size  # no token has this id
+        ends: Any = {} if self.samples_end else {"eos_token_id": never}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
             out = model.generate(

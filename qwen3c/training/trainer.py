@@ -36,6 +36,7 @@ from .checkpoint import (
     publish,
     tidy,
     write_directory,
+    writing,
 )
 from .telling import Telling
 
@@ -187,8 +188,8 @@ class Trainer(ABC):
             if self.step == 0:
                 self._evaluate()
                 self._leave_if_asked()
-            telling.step(self.step, s.steps)
             while self.step < s.steps:
+                telling.step(self.step, s.steps)  # evaluating has erased it
                 begin = time.perf_counter()
                 record = self._train_step()
                 record["tokens_per_second"] = round(record["tokens"] / (time.perf_counter() - begin), 1)
@@ -318,15 +319,9 @@ class Trainer(ABC):
             self.tokenizer.save_pretrained(directory)
 
     def _save(self, is_best: bool) -> None:
-        from safetensors import SafetensorError
-
         path = self.settings.out / FOLDER / f"step-{self.step:07d}"
-        with self.telling.doing(f"step {self.step:,}: writing a checkpoint"):
-            try:
-                self._write(path, is_best)
-            except (OSError, SafetensorError) as error:
-                why = error.strerror if isinstance(error, OSError) else error
-                raise TrainingError(f"{path}: cannot be written: {why}") from None
+        with self.telling.doing(f"step {self.step:,}: writing a checkpoint"), writing(path):
+            self._write(path, is_best)
 
     def _write(self, path: Path, is_best: bool) -> None:
         s, out = self.settings, self.settings.out
@@ -414,7 +409,8 @@ class Trainer(ABC):
         from .curves import draw
 
         if self.metrics:
-            with replacing(self.settings.out / CURVES) as temporary:
+            path = self.settings.out / CURVES
+            with writing(path), replacing(path) as temporary:
                 draw(self.metrics.records, temporary)
 
     # ------------------------------------------------------------------------

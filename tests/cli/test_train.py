@@ -1,9 +1,12 @@
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 from nano import NANO, ROOT, environment, train, write_chat, write_tasks, write_text
+
+from qwen3c.training.checkpoint import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -15,12 +18,14 @@ def data(tmp_path_factory):
     assert (
         train("pretrain", directory / "text", "-o", directory / "base", *NANO, "--steps", 1, "--quiet") == 0
     )
+    shutil.copytree(directory / "base", directory / "foreign", ignore=shutil.ignore_patterns("checkpoints"))
     (directory / "broken").mkdir()
     (directory / "broken" / "config.json").write_text("{")
     (directory / "broken" / "tokenizer.json").write_text("{")
     (directory / "bad.jsonl").write_text('{"messages": 1}\n')
     (directory / "long.jsonl").write_text(json.dumps({"prompt": "1 + 1 " * 100}) + "\n")
     (directory / "binary").write_bytes(bytes(range(32)) * 10)
+    (directory / "accents.txt").write_text("caf\u00e9 " * 100)
     return directory
 
 
@@ -42,6 +47,15 @@ def data(tmp_path_factory):
         ("pretrain {d}/text -o {o} --model {d}/text", "has no config.json"),
         ("pretrain {d}/text -o {o} --model {d}/broken", "broken/config.json: is not valid JSON"),
         ("pretrain {d}/text -o {d}/binary", "binary"),
+        ("pretrain {d}/text -o {d}/text/out", "lies in the data"),
+        ("pretrain {d}/accents.txt -o {o} --tokenizer char", "accents.txt: the tokenizer has no token for"),
+        ("pretrain {d}/text -o {o} --model {d}/base --context 65", "--context 65 exceeds the model's 64"),
+        ("sft {d}/chat.jsonl --model {d}/base -o {d}/foreign", "foreign: holds a model (Qwen3ForCausalLM)"),
+        ("sft {d}/chat.jsonl --model {d}/base -o {d}/foreign --resume", "foreign: holds a model"),
+        (
+            "grpo {d}/tasks.jsonl --model {d}/base -o {o} --reward nano:digits --max-tokens 64",
+            "--max-tokens 64 leaves no room for a prompt: the context is 64",
+        ),
         ("pretrain {d}/text -o {o} --shard", "--shard needs several processes"),
         ("sft {d}/bad.jsonl --model {d}/base -o {o}", "bad.jsonl: line 1: messages is not a list"),
         ("sft {d}/nowhere.jsonl --model {d}/base -o {o}", "nowhere.jsonl"),
@@ -66,13 +80,61 @@ def test_what_cannot_be_trained_is_refused_in_one_line(arguments, message, data,
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+GRPO = "grpo {d}/tasks.jsonl --model {d}/base --reward nano:digits"
+
+
 @pytest.mark.parametrize(
-    "flag", ["--steps 0", "--batch -1", "--learning-rate nan", "--validation-fraction 1", "--clip 0"]
+    ("arguments", "flag"),
+    [
+        ("pretrain {d}/text --steps 0", "--steps"),
+        ("pretrain {d}/text --batch -1", "--batch"),
+        ("pretrain {d}/text --learning-rate nan", "--learning-rate"),
+        ("pretrain {d}/text --validation-fraction 1", "--validation-fraction"),
+        ("pretrain {d}/text --clip 0", "--clip"),
+        ("pretrain {d}/text --weight-decay -1", "--weight-decay"),
+        ("pretrain {d}/text --min-learning-rate 1.5", "--min-learning-rate"),
+        ("pretrain {d}/text --seed -1", "--seed"),
+        ("pretrain {d}/text --resume --force", "--resume goes on with a run, --force begins anew"),
+        ("pretrain {d}/text --model {d}/base --preset nano", "--preset belongs to a new model"),
+        ("pretrain {d}/text --model {d}/base --tokenizer bpe", "--tokenizer belongs to a new model"),
+        (
+            "pretrain {d}/text --model {d}/base --preset micro --dim 64",
+            "--preset, --dim belong to a new model",
+        ),
+        ("pretrain {d}/text --tokenizer char --vocab-size 300", "--vocab-size is for --tokenizer bpe"),
+        (GRPO + " --completions 1", "argument --completions: 1 is not at least 2"),
+        (GRPO + " --kl -0.1", "argument --kl: -0.1 is not a number from 0 up"),
+        (GRPO + " --kl nan", "argument --kl"),
+        (GRPO + " --loss ppo", "argument --loss: invalid choice"),
+    ],
 )
-def test_numbers_out_of_range_are_refused_by_the_parser(flag, data, tmp_path, capsys):
+def test_arguments_that_cannot_be_meant_are_refused_in_one_line(arguments, flag, data, tmp_path, capsys):
     with pytest.raises(SystemExit) as status:
-        train("pretrain", data / "text", "-o", tmp_path, *flag.split())
-    assert status.value.code == 2 and flag.split()[0] in capsys.readouterr().err
+        train(*arguments.format(d=data).split(), "-o", tmp_path)
+    err = capsys.readouterr().err
+    assert status.value.code == 2 and flag in err
+    assert err.startswith("train.py: error: ") and len(err.splitlines()) == 1
+
+
+def test_a_folder_is_begun_anew_only_by_force(data, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(data / "foreign", out)
+    (out / "chat_template.jinja").write_text("of the other model")
+    weights = (out / "model.safetensors").read_bytes()
+    arguments = ["pretrain", data / "text", "-o", out, *NANO, "--tokenizer", "bpe", "--steps", 1, "--quiet"]
+    assert train(*arguments) == 2 and (out / "model.safetensors").read_bytes() == weights
+    assert train(*arguments, "--seed", 2, "--force") == 0
+    assert (out / "model.safetensors").read_bytes() != weights
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-0000001"]
+    assert train(*arguments, "--seed", 3) == 2
+    assert train(*arguments, "--seed", 3, "--force") == 0
+    assert len(read_metrics(out / "metrics.jsonl")) == 3  # two evaluations and a step
+
+
+def test_the_last_learning_rate_may_be_zero_and_the_context_one(data, tmp_path):
+    nano = [*NANO, "--context", 1, "--min-learning-rate", 0, "--steps", 2, "--quiet"]
+    assert train("pretrain", data / "text", "-o", tmp_path / "out", *nano) == 0
+    assert read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]["samples"] == []  # there is no room for one
 
 
 @pytest.mark.parametrize("stage", ["pretrain {d}/text", "sft {d}/chat.jsonl --model {d}/base"])

@@ -7,7 +7,19 @@ import pytest
 
 from qwen3c.files import replacing
 from qwen3c.training import TrainingError
-from qwen3c.training.checkpoint import Metrics, checkpoints, prune, publish, read_metrics, write_directory
+from qwen3c.training.checkpoint import (
+    Metrics,
+    begin,
+    check_free,
+    check_inputs,
+    checkpoints,
+    fingerprint,
+    prune,
+    publish,
+    read_metrics,
+    tidy,
+    write_directory,
+)
 
 
 def fill_with(text):
@@ -98,3 +110,70 @@ def test_a_last_line_cut_short_is_left_out_and_a_damaged_one_is_named(tmp_path):
     path.write_text('{"st\n' + json.dumps({"step": 1}) + "\n")
     with pytest.raises(TrainingError, match="line 1 is not JSON"):
         read_metrics(path)
+
+
+def test_a_folder_with_a_model_or_a_run_is_not_free(tmp_path):
+    check_free(tmp_path / "nowhere")
+    (tmp_path / "metrics.jsonl").write_text("")  # of a run killed before its first checkpoint
+    (tmp_path / "notes.txt").write_text("mine")
+    check_free(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(
+        TrainingError, match=r"holds a model \(LlamaForCausalLM\).*\(config.json, model.safetensors\)"
+    ):
+        check_free(tmp_path)
+    write_directory(tmp_path / "checkpoints" / "step-0000001", fill_with("x"))
+    with pytest.raises(TrainingError, match="holds a run already; --resume"):
+        check_free(tmp_path)
+    with pytest.raises(TrainingError, match="is a file"):
+        check_free(tmp_path / "notes.txt")
+
+
+def test_a_new_run_removes_the_old_one_and_nothing_else(tmp_path):
+    write_directory(tmp_path / "checkpoints" / "step-0000007", fill_with("x"))
+    (tmp_path / "checkpoints" / ".step-0000008.12.tmp").mkdir()
+    for name in ("metrics.jsonl", "curves.png", "notes.txt", "model.safetensors"):
+        (tmp_path / name).write_text("old")
+    begin(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "model.safetensors", "notes.txt"]
+    assert os.listdir(tmp_path / "checkpoints") == []
+
+
+def test_temporaries_of_a_killed_run_go_and_those_of_others_stay(tmp_path):
+    for name in (".curves.png.12.tmp", ".metrics.jsonl.3.tmp", ".model.safetensors.4.tmp", ".mine.12.tmp"):
+        (tmp_path / name).write_text("")
+    tidy(tmp_path)
+    assert os.listdir(tmp_path) == [".mine.12.tmp"]
+
+
+def test_publishing_removes_the_files_of_another_model(tmp_path):
+    write_directory(tmp_path / "c", fill_with("new"))
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("chat_template.jinja", "model-00001-of-00002.safetensors", "config.json", "notes.txt"):
+        (out / name).write_text("old")
+    publish(tmp_path / "c", out)
+    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "notes.txt"]
+
+
+def test_a_resumed_run_names_the_first_difference(tmp_path):
+    one, two = fingerprint([b"a", b"b"]), fingerprint([b"ab"])
+    assert one != two
+    saved = {"stage": "pretrain", "--context": 64, "training data": one}
+    check_inputs(tmp_path, saved, dict(saved))
+    for given, message in (
+        ({**saved, "--context": 128}, "was made with --context 64, not 128"),
+        ({**saved, "training data": two}, "was made with another training data"),
+        ({**saved, "--model": one}, "was made with --model not given, not of other contents"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            check_inputs(tmp_path, saved, given)
+
+
+def test_a_full_disk_is_named(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl: cannot be written: No space left on device"):
+        metrics.add({"step": 1})

@@ -3,7 +3,9 @@ import json
 import numpy as np
 import pytest
 from nano import conversation, write_chat, write_jsonl
+from small_models import TINY_QWEN3
 
+from qwen3c.format import ModelFile
 from qwen3c.training import TrainingError
 from qwen3c.training.conversations import Rows, Sample, collate, pack, read_samples, split
 from qwen3c.training.next_token import IGNORED
@@ -181,3 +183,126 @@ def test_the_split_is_disjoint_and_a_function_of_the_seed():
     train, validation = split(samples, 0.1, seed=1)
     assert len(validation) == 10 and not {id(s) for s in train} & {id(s) for s in validation}
     assert {id(s) for s in split(samples[::-1], 0.1, seed=1)[1]} == {id(s) for s in validation}
+
+
+# ----------------------------------------------------------------------------
+# Thoughts, tools, roles: what transformers renders, or a refusal
+
+
+@pytest.fixture(scope="module")
+def qwen3():
+    """Qwen3's template and control tokens on a small vocabulary."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    file = ModelFile(TINY_QWEN3)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_buffer(file.tokenizer),
+        chat_template=file.template,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+
+
+USER = {"role": "user", "content": "Weather in Paris?"}
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "description": "It.", "parameters": {}}}]
+THOUGHT = {"role": "assistant", "content": "Sunny.", "reasoning_content": "Look outside."}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+ANSWERED = [
+    USER,
+    CALLING,
+    {"role": "tool", "content": "18 C"},
+    {"role": "assistant", "content": "18 degrees."},
+]
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools"),
+    [
+        ([USER, {"role": "assistant", "content": "Sunny."}], None),
+        ([USER, THOUGHT], None),
+        ([USER, {"role": "assistant", "content": "<think>\nLook.\n</think>\n\nSunny."}], None),
+        ([{"role": "system", "content": "Be brief."}, USER, THOUGHT, USER, THOUGHT], TOOLS),
+        ([USER, CALLING], TOOLS),
+        ([USER, {**CALLING, "content": None}], TOOLS),
+        ([USER, {**CALLING, "reasoning_content": "Ask."}], None),
+        ([USER, {**CALLING, "content": "I ask.", "tool_calls": [CALL, CALL]}], TOOLS),
+        (ANSWERED, TOOLS),
+    ],
+)
+def test_samples_are_what_transformers_renders(tmp_path, qwen3, messages, tools):
+    line = {"messages": messages} | ({"tools": tools} if tools else {})
+    samples, _ = read_samples(write_jsonl(tmp_path / "chat.jsonl", [line]), qwen3, 4096)
+    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    assert len(samples) == len(replies)
+    for i, sample in zip(replies, samples, strict=True):
+        # null content, which no template of Qwen's takes, stands for none
+        said = [{**m, "content": m["content"] or ""} for m in messages[: i + 1]]
+        whole = qwen3.apply_chat_template(said, tools=tools, tokenize=False)
+        assert qwen3.decode(sample.tokens) + "\n" == whole
+        assert sample.tokens == qwen3.encode(whole.removesuffix("\n"), add_special_tokens=False)
+        reply = qwen3.decode(sample.tokens[sample.prompt_length :])
+        assert said[i]["content"].split("</think>\n\n")[-1] in reply and reply.endswith("<|im_end|>")
+        thought = said[i].get("reasoning_content", "")
+        assert thought in reply and ("get_weather" in reply) == bool(said[i].get("tool_calls"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"messages": [USER, THOUGHT]}, "the chat template drops the reasoning_content of message 1"),
+        ({"messages": [USER, CALLING]}, "the chat template drops the tool_calls of message 1"),
+        ({"messages": [USER, {**CALLING, "content": None}]}, "drops the tool_calls of message 1"),
+        ({"messages": [USER, {**THOUGHT, "reasoning_content": None}], "tools": TOOLS}, "calls no tools"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "content of message 1 is not text"),
+        (
+            {"messages": [{"role": "wizard", "content": "x"}, THOUGHT]},
+            "message 0 has the role 'wizard', not one",
+        ),
+        (
+            {"messages": [{"role": "<|im_end|>", "content": "x"}, THOUGHT]},
+            "message 0 has the role '<|im_end|>'",
+        ),
+        ({"messages": [USER, THOUGHT], "tools": "all"}, "tools is not a list of objects"),
+        ({"messages": [USER, {**CALLING, "tool_calls": ["f"]}]}, "tool_calls is not a list"),
+        (
+            {"messages": [USER, {**THOUGHT, "reasoning_content": "<|im_start|>"}]},
+            r"message 1 holds the control token <\|im_start\|>",
+        ),
+        (
+            {"messages": [USER, {**CALLING, "tool_calls": [{"function": {"name": "<|im_end|>"}}]}]},
+            r"message 1 holds the control token <\|im_end\|>",
+        ),
+    ],
+)
+def test_what_our_own_template_cannot_render_is_refused_by_line(tmp_path, tokenizer, line, message):
+    path = write_jsonl(tmp_path / "chat.jsonl", [conversation("a", "b"), line])
+    with pytest.raises(TrainingError, match=f"line 2: .*{message}"):
+        read_samples(path, tokenizer, 4096)
+
+
+def test_a_template_that_drops_the_tools_is_refused(tmp_path, tokenizer):
+    other = train_bpe(["x"], 280)
+    other.chat_template = tokenizer.chat_template.split("\n", 1)[1]
+    path = write_jsonl(tmp_path / "chat.jsonl", [{**conversation("a", "b"), "tools": TOOLS}])
+    with pytest.raises(TrainingError, match="line 1: the chat template drops the tools"):
+        read_samples(path, other, 4096)
+
+
+def test_plain_text_keeps_what_looks_like_a_tag(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"text": "a <think> b"}])
+    ((sample,), _) = read_samples(path, tokenizer, 4096)
+    assert tokenizer.convert_tokens_to_ids("<think>") not in sample.tokens
+    assert tokenizer.decode(sample.tokens[:-1]) == "a <think> b"
+
+
+def test_a_byte_order_mark_is_no_error_and_half_a_character_is(tmp_path, tokenizer):
+    path = tmp_path / "chat.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(conversation("a", "b")).encode())
+    assert len(read_samples(path, tokenizer, 64)[0]) == 1
+    path.write_text(json.dumps(conversation("a", "b")) + "\n" + json.dumps(conversation("a \ud83d", "b")))
+    with pytest.raises(TrainingError, match="line 2: holds half of a surrogate pair, '.ud83d'"):
+        read_samples(path, tokenizer, 64)
+    path.write_text(json.dumps(conversation("a \U0001f600", "b")))  # a whole pair
+    assert len(read_samples(path, tokenizer, 64)[0]) == 1

@@ -81,13 +81,16 @@ def test_every_stage_ends_in_a_model_that_the_engine_runs(data, base, tmp_path):
     assert generation.reply.finish_reason == "stop" and generation.reply.text.strip().isdigit()
 
 
-def test_reinforcement_raises_the_reward(data, base, tmp_path):
+@pytest.mark.parametrize("loss", ["dapo", "grpo"])
+def test_reinforcement_raises_the_reward(loss, data, base, tmp_path):
     assert train("grpo", data / "tasks.jsonl", "--model", base, "-o", tmp_path / "out", "--steps", 30, "--batch", 4,
                  "--reward", "nano:digits", "--max-tokens", 6, "--learning-rate", 5e-3, "--kl", 0,
-                 "--quiet", "--threads", 1, "--evaluate-every", 10) == 0  # fmt: skip
+                 "--loss", loss, "--quiet", "--threads", 1, "--evaluate-every", 10) == 0  # fmt: skip
     records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     rewards = [r["validation_reward"] for r in records if "validation_reward" in r]
     assert rewards[-1] > rewards[0] + 0.2
+    steps = [r for r in records if "loss" in r]
+    assert all(r["tokens"] == round(r["completion_tokens"] * 4 * 8) for r in steps)  # whatever the mean is over
 
 
 def test_the_character_tokenizer_trains_exports_and_generates(data, tmp_path):

@@ -4,7 +4,7 @@ from nano import write_text
 
 from qwen3c.training import TrainingError
 from qwen3c.training.text import Document, Windows, read_documents, split
-from qwen3c.training.vocabulary import characters
+from qwen3c.training.vocabulary import characters, end_of_text, train_bpe
 
 DOCUMENTS = [Document(str(i), f"text number {i} " * 20) for i in range(40)]
 
@@ -87,3 +87,45 @@ def test_validation_windows_are_the_same_each_time_and_spread_over_the_text(tmp_
     windows = Windows(read_documents([write_text(tmp_path)]), characters(), context=16, seed=1)
     first, again = list(windows.in_order(5)), list(windows.in_order(5))
     assert len(first) == 5 and all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    assert read_documents([tmp_path / "a.txt"])[0].text == "hello"
+
+
+def test_files_of_a_folder_that_are_not_text_are_left_out_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    (tmp_path / "c.bin").write_bytes(bytes(range(32)))
+    said = []
+    assert [d.text for d in read_documents([tmp_path], said.append)] == ["hello"]
+    assert said == [f"2 files are not text and left out, such as {tmp_path / 'b.png'}"]
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(TrainingError, match="no text in there: 2 files are not text"):
+        read_documents([tmp_path], said.append)
+
+
+def test_what_looks_like_a_control_token_is_text():
+    tokenizer = train_bpe(["a b"], 280)
+    text = "see <|im_end|> and <|endoftext|> and <think>"
+    stream = Windows([Document("d", text)], tokenizer, 4, seed=1).stream.tolist()
+    assert not {stream[i] for i in range(len(stream) - 1)} & set(tokenizer.added_tokens_decoder)
+    assert stream[-1] == end_of_text(tokenizer) and tokenizer.decode(stream[:-1]) == text
+
+
+def test_characters_without_a_token_are_refused_and_named():
+    documents = [Document("a.txt", "plain"), Document("b.txt", "naïve café – é")]
+    with pytest.raises(TrainingError) as error:
+        Windows(documents, characters(), context=4, seed=1)
+    assert str(error.value) == (
+        "b.txt: the tokenizer has no token for 4 of 14 characters ('ï', 'é', '–'); --tokenizer bpe takes any text"
+    )
+
+
+def test_pieces_for_samples_are_spread_over_the_text():
+    windows = Windows([Document("d", "".join(chr(33 + i) for i in range(90)))], characters(), 8, seed=1)
+    pieces = windows.starts(4, 8)
+    assert len({tuple(piece) for piece in pieces}) == 4 and all(len(piece) == 8 for piece in pieces)
+    assert pieces[0] == windows.stream[:8].tolist() and pieces[-1] == windows.stream[-8:].tolist()
+    assert len(windows.starts(4, 91)) == 1  # all of it
