@@ -1,4 +1,4 @@
-"""Every command of README.md and docs/*.md, typed in a shell on a terminal, in a folder that has the files it names.
+"""Every command of *.md and docs/*.md, typed in a shell on a terminal, in a folder that has the files it names.
 
 COMMANDS says of each how: as it stands, with flags that make it small, or why it cannot run here. A command that the
 documents gain fails the first test until it is added.
@@ -23,7 +23,8 @@ from screen import ROOT, SHELL, Terminal
 from small_gguf import small_gguf, write_gguf
 from small_models import export_small_model, write_small_model
 
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+# TERMINAL.md is a table of commands, not a text that tells anyone to type them
+DOCUMENTS = [p for p in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]) if p.name != "TERMINAL.md"]
 PROGRAMS = (
     r"(?:python3?|pip|make|accelerate|hf|git|qwen3c[a-z-]*|echo|cd|curl|docker|sudo|source|\.?[\w/.]+\.py)"
 )
