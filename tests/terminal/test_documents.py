@@ -86,7 +86,6 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "python run.py model.bin -m perplexity text.txt": Typed(shows="perplexity"),
     "python run.py model.bin -m bench": Typed(shows="tg64"),
     "python run.py --help": Typed(shows="usage"),
-    "run.py -m bench": NotHere("a script's name and mode, not a command"),
     "run.py model.bin -m info --verify": NotHere("without the python before it; README has the whole"),
     "run.py --help": NotHere("in a table, without the python before it; README has the whole"),
     "python train.py pretrain texts/ -o base --preset mini": Typed(
@@ -100,7 +99,6 @@ COMMANDS: dict[str, Typed | NotHere] = {
     ),
     "accelerate launch --multi_gpu --num_processes 2 train.py pretrain texts/ -o base": PROCESSES,
     "accelerate launch --multi_gpu --num_processes 2 train.py pretrain texts/ -o base --shard": PROCESSES,
-    "python benchmarks/bench.py": PEERS,
     "python benchmarks/bench.py --help": Typed(shows="--against"),
     "python benchmarks/bench.py --against llama.cpp,openvino,ctranslate2 --batches 4,16": PEERS,
     "python benchmarks/bench.py --against llama.cpp,openvino,ctranslate2 --pairs 5 --batches 4,16": PEERS,
