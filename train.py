@@ -1,8 +1,12 @@
 """Text -> a model: `python train.py pretrain | sft | grpo`, or `--help`."""
 
+import signal
 import sys
 
-from qwen3c.cli.train import main
-
 if __name__ == "__main__":
+    # Ctrl-C while the modules load is an end without a traceback; later main() answers it
+    answer = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from qwen3c.cli.train import main
+
+    signal.signal(signal.SIGINT, answer)
     sys.exit(main())

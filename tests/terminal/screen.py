@@ -28,7 +28,9 @@ KEYS = {
     "ctrl-c": "\x03", "ctrl-d": "\x04", "ctrl-z": "\x1a", "ctrl-l": "\x0c", "ctrl-a": "\x01", "ctrl-u": "\x15",
     "up": "\x1b[A", "down": "\x1b[B", "left": "\x1b[D", "right": "\x1b[C", "tab": "\t", "enter": "\r", "backspace": "\x7f",
 }  # fmt: skip
-PATIENCE = 60.0  # seconds that a test waits for something to appear before it fails
+PATIENCE = float(
+    os.environ.get("PATIENCE", "60")
+)  # seconds that a test waits for something to appear before it fails
 
 
 class _Screen(pyte.HistoryScreen):

@@ -1,4 +1,4 @@
-"""Every command of README.md and docs/*.md, typed in a shell on a terminal, in a folder that has the files it names.
+"""Every command of *.md and docs/*.md, typed in a shell on a terminal, in a folder that has the files it names.
 
 COMMANDS says of each how: as it stands, with flags that make it small, or why it cannot run here. A command that the
 documents gain fails the first test until it is added.
@@ -23,7 +23,8 @@ from screen import ROOT, SHELL, Terminal
 from small_gguf import small_gguf, write_gguf
 from small_models import export_small_model, write_small_model
 
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+# TERMINAL.md is a table of commands, not a text that tells anyone to type them
+DOCUMENTS = [p for p in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]) if p.name != "TERMINAL.md"]
 PROGRAMS = (
     r"(?:python3?|pip|make|accelerate|hf|git|qwen3c[a-z-]*|echo|cd|curl|docker|sudo|source|\.?[\w/.]+\.py)"
 )
@@ -85,7 +86,6 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "python run.py model.bin -m perplexity text.txt": Typed(shows="perplexity"),
     "python run.py model.bin -m bench": Typed(shows="tg64"),
     "python run.py --help": Typed(shows="usage"),
-    "run.py -m bench": NotHere("a script's name and mode, not a command"),
     "run.py model.bin -m info --verify": NotHere("without the python before it; README has the whole"),
     "run.py --help": NotHere("in a table, without the python before it; README has the whole"),
     "python train.py pretrain texts/ -o base --preset mini": Typed(
@@ -99,7 +99,6 @@ COMMANDS: dict[str, Typed | NotHere] = {
     ),
     "accelerate launch --multi_gpu --num_processes 2 train.py pretrain texts/ -o base": PROCESSES,
     "accelerate launch --multi_gpu --num_processes 2 train.py pretrain texts/ -o base --shard": PROCESSES,
-    "python benchmarks/bench.py": PEERS,
     "python benchmarks/bench.py --help": Typed(shows="--against"),
     "python benchmarks/bench.py --against llama.cpp,openvino,ctranslate2 --batches 4,16": PEERS,
     "python benchmarks/bench.py --against llama.cpp,openvino,ctranslate2 --pairs 5 --batches 4,16": PEERS,

@@ -10,13 +10,14 @@ import os
 import re
 import shlex
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from modes import MODES, PROMPT, TEXT, Desk
-from screen import SHELL, Terminal, run_typed
+from screen import ROOT, SHELL, Terminal, run_typed
 
 from qwen3c import Model
 
@@ -233,6 +234,18 @@ def test_a_closed_terminal_ends_it(desk: Desk, mode: str) -> None:
             os.killpg(terminal.pid, 0)
     assert "Traceback" not in (desk.folder / "err").read_text()
     assert sorted(path.name for path in desk.folder.iterdir()) == ["err", "text.txt", "working"]
+
+
+@pytest.mark.parametrize("script", ["run.py", "export.py", "train.py"])
+def test_ctrl_c_while_modules_load_is_no_traceback(desk: Desk, script: str) -> None:
+    """As on a machine that reads them from a slow disk."""
+    (desk.folder / "argparse.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(30)\n")
+    env = {"PYTHONPATH": str(desk.folder)}
+    with Terminal([sys.executable, str(ROOT / script), "--help"], cwd=desk.folder, env=env) as terminal:
+        terminal.wait_for("loading")
+        terminal.press("ctrl-c")
+        assert terminal.finish(timeout=10) in (-signal.SIGINT, 130)
+        assert "Traceback" not in terminal.text
 
 
 def long_enough(mode: str) -> list[str]:
