@@ -379,6 +379,12 @@ class ModelFile:
         if hasattr(self.map, "madvise"):
             self.map.madvise(mmap.MADV_DONTNEED)
 
+    def close(self) -> None:
+        """Let go of the map; a view of it that somebody still holds keeps it mapped."""
+        with contextlib.suppress(BufferError):
+            self.weights.release()
+            self.map.close()
+
     def verify(self) -> Iterator[tuple[Tensor, bool]]:
         """Read every tensor; yield it with whether it is sound.
 
