@@ -22,12 +22,16 @@ from typing import Literal
 
 import numpy as np
 
-from .machine import default_threads
 from .format import KV_TYPES, ROPE_TENSOR, ROUTER, ModelFile
 from .kernels.table import (
     ISA_NAMES, OPENMP, int8_peak, isa, log_sum_exp, quantize_tiles, read_bandwidth, runnable_isas, set_isa, softmax, top_k,
 )
+from .machine import default_threads
 from .memory import available, in_huge_pages
+
+Logits = Literal["last", "all", "hidden"]
+Activations = Literal["int8", "float32"]
+KV = Literal["int8", "f16", "f32"]
 
 cimport cython
 from cython.parallel cimport prange
@@ -68,10 +72,6 @@ cdef extern from "kernels/team.h" nogil:
 cdef extern from "Python.h" nogil:
     int CheckSignals "PyErr_CheckSignals"()  # an exception stays pending, for the end of the pass
 
-
-Logits = Literal["last", "all", "hidden"]
-Activations = Literal["int8", "float32"]
-KV = Literal["int8", "f16", "f32"]
 
 # Rows one pass through the layers takes; longer prompts go in several. Large enough that reading a weight is
 # paid for by using it often, small enough that the buffers stay tens of megabytes.
@@ -215,23 +215,34 @@ cdef class KVBlock:
 
 
 cdef class Session:
-    """One sequence: its position and its KV cache. Made by Model.session()."""
+    """One sequence: its position and its KV cache. Made by Model.session().
 
-    cdef readonly Model model
-    cdef readonly Py_ssize_t position, context
+    Sessions of one model are independent; a batch (Model.forward) takes any number of them forward at once.
+    """
+
+    cdef Model _model
+    cdef Py_ssize_t _position, _context
     cdef list blocks
     cdef char **pointers  # data of each block, for nogil code
 
-    def __cinit__(self, Model model not None, context=None):
+    def __cinit__(self, model=None, context=None):
+        if not isinstance(model, Model):
+            raise TypeError("a Session is made by Model.session()")
         limit = model.config.context
-        self.model = model
-        self.context = limit if context is None else _integer("context", context)
-        if not 1 <= self.context <= limit:
-            raise ValueError(f"context = {self.context} is outside 1..{limit}, the context of the model")
-        self.blocks = []
-        self.pointers = <char **>calloc((self.context + KV_BLOCK - 1) // KV_BLOCK, sizeof(char *))
+        self._context = limit if context is None else _integer("context", context)
+        if not 1 <= self._context <= limit:
+            raise ValueError(f"context = {self._context} is outside 1..{limit}, the context of the model")
+        self.pointers = <char **>calloc((self._context + KV_BLOCK - 1) // KV_BLOCK, sizeof(char *))
         if self.pointers == NULL:
-            raise MemoryError(f"no memory for a session of context {self.context}")
+            raise MemoryError(f"no memory for a session of context {self._context}")
+        self.blocks = []
+        self._model = model
+
+    def __repr__(self):
+        return f"<Session, {self._position} of {self._context} positions, {self.kv_bytes:,} bytes of KV cache>"
+
+    def __reduce__(self):
+        raise TypeError("a Session cannot be pickled or copied: its KV cache lives in this process; fork() makes a second one")
 
     def __dealloc__(self):
         cdef KVBlock block
@@ -240,29 +251,52 @@ cdef class Session:
                 block.owners -= 1
         free(self.pointers)
 
-    def __reduce__(self):
-        raise TypeError("a Session cannot be pickled or copied: its cache belongs to its model's process; fork() makes a second")
+    @property
+    def model(self):
+        """The Model that this sequence belongs to."""
+        return self._model
+
+    @property
+    def position(self):
+        """How many tokens the sequence has: the position of the next one."""
+        return self._position
+
+    @property
+    def context(self):
+        """How many positions the sequence may have."""
+        return self._context
 
     @property
     def kv_bytes(self):
-        return len(self.blocks) * self.model.block_bytes
+        """Bytes of KV cache allocated so far (blocks shared after fork() count in each session)."""
+        return len(self.blocks) * self._model.block_bytes
 
     def forward(self, ids, logits="last"):
-        return self.model.forward([(self, ids)], logits)[0]
+        """Append token ids; return (vocab_size,) logits of the last one, or (len(ids), vocab_size) of all.
+
+        logits: "last", "all", or "hidden": (dim,) of the last one after the final norm, which the logits would
+        be made of.
+        ValueError, with both numbers and the session unchanged, if ids is empty, an id is outside the vocabulary
+        or the positions would pass the context. KeyboardInterrupt leaves the session as it was.
+        """
+        return self._model.forward([(self, ids)], logits)[0]
 
     def rewind(self, position):
+        """Forget everything from `position` on; the memory behind it is given back."""
         cdef Py_ssize_t target = _integer("position", position)
-        with self.model.lock:
-            if not 0 <= target <= self.position:
-                raise ValueError(f"cannot rewind to {target}: the session is at position {self.position}")
-            self.position = target
+        with self._model.lock:
+            if not 0 <= target <= self._position:
+                raise ValueError(f"cannot rewind to {target}: the session is at position {self._position}")
+            self._position = target
             self._drop_blocks((target + KV_BLOCK - 1) // KV_BLOCK)
 
     def fork(self):
-        cdef Session other = Session(self.model, self.context)
+        """A second sequence with the same past; full cache blocks are shared until one side writes."""
+        cdef Session other = Session(self._model, self._context)
         cdef KVBlock block
-        with self.model.lock:
-            other.position = self.position
+        with self._model.lock:
+            self._model._check_open()
+            other._position = self._position
             for i, block in enumerate(self.blocks):
                 block.owners += 1
                 other.blocks.append(block)
@@ -279,9 +313,9 @@ cdef class Session:
         """Blocks for n more positions, none of those written to shared with another session."""
         cdef Py_ssize_t i
         cdef KVBlock block
-        for i in range(self.position // KV_BLOCK, (self.position + n + KV_BLOCK - 1) // KV_BLOCK):
+        for i in range(self._position // KV_BLOCK, (self._position + n + KV_BLOCK - 1) // KV_BLOCK):
             if i == len(self.blocks):
-                self.blocks.append(KVBlock(self.model.block_bytes))
+                self.blocks.append(KVBlock(self._model.block_bytes))
             elif (<KVBlock>self.blocks[i]).owners > 1:
                 block = (<KVBlock>self.blocks[i]).copy()
                 (<KVBlock>self.blocks[i]).owners -= 1
@@ -293,11 +327,18 @@ cdef class Session:
 # Model: the mapped file, its weights, its run state
 
 cdef class Model:
-    """A mapped model.bin and the buffers of its forward pass; threads may share it (calls take turns)."""
+    """A mapped model.bin and the buffers of its forward pass; threads may share it (calls take turns).
 
-    cdef readonly str path, kv, activations
-    cdef readonly object config, metadata, file
-    cdef readonly int threads
+    path: the file. threads: None for as many as this machine can feed. kv: "f16", "f32" or "int8", the KV cache.
+    activations: "int8", or "float32" to compare with other implementations. huge_pages: copy the weights into
+    memory of large pages (memory.in_huge_pages says what that costs and gains).
+    ModelFileError, one line, if the file is not a model.bin that this version can run.
+    """
+
+    cdef str _path, _kv, _activations
+    cdef object _config, _metadata, _file
+    cdef int _threads
+    cdef bint _closed
     cdef object lock
     cdef Weights w
     cdef RunState s
@@ -311,9 +352,15 @@ cdef class Model:
     cdef float eps, rope_scale
     cdef KVType kv_type
     cdef bint int8
-    cdef readonly bint closed
 
-    def __cinit__(self, path, threads=None, kv="f16", activations="int8", huge_pages=False, **_):
+    def __cinit__(self, *arguments, **options):
+        if not arguments and "path" not in options:
+            raise TypeError(f"{type(self).__name__}() needs the path of a model.bin: {type(self).__name__}(path)")
+
+    @cython.embedsignature(True)  # to begin the docstring of the class; what binds has its signature anyway
+    def __init__(self, path, threads=None, kv="f16", activations="int8", huge_pages=False):
+        if self.lock is not None:
+            raise TypeError(f"{self._path}: the model is open already")
         if kv not in KV_TYPES:
             raise ValueError(f"kv is {kv!r}, not 'int8', 'f16' or 'f32'")
         if activations not in ("int8", "float32"):
@@ -321,27 +368,24 @@ cdef class Model:
         wanted = default_threads() if threads is None else _integer("threads", threads)
         if not 1 <= wanted <= 1024:
             raise ValueError(f"threads = {wanted} is outside 1..1024")
-        self.lock = threading.Lock()
-        self.file = ModelFile(path)
+        self._file = ModelFile(path)
         if huge_pages:
-            self.file.use_copy(in_huge_pages(self.file.weights))
-        self.path, self.kv, self.activations = self.file.path, kv, activations
-        self.config, self.metadata = self.file.config, self.file.metadata
+            self._file.use_copy(in_huge_pages(self._file.weights))
+        self._path, self._kv, self._activations = self._file.path, kv, activations
+        self._config, self._metadata = self._file.config, self._file.metadata
         self.kv_type = {"int8": KV_I8, "f16": KV_F16, "f32": KV_F32}[kv]
         self.int8 = activations == "int8"
         self._set_dimensions()
         self._map_weights()
-        self.threads = _team(wanted)
+        self._threads = _team(wanted)
         self.t.layers = <LayerTrace *>calloc(self.n_layers, sizeof(LayerTrace))
         if self.t.layers == NULL:
             raise MemoryError(f"no memory for {self.n_layers} layers")
         team_stop(&self.team)  # so that this pass does nothing but count its stages
-        if team_reserve(&self.team, self.threads, forward(self, 0, NULL, 0, NULL, 0, NULL, 0, False, NULL)):
-            raise MemoryError(f"no memory for {self.threads} threads")
+        if team_reserve(&self.team, self._threads, forward(self, 0, NULL, 0, NULL, 0, NULL, 0, False, NULL)):
+            raise MemoryError(f"no memory for {self._threads} threads")
         self._reserve(1)
-
-    def __init__(self, path, threads=None, kv="f16", activations="int8", huge_pages=False):
-        pass
+        self.lock = threading.Lock()  # last: a model without one was never opened
 
     def __dealloc__(self):
         cdef Py_ssize_t l
@@ -353,8 +397,68 @@ cdef class Model:
         free(self.team.counters)
         self._free_buffers()
 
+    def __reduce__(self):
+        raise TypeError("an engine.Model cannot be pickled or copied: open its path again; a qwen3c.Model does that by itself")
+
+    @property
+    def path(self):
+        """The path of the model.bin, as it was given."""
+        return self._path
+
+    @property
+    def file(self):
+        """The mapped file: a format.ModelFile."""
+        return self._file
+
+    @property
+    def config(self):
+        """The numbers of the forward pass: a format.Config, such as config.n_layers and config.context."""
+        return self._config
+
+    @property
+    def metadata(self):
+        """What else the file says of the model, such as metadata["name"]."""
+        return self._metadata
+
+    @property
+    def threads(self):
+        """How many threads a pass has: those asked for that could be started."""
+        return self._threads
+
+    @property
+    def kv(self):
+        """The type of the KV cache: "f16", "f32" or "int8"."""
+        return self._kv
+
+    @property
+    def activations(self):
+        """What meets the weights: "int8" or "float32"."""
+        return self._activations
+
+    @property
+    def closed(self):
+        """Whether close() was called."""
+        return self._closed
+
+    def close(self):
+        """Release the weights and the buffers; a call under way in another thread ends first.
+
+        From then on every call that needs them is a ValueError, also of the model's sessions. The KV cache of a
+        session goes with the session.
+        """
+        with self.lock:
+            self._closed = True
+            self._file.close()
+            self._free_buffers()
+
+    def _check_open(self):
+        if self.lock is None:
+            raise ValueError("the model was never opened: its __init__ did not run or raised")
+        if self._closed:
+            raise ValueError(f"{self._path}: the model is closed")
+
     cdef _set_dimensions(self):
-        c = self.config
+        c = self._config
         self.n_layers, self.n_heads, self.n_kv_heads, self.head_dim = c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim
         self.dim, self.hidden_dim, self.q_dim, self.kv_dim = c.dim, c.hidden_dim, c.q_dim, c.kv_dim
         self.vocab_size, self.group_size = c.vocab_size, c.group_size
@@ -369,7 +473,7 @@ cdef class Model:
     # ---- weights
 
     cdef _map_weights(self):
-        places = {t.name: t for t in self.file.tensors}
+        places = {t.name: t for t in self._file.tensors}
         embedding = "model.embed_tokens.weight"
         cdef Layer *layer
         self.w.layers = <Layer *>calloc(self.n_layers, sizeof(Layer))
@@ -382,25 +486,25 @@ cdef class Model:
             p = f"model.layers.{l}."
             layer.attention_norm = self._vector(places[p + "input_layernorm.weight"])
             layer.qkv = self._matrix(places[p + "self_attn.qkv_proj.weight"])
-            if self.config.qkv_bias:
+            if self._config.qkv_bias:
                 layer.qkv_bias = self._vector(places[p + "self_attn.qkv_proj.bias"])
-            if self.config.qk_norm:
+            if self._config.qk_norm:
                 layer.q_norm = self._vector(places[p + "self_attn.q_norm.weight"])
                 layer.k_norm = self._vector(places[p + "self_attn.k_norm.weight"])
             layer.o = self._matrix(places[p + "self_attn.o_proj.weight"])
             layer.ffn_norm = self._vector(places[p + "post_attention_layernorm.weight"])
             blocks = [p + "mlp."]
-            if self.config.has_experts(l):
+            if self._config.has_experts(l):
                 layer.router = self._vector(places[p + ROUTER])
                 blocks = [f"{p}mlp.experts.{e}." for e in range(self.n_experts)]
             layer.gate_up = self._matrices([places[block + "gate_up_proj.weight"] for block in blocks])
             layer.down = self._matrices([places[block + "down_proj.weight"] for block in blocks])
         self.w.final_norm = self._vector(places["model.norm.weight"])
-        self.w.lm_head = self._matrix(places[embedding if self.config.tied_embedding else "lm_head.weight"])
+        self.w.lm_head = self._matrix(places[embedding if self._config.tied_embedding else "lm_head.weight"])
 
     cdef const uint8_t *_data(self, tensor) except NULL:
-        # self.file keeps the map, and so this address, alive as long as the model
-        return <const uint8_t *><uintptr_t>np.frombuffer(self.file.data(tensor), dtype=np.uint8).ctypes.data
+        # self._file keeps the map, and so this address, alive as long as the model
+        return <const uint8_t *><uintptr_t>np.frombuffer(self._file.data(tensor), dtype=np.uint8).ctypes.data
 
     cdef const float *_vector(self, tensor) except NULL:
         return <const float *>self._data(tensor)
@@ -421,6 +525,8 @@ cdef class Model:
         return matrices
 
     def weight(self, str name):
+        """Dequantised weights by Hugging Face name and shape. KeyError if there is no such tensor."""
+        self._check_open()
         with self.lock:
             self._check_open()
             return self._weight(name)
@@ -429,12 +535,12 @@ cdef class Model:
         cdef Matrix matrix
         cdef Py_ssize_t r
         cdef float[:, ::1] view
-        for tensor in self.file.tensors:
+        for tensor in self._file.tensors:
             for part in tensor.parts:
                 if part.name != name:
                     continue
                 if not tensor.quantized:
-                    stored = np.frombuffer(self.file.data(tensor), dtype="<f4").reshape(tensor.shape)
+                    stored = np.frombuffer(self._file.data(tensor), dtype="<f4").reshape(tensor.shape)
                     return stored[part.row : part.row + part.rows].copy()
                 matrix = self._matrix(tensor)
                 result = np.empty((part.rows, matrix.columns), dtype=np.float32)
@@ -474,7 +580,7 @@ cdef class Model:
         self.s.xq.codes = <int8_t *>_floats((rows * widest + 3) // 4)
         self.s.xq.scales = _floats(rows * widest // self.group_size)
         self.s.xq.sums = <int32_t *>_floats(rows * widest // self.group_size)
-        self.s.scratch = _floats(self.threads * ATTENTION_SCRATCH(self.head_dim))
+        self.s.scratch = _floats(self._threads * ATTENTION_SCRATCH(self.head_dim))
         self.s.capacity = rows
 
     cdef _free_buffers(self):
@@ -489,22 +595,18 @@ cdef class Model:
 
     # ---- Python surface
 
-    def close(self):
-        """Release the weights and the buffers, once no call uses them; calls that need them are a ValueError from then on."""
-        with self.lock:
-            self.closed = True
-            self.file.close()
-            self._free_buffers()
-
-    def _check_open(self):
-        if self.closed:
-            raise ValueError(f"{self.path}: the model is closed")
-
     def session(self, context=None):
+        """An empty sequence of at most `context` positions (default: the model's). Memory grows with use."""
         self._check_open()
         return Session(self, context)
 
     def forward(self, batch, logits="last"):
+        """ONE ragged batch over any sessions of this model; a list of what Session.forward returns, in order.
+
+        batch: pairs of a session and the token ids to append to it, each session once. Prompts and single tokens
+        may be mixed: what is computed of a session does not depend on the others, not by a bit.
+        """
+        self._check_open()
         if logits not in ("last", "all", "hidden"):
             raise ValueError(f"logits is {logits!r}, not 'last', 'all' or 'hidden'")
         batch = [(session, _token_ids(ids, self.vocab_size)) for session, ids in batch]
@@ -518,7 +620,7 @@ cdef class Model:
         self._check_open()
         seen = set()
         for session, ids in batch:
-            if not isinstance(session, Session) or (<Session>session).model is not self:
+            if not isinstance(session, Session) or (<Session>session)._model is not self:
                 raise ValueError("a session of the batch does not belong to this model")
             if id(session) in seen:
                 raise ValueError("a session is in the batch twice; give it all its ids at once")
@@ -544,12 +646,12 @@ cdef class Model:
             for i, (session, ids) in enumerate(batch):
                 first, last = max(start, ends[i] - len(ids)), min(start + n, ends[i])
                 if first < last:
-                    segments.append((session, first - start, last - first, session.position + first - (ends[i] - len(ids))))
+                    segments.append((session, first - start, last - first, session._position + first - (ends[i] - len(ids))))
             rows = wanted[(wanted >= start) & (wanted < start + n)] - start
             self._forward_rows(tokens[start : start + n], segments, rows, hidden, out[out_row : out_row + len(rows)])
             out_row += len(rows)
         for session, ids in batch:
-            session.position += len(ids)
+            session._position += len(ids)
         if not every:
             return list(out)
         return [out[end - len(ids) : end] for end, (_, ids) in zip(ends, batch)]
@@ -579,13 +681,25 @@ cdef class Model:
 
     cdef int _begin_pass(self, Py_ssize_t n):
         """Ready for a pass of n rows; returns for how many threads."""
-        cdef int threads = 1 if forked or n * self.row_work < SERIAL_WORK else startable_team(self.threads)
+        cdef int threads = 1 if forked or n * self.row_work < SERIAL_WORK else startable_team(self._threads)
         team_begin(&self.team, threads)
         return threads
 
     # ---- trace
 
     def trace(self, ids, names="*"):
+        """What a forward pass of `ids` (n) computed on its way, by name, in order: float32, copied in that pass.
+
+        A name is that of the module in transformers, and the array is what the module returns, (n, width):
+        model.embed_tokens, model.layers.0.self_attn.q_proj, ..., model.norm, lm_head. Heads keep their axis:
+        q_norm and k_norm are (n, heads, head_dim). model.layers.0 is the residual stream after the layer. Some
+        are not modules: self_attn.attn_weights, the attention probabilities, (n_heads, n, n), zero where a row
+        does not see; self_attn.o_proj.input, (n, q_dim); mlp.down_proj.input, (n, hidden_dim); and beside the
+        router's logits mlp.gate, mlp.gate.shares, (n, n_experts): of the chosen experts, zero of the others.
+        names: a pattern such as "model.layers.*.attn_weights", or several, to keep less. ValueError if nothing
+        is called that, ids are not as in Session.forward, or the arrays pass the memory available.
+        """
+        self._check_open()
         ids = _token_ids(ids, self.vocab_size)
         batch = [(self.session(), ids)]
         arrays = {}
@@ -650,6 +764,8 @@ cdef class Model:
         memset(self.t.layers, 0, self.n_layers * sizeof(LayerTrace))
 
     def logit_lens(self, x):
+        """Logits (n, vocab_size) of rows (n, dim) of the residual stream, as if no layer came after them."""
+        self._check_open()
         cdef float[:, ::1] rows = np.ascontiguousarray(x, dtype=np.float32)
         if rows.shape[0] == 0 or rows.shape[1] != self.dim:
             raise ValueError(f"x must have shape (n, {self.dim}), n >= 1, got ({rows.shape[0]}, {rows.shape[1]})")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import inspect
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -495,6 +499,112 @@ def test_a_model_makes_do_with_the_threads_that_can_be_started(path: Path) -> No
     assert result.returncode == 0 and not result.stderr, result.stderr
     threads, n_results, same = result.stdout.split()
     assert 1 < int(threads) < 8 and n_results == "2" and same == "True"
+
+
+# ----------------------------------------------------------------------------
+# What help() says, and the end of a model
+
+
+def test_every_public_name_says_what_it_is_and_how_it_is_called() -> None:
+    for kind in (Model, Session):
+        names = {name for name in vars(kind) if not name.startswith("_")}
+        assert {"forward"} < names and ("rewind" in names) == (kind is Session)
+        for name in names:
+            value = vars(kind)[name]
+            assert len(value.__doc__) > 20, name
+            assert not callable(value) or "self" in inspect.signature(value).parameters, name
+    for name in (
+        "isa",
+        "set_isa",
+        "runnable_isas",
+        "softmax",
+        "log_sum_exp",
+        "top_k",
+        "quantize_tiles",
+        "int8_peak",
+    ):
+        function = getattr(engine, name)
+        assert inspect.signature(function) and len(function.__doc__) > 20, name
+    assert str(inspect.signature(Model.forward)) == "(self, batch, logits='last')"
+    assert Model.__doc__.startswith("Model(path, threads=None, kv=")
+
+
+def test_a_session_says_how_full_it_is(path: Path, kv: str) -> None:
+    session = Model(path, kv=kv).session(100)
+    session.forward([1, 2, 3])
+    assert repr(session) == f"<Session, 3 of 100 positions, {session.kv_bytes:,} bytes of KV cache>"
+
+
+def test_wrong_calls_are_named_as_they_were_written(path: Path) -> None:
+    model = Model(path)
+    with pytest.raises(TypeError, match=r"^Model\(\) needs the path of a model.bin"):
+        Model()
+    with pytest.raises(TypeError, match="the model is open already"):
+        model.__init__(path)
+    for wrong in ((), (None,), (path,)):
+        with pytest.raises(TypeError, match=r"^a Session is made by Model.session\(\)$"):
+            Session(*wrong)
+    with pytest.raises(ValueError, match="the model was never opened"):
+        Model.__new__(Model, path).session()
+    for thing, told in ((model, "open its path again"), (model.session(), r"fork\(\) makes a second one")):
+        for operation in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match=f"cannot be pickled or copied: .*{told}"):
+                operation(thing)
+
+
+@pytest.mark.parametrize("huge_pages", [False, True])
+def test_a_closed_model_gives_its_memory_back_and_refuses_every_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, huge_pages: bool
+) -> None:
+    path = export_small_model(tmp_path)
+    monkeypatch.setattr(engine, "in_huge_pages", lambda weights: memoryview(bytes(weights)))
+    model = Model(path, threads=2, huge_pages=huge_pages)
+    session = model.session()
+    session.forward([1, 2, 3])
+    calls = {
+        "forward": lambda: model.forward([(session, [1])]),
+        "an empty forward": lambda: model.forward([]),
+        "session": model.session,
+        "trace": lambda: model.trace([1]),
+        "logit_lens": lambda: model.logit_lens(np.zeros((1, 64))),
+        "weight": lambda: model.weight("model.norm.weight"),
+        "a session's forward": lambda: session.forward([1]),
+        "fork": session.fork,
+    }
+    if sys.platform == "linux":
+        assert str(path) in Path("/proc/self/maps").read_text()
+    model.close()
+    model.close()
+    assert model.closed and model.config.n_layers == 2 and model.metadata and model.path == str(path)
+    if sys.platform == "linux":
+        assert str(path) not in Path("/proc/self/maps").read_text()
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match="the model is closed$"):
+            pytest.fail(f"{name}: {call()}")
+    session.rewind(0)
+    assert session.kv_bytes == 0
+
+
+def test_closing_waits_for_the_pass_of_another_thread(
+    path: Path, ids: np.ndarray, kv: str, whole: np.ndarray
+) -> None:
+    for delay in (0, 0.001, 0.003, 0.01):
+        model, results = Model(path, threads=2, kv=kv), []
+
+        def decode(session: Session, results: list[bool] = results) -> None:
+            with contextlib.suppress(ValueError):
+                for start in range(0, 600, 50):
+                    logits = session.forward(ids[start : start + 50], "all")
+                    results.append(np.array_equal(logits, whole[start : start + 50]))
+
+        threads = [threading.Thread(target=decode, args=(model.session(),)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        time.sleep(delay)
+        model.close()
+        for thread in threads:
+            thread.join()
+        assert all(results)
 
 
 # ----------------------------------------------------------------------------

@@ -41,14 +41,17 @@ OPENMP = bool(HAVE_OPENMP)
 
 
 def runnable_isas():
+    """The instruction sets this CPU can run, narrowest first."""
     return tuple([all_kernels[i].name.decode() for i in range(n_kernels) if kernels_runnable(all_kernels[i])])
 
 
 def isa():
+    """The instruction set in use: the widest this CPU runs, or QWEN3C_ISA."""
     return kernels.name.decode()
 
 
 def set_isa(str name):
+    """Switch the kernels of the whole process. ValueError if unknown or not runnable here."""
     global kernels
     if name not in runnable_isas():
         known = "this CPU cannot run it" if name in ISA_NAMES else "there is no such instruction set"
@@ -86,6 +89,7 @@ def _logits(logits):
 
 
 def softmax(logits, double temperature=1.0):
+    """softmax(logits / temperature), shape (n,), with the engine's own exp: the same bits on every machine."""
     if not temperature > 0:
         raise ValueError(f"temperature = {temperature} is not positive")
     cdef const float[::1] x = _logits(logits)
@@ -97,6 +101,7 @@ def softmax(logits, double temperature=1.0):
 
 
 def log_sum_exp(logits):
+    """log(sum(exp(logits))); logits[i] - log_sum_exp(logits) is the log-probability of i, in nats."""
     cdef const float[::1] x = _logits(logits)
     cdef float[::1] y = np.empty(x.shape[0], dtype=np.float32)
     cdef float total = kernels.exponentials(&y[0], &x[0], x.shape[0], 1.0)
@@ -104,6 +109,7 @@ def log_sum_exp(logits):
 
 
 def top_k(logits, Py_ssize_t k):
+    """Ids of the k largest logits, largest first, ties by lower id. ValueError on NaN."""
     cdef const float[::1] x = _logits(logits)
     if not 1 <= k <= x.shape[0]:
         raise ValueError(f"k = {k} is outside 1..{x.shape[0]}")
@@ -121,6 +127,13 @@ cdef struct TileRow:
 
 
 def quantize_tiles(parts, Py_ssize_t columns, Py_ssize_t group_size, Py_ssize_t n_tiles, out):
+    """Quantise tiles of 16 rows into `out`, the stored form of a matrix (docs/FORMAT.md).
+
+    parts: (buffer of row-major bytes, "BF16" | "F16" | "F32") stacked by rows; rows past the end are zero.
+    n_tiles: rows in units of 16; out: writable buffer of n_tiles stored tile rows.
+    Returns (largest |w - stored|, sum (w - stored)^2, sum w^2, bad), where bad is the flat index
+    row * columns + column of the first NaN, Inf or value too large for an fp16 scale, or -1.
+    """
     cdef uintptr_t address
     cdef Py_ssize_t i, row = 0, rows, row_bytes, tile_size = columns // group_size * TILE_BYTES(group_size)
     cdef uint8_t[::1] target = out
@@ -186,6 +199,7 @@ cdef uint64_t fold(const uint64_t *words, Py_ssize_t n) noexcept nogil:
 
 
 def read_bandwidth(data, int threads=1):
+    """Bytes per second at which so many threads read a buffer, once from end to end."""
     cdef const uint64_t[::1] words = np.frombuffer(data, dtype=np.uint8)[: len(data) // 64 * 64].view(np.uint64)
     cdef Py_ssize_t i, n = words.shape[0], step = READ_BYTES // 8, tasks = (n + step - 1) // step
     cdef const uint64_t *start
@@ -204,6 +218,7 @@ def read_bandwidth(data, int threads=1):
 
 
 def int8_peak(int threads=1, double seconds=0.05):
+    """Multiply-adds per second of the int8 dot products of the instruction set in use, on registers alone."""
     cdef Py_ssize_t i, tasks
     cdef size_t count = 0
     threads = 1 if forked else startable_team(threads)
