@@ -109,8 +109,10 @@ def hint_if_directory(path: str) -> str:
 def reason(error: OSError) -> str:
     """What the system says about a failed call; of too many open files, how many are allowed."""
     said = error.strerror or str(error)
-    if error.errno != errno.EMFILE or os.name != "posix":
+    try:
+        import resource
+    except ImportError:  # Windows; or there is no file left to open it with
         return said
-    import resource
-
+    if error.errno != errno.EMFILE:
+        return said
     return f"{said}: the limit is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} (ulimit -n)"

@@ -5,6 +5,8 @@ python -m pytest tests/test_terminal.py
 
 from __future__ import annotations
 
+import errno
+import importlib.machinery
 import io
 import os
 import signal
@@ -192,6 +194,54 @@ def test_the_first_signal_to_end_is_a_ctrl_c_and_the_others_are_ignored() -> Non
             assert not ended()
     finally:
         signal.signal(signal.SIGHUP, ignored)
+
+
+def test_a_wait_without_a_measure_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for stream, expected in ((FakeTerminal(), "\r\x1b[Kwriting\r\x1b[K"), (io.StringIO(), "")):
+        monkeypatch.setattr(sys, "stderr", stream)
+        progress = terminal.Progress(describe, delay=100)
+        progress.say("writing")
+        progress.clear()
+        assert stream.getvalue() == expected
+
+
+def test_a_line_that_nobody_can_see_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(FakeTerminal):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "the terminal is gone")
+
+    class ClosedPipe(Closed):
+        def isatty(self) -> bool:
+            return False
+
+    monkeypatch.setenv("TERM", "xterm")
+    for stream in (Closed(), ClosedPipe()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        progress = terminal.Progress(describe, delay=0, pause=0)
+        progress(1, 2)
+        progress.say("writing")
+        progress.clear()
+
+
+@pytest.mark.parametrize(
+    ("argv", "module", "name"),
+    [
+        ("export.py", None, "export.py"),
+        ("/usr/bin/qwen3c-export", None, "qwen3c-export"),
+        ("/lib/qwen3c/export.py", "qwen3c.export", "python -m qwen3c.export"),
+        ("/lib/qwen3c/__main__.py", "qwen3c.__main__", "python -m qwen3c"),
+        ("/lib/pytest/__main__.py", "pytest.__main__", "export.py"),
+        ("-c", None, "export.py"),
+    ],
+)
+def test_a_program_is_called_what_was_typed(
+    monkeypatch: pytest.MonkeyPatch, argv: str, module: str | None, name: str
+) -> None:
+    spec = importlib.machinery.ModuleSpec(module, None) if module else None
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys, "argv", [argv])
+    assert terminal.program_name("export.py") == name
 
 
 @pytest.mark.parametrize(

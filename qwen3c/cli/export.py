@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command `export.py SRC OUT`: 0 done, 2 refused, 130, 143 or 129 ended by a signal; no traceback."""
     open_streams()
     args = _parse(argv)
+    # the work has threads of its own; where a limit lets OpenBLAS start none, it would end the process
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     progress = None if args.quiet else Progress(describe_bytes)
     target = args.target or args.source  # what a message is about
     try:
@@ -82,7 +84,10 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{error.filename or target}: {reason(error)}", 2, progress)
     except MemoryError as error:
         return _fail(f"{target}: out of memory{f': {error}' if str(error) else ''}", 2, progress)
-    except (ValueError, ImportError) as error:
+    except ImportError as error:  # NumPy wraps the reason in a page of advice
+        cause = error.__cause__
+        return _fail(one_line(cause if isinstance(cause, ImportError) else error), 2, progress)
+    except ValueError as error:
         return _fail(one_line(error), 2, progress)
     if progress:
         progress.clear()

@@ -12,6 +12,7 @@ something this engine would not do. Nothing from the directory is executed: no p
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -436,8 +437,10 @@ def _read_config(
         format.check_config(config)  # also that rope_theta is in range
     except ValueError as error:
         others = [size for size in format.GROUP_SIZES if _is_sound(replace(config, group_size=size))]
-        hint = f"; --group-size {' or '.join(map(str, others))} fits" if others else ""
-        raise SourceError(f"{keys.path}: {cut(error)}{hint}") from None
+        if others:
+            fitting = " or ".join(map(str, others))
+            raise SourceError(f"--group-size {group_size}: {keys.path}: {error}; {fitting} fits") from None
+        raise SourceError(f"{keys.path}: {cut(error)}") from None
     return config
 
 
@@ -982,3 +985,6 @@ def open_safetensors(files: Files, file_name: str) -> dict[str, StoredTensor]:
             return tensors
     except SafetensorError as error:
         raise SourceError(f"{path}: {cut(error)}") from None
+    except OSError:  # it is open already: what the library says, no such file, is not so
+        limit = reason(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+        raise SourceError(f"{path}: cannot be opened a second time: {limit}") from None

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import quantization_oracle
 from numpy.typing import NDArray
+from small_gguf import small_gguf, write_gguf
 from small_models import encode_tensor, small_weights, write_json, write_safetensors, write_small_model
 from test_huggingface import FAULTS
 
@@ -340,6 +341,48 @@ def test_target_in_a_read_only_directory_is_refused(
         export(source, tmp_path / "closed" / "model.bin")
 
 
+@pytest.mark.parametrize("content", [b"years of work", b"\0", format.MAGIC[:-1], b"GGUF"])
+def test_a_file_that_is_no_model_is_replaced_only_by_force(
+    tmp_path: Path, source: Path, capfd: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    target = tmp_path / "precious.md"
+    target.write_bytes(content)
+    for refused in (lambda: export(source, target), lambda: exporter.estimate(source, target)):
+        with pytest.raises(
+            SourceError, match=r"precious\.md: exists and is not a model\.bin; --force replaces it"
+        ):
+            refused()
+    assert main([str(source), str(target)]) == 2
+    assert capfd.readouterr().err.count("\n") == 1
+    assert target.read_bytes() == content
+    export(source, target, force=True)
+    assert ModelFile(target).config.dim == 64
+    target.write_bytes(content)
+    assert main([str(source), str(target), "--force", "--quiet"]) == 0
+    assert ModelFile(target).config.dim == 64
+
+
+@pytest.mark.parametrize("content", [None, b"", OLD])
+def test_nothing_an_empty_file_and_a_model_are_replaced(
+    tmp_path: Path, source: Path, content: bytes | None
+) -> None:
+    target = tmp_path / "model.bin"
+    if content is not None:
+        target.write_bytes(content)
+    export(source, target)
+    assert ModelFile(target).config.dim == 64
+
+
+def test_force_replaces_no_file_of_the_source(source: Path) -> None:
+    with pytest.raises(SourceError, match="is a file of the model that is read"):
+        export(source, source / "config.json", force=True)
+
+
+def test_options_are_given_by_name(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(TypeError, match="positional"):
+        export(source, tmp_path / "model.bin", 64)  # type: ignore[misc]
+
+
 def test_link_stays_a_link(tmp_path: Path, source: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     link, real = tmp_path / "model.bin", tmp_path / "elsewhere" / "real.bin"
@@ -550,7 +593,11 @@ def start_slow_export(source: Path, target: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize(
     ("signal_number", "status", "word"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGHUP, 129, "its terminal was closed"),
+    ],
 )
 def test_signal_ends_the_export_and_leaves_nothing(
     tmp_path: Path, source: Path, signal_number: int, status: int, word: str
@@ -627,7 +674,121 @@ def test_a_worker_that_is_at_it_when_the_interpreter_ends_does_no_harm() -> None
 
 
 # ----------------------------------------------------------------------------
+# Limits of the system
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+def test_where_threads_cannot_start_the_export_does_with_those_there_are(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, allowed: int
+) -> None:
+    """As under `ulimit -u`, or with no memory for another stack."""
+    export(source, tmp_path / "expected.bin")
+    real, started = exporter.start_new_thread, 0
+
+    def start_some(*arguments: Any) -> int:
+        nonlocal started
+        if started == allowed:
+            raise RuntimeError("can't start new thread")
+        started += 1
+        return real(*arguments)
+
+    monkeypatch.setattr(exporter, "start_new_thread", start_some)
+    monkeypatch.setattr(exporter, "SLICE_WEIGHTS", 4000)
+    export(source, tmp_path / "model.bin", threads=4)
+    assert started == allowed
+    assert (tmp_path / "model.bin").read_bytes() == (tmp_path / "expected.bin").read_bytes()
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_out_of_memory_is_one_line(
+    tmp_path: Path,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    threads: bool,
+) -> None:
+    def no_memory(*_: Any) -> None:
+        raise MemoryError("Unable to allocate 4.00 MiB")
+
+    if not threads:
+        monkeypatch.setattr(exporter, "_start_threads", lambda n, target: 0)
+    monkeypatch.setattr(exporter, "_quantize", no_memory)
+    target = tmp_path / "model.bin"
+    assert main([str(source), str(target)]) == 2
+    assert (
+        capfd.readouterr().err == f"export.py: error: {target}: out of memory: Unable to allocate 4.00 MiB\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("limit", range(5, 9))
+def test_too_few_open_files_are_one_line(tmp_path: Path, limit: int) -> None:
+    """What the system lets a process open runs out somewhere between the first shard and the temporary file."""
+    source = write_small_model(tmp_path / "source", shards=3)
+    script = f"""
+        import resource, sys
+        import numpy, tokenizers, safetensors, qwen3c.engine, qwen3c.lora
+        from qwen3c.export import main
+        resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))
+        sys.exit(main(sys.argv[1:]))
+    """
+    result = run_script(textwrap.dedent(script), source, tmp_path / "model.bin", "--quiet")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    assert f"Too many open files: the limit is {limit} (ulimit -n)" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_library_that_cannot_be_loaded_is_one_short_line(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """NumPy says why in the cause of an error whose own text is a page."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        try:
+            raise ImportError("libopenblas.so: failed to map segment from shared object")
+        except ImportError as error:
+            raise ImportError("IMPORTANT: PLEASE READ THIS\n" * 20) from error
+
+    monkeypatch.setattr(exporter, "export", fail)
+    assert main([str(source), str(tmp_path / "model.bin")]) == 2
+    expected = "export.py: error: libopenblas.so: failed to map segment from shared object\n"
+    assert capfd.readouterr().err == expected
+
+
+# ----------------------------------------------------------------------------
 # The command
+
+
+@pytest.mark.parametrize("missing", ["tokenizer_config.json", "chat_template"])
+def test_a_model_without_a_chat_template_says_what_it_cannot_do(
+    tmp_path: Path, source: Path, capfd: pytest.CaptureFixture[str], missing: str
+) -> None:
+    if missing == "chat_template":
+        write_json(source / "tokenizer_config.json", {"eos_token": "<|im_end|>"})
+    else:
+        (source / missing).unlink()
+    report = export(source, tmp_path / "model.bin")
+    assert len(report.warnings) == 1
+    assert main([str(source), str(tmp_path / "model.bin")]) == 0
+    last = capfd.readouterr().err.splitlines()[-1]
+    where = "tokenizer_config.json, chat_template.jinja"
+    assert (
+        last == f"warning: {source} has no chat template ({where}): the model completes text, but cannot chat"
+    )
+
+
+def test_a_model_with_a_chat_template_is_not_warned_about(tmp_path: Path, source: Path) -> None:
+    assert export(source, tmp_path / "model.bin").warnings == []
+
+
+def test_a_gguf_file_without_a_chat_template_says_so_too(tmp_path: Path) -> None:
+    keys, tensors = small_gguf()
+    del keys["tokenizer.chat_template"]
+    path = write_gguf(tmp_path / "model.gguf", keys, tensors)
+    assert (
+        "model.gguf has no chat template (tokenizer.chat_template)"
+        in export(path, tmp_path / "m.bin").warnings[0]
+    )
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -676,6 +837,9 @@ def test_bad_arguments_are_one_line_and_status_2(
         (["SRC", "OUT", "--threads", "0"], "--threads is 0, at least 1"),
         (["SRC", "OUT", "--group-size", "x"], "invalid int value: 'x'"),
         (["SRC"], "OUT.bin is missing"),
+        (["SRC", ""], "OUT.bin is missing"),
+        (["", "OUT"], "SRC is an empty text"),
+        (["SRC", "OUT", "--groop"], "unrecognized arguments: --groop"),
     ],
 )
 def test_wrong_usage_is_explained(
@@ -685,7 +849,8 @@ def test_wrong_usage_is_explained(
     with pytest.raises(SystemExit) as caught:
         main([places.get(argument, argument) for argument in arguments])
     assert caught.value.code == 2
-    assert reason in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert error.startswith("export.py: error: ") and error.count("\n") == 1 and reason in error
 
 
 def test_script_converts_and_says_how_it_went(tmp_path: Path, source: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from qwen3c.convert.export import export
 from qwen3c.convert.gguf import GGUF, PRE_TOKENIZERS, Vocabulary
 from qwen3c.convert.huggingface import Checkpoint, Files, SourceError
 from qwen3c.convert.huggingface import Keys as JsonKeys
-from qwen3c.format import ModelFile
+from qwen3c.format import MAGIC, ModelFile
 
 MOE = {"architecture": "qwen3_moe", "n_experts": 5, "expert_hidden_dim": 64, "dim": 128}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -628,6 +629,73 @@ def test_thousands_of_damaged_files_end_in_one_line_or_in_a_model(
             assert "\n" not in str(error)
             refused += 1
     assert 500 < refused < 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.bin", MAGIC + b"\0" * 100, "is a model.bin already: run.py {}/model.bin runs it"),
+        ("model.safetensors", b"\x10\0\0\0\0\0\0\0{}", "is a safetensors file: give its directory, {}"),
+        ("config.json", b'{"a": 1}', "is a JSON file: give the directory of the model, {}"),
+        ("pytorch_model.bin", b"PK\x03\x04", "is a PyTorch file, which is never opened"),
+        ("model.gguf", b"<!DOCTYPE html>", "is a web page: download the file that the page is about"),
+        ("model.gguf", b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
+        ("model.gguf", b"GGML", "starts with b'GGML'; expected a directory or a GGUF file"),
+    ],
+)
+def test_a_file_that_is_no_gguf_is_called_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert main([str(tmp_path / name), str(tmp_path / "out.bin")]) == 2
+    assert f"{tmp_path / name}: {said.format(tmp_path)}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["u1", "u2", "i4", "f4"])
+def test_an_array_that_nobody_needs_takes_no_memory(tmp_path: Path, kind: str) -> None:
+    """tokenizer.ggml.scores of many files, or whatever a damaged length makes of it: 12 MB here."""
+    array = np.random.default_rng(0).integers(0, 200, 12_000_000 // np.dtype(kind).itemsize).astype(kind)
+    keys, tensors = small_gguf()
+    expected = read(write_gguf(tmp_path / "plain.gguf", keys, tensors))
+    path = write_gguf(tmp_path / "model.gguf", keys | {"tokenizer.ggml.scores": array}, tensors)
+    tracemalloc.start()
+    found = read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4_000_000
+    assert (found.config, found.tokenizer) == (expected.config, expected.tokenizer)
+
+
+@pytest.mark.parametrize("key", ["tokenizer.ggml.merges", "tokenizer.ggml.token_type", "some.texts"])
+def test_arrays_with_more_items_than_any_vocabulary_are_refused(tmp_path: Path, key: str) -> None:
+    keys, tensors = small_gguf()
+    data = write_gguf(tmp_path / "model.gguf", keys | {"some.texts": ["a", "b"]}, tensors).read_bytes()
+    at = data.index(key.encode()) + len(key) + 8  # past the name and the kinds of the value and of its items
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data[:at] + struct.pack("<Q", gguf.MAX_ITEMS + 1) + data[at + 8 :])
+    assert f"'{key}': {gguf.MAX_ITEMS + 1} items, at most {gguf.MAX_ITEMS} in all arrays" in refusal(path)
+
+
+@pytest.mark.parametrize("texts", [["a"] * 1000, ["a"] * 999 + ["\u00e9"]])
+def test_texts_that_nobody_needs_are_passed_by(tmp_path: Path, texts: list[str]) -> None:
+    keys, tensors = small_gguf()
+    path = write_gguf(tmp_path / "model.gguf", keys | {"some.texts": texts}, tensors)
+    assert read(path).tokenizer == read(write_gguf(tmp_path / "plain.gguf", keys, tensors)).tokenizer
+    data = path.read_bytes()
+    at = data.index(b"some.texts") + 10 + 16  # the length of the first text
+    path.write_bytes(data[:at] + struct.pack("<Q", 2**62) + data[at + 8 :])
+    assert f"'some.texts'[0]: {2**62} bytes at {at + 8}, but" in refusal(path)
+
+
+def test_a_long_array_in_place_of_a_number_is_shown_as_what_it_is(tmp_path: Path) -> None:
+    keys, tensors = small_gguf()
+    for key, expected in (
+        ("qwen3.attention.head_count", "head_count is an array of 1000 items, expected an integer"),
+        ("general.sampling.temp", "temperature is 'an array of 1000 items', expected a finite number"),
+        ("tokenizer.chat_template", "chat_template is an array of 1000 items, expected text"),
+    ):
+        path = write_gguf(tmp_path / "model.gguf", keys | {key: np.ones(1000, "u4")}, tensors)
+        assert expected in refusal(path)
 
 
 def test_damaged_file_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

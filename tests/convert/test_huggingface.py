@@ -687,8 +687,8 @@ def test_group_size_must_divide_every_width(tmp_path: Path) -> None:
     source = write_small_model(tmp_path, dim=96, hidden_dim=192, n_heads=4, head_dim=32)
     assert read(source, group_size=32).config.group_size == 32
     for group_size, reason in (
-        (64, "config.json: dim = 96 is not a multiple of group_size = 64; --group-size 32 fits"),
-        (128, "config.json: dim = 96 is not a multiple of group_size = 128; --group-size 32 fits"),
+        (64, "^--group-size 64: .*config.json: dim = 96 is not a multiple of group_size = 64; 32 fits$"),
+        (128, "^--group-size 128: .*config.json: dim = 96 is not a multiple of group_size = 128; 32 fits$"),
         (48, "^--group-size is 48, not one of 32, 64, 128, 256$"),
         (0, "^--group-size is 0, not one of 32, 64, 128, 256$"),
     ):
@@ -702,6 +702,85 @@ def test_source_must_be_a_directory(source: Path, path: str) -> None:
         SourceError, match=r"(no such directory|is not a directory); expected one with config\.json"
     ):
         read(source.parent / path)
+
+
+# ----------------------------------------------------------------------------
+# What is given in place of a model
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daa\nsize 9\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"),
+        ("Qwen/Qwen3-0.6B/", "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"),
+        ("https://huggingface.co/Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"),
+        ("here/Qwen3-0.6B", "expected one with config.json and *.safetensors"),  # here is a folder
+        ("nowhere", "expected one with config.json and *.safetensors"),
+        ("a/b/c", "expected one with config.json and *.safetensors"),
+    ],
+)
+def test_the_name_of_a_model_is_no_directory_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(
+        SourceError, match=re.escape(f"{given}: no such directory; ") + ".*" + re.escape(said)
+    ):
+        Files(given)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+)
+def test_a_git_lfs_pointer_is_called_one(source: Path, name: str) -> None:
+    (source / name).write_text(LFS)
+    assert refusal(source).startswith(
+        f"{source / name}: is a git-lfs pointer in place of the file: `git lfs pull`"
+    )
+
+
+def test_a_git_lfs_pointer_in_place_of_a_shard_is_called_one(tmp_path: Path) -> None:
+    source = write_small_model(tmp_path / "source", shards=2)
+    path = source / "model-00002-of-00002.safetensors"
+    path.write_text(LFS)
+    assert refusal(source).startswith(f"{path}: is a git-lfs pointer")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"model.gguf": b"GGUF"}, "is a directory with a GGUF file in it: give the file, {}/model.gguf"),
+        ({"q.bin": format.MAGIC}, "is a directory with a model.bin in it: run.py {}/q.bin runs it"),
+        ({"pytorch_model.bin": b"PK"}, "config.json: No such file or directory"),
+        ({"adapter_config.json": b"{}"}, "is a LoRA adapter: give the directory of its base model"),
+        ({"snapshots/3fa/config.json": b"{}"}, "download cache: the model is in {}/snapshots/3fa"),
+        ({"Qwen3-0.6B/config.json": b"{}"}, "has no config.json, but {}/Qwen3-0.6B has"),
+        ({}, "config.json: No such file or directory"),
+    ],
+)
+def test_a_directory_that_is_no_model_is_called_what_it_is(
+    tmp_path: Path, files: dict[str, bytes], said: str
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    os.mkfifo(source / "a.bin")  # would be waited for, if it were opened
+    for name, content in files.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(content)
+    assert said.format(source) in refusal(source)
+
+
+def test_a_directory_whose_weights_are_of_another_kind_says_which(source: Path) -> None:
+    (source / "model.safetensors").unlink()
+    (source / "pytorch_model.bin").touch()
+    assert "never opened: only safetensors are read); transformers saves a model as safetensors" in refusal(
+        source
+    )
+    (source / "model.gguf").touch()
+    assert refusal(source).endswith(f", but a GGUF file: give the file, {source}/model.gguf")
 
 
 # ----------------------------------------------------------------------------

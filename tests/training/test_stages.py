@@ -90,7 +90,9 @@ def test_reinforcement_raises_the_reward(loss, data, base, tmp_path):
     rewards = [r["validation_reward"] for r in records if "validation_reward" in r]
     assert rewards[-1] > rewards[0] + 0.2
     steps = [r for r in records if "loss" in r]
-    assert all(r["tokens"] == round(r["completion_tokens"] * 4 * 8) for r in steps)  # whatever the mean is over
+    assert all(
+        r["tokens"] == round(r["completion_tokens"] * 4 * 8) for r in steps
+    )  # whatever the mean is over
 
 
 def test_the_character_tokenizer_trains_exports_and_generates(data, tmp_path):
