@@ -86,9 +86,9 @@ def test_a_hostile_template_ends_in_one_line(
 
 
 def test_after_a_hostile_template_others_render(renderer: Renderer) -> None:
-    for template in (LOOPS, HOSTILE["text"], HOSTILE["power"], HOSTILE["syntax"]):
+    for hostile in (LOOPS, HOSTILE["text"], HOSTILE["power"], HOSTILE["syntax"]):
         with pytest.raises(ChatTemplateError):
-            renderer.render(template, MESSAGES)
+            renderer.render(hostile, MESSAGES)
         assert renderer.render("{{ messages[0].content }}", MESSAGES) == "hi"
 
 
