@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py $(wildcard qwen3c/*.pyx qwen3c/*.pxd qwen3c/kernels/*)
+SOURCES := pyproject.toml setup.py environment.py $(wildcard qwen3c/*.pyx qwen3c/*.pxd qwen3c/kernels/*)
 
 .PHONY: help run test oracles model test-arm bench lint clean
 
@@ -22,8 +22,8 @@ test: $(VENV)/ready
 
 ## make oracles    torch and transformers, to train with and to compare with (about 1 GB)
 oracles: $(VENV)/ready
-	$(BIN)/python -m pip install -q torch==2.13.0
-	$(BIN)/python -m pip install -q -e '.[oracles]'
+	@$(BIN)/python environment.py $(VENV) torch==2.13.0
+	@$(BIN)/python environment.py $(VENV) -e '.[oracles]'
 
 ## make model      train the model in the box from this Python's library, into build/model.bin (100 minutes, two cores); resumes
 # Every figure of docs/MODEL_CARD.md comes from these lines, seed 1.
@@ -60,9 +60,10 @@ test-arm:
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/bench.py $(if $(AGAINST),--against $(AGAINST))
 
+LINT = $(shell sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 ## make lint       style and types of the Python sources
 lint: $(VENV)/ready
-	$(BIN)/python -m pip install -q ruff mypy
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(LINT)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 ## make clean      remove everything that was built
@@ -71,7 +72,7 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/ready: $(SOURCES)
-	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) is not installed; Python 3.10 or later is needed" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	@command -v $(PYTHON) > /dev/null || { echo "qwen3c: $(PYTHON) is not installed; Python 3.10 or later is needed" >&2; exit 1; }
+	@$(PYTHON) setup.py missing venv
+	@$(PYTHON) environment.py $(VENV) -e '.[test]'
 	@touch $@

@@ -29,12 +29,20 @@ static int cpu_has_avxvnni(void) {
 }
 #endif
 
+#if defined(__x86_64__)
+/* the same for f16c and clang; it takes the registers of avx, which the system saves where avx2 is supported */
+static int cpu_has_f16c(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 int kernels_runnable(const Kernels *kernels) {
     if (kernels == &kernels_scalar) return 1;
 #if defined(__x86_64__)
     /* these also ask the operating system whether it saves the wide registers */
     __builtin_cpu_init();
-    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpu_has_f16c();
     if (kernels == &kernels_avx2) return avx2;
     if (kernels == &kernels_avxvnni) return avx2 && cpu_has_avxvnni();
     if (kernels == &kernels_avx512vnni)

@@ -12,6 +12,7 @@ of the package, so that the child needs Jinja alone.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -56,35 +57,53 @@ class Renderer:
         except (RecursionError, TypeError, ValueError) as error:
             raise ChatTemplateError(f"the conversation is not plain JSON data: {_one_line(error)}") from None
         with self._lock:
-            child = self._running_child()
-            answer = _ask(child, request)
-            if not answer.endswith(b"\n"):
-                raise ChatTemplateError(f"chat template: stopped: {_cause_of_death(child)}")
-            reply = json.loads(answer)
-            if reply["last"]:
-                self._child = None
+            reply = self._reply(request)
         if "error" in reply:
             raise ChatTemplateError(f"chat template: {reply['error']}")
         return str(reply["text"])
 
+    def _reply(self, request: bytes) -> dict[str, Any]:
+        """What the child says to a request.
+
+        Meanwhile it is not self._child: only one that has been heard to the end may be asked again. An exception
+        at any line, such as a Ctrl-C, would otherwise leave an answer that the next request takes for its own.
+        """
+        child = self._running_child()
+        self._child = None
+        try:
+            answer = _ask(child, request)
+            if not answer.endswith(b"\n"):
+                raise ChatTemplateError(f"chat template: stopped: {_cause_of_death(child)}")
+            reply: dict[str, Any] = json.loads(answer)
+            if not reply["last"]:
+                self._child = child
+            return reply
+        finally:
+            if self._child is not child:
+                _stop(child, os.getpid())
+
     def _running_child(self) -> subprocess.Popen[bytes]:
         # after os.fork() the child belongs to the parent: two processes must not share its pipes
         if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
+            child = _start()
+            weakref.finalize(self, _stop, child, os.getpid())
+            self._child = child
             self._owner = os.getpid()
-            self._child = _start()
-            weakref.finalize(self, _stop, self._child, self._owner)
         return self._child
 
 
 def _start() -> subprocess.Popen[bytes]:
     path = json.dumps([entry for entry in sys.path if isinstance(entry, str)])
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", os.path.abspath(__file__), path],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C at the terminal is not meant for it
-    )
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", os.path.abspath(__file__), path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C at the terminal is not meant for it
+        )
+    except OSError as error:
+        raise ChatTemplateError(f"chat template: no process to render it in: {error.strerror}") from None
 
 
 def _ask(child: subprocess.Popen[bytes], request: bytes) -> bytes:
@@ -92,16 +111,14 @@ def _ask(child: subprocess.Popen[bytes], request: bytes) -> bytes:
     assert child.stdin is not None and child.stdout is not None
     alarm = threading.Timer(WALL_SECONDS + len(request) / (1 << 20), child.kill)
     alarm.daemon = True
-    alarm.start()
     try:
+        with contextlib.suppress(RuntimeError):  # no thread to be had: then processor time alone is bounded
+            alarm.start()
         child.stdin.write(request)
         child.stdin.flush()
         return child.stdout.readline()
     except OSError:
         return b""
-    except BaseException:
-        child.kill()  # interrupted: the answer still to come would be taken for the next one's
-        raise
     finally:
         alarm.cancel()
 

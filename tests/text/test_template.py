@@ -5,16 +5,22 @@ python -m pytest tests/test_template.py
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
+from qwen3c.text import template
 from qwen3c.text.template import ChatTemplateError, Renderer
 
 MESSAGES = {"messages": [{"role": "user", "content": "hi"}]}
@@ -80,9 +86,9 @@ def test_a_hostile_template_ends_in_one_line(
 
 
 def test_after_a_hostile_template_others_render(renderer: Renderer) -> None:
-    for template in (LOOPS, HOSTILE["text"], HOSTILE["power"], HOSTILE["syntax"]):
+    for hostile in (LOOPS, HOSTILE["text"], HOSTILE["power"], HOSTILE["syntax"]):
         with pytest.raises(ChatTemplateError):
-            renderer.render(template, MESSAGES)
+            renderer.render(hostile, MESSAGES)
         assert renderer.render("{{ messages[0].content }}", MESSAGES) == "hi"
 
 
@@ -178,3 +184,134 @@ def test_a_child_that_was_killed_is_replaced(renderer: Renderer) -> None:
     renderer._child.send_signal(signal.SIGKILL)
     renderer._child.wait()
     assert renderer.render("again", {}) == "again"
+
+
+# ----------------------------------------------------------------------------
+# Interrupted, at every line
+
+
+SOURCE = Path(template.__file__).read_text().splitlines()
+
+
+def interrupt(line: int, call: Callable[[], object]) -> bool:
+    """Make call(), with a KeyboardInterrupt at the line-th line of template.py; False if there were not so many.
+
+    Lines that enter and leave a `with` do not count: the interpreter hears no signal between taking a lock and
+    the block, nor between the block and letting go of it, but a tracer is called there.
+    """
+    passed = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal passed
+        if frame.f_code.co_filename != template.__file__:
+            return None
+        if event == "line" and not SOURCE[frame.f_lineno - 1].lstrip().startswith("with "):
+            passed += 1
+            if passed == line:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    assert passed < line
+    return False
+
+
+@pytest.mark.parametrize("state", ["idle", "running", "last"])
+def test_after_an_interrupt_at_any_line_no_answer_is_taken_for_another(state: str) -> None:
+    """`state`: of the child that the interrupted rendering finds; the next two must be right whatever happened."""
+    lines = 0
+    while True:
+        renderer = Renderer()
+        if state != "idle":
+            renderer.start()
+        mine = "x" * (2 << 20) if state == "last" else f"interrupted at {lines}"
+        if not interrupt(lines + 1, lambda r=renderer, m=mine: r.render("{{ a }}", {"a": m})):  # type: ignore[misc]
+            break
+        lines += 1
+        assert renderer.render("{{ a }}", {"a": f"after {lines}"}) == f"after {lines}", lines
+        assert renderer.render("{{ a }}", {"a": f"later {lines}"}) == f"later {lines}", lines
+        assert not renderer._lock.locked()
+    assert lines > 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts processes in /proc")
+def test_an_interrupted_child_does_not_stay() -> None:
+    def children() -> int:
+        return len(Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split())
+
+    before, renderer = children(), Renderer()
+    renderer.start()
+    for line in range(12, 24):  # from where it is asked on
+        interrupt(line, lambda: renderer.render("{{ a }}", {"a": "x"}))
+        renderer.render("{{ a }}", {"a": "x"})
+        assert children() <= before + 1, line
+
+
+def test_a_child_in_the_middle_of_a_line_is_not_asked_again() -> None:
+    """Ctrl-C while a long conversation is being written or its answer read."""
+    renderer = Renderer()
+    for seconds in (0.001, 0.01, 0.03, 0.1):
+        timer = threading.Timer(seconds, signal.raise_signal, (signal.SIGINT,))
+        with contextlib.suppress(KeyboardInterrupt):
+            timer.start()
+            renderer.render("{{ a }}", {"a": "x" * (4 << 20)})
+            timer.join()
+            time.sleep(0.2)
+        timer.join()
+        assert renderer.render("{{ a }}", {"a": str(seconds)}) == str(seconds)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_fork_interrupted_while_it_starts_its_child_leaves_the_parents_alone() -> None:
+    renderer = Renderer()
+    renderer.render("a", {})
+    for line in range(1, 40):
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(BaseException):
+                interrupt(line, renderer.start)
+                os._exit(renderer.render("{{ x }}", {"x": "mine"}) != "mine")
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, line
+        assert renderer.render("{{ x }}", {"x": line}) == str(line), line
+
+
+# ----------------------------------------------------------------------------
+# Where the system gives no more
+
+
+def test_without_a_thread_to_be_had_a_template_is_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    renderer = Renderer()
+    assert renderer.render("{{ a }}", {"a": "x"}) == "x"
+    with pytest.raises(ChatTemplateError, match="processor time"):
+        renderer.render(LOOPS, {})
+
+
+def test_without_a_process_to_be_had_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def popen(*arguments: object, **options: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.raises(ChatTemplateError, match=r"^chat template: no process .*: Resource temporarily"):
+        Renderer().render("a", {})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts open files in /proc")
+def test_templates_that_overdo_it_leave_no_files_open(renderer: Renderer) -> None:
+    renderer.render("a", {})
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(ChatTemplateError):
+            renderer.render(HOSTILE["large text"], MESSAGES)
+    renderer.render("a", {})
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
