@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from small_models import TINY_QWEN3, export_small_model, write_small_model
 
-from qwen3c import engine, reference
+from qwen3c import Model, engine, reference
 from qwen3c.cli import run
 from qwen3c.convert.export import export
 from qwen3c.format import Config, ModelFile, matrix_size
@@ -282,7 +282,7 @@ def test_a_neighbour_ends_with_the_benchmark_even_with_a_killed_one() -> None:
 
 
 def test_the_engine_passes_both_checks(small: str) -> None:
-    assert "bit for bit" in bench.check_bits(engine.Model(small, 1))
+    assert "bit for bit" in bench.check_bits(Model(small, 1))
     assert "NumPy reference" in bench.check_reference(small, 1)
 
 

@@ -63,7 +63,9 @@ def test_a_completion_past_the_context_is_refused(model):
 
 def test_a_completion_is_what_generate_samples_with_its_seed(tmp_path):
     model = Model(str(export_small_model(tmp_path, std=0.05)))
-    for prompt, group in zip(PROMPTS, run(model, temperature=0.8), strict=True):
+    ends = model.metadata["eos_token_ids"]
+    groups = rollout(model, PROMPTS, 4, 12, ends, 0.8, (1, 2))
+    for prompt, group in zip(PROMPTS, groups, strict=True):
         for completion in group:
-            generation = model.generate(prompt, 12, temperature=0.8, top_p=1.0, top_k=0, seed=completion.seed)
-            assert [event.token for event in generation] == completion.tokens
+            reply = model.generate(prompt, 12, temperature=0.8, top_p=1.0, top_k=0, seed=completion.seed)
+            assert [event.token for event in reply] == completion.tokens
