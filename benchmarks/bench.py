@@ -69,7 +69,7 @@ while os.getppid() == parent:
     pass
 """
 
-RUN_OURS = "from qwen3c.run import main; raise SystemExit(main())"
+RUN_OURS = "from qwen3c.cli.run import main; raise SystemExit(main())"
 
 
 # ----------------------------------------------------------------------------
