@@ -30,7 +30,7 @@ from qwen3c.format import Config, ModelFile, matrix_size
 from qwen3c.inspect import bench
 from qwen3c.inspect.bench import Series, Test, Work
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 Test.__test__ = False  # pytest: not a class of tests
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {"tied": True},
