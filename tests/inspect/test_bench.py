@@ -292,7 +292,12 @@ def test_kernels_that_differ_in_one_bit_are_not_timed() -> None:
             value = np.float32(1) if engine.isa() == "scalar" else np.nextafter(np.float32(1), np.float32(2))
             return np.full((len(ids), 4) if logits == "all" else 4, value, np.float32)
 
-    model: Any = SimpleNamespace(config=SimpleNamespace(n_tokens=4), session=Session)
+    model: Any = SimpleNamespace(
+        config=SimpleNamespace(n_tokens=4),
+        metadata={"eos_token_ids": []},
+        generate=lambda *prompt, **options: [],
+        session=Session,
+    )
     before = engine.isa()
     if before == "scalar":
         pytest.skip("needs a CPU that runs more than the scalar kernels")
