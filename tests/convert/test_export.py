@@ -452,7 +452,8 @@ def fail_at_nth(patch: pytest.MonkeyPatch, call: str, n: int) -> None:
 KILL_AT = """
 import json, os, pathlib, signal, sys
 import numpy, safetensors, tokenizers  # here, so that no child has to
-from qwen3c import engine, export, format, huggingface
+from qwen3c import engine, format
+from qwen3c.convert import export, huggingface
 
 source, target, points = sys.argv[1], pathlib.Path(sys.argv[2]), json.loads(sys.argv[3])
 export.SLICE_WEIGHTS = 4000
@@ -815,7 +816,7 @@ def test_damaged_source_is_one_line_and_status_2(
     [
         (["SRC", "OUT", "--group-size", "100"], "--group-size is 100, not one of 32, 64, 128, 256"),
         (["SRC", "OUT", "--group-size", "128"], "dim = 64 is not a multiple of group_size = 128"),
-        (["SRC", "OUT", "--name", "\ud800"], "surrogates not allowed"),
+        (["SRC", "OUT", "--name", "\ud800"], "name has a lone surrogate at position 0"),
         (["nowhere", "OUT"], "nowhere: no such directory"),
     ],
 )
