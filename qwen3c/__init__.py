@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 # A thread that waits for another may spin for some microseconds, then must sleep: a spinning one takes the core its
-# partner needs as soon as anything else runs on the machine (docs/PERFORMANCE.md has the figures). libgomp reads this
+# partner needs as soon as anything else runs on the machine (docs/ATTEMPTS.md has the figures). libgomp reads this
 # when the engine is loaded; the engine then takes it away again.
 BORROWED_VARIABLE = None if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() else "GOMP_SPINCOUNT"
 if BORROWED_VARIABLE:
