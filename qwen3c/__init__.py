@@ -14,11 +14,13 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .batch import CachedSession
     from .conversation import Conversation
     from .engine import Session
     from .format import ModelFileError
-    from .generate import CachedSession, Event, Generation, Reply
+    from .generate import Generation
     from .model import Model
+    from .reply import Event, Reply
     from .sampler import Sampling
 
 __version__ = "0.1.0"
@@ -44,13 +46,13 @@ if BORROWED_VARIABLE:
 
 # name -> module; imported on first use, so that `--help` does not wait for NumPy
 _HOMES = {
-    "CachedSession": "generate",
+    "CachedSession": "batch",
     "Conversation": "conversation",
-    "Event": "generate",
+    "Event": "reply",
     "Generation": "generate",
     "Model": "model",
     "ModelFileError": "format",
-    "Reply": "generate",
+    "Reply": "reply",
     "Sampling": "sampler",
     "Session": "engine",
 }

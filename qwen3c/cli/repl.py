@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ..conversation import OVERFLOW, SETTINGS, Conversation
-from ..generate import ContextFullError, Generation
+from ..generate import Generation
+from ..reply import ContextFullError
 from ..terminal import (
     MessageReader,
     abandon_closed_streams,

@@ -125,7 +125,7 @@ def chat(args: argparse.Namespace) -> int:
 
 
 def generate(args: argparse.Namespace) -> int:
-    from ..generate import CachedSession
+    from ..batch import CachedSession
     from .output import show
 
     text = _prompt_text(args)
@@ -150,7 +150,7 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def trace(args: argparse.Namespace) -> int:
-    from ..generate import CachedSession
+    from ..batch import CachedSession
     from ..inspect import trace, trace_page
 
     if args.html:
