@@ -78,7 +78,8 @@ apart = mkdir -p build/$@ && tar -c --exclude '*.so' --exclude __pycache__ --exc
     && cd build/$@ && $(1) $(abspath $(BIN))/python setup.py -q build_ext --inplace
 
 ## make sanitize   engine, format and kernel tests under AddressSanitizer and UBSan (gcc), built in build/sanitize
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
+# without use-after-scope, which takes gcc ten minutes over the hundreds of small structs that scalar.c makes inline
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-sanitize-address-use-after-scope -g -O1
 sanitize: $(VENV)/ready
 	@$(call apart,QWEN3C_CFLAGS="$(SANITIZE)") && export LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
