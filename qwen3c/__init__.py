@@ -10,8 +10,9 @@ with Model("model.bin") as model:
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
+
+from .kernels.spinning import spin_briefly
 
 if TYPE_CHECKING:
     from .batch import CachedSession
@@ -39,12 +40,7 @@ __all__ = [
     "__version__",
 ]
 
-# A thread that waits for another may spin for some microseconds, then must sleep: a spinning one takes the core its
-# partner needs as soon as anything else runs on the machine (docs/PERFORMANCE.md has the figures). libgomp reads this
-# when the engine is loaded; the engine then takes it away again.
-BORROWED_VARIABLE = None if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() else "GOMP_SPINCOUNT"
-if BORROWED_VARIABLE:
-    os.environ[BORROWED_VARIABLE] = "500"
+spin_briefly()  # before the engine, and with it OpenMP, is loaded
 
 # name -> module; imported on first use, so that `--help` does not wait for NumPy
 _HOMES = {
