@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .batch import CachedSession
     from .conversation import Conversation
     from .engine import Session
+    from .files import MODEL_IN_THE_BOX
     from .format import ModelFileError
     from .generate import Generation
     from .model import Model
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "MODEL_IN_THE_BOX",
     "CachedSession",
     "Conversation",
     "Event",
@@ -42,6 +44,7 @@ spin_briefly()  # before the engine, and with it OpenMP, is loaded
 
 # name -> module; imported on first use, so that `--help` does not wait for NumPy
 _HOMES = {
+    "MODEL_IN_THE_BOX": "files",
     "CachedSession": "batch",
     "Conversation": "conversation",
     "Event": "reply",
