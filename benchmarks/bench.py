@@ -44,7 +44,7 @@ import numpy as np
 from engines import PEERS, WORKER, Contender, Setting, convert, environment, last_line, require_peers
 from random_model import SIZES, write_random_model
 
-from qwen3c import engine
+from qwen3c import Model, engine
 from qwen3c.convert.export import export
 from qwen3c.format import ModelFile
 from qwen3c.inspect import bench
@@ -69,7 +69,7 @@ while os.getppid() == parent:
     pass
 """
 
-RUN_OURS = "from qwen3c.run import main; raise SystemExit(main())"
+RUN_OURS = "from qwen3c.cli.run import main; raise SystemExit(main())"
 
 
 # ----------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def run_setting(
     """Fill `race` for its setting; `keep` is called whenever it has grown."""
     setting = race.setting
     note(f"checking: {setting.threads} threads, KV {setting.kv}")
-    race.checks.append(bench.check_bits(engine.Model(str(models[OURS]), setting.threads, setting.kv)))
+    race.checks.append(bench.check_bits(Model(str(models[OURS]), setting.threads, setting.kv)))
     race.checks.append(bench.check_reference(str(models[OURS]), setting.threads))
     contenders = []
     for name, path in models.items():

@@ -103,7 +103,9 @@ def table(report: dict[str, Any]) -> Iterator[str]:
 
 def figure_words(figure: dict[str, Any]) -> str:
     """Such as "first token, llama.cpp | 0.49 s"."""
-    return f"{figure['what']}, {figure['engine']} | {statistics.median(figure['values']):.3g} {figure['unit']}"
+    return (
+        f"{figure['what']}, {figure['engine']} | {statistics.median(figure['values']):.3g} {figure['unit']}"
+    )
 
 
 def line(report: dict[str, Any]) -> Iterator[str]:
@@ -141,7 +143,9 @@ def filled(text: str, reports: dict[str, dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Status 1 if --check finds a document that the figures contradict."""
-    parser = argparse.ArgumentParser(prog="tables.py", description="docs/speed/*.json -> docs/SPEED.md, README.md")
+    parser = argparse.ArgumentParser(
+        prog="tables.py", description="docs/speed/*.json -> docs/SPEED.md, README.md"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args(argv)
     reports = {path.stem: json.loads(path.read_text()) for path in sorted(FIGURES.glob("*.json"))}

@@ -21,6 +21,7 @@ KINDS = {
     b"<!DOCTYPE html": ("a web page", "the download brought no model; `hf download` does"),
 }
 SAFETENSORS = ("a safetensors file", "`python export.py {folder} model.bin` converts its folder")
+MODEL_IN_THE_BOX = Path(__file__).with_name("data") / "model.bin"
 MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, by the format's own rule
 
 
@@ -109,10 +110,11 @@ def hint_if_directory(path: str) -> str:
 def reason(error: OSError) -> str:
     """What the system says about a failed call; of too many open files, how many are allowed."""
     said = error.strerror or str(error)
-    try:
-        import resource
-    except ImportError:  # Windows; or there is no file left to open it with
-        return said
     if error.errno != errno.EMFILE:
         return said
-    return f"{said}: the limit is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} (ulimit -n)"
+    try:
+        import resource
+
+        return f"{said}: the limit is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} (ulimit -n)"
+    except (ImportError, OSError):  # Windows; or there is no file left to open the module with
+        return f"{said}: `ulimit -n` says how many this process may have"

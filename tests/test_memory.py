@@ -180,7 +180,7 @@ def test_no_limit_on_address_space_ends_in_an_abort(megabytes: int, tmp_path: Pa
     script = (
         f"import resource\nresource.setrlimit(resource.RLIMIT_AS, ({megabytes} << 20, {megabytes} << 20))\n"
     )
-    script += f"from qwen3c.run import main\nraise SystemExit(main([{str(path)!r}, '-i', 'x', '-n', '1', '-j', '1']))"
+    script += f"from qwen3c.cli.run import main\nraise SystemExit(main([{str(path)!r}, '-i', 'x', '-n', '1', '-j', '1']))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode in (0, 2), done.stderr
     if done.returncode:

@@ -36,7 +36,7 @@ from qwen3c.convert.huggingface import SourceError, StoredTensor
 from qwen3c.format import ModelFile
 from qwen3c.inspect.info import lines
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OLD = format.MAGIC + b"old"  # what stood in the target: a model.bin, so that an export may replace it
 PACKAGES = Path(format.__file__).parent.parent  # where `import qwen3c` finds the package under test
 
@@ -615,7 +615,7 @@ def test_signal_ends_the_export_and_leaves_nothing(
 
 INTERRUPTED_EXPORTS = """
 import random, signal, sys, time
-from qwen3c.export import export
+from qwen3c.convert.export import export
 
 def interrupt(*_):
     raise KeyboardInterrupt
@@ -727,8 +727,8 @@ def test_too_few_open_files_are_one_line(tmp_path: Path, limit: int) -> None:
     source = write_small_model(tmp_path / "source", shards=3)
     script = f"""
         import resource, sys
-        import numpy, tokenizers, safetensors, qwen3c.engine, qwen3c.lora
-        from qwen3c.export import main
+        import numpy, tokenizers, safetensors, qwen3c.engine, qwen3c.convert.lora
+        from qwen3c.cli.export import main
         resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))
         sys.exit(main(sys.argv[1:]))
     """
@@ -876,7 +876,7 @@ def test_script_converts_and_says_how_it_went(tmp_path: Path, source: Path) -> N
 def test_help_waits_for_no_library() -> None:
     script = """
         import sys
-        from qwen3c.export import main
+        from qwen3c.cli.export import main
         try:
             main(["--help"])
         finally:
@@ -891,7 +891,7 @@ def test_file_size_limit_is_one_line(tmp_path: Path, source: Path) -> None:
     """A real failing write, from the system: the file may not grow beyond 100 kB."""
     script = """
         import resource, sys
-        from qwen3c.export import main
+        from qwen3c.cli.export import main
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         sys.exit(main(sys.argv[1:]))
     """

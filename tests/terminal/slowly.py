@@ -47,10 +47,10 @@ def hurry_status_lines(haste: float) -> None:
 
 def slow_down() -> None:
     """Passes of a reply, tokens of a perplexity, tensors that are verified."""
-    from qwen3c import engine, generate
+    from qwen3c import batch, engine
     from qwen3c.format import ModelFile
 
-    pause_before(generate.CachedSession, "forward", PAUSE)
+    pause_before(batch, "forward", PAUSE)
     pause_before(engine, "log_sum_exp", PAUSE / 20)
     pause_before(ModelFile, "_has_sound_tiles", PAUSE)
 
