@@ -67,7 +67,7 @@ lint: $(VENV)/ready
 
 ## make clean      remove everything that was built
 clean:
-	rm -rf $(VENV) build dist *.egg-info qwen3c/engine.c qwen3c/kernels.c qwen3c/*.so
+	rm -rf $(VENV) build dist *.egg-info qwen3c/engine.c qwen3c/forward.c qwen3c/kernels.c qwen3c/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/ready: $(SOURCES)

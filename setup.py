@@ -1,8 +1,8 @@
-"""Builds two Cython modules: the C kernels, and the engine that calls them (everything else is in pyproject.toml).
+"""Builds three Cython modules: the C kernels, the forward pass, which calls them, and the engine around it.
 
 Every instruction set is compiled in, each file names its own by a target pragma, and the widest one the CPU
 runs is chosen at run time. OpenMP is used if the compiler has it. Environment: QWEN3C_OPENMP=0 builds without it;
-QWEN3C_CFLAGS adds compiler flags (for sanitizers, say).
+QWEN3C_CFLAGS adds compiler flags (for sanitizers, say). Everything else is in pyproject.toml.
 """
 
 import os
@@ -63,7 +63,7 @@ class BuildEngine(build_ext):
 
 KERNELS = Path("qwen3c/kernels")
 extra = shlex.split(os.environ.get("QWEN3C_CFLAGS", ""))
-headers = [str(path) for path in [*KERNELS.glob("*.h"), Path("qwen3c/kernels.pxd")]]
+headers = [str(path) for path in [*KERNELS.glob("*.h"), *Path("qwen3c").glob("*.pxd")]]
 
 
 def extension(name: str, sources: list[str]) -> Extension:
@@ -77,5 +77,9 @@ def extension(name: str, sources: list[str]) -> Extension:
     )
 
 
-modules = [extension("kernels", sorted(str(path) for path in KERNELS.glob("*.c"))), extension("engine", [])]
+modules = [
+    extension("kernels", sorted(str(path) for path in KERNELS.glob("*.c"))),
+    extension("forward", []),
+    extension("engine", []),
+]
 setup(ext_modules=cythonize(modules), cmdclass={"build_ext": BuildEngine})

@@ -1,4 +1,4 @@
-"""The types of the compiled engine. What its names mean is said where they are defined, in engine.pyx and kernels.pyx."""
+"""The types of the compiled engine; what its names mean is said in engine.pyx and kernels.pyx."""
 
 import os
 from collections.abc import Sequence
@@ -32,6 +32,7 @@ def quantize_tiles(
 ) -> tuple[float, float, float, int]: ...
 def read_bandwidth(data: Any, threads: int = 1) -> float: ...
 def int8_peak(threads: int = 1, seconds: float = 0.05) -> float: ...
+def run_state_bytes(config: Config, rows: int = 256, threads: int = 1) -> int: ...
 
 class Model:
     path: str
