@@ -148,8 +148,11 @@ def modules():
             libraries=["m"],
         )
 
-    kernels = sorted(str(path) for path in KERNELS.glob("*.c") if path.name != "table.c")
-    return cythonize([extension("kernels.table", kernels), extension("forward", []), extension("engine", [])])
+    kernels = sorted(str(path) for path in KERNELS.glob("*.c"))
+    return cythonize(
+        [extension("kernels.table", kernels), extension("forward", []), extension("engine", [])],
+        build_dir="build",  # the C that Cython writes lies apart from the sources
+    )
 
 
 def main():
