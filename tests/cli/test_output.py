@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from qwen3c.cli.output import JsonWriter, Reading, ReplyWriter, cost_by_depth, speed_line
-from qwen3c.generate import Event, Reply, Stats
+from qwen3c.reply import Event, Reply, Stats
 
 THOUGHT = [Event(1, "hm", True), Event(2, "", True), Event(3, " so", True), Event(4, "yes", False)]
 TOOL = Event(5, "", False, tool_call={"name": "f", "arguments": {"a": "é"}})

@@ -40,8 +40,7 @@ from qwen3c.cli.export import main
 from qwen3c.convert import gguf
 from qwen3c.convert.export import export
 from qwen3c.convert.gguf import GGUF, PRE_TOKENIZERS, Vocabulary
-from qwen3c.convert.huggingface import Checkpoint, Files, SourceError
-from qwen3c.convert.huggingface import Keys as JsonKeys
+from qwen3c.convert.huggingface import Checkpoint, Files, Keys as JsonKeys, SourceError
 from qwen3c.format import MAGIC, ModelFile
 
 MOE = {"architecture": "qwen3_moe", "n_experts": 5, "expert_hidden_dim": 64, "dim": 128}
