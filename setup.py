@@ -156,8 +156,8 @@ def modules():
 
 
 def main():
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    compiles = command not in METADATA
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")  # none: --version, say
+    compiles = command not in ("", *METADATA)
     lacking = missing(environment="venv" in sys.argv) if compiles else old_python()
     if lacking or command == "missing":
         return f"qwen3c: {lacking}" if lacking else 0

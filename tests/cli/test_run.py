@@ -876,7 +876,7 @@ def test_overflow_drop_goes_on_without_the_oldest_turns(
     stopped = command(small, "-m", "chat", "-n", "4", "--json", input=stdin.encode())
     assert stopped.status == 2 and len(stopped.out.splitlines()) < 12
     assert "this model holds no more; /clear forgets what was said, /set overflow drop" in stopped.err
-    done = in_process(capsys, "-i", "x", "--overflow", "drop")
+    done = in_process(capsys, "-m", "generate", "-i", "x", "--overflow", "drop")
     assert done.status == 2 and "--overflow belongs to -m chat" in done.err
 
 
