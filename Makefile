@@ -80,9 +80,10 @@ apart = mkdir -p build/$@ && tar -c --exclude '*.so' --exclude __pycache__ --exc
 ## make sanitize   engine, format and kernel tests under AddressSanitizer and UBSan (gcc), built in build/sanitize
 # without use-after-scope, which takes gcc ten minutes over the hundreds of small structs that scalar.c makes inline
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-sanitize-address-use-after-scope -g -O1
+ASAN = $(shell $(CC) -print-file-name=libasan.so)
 sanitize: $(VENV)/ready
-	@$(call apart,QWEN3C_CFLAGS="$(SANITIZE)") && export LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) \
-	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	@case "$(ASAN)" in /*) ;; *) echo "make sanitize needs gcc with its libasan, $(CC) has none (CC=gcc-12 names another)" >&2; exit 1;; esac
+	@$(call apart,QWEN3C_CFLAGS="$(SANITIZE)") && export LD_PRELOAD=$(ASAN) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    && $(abspath $(BIN))/python -m pytest tests/test_engine.py tests/test_format.py tests/test_reference.py tests/kernels
 
 ## make serial     engine and kernel tests of a build without OpenMP, in build/serial
