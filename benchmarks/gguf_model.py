@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3c.convert.gguf import ARCHITECTURES as CLASSES
-from qwen3c.convert.gguf import GGUF
+from qwen3c.convert.gguf import ARCHITECTURES as CLASSES, GGUF
 from qwen3c.convert.huggingface import Checkpoint, Files, Rope, StoredTensor, inverse_frequencies
 
 try:

@@ -8,8 +8,7 @@ bits as if it had been alone.
 
 import sys
 
-from qwen3c import Model, Reply
-from qwen3c.cli.run import MODEL_IN_THE_BOX
+from qwen3c import MODEL_IN_THE_BOX, Model, Reply
 
 PROMPTS = ["def add(a, b):", "import os\n\ndef", "class Queue:\n", "for key, value in"]
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import engine, retrieval
+from . import retrieval
 from .batch import RUNNING, CachedSession, drive
+from .engine import KV, Activations, Logits, Model as Engine, Session
 from .format import ModelFileError
 from .generate import Generation, ReplyOptions
 from .memory import check_space_for_model, gib
@@ -30,7 +31,7 @@ elif TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
 
-class Model(engine.Model):
+class Model(Engine):
     """A model.bin, ready to be asked.
 
     path: the file. threads: None for as many as this machine can feed. kv: "f16", "f32" or "int8", the KV cache.
@@ -51,8 +52,8 @@ class Model(engine.Model):
         self,
         path: str | os.PathLike[str],
         threads: int | None = None,
-        kv: engine.KV = "f16",
-        activations: engine.Activations = "int8",
+        kv: KV = "f16",
+        activations: Activations = "int8",
         huge_pages: bool = False,
         *,
         renderer: Renderer | None = None,
@@ -284,7 +285,7 @@ class Model(engine.Model):
     # Tokens -> logits, texts -> vectors and scores
 
     def forward(
-        self, batch: Sequence[tuple[engine.Session, ArrayLike]], logits: engine.Logits = "last"
+        self, batch: Sequence[tuple[Session, ArrayLike]], logits: Logits = "last"
     ) -> list[NDArray[np.float32]]:
         """ONE ragged batch over any sessions of this model; a list of what Session.forward returns, in order.
 

@@ -23,7 +23,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from . import engine
+from .kernels.table import log_sum_exp, softmax, top_k
 
 GREEDY_BELOW = 1e-5  # a lower temperature picks the largest logit: dividing by it would overflow
 
@@ -154,8 +154,8 @@ class Sampler:
         Of the model's own distribution over the tokens that exist, before penalties and temperature.
         """
         logits = self._existing(logits)
-        total = engine.log_sum_exp(logits)
-        top = engine.top_k(logits, min(n, len(logits))) if n else ()
+        total = log_sum_exp(logits)
+        top = top_k(logits, min(n, len(logits))) if n else ()
         return float(logits[token]) - total, [(int(id), float(logits[id]) - total) for id in top]
 
     def _existing(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -194,10 +194,10 @@ class Sampler:
             return int(largest), 0.0
         ids: NDArray[np.int32] | None = None  # of the tokens that p is about; None: all, in order
         if s.top_k and s.top_k < len(logits):
-            ids = engine.top_k(logits, s.top_k)
-            p = engine.softmax(logits[ids], s.temperature)
+            ids = top_k(logits, s.top_k)
+            p = softmax(logits[ids], s.temperature)
         else:
-            p = engine.softmax(logits, s.temperature)
+            p = softmax(logits, s.temperature)
             if s.top_p < 1 or s.min_p > 0:
                 ids = _most_likely(p, s.top_p)
                 p = p[ids]
@@ -267,7 +267,7 @@ def _most_likely(p: NDArray[np.float32], top_p: float) -> NDArray[np.int32]:
         return np.arange(len(p), dtype=np.int32)
     for n in (64, 512, 4096):
         if n < len(p):
-            ids = engine.top_k(p, n)
+            ids = top_k(p, n)
             if np.cumsum(p[ids], dtype=np.float64)[-1] >= top_p:
                 return ids
     return np.argsort(-p, kind="stable").astype(np.int32)

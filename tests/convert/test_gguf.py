@@ -1,7 +1,7 @@
 """A GGUF file is read as the model it was made from, Q8_0 code for code, or refused in one line naming the fault.
 
-python -m pytest tests/test_gguf.py
-QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/test_gguf.py  # 200,000 strings
+python -m pytest tests/convert/test_gguf.py
+QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/convert/test_gguf.py  # 200,000 strings
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ from qwen3c.cli.export import main
 from qwen3c.convert import gguf
 from qwen3c.convert.export import export
 from qwen3c.convert.gguf import GGUF, PRE_TOKENIZERS, Vocabulary
-from qwen3c.convert.huggingface import Checkpoint, Files, SourceError
-from qwen3c.convert.huggingface import Keys as JsonKeys
+from qwen3c.convert.huggingface import Checkpoint, Files, Keys as JsonKeys, SourceError
 from qwen3c.format import MAGIC, ModelFile
 
 MOE = {"architecture": "qwen3_moe", "n_experts": 5, "expert_hidden_dim": 64, "dim": 128}
