@@ -43,7 +43,8 @@ def test_every_make_command_is_a_target_with_a_help_line() -> None:
     explained = set(re.findall(r"^## make ([a-z-]+)", MAKEFILE, re.MULTILINE))
     assert {"run", "test"} <= mentioned <= targets
     assert explained == targets
-    assert set(re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split()) == targets | {"help"}
+    phony = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)
+    assert phony and set(phony[1].split()) == targets | {"help"}
 
 
 def test_every_flag_of_a_command_in_the_readme_exists() -> None:
@@ -101,6 +102,14 @@ def test_the_tree_of_the_readme_is_that_of_the_folders() -> None:
     assert named == {name for name in top | wings if not name.startswith(("build", "."))}
 
 
+def test_what_a_newcomer_is_told_to_change_is_there() -> None:
+    """CONTRIBUTING's "How to add": each name stands in the file that it is said to stand in."""
+    told = re.findall(r"`(\w+)` in `([\w/.]+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert {path for _, path in told} >= {"format.py", "sampler.py", "cli/options.py", "kernels/dispatch.c"}
+    for name, path in told:
+        assert re.search(rf"\b{name}\b", (ROOT / "qwen3c" / path).read_text()), f"{name} in {path}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_files_that_a_page_names_exist(page: Path) -> None:
     text = page.read_text()
@@ -114,7 +123,9 @@ def test_the_files_that_a_page_names_exist(page: Path) -> None:
 
 
 def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert example
+    code = example[1]
     model = ROOT / "qwen3c" / "data" / "model.bin"
     exec(code.replace('"model.bin"', repr(str(model))).replace("max_tokens=200", "max_tokens=5"), {})
     assert capsys.readouterr().out
