@@ -20,12 +20,10 @@ OF_THEIR_TIME = {"ATTEMPTS.md", "CHANGELOG.md"}  # they may name files that are 
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
-def block(text: str, heading: str) -> str:
-    """The first indented block after a heading."""
+def block(text: str, heading: str, index: int = 0) -> str:
+    """An indented block after a heading: the first, if no index is given."""
     after = text.split(f"\n{heading}\n")[1]
-    found = re.search(r"(?:^ {4}.*\n)+", after, re.MULTILINE)
-    assert found
-    return textwrap.dedent(found[0])
+    return textwrap.dedent(re.findall(r"(?:^ {4}.*\n)+", after, re.MULTILINE)[index])
 
 
 def indented(text: str) -> list[str]:
@@ -93,6 +91,34 @@ def test_the_tree_of_the_architecture_is_that_of_the_sources() -> None:
     assert set(files) == sources("qwen3c")
     for path in named:
         assert (ROOT / path).is_dir() == path.endswith("/")
+
+
+def imported(path: Path) -> set[str]:
+    """Rooms of qwen3c (modules and folders at its top) that a source imports from, anywhere in it."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    rooms = set()
+    pattern = r"^[ \t]*from (\.+)([\w.]*) c?import (\([^)]*\)|.*)"
+    for dots, name, names in re.findall(pattern, path.read_text(), re.MULTILINE):
+        base = package[: len(package) - len(dots) + 1]
+        parts = (*base, *name.split(".")) if name else base
+        rooms |= {parts[1]} if len(parts) > 1 else set(re.findall(r"\w+", re.sub(r" as \w+|#.*", "", names)))
+    return rooms - {"__version__"}
+
+
+def test_imports_run_down_the_floors() -> None:
+    floors = [line.split() for line in block(ARCHITECTURE, "## The house", 1).splitlines()]
+    floor = {room: i for i, rooms in enumerate(floors) for room in rooms}
+    sources = [p for p in (ROOT / "qwen3c").rglob("*.p*") if p.suffix in (".py", ".pyi", ".pyx", ".pxd")]
+    rooms = {path: path.relative_to(ROOT / "qwen3c").parts[0].split(".")[0] for path in sources}
+    assert set(rooms.values()) - {"__init__"} == floor.keys()
+    arrows = {(str(p.relative_to(ROOT)), to) for p, room in rooms.items() for to in imported(p) if to != room}
+    assert ("qwen3c/model.py", "engine") in arrows and ("qwen3c/engine.pyx", "forward") in arrows
+    up = {
+        (path, to)
+        for path, to in arrows
+        if (room := rooms[ROOT / path]) != "__init__" and floor[to] <= floor[room]
+    }
+    assert not up
 
 
 def test_the_tree_of_the_readme_is_that_of_the_folders() -> None:
