@@ -63,6 +63,9 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "make test": WHOLE_SUITE,
     "make oracles": SETS_UP,
     "make oracles test": SETS_UP,
+    "make lint": NotHere("installs the pinned tools, and takes a minute"),
+    "make sanitize": NotHere("compiles the engine once more, which takes minutes"),
+    "make serial": NotHere("compiles the engine once more, which takes minutes"),
     "make test-arm": NotHere("needs a cross-compiler and qemu"),
     "make model": LONG,
     "make bench": LONG,
@@ -71,16 +74,19 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "pip install .": SETS_UP,
     "pip install '.[bench]'": SETS_UP,
     "pip install torch==2.13.0 && pip install -e '.[train]'": SETS_UP,
-    "python export.py path/to/Qwen3-0.6B model.bin": Typed(leaves="model.bin"),
+    "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B": NotHere("downloads 1.5 GB"),
+    "python export.py Qwen3-0.6B model.bin": Typed(leaves="model.bin"),
+    "python export.py path/to/Qwen3-0.6B model.bin --estimate": Typed(shows="context"),
+    "python export.py path/to/Qwen3-0.6B model.bin --lora ADAPTER": NotHere("needs an adapter of that model"),
     "python export.py Qwen3-0.6B-Q8_0.gguf model.bin": Typed(leaves="model.bin"),
     "python export.py final model.bin": Typed(leaves="model.bin"),
     "python export.py": NotHere("a script's name, not a command"),
-    "python run.py model.bin -m chat": Typed("-n 8", keys=CHAT),
+    "python -m qwen3c": Typed("-n 8", keys=CHAT),
     "python run.py model.bin": Typed("-n 8", keys=CHAT),
-    'python run.py model.bin -m generate -i "def fibonacci(n):"': Typed(shows="tok/s"),
-    'echo "Why is the sky blue?" | python run.py model.bin -m generate --chat-template --json': Typed(
-        shows='"finish_reason"'
-    ),
+    'python run.py model.bin -i "Why is the sky blue?"': Typed("-n 8", shows="chat template"),
+    'echo "Why is the sky blue?" | python run.py model.bin': Typed("-n 8", shows="chat template"),
+    'python run.py model.bin --raw -i "def fibonacci(n):"': Typed(shows="raw text"),
+    'python run.py model.bin -i "Why is the sky blue?" --json': Typed("-n 8", shows='"finish_reason"'),
     'python run.py model.bin -m trace -i "import" --html t.html': Typed(shows="t.html", leaves="t.html"),
     "python run.py model.bin -m info --verify": Typed(shows="checksums"),
     "python run.py model.bin -m perplexity text.txt": Typed(shows="perplexity"),
@@ -100,8 +106,8 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "accelerate launch --multi_gpu --num_processes 2 train.py pretrain texts/ -o base": PROCESSES,
     "accelerate launch --multi_gpu --num_processes 2 train.py pretrain texts/ -o base --shard": PROCESSES,
     "python benchmarks/bench.py --help": Typed(shows="--against"),
-    "python benchmarks/bench.py --against llama.cpp,openvino,ctranslate2 --batches 4,16": PEERS,
     "python benchmarks/bench.py --against llama.cpp,openvino,ctranslate2 --pairs 5 --batches 4,16": PEERS,
+    "python benchmarks/tables.py": NotHere("writes the documents of this project"),
     "python benchmarks/fidelity.py path/to/model --text heldout.txt": Typed(
         "--window 64 --windows 1", shows="perplexity"
     ),
@@ -120,8 +126,8 @@ COMMANDS: dict[str, Typed | NotHere] = {
 
 
 def commands(text: str) -> list[str]:
-    """The commands of a document: lines of indented and fenced blocks (but Python's), and `commands` in the text."""
-    text = re.sub(r"^```python$.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    """The commands of a document: lines of indented and fenced blocks (but Python's and transcripts), and `commands` in the text."""
+    text = re.sub(r"^```(?:python|text)$.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     lines = re.findall(r"^(?: {4}|\t)(.*)$", text, re.MULTILINE)
     for block in re.findall(r"^```\w*$(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         lines += block.splitlines()
@@ -158,7 +164,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shelf = tmp_path_factory.mktemp("shelf")
     export_small_model(shelf)
     source = shelf / "source"
-    for name in ("path/to/Qwen3-0.6B", "path/to/model", "final", "build/llama"):
+    for name in ("Qwen3-0.6B", "path/to/Qwen3-0.6B", "path/to/model", "final", "build/llama"):
         shutil.copytree(source, shelf / name)
     for name in ("base", "tuned"):
         write_small_model(shelf / name, thinking="none")

@@ -142,7 +142,7 @@ def _places(value: Any, path: Place | None = None) -> list[Place]:
     return found
 
 
-def _at(value: Any, path: Path) -> Any:
+def _at(value: Any, path: Place) -> Any:
     for key in path:
         value = value[key]
     return value
