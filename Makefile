@@ -91,7 +91,7 @@ serial: $(VENV)/ready
 
 ## make clean      remove everything that was built
 clean:
-	rm -rf $(VENV) build dist *.egg-info qwen3c/engine.c qwen3c/kernels/table.c qwen3c/*.so qwen3c/kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info qwen3c/engine.c qwen3c/forward.c qwen3c/kernels/table.c qwen3c/*.so qwen3c/kernels/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/ready: $(SOURCES)

@@ -135,7 +135,7 @@ def modules():
     from setuptools import Extension
 
     extra = shlex.split(os.environ.get("QWEN3C_CFLAGS", ""))
-    headers = [str(path) for path in [*KERNELS.glob("*.h"), KERNELS / "table.pxd"]]
+    headers = [str(path) for path in [*KERNELS.glob("*.h"), *Path("qwen3c").rglob("*.pxd")]]
 
     def extension(name, sources):
         return Extension(
@@ -149,7 +149,7 @@ def modules():
         )
 
     kernels = sorted(str(path) for path in KERNELS.glob("*.c") if path.name != "table.c")
-    return cythonize([extension("kernels.table", kernels), extension("engine", [])])
+    return cythonize([extension("kernels.table", kernels), extension("forward", []), extension("engine", [])])
 
 
 def main():

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from small_models import export_small_model
 
-from qwen3c import engine
+from qwen3c import engine, memory, probes
 from qwen3c.engine import Model, Session
 from qwen3c.format import KV_TYPES, ModelFile, Tensor
 
@@ -467,7 +467,7 @@ def test_threads_and_isa_can_be_asked_for(path: Path) -> None:
 WITHOUT_THREADS = """
 import resource, sys, threading
 import numpy as np
-from qwen3c import engine
+from qwen3c import engine, memory, probes
 
 path, ids, limited, results = sys.argv[1], np.arange(200), threading.Event(), []
 usual = engine.Model(path, threads=2)
@@ -605,6 +605,45 @@ def test_closing_waits_for_the_pass_of_another_thread(
         for thread in threads:
             thread.join()
         assert all(results)
+
+
+# ----------------------------------------------------------------------------
+# Buffers and probes
+
+
+@pytest.mark.parametrize("shape", [{}, EXPERTS | {"architecture": "qwen3_moe"}, {"head_dim": 128}], ids=str)
+def test_the_estimate_of_the_buffers_is_what_the_engine_lays_out(tmp_path: Path, shape: dict) -> None:
+    config = ModelFile(export_small_model(tmp_path, **SHAPE | {"hidden_dim": 1024} | shape)).config
+    for rows in (16, 256):
+        estimate = memory.run_state_bytes(config, rows)
+        fixed = engine.run_state_bytes(config, 0)  # the scratch of a thread, the experts' groups
+        assert 0 <= engine.run_state_bytes(config, rows) - estimate <= fixed + 20 * 64
+    threads = [engine.run_state_bytes(config, 1, threads) for threads in (1, 2, 3)]
+    assert threads[2] - threads[1] == threads[1] - threads[0] > 4 * 16 * (256 + config.head_dim)
+
+
+def test_buffers_of_a_batch_do_not_overlap(path: Path, ids: np.ndarray, kv: str, whole: np.ndarray) -> None:
+    """A model that grew its buffers row by row computes what one that had them at once does."""
+    model = Model(path, threads=1, kv=kv)
+    for n in (1, 2, 3, 5, 17, 250):
+        assert np.array_equal(model.session().forward(ids[:n], "all"), whole[:n])
+
+
+def test_a_trace_between_two_passes_changes_neither(
+    path: Path, ids: np.ndarray, kv: str, whole: np.ndarray
+) -> None:
+    for threads in (1, 2):
+        model = Model(path, threads=threads, kv=kv)
+        session = model.session()
+        for start in (0, 150, 300):
+            assert np.array_equal(
+                session.forward(ids[start : start + 150], "all"), whole[start : start + 150]
+            )
+            arrays = model.trace(ids[:290])
+            assert np.array_equal(arrays["lm_head"], whole[:290])
+            assert list(arrays) == [name for name, _, _ in probes.places(model.config)] + ["lm_head"]
+            for name, layer, probe in probes.places(model.config):
+                assert arrays[name].shape == probe.shape_of(model.config, 290), (layer, name)
 
 
 # ----------------------------------------------------------------------------
