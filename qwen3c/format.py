@@ -36,9 +36,10 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from .files import hint_if_directory, hint_if_missing, likely_kind, sync_directory
+from . import mistakes
+from .files import sync_directory
 
-MAGIC = b"QWEN3C\x1a\n"
+MAGIC = mistakes.MODEL_BIN
 VERSION = 1
 HEADER_SIZE = 512
 PAGE = 16384  # the tensor region starts on a multiple of this (the largest page size in common use)
@@ -426,21 +427,21 @@ class ModelFile:
         try:
             descriptor = os.open(self.path, flags)
         except OSError as error:
-            hint = hint_if_missing(self.path) if isinstance(error, FileNotFoundError) else ""
+            hint = mistakes.missing_model_bin(self.path) if isinstance(error, FileNotFoundError) else ""
             raise ModelFileError(f"{self.path}: {error.strerror}{hint}") from None
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
             os.close(descriptor)
             kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-            hint = hint_if_directory(self.path) if stat.S_ISDIR(mode) else ""
+            hint = mistakes.directory_for_model_bin(Path(self.path)) if stat.S_ISDIR(mode) else ""
             raise ModelFileError(f"{self.path}: is {kind}, not a model.bin{hint}")
         return descriptor
 
     def _read_header(self, header: bytes) -> dict[str, Any]:
         if not header.startswith(MAGIC):
             start = header[: len(MAGIC)]
-            kind = likely_kind(self.path, header)
-            if kind is not None:
+            kind = mistakes.in_place_of_model_bin(self.path, header[: mistakes.START])
+            if kind:
                 raise ModelFileError(f"{self.path}: not a model.bin but {kind}")
             raise ModelFileError(f"{self.path}: not a model.bin: starts with {start!r}, expected {MAGIC!r}")
         if len(header) < HEADER_SIZE:

@@ -1,72 +1,159 @@
 """What was given in place of a model: told by its first bytes, its name or its neighbours, and what to do with it.
 
-Each function returns the end of an error message about a path, such as "is a git-lfs pointer: ...", or "" where it
-has nothing to say.
+Two programs ask: the one that opens a model.bin (format.py), and the exporter, which reads a directory or a GGUF
+file (convert/). Each function returns a piece of an error message about a path, or "" where it has nothing to say.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 
-from . import format
+MODEL_BIN = b"QWEN3C\x1a\n"  # what every model.bin begins with
+GGUF = b"GGUF"
+MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, by the format's own rule
+START = 64  # bytes of a file that are enough to tell its kind
 
-START = 64  # bytes of a file that are enough for of_file
 _LFS = b"version https://git-lfs.github.com/spec/"
-_PICKLES = (
-    b"PK\x03\x04",
-    b"\x80\x02",
-    b"\x80\x03",
-    b"\x80\x04",
-)  # PyTorch's zip archives, and what it wrote before
-_HUB = re.compile(r"(?:(?:https?://)?(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)/?")
+_PYTORCH = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")  # zip archives, and the bare pickles before
+_HUB = re.compile(r"(?:(?:https?://)?(?:huggingface\.co|hf\.co)/)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/?")
+_FILES = (".bin", ".gguf", ".safetensors", ".json")  # endings of names that are no model's
 _PICKLED = "is never opened: only safetensors are read"
 _SAVE_AGAIN = "transformers saves a model as safetensors: save_pretrained()"
 
+# kind of a file -> what is said about it where a model.bin was expected, and where the source of an export was
+_ADVICE = {
+    "model.bin": ("", "is a model.bin already: run.py {path} runs it"),
+    "GGUF": ("a GGUF file; `python export.py {path} model.bin` converts it", ""),
+    "git-lfs": (
+        "a git-lfs pointer; `git lfs pull` in its folder fetches the file itself",
+        "is a git-lfs pointer in place of the file: `git lfs pull` in its directory fetches it",
+    ),
+    "PyTorch": (
+        "a PyTorch or zip file; export.py converts a folder with *.safetensors, or a GGUF file",
+        f"is a PyTorch file, which {_PICKLED}; {_SAVE_AGAIN}",
+    ),
+    "web page": (
+        "a web page; the download brought no model; `hf download` does",
+        "is a web page: download the file that the page is about",
+    ),
+    "safetensors": (
+        "a safetensors file; `python export.py {folder} model.bin` converts its folder",
+        "is a safetensors file: give its directory, {folder}",
+    ),
+    "JSON": (
+        "a JSON file; `python export.py {folder} model.bin` converts the folder of a model",
+        "is a JSON file: give the directory of the model, {folder}",
+    ),
+}
 
-def of_file(path: Path, start: bytes) -> str:
-    """A file that is read as a GGUF file; `start` are its first START bytes."""
-    if is_lfs_pointer(start):
-        return is_lfs_pointer(start)
-    if start.startswith(format.MAGIC):
-        return f"is a model.bin already: run.py {path} runs it"
-    if start[8:9] == b"{" and path.suffix == ".safetensors":
-        return f"is a safetensors file: give its directory, {path.parent}"
-    if start.startswith(_PICKLES):
-        return f"is a PyTorch file, which {_PICKLED}; {_SAVE_AGAIN}"
-    if start.lstrip()[:1] == b"{":
-        return f"is a JSON file: give the directory of the model, {path.parent}"
-    if start.lstrip()[:1] == b"<":
-        return "is a web page: download the file that the page is about"
+
+# ----------------------------------------------------------------------------
+# Files
+
+
+def kind_of(start: bytes) -> str:
+    """What a file that begins with `start`, START bytes or all there are, is: a key of _ADVICE."""
+    if start.startswith(MODEL_BIN):
+        return "model.bin"
+    if start.startswith(GGUF):
+        return "GGUF"
+    if start.startswith(_LFS):
+        return "git-lfs"
+    if start.startswith(_PYTORCH):
+        return "PyTorch"
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_SAFETENSORS_HEADER:
+        return "safetensors"
+    return {b"{": "JSON", b"<": "web page"}.get(start.lstrip()[:1], "")
+
+
+def in_place_of_model_bin(path: str, start: bytes) -> str:
+    """What the file at `path`, which begins with `start` and is no model.bin, is; goes behind "not a model.bin but"."""
+    return _advice(path, start)[0]
+
+
+def in_place_of_source(path: Path, start: bytes) -> str:
+    """What the file at `path`, which begins with `start` and is no GGUF file, is; goes behind the path."""
+    return _advice(os.fspath(path), start)[1]
+
+
+def in_place_of_part(start: bytes) -> str:
+    """What stands where a file of a Hugging Face directory should: git may have left it on the server."""
+    return _ADVICE["git-lfs"][1] if kind_of(start) == "git-lfs" else ""
+
+
+def _advice(path: str, start: bytes) -> tuple[str, str]:
+    names = {"path": shlex.quote(path), "folder": shlex.quote(os.path.dirname(path) or ".")}
+    for_model, for_source = _ADVICE.get(kind_of(start), ("", ""))
+    return for_model.format(**names), for_source.format(**names)
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether a file is a model.bin, as far as its first bytes say."""
+    try:
+        with open(path, "rb") as file:
+            return path.is_file() and file.read(len(MODEL_BIN)) == MODEL_BIN
+    except OSError:
+        return False
+
+
+# ----------------------------------------------------------------------------
+# Nothing there
+
+
+def download(given: str) -> str:
+    """The command that fetches a model, where `given` is no path but reads like a name on the Hugging Face Hub."""
+    hub = _HUB.fullmatch(given)
+    if hub is None or hub[1].endswith(_FILES) or os.path.exists(os.path.dirname(given.rstrip("/"))):
+        return ""
+    return f"hf download {hub[1]} --local-dir {_folder(hub[1])}"
+
+
+def _folder(hub_name: str) -> str:
+    return hub_name.rstrip("/").rpartition("/")[2]
+
+
+def missing_model_bin(path: str) -> str:
+    """What to do where a model.bin was expected at `path` and nothing is there; goes behind the complaint."""
+    command = download(path)
+    if not command:
+        return "; `python export.py DIR model.bin` makes one of a Hugging Face model or a GGUF file"
+    return (
+        f"; `{command}` fetches it from the Hugging Face Hub, "
+        f"then `python export.py {_folder(path)} model.bin` converts it"
+    )
+
+
+def missing_source(given: str) -> str:
+    """What to do where the user wrote `given` for a directory and nothing is there."""
+    command = download(given)
+    return f"`{command}` fetches it from the Hugging Face Hub" if command else ""
+
+
+# ----------------------------------------------------------------------------
+# A directory
+
+
+def directory_for_model_bin(directory: Path) -> str:
+    """What to do where a model.bin was expected and a directory is there; goes behind the complaint."""
+    for path in _model_files(directory):
+        return f"; did you mean {path}?"
+    convertible = [directory] if (directory / "config.json").is_file() else sorted(directory.glob("*.gguf"))
+    for path in convertible:
+        return f"; `python export.py {shlex.quote(os.fspath(path))} model.bin` converts it"
     return ""
 
 
-def is_lfs_pointer(start: bytes) -> str:
-    """A file of the model that git left on the server."""
-    if not start.startswith(_LFS):
-        return ""
-    return "is a git-lfs pointer in place of the file: `git lfs pull` in its directory fetches it"
-
-
-def missing_directory(directory: Path, given: str) -> str:
-    """A directory that does not exist; `given` is what the user wrote for it."""
-    hub = _HUB.fullmatch(given)
-    if hub is None or os.path.isdir(directory.parent):
-        return ""
-    name = hub[1].rpartition("/")[2]
-    return f"to get the model of that name: hf download {hub[1]} --local-dir {name}"
-
-
 def directory_without_config(directory: Path) -> str:
-    """A directory that has no config.json."""
+    """What a directory is that should be a model's and has no config.json; goes behind its path."""
     if (directory / "adapter_config.json").exists():
         return "is a LoRA adapter: give the directory of its base model, and this one after --lora"
     for path in sorted(directory.glob("*.gguf")):
         return f"is a directory with a GGUF file in it: give the file, {path}"
-    for path in sorted(directory.glob("*.bin")):
-        if is_model_file(path):
-            return f"is a directory with a model.bin in it: run.py {path} runs it"
+    for path in _model_files(directory):
+        return f"is a directory with a model.bin in it: run.py {path} runs it"
     for config in sorted(directory.glob("snapshots/*/config.json")):
         return f"is a folder of the download cache: the model is in {config.parent}"
     for config in sorted(directory.glob("*/config.json")):
@@ -75,7 +162,7 @@ def directory_without_config(directory: Path) -> str:
 
 
 def directory_without_weights(directory: Path) -> str:
-    """A directory that has a config.json, but no safetensors."""
+    """What a directory has that has a config.json and no safetensors; goes behind the complaint."""
     for path in sorted(directory.glob("*.gguf")):
         return f", but a GGUF file: give the file, {path}"
     for path in sorted([*directory.glob("*.bin"), *directory.glob("*.pt*")]):
@@ -83,9 +170,5 @@ def directory_without_weights(directory: Path) -> str:
     return ""
 
 
-def is_model_file(path: Path) -> bool:
-    """Whether a file is a model.bin, as far as its first bytes say."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(format.MAGIC)) == format.MAGIC
+def _model_files(directory: Path) -> list[Path]:
+    return [path for path in sorted(directory.glob("*.bin")) if is_model_file(path)]

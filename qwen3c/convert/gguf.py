@@ -43,7 +43,7 @@ from .huggingface import (
     to_float32,
 )
 
-MAGIC = b"GGUF"
+MAGIC = mistakes.GGUF
 VERSIONS = (2, 3)
 MAX_HEADER = 64 << 20  # bytes before the data, most of them the vocabulary
 MAX_ENTRIES = 1 << 16  # keys, and tensors
@@ -380,7 +380,7 @@ class _Header:
         """The keys, and the tensors in file order."""
         magic = self.take(min(4, self.file_size), "magic")
         if magic != MAGIC:
-            hint = mistakes.of_file(self.path, magic + self.file.read(mistakes.START))
+            hint = mistakes.in_place_of_source(self.path, magic + self.file.read(mistakes.START))
             expected = f"starts with {magic!r}; expected a directory or a GGUF file, {MAGIC!r}"
             raise self.fault(hint or expected)
         version = self.number("I", "version")

@@ -116,7 +116,6 @@ _GENERATION_KEYS = (
 BLOCKS = {"BF16": (1, 2), "F16": (1, 2), "F32": (1, 4), "Q8_0": (32, 34)}
 _QUANTIZED_DTYPE = re.compile(r"[IU]\d+$|F[468](_|$)|BOOL$")
 _TAKE_UNQUANTIZED = "already quantised; take the model's original BF16, F16 or F32 repository instead"
-_MAX_SAFETENSORS_HEADER = 100_000_000  # the limit of the safetensors library
 MAX_TEXT = 16 << 20  # bytes accepted of any text file other than tokenizer.json
 MAX_DEPTH = 100  # of lists and objects in JSON
 MAX_NAME = 200  # characters of what config.json calls the model, and of its licence
@@ -219,7 +218,7 @@ class Files:
         self.opened: list[FileIO] = []
         if not path.is_dir():
             problem = "is not a directory" if path.exists() else "no such directory"
-            hint = "" if path.exists() else mistakes.missing_directory(path, os.fspath(directory))
+            hint = "" if path.exists() else mistakes.missing_source(os.fspath(directory))
             hint = hint or f"expected one with {expected} and *.safetensors"
             raise SourceError(f"{directory}: {problem}; {hint}")
 
@@ -247,7 +246,7 @@ class Files:
         except OSError as error:
             raise SourceError(f"{path}: {reason(error)}") from None
         self.opened.append(file)
-        hint = mistakes.is_lfs_pointer(os.pread(file.fileno(), mistakes.START, 0))
+        hint = mistakes.in_place_of_part(os.pread(file.fileno(), mistakes.START, 0))
         if hint:
             raise SourceError(f"{path}: {hint}")
         return file
@@ -964,7 +963,7 @@ def open_safetensors(files: Files, file_name: str) -> dict[str, StoredTensor]:
     path, file = files.path(file_name), files.open(file_name)
     file_size = os.fstat(file.fileno()).st_size
     header_size = int.from_bytes(file.read(8), "little")
-    if header_size > min(file_size - 8, _MAX_SAFETENSORS_HEADER):
+    if header_size > min(file_size - 8, mistakes.MAX_SAFETENSORS_HEADER):
         raise SourceError(f"{path}: header of {header_size} bytes in a file of {file_size} (cut short?)")
     header = parse_json(path, file.read(header_size))
     header.pop("__metadata__", None)

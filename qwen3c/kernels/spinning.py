@@ -1,7 +1,7 @@
 """How long OpenMP's threads spin before they sleep: briefly, unless the user chose.
 
 A thread that waits for another may spin for some microseconds, then must sleep: a spinning one takes the core its
-partner needs as soon as anything else runs on the machine (docs/SPEED.md has the figures). libgomp reads its variable
+partner needs as soon as anything else runs on the machine (docs/ATTEMPTS.md has the figures). libgomp reads its variable
 when the engine is loaded, and nobody else is to inherit it.
 """
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import mistakes
 from ..convert.huggingface import Checkpoint, Files
 from . import TrainingError
 from .checkpoint import file_fingerprint, model_files
@@ -20,9 +20,8 @@ SMALLEST_GROUP = 32  # weights that share a scale: what fits no such group canno
 def check_exportable(directory: Path) -> None:
     """SourceError, as export.py would raise it, for a model whose tuning could not be exported."""
     if not (directory / "config.json").is_file():
-        hint = ""
-        if not directory.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
-            hint = f": `hf download {directory} --local-dir {directory.name}` gets one"
+        command = "" if directory.exists() else mistakes.download(str(directory))
+        hint = f": `{command}` gets one" if command else ""
         raise TrainingError(f"{directory}: has no config.json; expected a Hugging Face directory{hint}")
     with Files(directory) as files:
         Checkpoint(files, SMALLEST_GROUP)

@@ -1,6 +1,6 @@
 """run.py as its users meet it: at a terminal, in a pipe, with wrong input.
 
-python -m pytest tests/test_run.py
+python -m pytest tests/cli/test_run.py
 """
 
 from __future__ import annotations

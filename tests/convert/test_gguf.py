@@ -1,7 +1,7 @@
 """A GGUF file is read as the model it was made from, Q8_0 code for code, or refused in one line naming the fault.
 
-python -m pytest tests/test_gguf.py
-QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/test_gguf.py  # 200,000 strings
+python -m pytest tests/convert/test_gguf.py
+QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/convert/test_gguf.py  # 200,000 strings
 """
 
 from __future__ import annotations

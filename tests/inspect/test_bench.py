@@ -1,6 +1,6 @@
 """The benchmark's arithmetic, its checks and its report; no speed is asserted.
 
-python -m pytest tests/test_bench.py
+python -m pytest tests/inspect/test_bench.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Text <-> tokens: exactly the source tokenizer's, characters whole, text never a control token.
 
-python -m pytest tests/test_tokenizer.py
-QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/test_tokenizer.py  # 200,000 strings
+python -m pytest tests/text/test_tokenizer.py
+QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/text/test_tokenizer.py  # 200,000 strings
 """
 
 from __future__ import annotations
