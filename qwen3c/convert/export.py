@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from .huggingface import Checkpoint, Files, StoredTensor
+    from .huggingface import Checkpoint
+    from .source import Source, StoredTensor
 
 SLICE_WEIGHTS = 1 << 20  # read, quantised and written at a time: source and result fit in a core's cache
 MAX_BUFFERS = 256 << 20  # bytes of all slices in flight
@@ -122,19 +123,20 @@ def export(
     Raises SourceError (huggingface.py) or OSError; the target is then what it was before.
     """
     from ..machine import default_threads
-    from .huggingface import Checkpoint, Files
+    from .directory import Directory
+    from .huggingface import Checkpoint
     from .lora import merge
 
     start = time.monotonic()
     with contextlib.ExitStack() as opened:
-        files = opened.enter_context(_source(source))
+        files = opened.enter_context(_open(source))
         checkpoint = Checkpoint(files, group_size, name, yarn, yarn_attn_factor)
         if lora is not None:
-            adapter = opened.enter_context(Files(lora, "adapter_config.json"))
+            adapter = opened.enter_context(Directory(lora, "adapter_config.json"))
             merge(checkpoint, adapter)
             path = _check_target(target, adapter, force)
         path = _check_target(target, files, force)
-        writer = _writer(path, checkpoint, files)
+        writer = _writer(path, checkpoint)
         _check_space(path, writer.file_size)
         report = Report(path, checkpoint.metadata["name"], writer.file_size, checkpoint.size)
         report.warnings += _warnings(checkpoint)
@@ -145,7 +147,7 @@ def export(
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ExportEstimate:
     """What an export would write, known from config and headers alone."""
 
     name: str
@@ -176,51 +178,48 @@ def estimate(
     name: str | None = None,
     yarn: float | None = None,
     yarn_attn_factor: float | None = None,
-) -> Estimate:
+) -> ExportEstimate:
     """What `export` with the same arguments would take; without a target, beside the caller.
 
     No weight is read and nothing is written. Raises SourceError or OSError, as export does.
     """
     from .huggingface import Checkpoint
 
-    with _source(source) as files:
+    with _open(source) as files:
         checkpoint = Checkpoint(files, group_size, name, yarn, yarn_attn_factor)
         path = Path("model.bin").absolute() if target is None else _check_target(target, files, force)
-        writer = _writer(path, checkpoint, files)
+        writer = _writer(path, checkpoint)
     free = shutil.disk_usage(path.parent).free
     sizes = (checkpoint.size, writer.file_size, len(checkpoint.tokenizer))
-    return Estimate(checkpoint.metadata["name"], checkpoint.config, *sizes, str(path.parent), free)
+    return ExportEstimate(checkpoint.metadata["name"], checkpoint.config, *sizes, str(path.parent), free)
 
 
-def _source(source: str | os.PathLike[str]) -> Files:
+def _open(source: str | os.PathLike[str]) -> Source:
+    from .directory import Directory
     from .gguf import GGUF
-    from .huggingface import Files
 
-    return GGUF(source) if os.path.isfile(source) else Files(source)
+    return GGUF(source) if os.path.isfile(source) else Directory(source)
 
 
 def _warnings(checkpoint: Checkpoint) -> Iterator[str]:
     if not checkpoint.template:
-        source = checkpoint.files.directory
-        where = (
-            "tokenizer.chat_template" if source.is_file() else "tokenizer_config.json, chat_template.jinja"
-        )
-        yield f"{source} has no chat template ({where}): the model completes text, but cannot chat"
+        where = f"{checkpoint.source.location} has no chat template ({checkpoint.source.template_places})"
+        yield f"{where}: the model completes text, but cannot chat"
 
 
-def _writer(path: Path, checkpoint: Checkpoint, files: Files) -> format.ModelWriter:
-    from .huggingface import SourceError, cut
+def _writer(path: Path, checkpoint: Checkpoint) -> format.ModelWriter:
+    from .source import SourceError, cut
 
     c = checkpoint
     try:
         return format.ModelWriter(path, c.config, c.metadata, c.tokenizer, c.template)
     except ValueError as error:
-        raise SourceError(f"{files.directory}: {cut(error)}") from None
+        raise SourceError(f"{c.source.location}: {cut(error)}") from None
 
 
-def _check_target(target: str | os.PathLike[str], files: Files, force: bool) -> Path:
+def _check_target(target: str | os.PathLike[str], source: Source, force: bool) -> Path:
     """Where the file will really be (a link stays a link), if it can be there."""
-    from .huggingface import SourceError
+    from .source import SourceError
 
     path = Path(os.path.realpath(target))
     if path.is_dir():
@@ -228,7 +227,7 @@ def _check_target(target: str | os.PathLike[str], files: Files, force: bool) -> 
     if path.exists():
         if not path.is_file():
             raise SourceError(f"{target}: is not a regular file")
-        if any(path.samefile(file.name) for file in files.opened):
+        if any(path.samefile(file.name) for file in source.opened):
             raise SourceError(f"{target}: is a file of the model that is read")
         if not force and path.stat().st_size and not mistakes.is_model_file(path):
             raise SourceError(f"{target}: exists and is not a model.bin; --force replaces it")
@@ -240,7 +239,7 @@ def _check_target(target: str | os.PathLike[str], files: Files, force: bool) -> 
 
 
 def _check_space(path: Path, needed: int) -> None:
-    from .huggingface import SourceError
+    from .source import SourceError
 
     free = shutil.disk_usage(path.parent).free
     if free < needed:
@@ -291,7 +290,7 @@ class _Part(NamedTuple):
 
     def to_float32(self) -> NDArray[np.float32]:
         """Shape (n,); exact."""
-        from .huggingface import to_float32
+        from .source import to_float32
 
         return to_float32(self.data, self.stored.dtype)
 
@@ -378,7 +377,7 @@ def _start_threads(n: int, target: Callable[[], None]) -> int:
 
 def _convert(checkpoint: Checkpoint, piece: Slice, source: memoryview, target: memoryview) -> _Converted:
     """Read a slice into `source` and turn it into its stored form, in `target` if it is a matrix."""
-    from .huggingface import inverse_frequencies
+    from .rope import inverse_frequencies
 
     if not piece.tensor.parts:
         return _Converted(_float32_bytes(inverse_frequencies(checkpoint.rope)), 0)
@@ -473,7 +472,7 @@ def _take_over(piece: Slice, parts: list[_Part], out: memoryview) -> None:
 
 def _refuse(piece: Slice, parts: list[_Part], index: int) -> NoReturn:
     """Raise SourceError for the weight at flat `index` of the slice."""
-    from .huggingface import SourceError
+    from .source import SourceError
 
     values = [part.to_float32() for part in parts]
     which = 0

@@ -21,22 +21,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .huggingface import (
-    Checkpoint,
-    Files,
-    Keys,
-    SourceError,
-    StoredTensor,
-    check_dtype,
-    cut,
-    open_safetensors,
-    shown,
-    to_float32,
-)
+from .directory import Directory, open_safetensors
+from .source import Keys, SourceError, StoredTensor, check_dtype, cut, shown, to_float32
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from .huggingface import Checkpoint
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -76,7 +68,7 @@ _WITHOUT_EFFECT = {
 _INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
 
-def merge(checkpoint: Checkpoint, adapter: Files) -> None:
+def merge(checkpoint: Checkpoint, adapter: Directory) -> None:
     """Make the tensors of `checkpoint` that the adapter changes deliver the changed weights.
 
     Raises SourceError, before any weight is read, where the adapter is damaged, asks for something else than
@@ -190,7 +182,7 @@ def _check_keys(keys: Keys) -> None:
     keys.number("lora_alpha")
 
 
-def _pairs(adapter: Files) -> dict[str, tuple[StoredTensor, StoredTensor]]:
+def _pairs(adapter: Directory) -> dict[str, tuple[StoredTensor, StoredTensor]]:
     """Module -> its A and B, from tensors all of which are known by name."""
     path = adapter.path(TENSORS_NAME)
     if not adapter.exists(TENSORS_NAME):

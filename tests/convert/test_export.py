@@ -32,7 +32,7 @@ from qwen3c import engine, format, memory
 from qwen3c.cli.export import main
 from qwen3c.convert import export as exporter
 from qwen3c.convert.export import export
-from qwen3c.convert.huggingface import SourceError, StoredTensor
+from qwen3c.convert.source import SourceError, StoredTensor
 from qwen3c.format import ModelFile
 from qwen3c.inspect.info import lines
 

@@ -30,21 +30,16 @@ from small_models import (
 )
 
 from qwen3c import format
-from qwen3c.convert.huggingface import (
-    Checkpoint,
-    Files,
-    Keys,
-    SourceError,
-    inverse_frequencies,
-    read_rope,
-    thinking_kind,
-)
+from qwen3c.convert.directory import Directory
+from qwen3c.convert.huggingface import Checkpoint, thinking_kind
+from qwen3c.convert.rope import inverse_frequencies, read_rope
+from qwen3c.convert.source import Keys, SourceError
 
 INDEX = "model.safetensors.index.json"
 
 
 def read(source: Path, **options: Any) -> Checkpoint:
-    with Files(source) as files:
+    with Directory(source) as files:
         return Checkpoint(files, **options)
 
 
@@ -224,7 +219,7 @@ def test_every_byte_of_every_tensor_is_found(tmp_path: Path, dtype: str, shards:
     shape = {"tied": False, "n_kv_heads": 4}
     write_small_model(tmp_path, **shape, dtype=dtype, shards=shards)
     weights = small_weights(**shape)
-    with Files(tmp_path) as files:
+    with Directory(tmp_path) as files:
         checkpoint = Checkpoint(files)
         assert checkpoint.tensors.keys() == weights.keys()
         for name, tensor in checkpoint.tensors.items():
@@ -625,7 +620,7 @@ def test_fused_experts_of_another_shape_are_refused(
     stored = {name: encode_tensor(w, "F32") for name, w in small_weights(**shape).items()}
     damage(stored)
     write_safetensors(source / "model.safetensors", stored)
-    with pytest.raises(SourceError, match=re.escape(expected)), Files(source) as files:
+    with pytest.raises(SourceError, match=re.escape(expected)), Directory(source) as files:
         Checkpoint(files)
 
 
@@ -647,7 +642,7 @@ def test_key_the_forward_pass_needs_has_no_default(tmp_path: Path, dialect: int)
 
 def test_yarn_is_asked_for_at_export(tmp_path: Path) -> None:
     source = write_small_model(tmp_path, context=40960)
-    with Files(source) as files:
+    with Directory(source) as files:
         checkpoint = Checkpoint(files, yarn=4.0)
         assert checkpoint.config.context == 131072  # of the 32768 Qwen3 was trained on
         assert checkpoint.metadata["rope"] == {
@@ -729,7 +724,7 @@ def test_the_name_of_a_model_is_no_directory_yet(
     with pytest.raises(
         SourceError, match=re.escape(f"{given}: no such directory; ") + ".*" + re.escape(said)
     ):
-        Files(given)
+        Directory(given)
 
 
 @pytest.mark.parametrize(
@@ -876,7 +871,7 @@ def test_damaged_index_is_refused(sharded: Path, content: str, reason: str) -> N
 
 
 def test_file_that_shrinks_while_it_is_read_is_noticed(source: Path) -> None:
-    with Files(source) as files:
+    with Directory(source) as files:
         tensor = Checkpoint(files).tensors["model.norm.weight"]
         os.truncate(source / "model.safetensors", tensor.offset + 3)
         with pytest.raises(SourceError, match=r"ended inside model\.norm\.weight"):
