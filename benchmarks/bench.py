@@ -21,15 +21,17 @@ anything is timed our logits must be those of the scalar kernels to the bit, and
     sampler       one token of 151,936 logits
 
 Figures are medians, ± one standard deviation. Columns as in llama-bench, and: GB/s, weights and KV cache read; G MAC/s,
-multiply-adds of matrices and attention; % of limit, see qwen3c/bench.py.
+multiply-adds of matrices and attention; % of limit, see qwen3c/inspect/bench.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -44,7 +46,7 @@ import numpy as np
 from engines import PEERS, WORKER, Contender, Setting, convert, environment, last_line, require_peers
 from random_model import SIZES, write_random_model
 
-from qwen3c import engine
+from qwen3c import Model, engine
 from qwen3c.convert.export import export
 from qwen3c.format import ModelFile
 from qwen3c.inspect import bench
@@ -69,7 +71,9 @@ while os.getppid() == parent:
     pass
 """
 
-RUN_OURS = "from qwen3c.run import main; raise SystemExit(main())"
+RUN_OURS = "from qwen3c.cli.run import main; raise SystemExit(main())"
+
+PLACES = ("--python", "--work", "--json", "--pictures")  # where things lie, which a report does not tell
 
 
 # ----------------------------------------------------------------------------
@@ -143,7 +147,7 @@ def run_setting(
     """Fill `race` for its setting; `keep` is called whenever it has grown."""
     setting = race.setting
     note(f"checking: {setting.threads} threads, KV {setting.kv}")
-    race.checks.append(bench.check_bits(engine.Model(str(models[OURS]), setting.threads, setting.kv)))
+    race.checks.append(bench.check_bits(Model(str(models[OURS]), setting.threads, setting.kv)))
     race.checks.append(bench.check_reference(str(models[OURS]), setting.threads))
     contenders = []
     for name, path in models.items():
@@ -388,8 +392,23 @@ def verdict(race: Race) -> str:
     return bench.verdict([x for s in series for x in s.bandwidth], [x for s in series for x in s.peak])
 
 
-def as_json(file: ModelFile, races: Sequence[Race], figures: Sequence[Figure]) -> dict[str, Any]:
+def command_line(words: Sequence[str]) -> str:
+    """The command that repeats a run anywhere: `words` without the options that say where things lie."""
+    kept, values = [], iter(words)
+    for word in values:
+        name, _, value = word.partition("=")
+        if name not in PLACES:
+            kept.append(word)
+        elif not value:
+            next(values, None)
+    return shlex.join(["python", "benchmarks/bench.py", *kept])
+
+
+def as_json(
+    command: str, file: ModelFile, races: Sequence[Race], figures: Sequence[Figure]
+) -> dict[str, Any]:
     return {
+        "date": datetime.date.today().isoformat(), "command": command,
         "machine": {"cpu": cpu_name(), "isa": engine.isa(), "load": os.getloadavg()[0]},
         "model": {
             "name": file.metadata["name"], "bytes": file.file_size,
@@ -441,7 +460,7 @@ def run(args: argparse.Namespace, work: Path) -> None:
 
     def keep() -> None:  # what has been measured, whatever comes next
         if args.json:
-            args.json.write_text(json.dumps(as_json(file, races, figures), indent=1))
+            args.json.write_text(json.dumps(as_json(args.command, file, races, figures), indent=1) + "\n")
 
     for kv in args.kv:
         for threads in args.threads:
@@ -451,7 +470,7 @@ def run(args: argparse.Namespace, work: Path) -> None:
     if args.pictures:
         from pictures import draw
 
-        draw(as_json(file, races, figures), args.pictures)
+        draw(as_json(args.command, file, races, figures), args.pictures)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -531,6 +550,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pictures", metavar="DIR", type=Path, help="draw: roofline, tokens/s by depth, batch, threads")
     args = parser.parse_args(argv)
     args.python = dict(args.python)
+    args.command = command_line(sys.argv[1:] if argv is None else argv)
     for name in args.tests:
         if name not in TESTS:
             parser.error(f"there is no test {name!r}; known: {', '.join(TESTS)}")

@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3c.convert.directory import Directory
-from qwen3c.convert.gguf import ARCHITECTURES as CLASSES
-from qwen3c.convert.gguf import GGUF
+from qwen3c.convert.gguf import ARCHITECTURES as CLASSES, GGUF
 from qwen3c.convert.huggingface import Checkpoint
 from qwen3c.convert.rope import Rope, inverse_frequencies
 from qwen3c.convert.source import StoredTensor

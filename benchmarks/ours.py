@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen3c import __version__, engine
+from qwen3c import Model, __version__, engine
 from qwen3c.inspect.bench import Player, Test, greedy
 
 
 class Engine:
     def __init__(self, path: str, threads: int, kv: str, context: int, batch: int, huge_pages: bool) -> None:
-        self._path, self._arguments = path, {"threads": threads, "kv": kv, "huge_pages": huge_pages}
-        self._model = engine.Model(path, **self._arguments)
+        self._model = Model(path, threads, kv, huge_pages=huge_pages)
         self._player: Player | None = None
         self.settings = (
             f"{__version__}, {engine.isa()}, int8 weights and activations, KV {kv}"
@@ -23,10 +22,7 @@ class Engine:
         return self._player.kv_bytes if self._player else 0
 
     def seconds(self, seed: int, **test: Any) -> float:
-        if self._player is None:  # the tokenizer and the rest, which a first token does without
-            from qwen3c import Model
-
-            self._model = Model(self._path, **self._arguments)
+        if self._player is None:  # which waits for the tokenizer; a first token does without
             self._player = Player(self._model)
         return self._player.seconds(Test(**test), seed)
 

@@ -3,8 +3,9 @@
     python benchmarks/bench.py --against llama.cpp,openvino,ctranslate2 --json docs/speed/0.6B.json
     python benchmarks/tables.py            # writes both documents; --check only says whether they are up to date
 
-A document has a place for each table, between `<!-- speed NAME -->` and `<!-- end -->`. What stands there comes from the
-JSON that bench.py wrote and from nowhere else, so that two places cannot contradict each other.
+A document has a place for each table, between `<!-- speed NAME -->` and `<!-- end -->`; NAME is the JSON file's, or
+`line`, which is one sentence made of 0.6B.json. What stands in a place comes from the JSON that bench.py wrote and from
+nowhere else, so that two places cannot contradict each other.
 """
 
 from __future__ import annotations
@@ -14,147 +15,193 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-FIGURES = ROOT / "docs" / "speed"
-DOCUMENTS = (ROOT / "docs" / "SPEED.md", ROOT / "README.md")
+DOCUMENTS = ("docs/SPEED.md", "README.md")
 PLACE = re.compile(r"(<!-- speed (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 OURS = "qwen3c"
-LINE = "line"  # the place of the one sentence that README has
+LINE, LINE_FROM = "line", "0.6B"  # the place of the one sentence, and whose figures it has
 
-Results = dict[str, dict[str, Any]]  # engine -> result of one test
+Report = dict[str, Any]  # what bench.py --json writes
+Results = dict[str, dict[str, Any]]  # engine -> its result of one test
+
+
+# ----------------------------------------------------------------------------
+# One test
 
 
 def what(result: dict[str, Any]) -> str:
     """A test in words, such as "decode at position 8,192, 4 sessions together"."""
     n, depth, batch = (result[key] for key in ("n", "depth", "batch"))
-    words = {
-        "pp": f"prefill of {n:,}",
-        "tg": "decode",
-        "loop": "decode, the whole token loop",
-        "mix": f"a pass of {n:,} prompt tokens and {batch:,} sessions that decode",
-    }[result["kind"]]
+    words = {"pp": f"prefill of {n:,}", "tg": "decode", "loop": "decode, the whole token loop"}[
+        result["kind"]
+    ]
     words += f" at position {depth:,}" if depth else ""
-    return words + (f", {batch} sessions together" if batch > 1 and result["kind"] != "mix" else "")
-
-
-def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> list[float]:
-    """How many times as fast we are, pair by pair."""
-    return [b / a for a, b in zip(ours["seconds"], theirs["seconds"], strict=True)]
-
-
-def tests(race: dict[str, Any]) -> Iterator[Results]:
-    """The results of a race by test, in the order in which they were run."""
-    found: dict[str, Results] = {}
-    for result in race["results"]:
-        found.setdefault(result["test"], {})[result["engine"]] = result
-    yield from found.values()
-
-
-def cells(results: Results, peers: Sequence[str]) -> list[str]:
-    """Test, our rate, our share of the limit; each peer's rate with the ratio (smallest to largest)."""
-    ours = results[OURS]
-    share = ours.get("share_of_limit")
-    row = [what(ours), rate(ours["tokens_per_second"]), "" if share is None else f"{share:.0%}"]
-    for peer in peers:
-        if peer not in results:
-            row.append("")
-            continue
-        times = ratios(ours, results[peer])
-        spread = f"{statistics.median(times):.2f}, {min(times):.2f} to {max(times):.2f}"
-        row.append(f"{rate(results[peer]['tokens_per_second'])} ({spread})")
-    return row
+    return words + (f", {batch} sessions together" if batch > 1 else "")
 
 
 def rate(tokens_per_second: float) -> str:
-    """Three digits: 1,160 or 70.1 or 6.45."""
+    """At least three digits: 1,160 or 70.1 or 6.45."""
     digits = 0 if tokens_per_second >= 100 else 1 if tokens_per_second >= 10 else 2
     return f"{tokens_per_second:,.{digits}f}"
 
 
-def table(report: dict[str, Any]) -> Iterator[str]:
-    """Markdown: where and how it was measured, then a table for each number of threads and type of KV cache."""
+def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> list[float]:
+    """How many times as fast qwen3c is, pair by pair."""
+    return [b / a for a, b in zip(ours["seconds"], theirs["seconds"], strict=True)]
+
+
+def by_test(race: dict[str, Any]) -> list[Results]:
+    """The results of a race, those of one test together, in the order in which they were measured."""
+    found: dict[str, Results] = {}
+    for result in race["results"]:
+        found.setdefault(result["test"], {})[result["engine"]] = result
+    return [results for results in found.values() if OURS in results]
+
+
+# ----------------------------------------------------------------------------
+# A table
+
+
+def table(report: Report) -> Iterator[str]:
+    """Lines of Markdown: where and how it was measured, then a table for each number of threads and type of KV cache."""
     machine, model = report["machine"], report["model"]
     yield (
         f"{model['name']}, {model['parameters'] / 1e6:,.0f} M parameters, groups of {model['group_size']}; "
-        f"{machine['cpu']}, {machine['isa']}, {report['date']}:"
+        f"{machine['cpu']}, {machine['isa']}; {report['date']}:"
     )
     yield ""
     yield f"    {report['command']}"
     for race in report["races"]:
         peers = [engine for engine in race["engines"] if engine != OURS]
         pairs = max((len(result["seconds"]) for result in race["results"]), default=0)
+        threads = "thread" if race["threads"] == 1 else "threads"
         yield ""
-        yield f"{race['threads']} threads, KV {race['kv']}, tok/s, medians of {pairs} pairs:"
+        yield f"{race['threads']} {threads}, KV {race['kv']}, tok/s, medians of {pairs} pairs; in brackets how many times as"
+        yield "fast qwen3c is, pair by pair: median, smallest to largest."
         yield ""
-        yield "| | " + " | ".join([OURS, "of the limit", *peers]) + " |"
+        yield from (f"- {engine}: {settings}" for engine, settings in race["engines"].items())
+        yield ""
+        yield row(["", OURS, "of the limit", *peers])
         yield "|---" * (len(peers) + 3) + "|"
-        for results in tests(race):
-            if OURS in results:
-                yield "| " + " | ".join(cells(results, peers)) + " |"
-        for figure in race["figures"]:
-            yield f"| {figure_words(figure)} |" + " |" * (len(peers) + 1)
+        yield from (row(cells(results, peers)) for results in by_test(race))
+        yield from (row(line) for line in figures(race["figures"], peers))
+        if race["verdict"]:
+            yield ""
+            yield f"The benchmark's own verdict: {race['verdict']}."
+    others = list(figures(report["figures"], []))
+    if others:
         yield ""
-        yield f"The benchmark's own verdict: {race['verdict']}"
+        yield row(["", OURS])
+        yield "|---|---|"
+        yield from (row(line[:2]) for line in others)
 
 
-def figure_words(figure: dict[str, Any]) -> str:
-    """Such as "first token, llama.cpp | 0.49 s"."""
-    return f"{figure['what']}, {figure['engine']} | {statistics.median(figure['values']):.3g} {figure['unit']}"
+def row(cells: Sequence[str]) -> str:
+    return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
 
 
-def line(report: dict[str, Any]) -> Iterator[str]:
-    """README's sentence: our rates for one model, and how many times a peer's they are."""
+def cells(results: Results, peers: Sequence[str]) -> list[str]:
+    """A test, our rate, our share of the limit; each peer's rate and ratio, "" where a peer cannot do the test."""
+    ours = results[OURS]
+    line = [what(ours), rate(ours["tokens_per_second"]), f"{ours['share_of_limit']:.0%}"]
+    for peer in peers:
+        if peer not in results:
+            line.append("")
+            continue
+        times = ratios(ours, results[peer])
+        spread = f"{statistics.median(times):.2f}, {min(times):.2f} to {max(times):.2f}"
+        line.append(f"{rate(results[peer]['tokens_per_second'])} ({spread})")
+    return line
+
+
+def figures(measured: Sequence[dict[str, Any]], peers: Sequence[str]) -> Iterator[list[str]]:
+    """What has no tokens per second, one line for each thing measured: medians, in the columns of `cells`."""
+    found: dict[str, dict[str, str]] = {}
+    for figure in measured:
+        values = found.setdefault(f"{figure['what']}, {figure['unit']}", {})
+        values[figure["engine"]] = f"{statistics.median(figure['values']):.3g}"
+    for words, values in found.items():
+        yield [words, *(values.get(engine, "") for engine in (OURS, "", *peers))]
+
+
+# ----------------------------------------------------------------------------
+# The line, and the documents
+
+
+def line(report: Report) -> Iterator[str]:
+    """README's sentence: our rates of prefill and decode, and how many times a peer's they are."""
     race = report["races"][0]
     said = []
-    for results in tests(race):
-        ours = results.get(OURS)
-        if ours is None or ours["kind"] not in ("pp", "tg") or ours["depth"]:
+    for results in by_test(race):
+        ours = results[OURS]
+        if ours["kind"] not in ("pp", "tg") or ours["depth"] or ours["batch"] > 1:
             continue
         times = [
-            f"{statistics.median(ratios(ours, theirs)):.1f}x {peer}"
-            for peer, theirs in results.items()
-            if peer != OURS
+            f"{statistics.median(ratios(ours, theirs)):.1f} times {engine}"
+            for engine, theirs in results.items()
+            if engine != OURS
         ]
-        said.append(f"{what(ours)} {rate(ours['tokens_per_second'])} tok/s ({', '.join(times)})")
-    machine = report["machine"]
+        beside = f" ({', '.join(times)})" if times else ""
+        said.append(f"{what(ours)} at {rate(ours['tokens_per_second'])} tok/s{beside}")
+    cores = "one core" if race["threads"] == 1 else f"{race['threads']} cores"
     yield (
-        f"{report['model']['name']} on {race['threads']} cores of {machine['cpu']}, {report['date']}: "
-        + "; ".join(said)
-        + ". Every figure, with its command: [docs/SPEED.md](docs/SPEED.md)."
+        f"Speed, on {cores} of {report['machine']['cpu']}, {LINE_FROM} parameters, {report['date']}: "
+        f"{'; '.join(said)}. [Every figure, and how it was measured](docs/SPEED.md)."
     )
 
 
-def filled(text: str, reports: dict[str, dict[str, Any]]) -> str:
-    """`text` with every place filled in. KeyError names a place without figures."""
+def filled(text: str, reports: dict[str, Report]) -> str:
+    """`text` with its places filled in; one whose figures are not there stays as it is."""
 
     def fill(place: re.Match[str]) -> str:
         name = place[2]
-        made: Iterable[str] = line(reports["0.6B"]) if name == LINE else table(reports[name])
+        report = reports.get(LINE_FROM if name == LINE else name)
+        if report is None:
+            return place[0]
+        made = line(report) if name == LINE else table(report)
         return place[1] + "\n".join(made) + "\n" + place[3]
 
     return PLACE.sub(fill, text)
 
 
+def missing(text: str, reports: dict[str, Report]) -> list[str]:
+    """Names of the JSON files that the places of `text` need and that are not there."""
+    needed = {LINE_FROM if name == LINE else name for _, name, _ in PLACE.findall(text)}
+    return sorted(needed - reports.keys())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Status 1 if --check finds a document that the figures contradict."""
-    parser = argparse.ArgumentParser(prog="tables.py", description="docs/speed/*.json -> docs/SPEED.md, README.md")
+    """Status 1 if figures are missing, or if --check finds a document that they contradict."""
+    parser = argparse.ArgumentParser(
+        prog="tables.py", description="docs/speed/*.json -> docs/SPEED.md, README.md"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, metavar="DIR", help="of the project (default: this one)"
+    )
     args = parser.parse_args(argv)
-    reports = {path.stem: json.loads(path.read_text()) for path in sorted(FIGURES.glob("*.json"))}
-    status = 0
-    for path in DOCUMENTS:
-        before = path.read_text()
+    reports = {
+        path.stem: json.loads(path.read_text()) for path in sorted(args.root.glob("docs/speed/*.json"))
+    }
+    status, absent = 0, set[str]()
+    for document in DOCUMENTS:
+        before = (args.root / document).read_text()
         after = filled(before, reports)
-        if after != before:
+        absent |= set(missing(before, reports))
+        if after == before:
+            continue
+        if args.check:
             status = 1
-            if not args.check:
-                path.write_text(after)
-            print(f"{path.name}: {'out of date' if args.check else 'written'}", file=sys.stderr)
-    return status if args.check else 0
+        else:
+            (args.root / document).write_text(after)
+        print(f"{document}: {'not what the figures say' if args.check else 'written'}", file=sys.stderr)
+    for name in sorted(absent):
+        print(f"docs/speed/{name}.json is missing: bench.py --json writes it", file=sys.stderr)
+    return 1 if absent else status
 
 
 if __name__ == "__main__":

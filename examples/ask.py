@@ -5,8 +5,7 @@ python examples/ask.py [model.bin [QUESTION]]
 
 import sys
 
-from qwen3c import Model
-from qwen3c.cli.run import MODEL_IN_THE_BOX
+from qwen3c import MODEL_IN_THE_BOX, Model
 
 with Model(*sys.argv[1:2] or [str(MODEL_IN_THE_BOX)]) as model:
     reply = model.chat(sys.argv[2] if len(sys.argv) > 2 else "What is a river?", max_tokens=100, seed=1)

@@ -8,25 +8,14 @@ bits as if it had been alone.
 
 import sys
 
-from qwen3c import Model
-from qwen3c.cli.run import MODEL_IN_THE_BOX
+from qwen3c import MODEL_IN_THE_BOX, Model, Reply
 
 PROMPTS = ["def add(a, b):", "import os\n\ndef", "class Queue:\n", "for key, value in"]
 
 model = Model(*sys.argv[1:2] or [str(MODEL_IN_THE_BOX)])
-ends = set(model.metadata["eos_token_ids"])
-sessions = [model.session() for _ in PROMPTS]
-replies: list[list[int]] = [[] for _ in PROMPTS]
-waiting = {i: model.tokenizer.encode(prompt) for i, prompt in enumerate(PROMPTS)}  # tokens still to be read
-while waiting:
-    logits = model.forward(
-        [(sessions[i], ids) for i, ids in waiting.items()]
-    )  # prompts and tokens mixed freely
-    for i, row in zip(list(waiting), logits, strict=True):
-        token = int(row[: model.config.n_tokens].argmax())
-        replies[i].append(token)
-        waiting[i] = [token]
-        if token in ends or len(replies[i]) == 24:
-            del waiting[i]
+replies = [Reply() for _ in PROMPTS]
+prompts = [model.text_prompt(prompt) for prompt in PROMPTS]
+for index, event in model.generate_many(prompts, max_tokens=24, temperature=0):
+    replies[index].add(event)
 for prompt, reply in zip(PROMPTS, replies, strict=True):
-    print(prompt, model.tokenizer.decode(reply), "\n---", sep="")
+    print(prompt, reply, "\n---", sep="")

@@ -7,8 +7,7 @@ Every question goes on from the same session: what was said before is not read a
 
 import sys
 
-from qwen3c import Conversation, Model
-from qwen3c.cli.run import MODEL_IN_THE_BOX
+from qwen3c import MODEL_IN_THE_BOX, Conversation, Model
 
 model = Model(*sys.argv[1:2] or [str(MODEL_IN_THE_BOX)])
 conversation = Conversation(model, system="You answer in one sentence.", max_tokens=60, seed=1)

@@ -9,8 +9,7 @@ import sys
 
 import numpy as np
 
-from qwen3c import Model, Session, engine
-from qwen3c.cli.run import MODEL_IN_THE_BOX
+from qwen3c import MODEL_IN_THE_BOX, Model, Session, engine
 
 PROMPT = "try:\n    return self._cache[key]\nexcept"
 ANSWERS = [" KeyError:", " ValueError:", " ZeroDivisionError:", " banana:"]

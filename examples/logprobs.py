@@ -10,8 +10,7 @@ import sys
 
 import numpy as np
 
-from qwen3c import Model, engine
-from qwen3c.cli.run import MODEL_IN_THE_BOX
+from qwen3c import MODEL_IN_THE_BOX, Model, engine
 
 model = Model(*sys.argv[1:2] or [str(MODEL_IN_THE_BOX)])
 ids = model.tokenizer.encode("".join(sys.argv[2:]) or "for i in range(10):\n    print(i)\n")

@@ -8,8 +8,7 @@ so without an argument this shows how it is done, not how well it works.
 
 import sys
 
-from qwen3c import Model
-from qwen3c.cli.run import MODEL_IN_THE_BOX
+from qwen3c import MODEL_IN_THE_BOX, Model
 from qwen3c.retrieval import instruct
 
 TEXTS = [

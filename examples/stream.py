@@ -8,8 +8,7 @@ A reply ends at a stop text, after so many tokens, or when the caller has had en
 import sys
 import time
 
-from qwen3c import Model
-from qwen3c.cli.run import MODEL_IN_THE_BOX
+from qwen3c import MODEL_IN_THE_BOX, Model
 
 model = Model(*sys.argv[1:2] or [str(MODEL_IN_THE_BOX)])
 deadline = time.monotonic() + 5  # seconds

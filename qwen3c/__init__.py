@@ -10,19 +10,24 @@ with Model("model.bin") as model:
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
+from .kernels.spinning import spin_briefly
+
 if TYPE_CHECKING:
+    from .batch import CachedSession
     from .conversation import Conversation
     from .engine import Session
+    from .files import MODEL_IN_THE_BOX
     from .format import ModelFileError
-    from .generate import CachedSession, Event, Generation, Reply
+    from .generate import Generation
     from .model import Model
+    from .reply import Event, Reply
     from .sampler import Sampling
 
 __version__ = "0.1.0"
 __all__ = [
+    "MODEL_IN_THE_BOX",
     "CachedSession",
     "Conversation",
     "Event",
@@ -35,22 +40,18 @@ __all__ = [
     "__version__",
 ]
 
-# A thread that waits for another may spin for some microseconds, then must sleep: a spinning one takes the core its
-# partner needs as soon as anything else runs on the machine (docs/PERFORMANCE.md has the figures). libgomp reads this
-# when the engine is loaded; the engine then takes it away again.
-BORROWED_VARIABLE = None if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() else "GOMP_SPINCOUNT"
-if BORROWED_VARIABLE:
-    os.environ[BORROWED_VARIABLE] = "500"
+spin_briefly()  # before the engine, and with it OpenMP, is loaded
 
 # name -> module; imported on first use, so that `--help` does not wait for NumPy
 _HOMES = {
-    "CachedSession": "generate",
+    "MODEL_IN_THE_BOX": "files",
+    "CachedSession": "batch",
     "Conversation": "conversation",
-    "Event": "generate",
+    "Event": "reply",
     "Generation": "generate",
     "Model": "model",
     "ModelFileError": "format",
-    "Reply": "generate",
+    "Reply": "reply",
     "Sampling": "sampler",
     "Session": "engine",
 }

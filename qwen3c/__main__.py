@@ -2,7 +2,7 @@
 
 import sys
 
-from .cli.run import main
+from .cli.start import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

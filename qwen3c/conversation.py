@@ -12,8 +12,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .batch import CachedSession
 from .files import write_whole
-from .generate import CachedSession, Generation
+from .generate import Generation
 from .model import Model
 from .sampler import Sampling
 from .text.chat import StopStrings, may_think, normalized

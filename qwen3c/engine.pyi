@@ -1,4 +1,4 @@
-"""The types of the compiled engine. What its names mean is said where they are defined, in engine.pyx and kernels.pyx."""
+"""The types of the compiled engine. What its names mean is said where they are defined, in engine.pyx."""
 
 import os
 from collections.abc import Sequence
@@ -8,30 +8,24 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .format import Config, ModelFile
+from .kernels.table import (
+    ISA_NAMES as ISA_NAMES,
+    OPENMP as OPENMP,
+    int8_peak as int8_peak,
+    isa as isa,
+    log_sum_exp as log_sum_exp,
+    quantize_tiles as quantize_tiles,
+    read_bandwidth as read_bandwidth,
+    runnable_isas as runnable_isas,
+    set_isa as set_isa,
+    softmax as softmax,
+    top_k as top_k,
+)
+from .machine import default_threads as default_threads
 
 Logits = Literal["last", "all", "hidden"]
 Activations = Literal["int8", "float32"]
 KV = Literal["int8", "f16", "f32"]
-
-ISA_NAMES: tuple[str, ...]
-OPENMP: bool
-
-def isa() -> str: ...
-def set_isa(name: str) -> None: ...
-def runnable_isas() -> tuple[str, ...]: ...
-def default_threads() -> int: ...
-def softmax(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float32]: ...
-def log_sum_exp(logits: NDArray[np.float32]) -> float: ...
-def top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.int32]: ...
-def quantize_tiles(
-    parts: Sequence[tuple[Any, str]],
-    columns: int,
-    group_size: int,
-    n_tiles: int,
-    out: Any,
-) -> tuple[float, float, float, int]: ...
-def read_bandwidth(data: Any, threads: int = 1) -> float: ...
-def int8_peak(threads: int = 1, seconds: float = 0.05) -> float: ...
 
 class Model:
     path: str

@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+MODEL_IN_THE_BOX = Path(__file__).with_name("data") / "model.bin"
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -51,10 +53,11 @@ def sync_directory(directory: Path) -> None:
 def reason(error: OSError) -> str:
     """What the system says about a failed call; of too many open files, how many are allowed."""
     said = error.strerror or str(error)
-    try:
-        import resource
-    except ImportError:  # Windows; or there is no file left to open it with
-        return said
     if error.errno != errno.EMFILE:
         return said
-    return f"{said}: the limit is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} (ulimit -n)"
+    try:
+        import resource
+
+        return f"{said}: the limit is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} (ulimit -n)"
+    except (ImportError, OSError):  # Windows; or there is no file left to open the module with
+        return f"{said}: `ulimit -n` says how many this process may have"

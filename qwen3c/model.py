@@ -6,17 +6,20 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import engine, retrieval
+from . import retrieval
+from .batch import RUNNING, CachedSession, drive
+from .engine import KV, Activations, Logits, Model as Engine, Session
 from .format import ModelFileError
-from .generate import CachedSession, Generation, Reply, ReplyOptions, token_ids
+from .generate import Generation, ReplyOptions
 from .memory import check_space_for_model, gib
+from .reply import Event, Mask, Reply, ReplyState, Vocabulary, token_budget, token_ids, whole
 from .sampler import Sampling, SamplingOptions, default_sampling
 from .text.chat import END_THINK, ChatTemplate, last_control_token, may_think
 from .text.template import Renderer
@@ -28,7 +31,7 @@ elif TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
 
-class Model(engine.Model):
+class Model(Engine):
     """A model.bin, ready to be asked.
 
     path: the file. threads: None for as many as this machine can feed. kv: "f16", "f32" or "int8", the KV cache.
@@ -49,8 +52,8 @@ class Model(engine.Model):
         self,
         path: str | os.PathLike[str],
         threads: int | None = None,
-        kv: engine.KV = "f16",
-        activations: engine.Activations = "int8",
+        kv: KV = "f16",
+        activations: Activations = "int8",
         huge_pages: bool = False,
         *,
         renderer: Renderer | None = None,
@@ -100,7 +103,7 @@ class Model(engine.Model):
         else, its sessions included, is a ValueError. The memory of a session goes with the session.
         """
         super().close()
-        for name in ("_tokenizer", "_renderer", "chat_template", "undefined_tokens"):
+        for name in ("_tokenizer", "_renderer", "chat_template", "undefined_tokens", "vocabulary"):
             vars(self).pop(name, None)
 
     @property
@@ -124,6 +127,12 @@ class Model(engine.Model):
     def undefined_tokens(self) -> list[int]:
         """Ids below config.n_tokens that stand for no token."""
         return self.tokenizer.undefined(self.config.n_tokens)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What a reply must know of this model's tokens."""
+        ends = frozenset(self.metadata["eos_token_ids"])
+        return Vocabulary(self.config.n_tokens, ends, self.undefined_tokens, self.tokenizer)
 
     # ------------------------------------------------------------------------
     # Text -> text
@@ -201,6 +210,7 @@ class Model(engine.Model):
         session: CachedSession | None = None,
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
+        mask: Mask | None = None,
         cancel: Callable[[], bool] | None = None,
         progress: Callable[[int, int], None] | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -210,6 +220,7 @@ class Model(engine.Model):
         max_tokens: None for what the context holds. session: one to go on with; what its tokens have
         in common with the prompt is not computed again. stop: texts that end the reply and are not
         part of it. logprobs: None, or how many of the most likely tokens to give with each event.
+        mask: says before each token which may come; see reply.Mask.
         cancel: asked before every token and every piece of the prompt; true ends the reply.
         progress: told (tokens done, tokens in all) of the prompt. sampling: see Sampling.
         ValueError, before anything is computed, if an argument is out of range, an id of the prompt is no
@@ -217,17 +228,53 @@ class Model(engine.Model):
         """
         _check_keywords(Model.generate, sampling, SamplingOptions.__optional_keys__)
         ids = token_ids(prompt, self.config.vocab_size)
-        return Generation(
-            self,
-            ids,
-            self.sampling(self.may_think(ids), **sampling),
-            session=session,
-            max_tokens=max_tokens,
-            stop=stop,
-            logprobs=logprobs,
-            cancel=cancel,
-            progress=progress,
-        )
+        own = CachedSession(self) if session is None else _checked_session(session, self)
+        budget = token_budget(max_tokens, len(ids), own.context, self.config.context)
+        chosen = self.sampling(self.may_think(ids), **sampling)
+        state = ReplyState(self.vocabulary, ids, chosen, budget, stop=stop, logprobs=logprobs, mask=mask)
+        return Generation(own, ids, state, owns_session=session is None, cancel=cancel, progress=progress)
+
+    def generate_many(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int | None = None,
+        *,
+        running: int = RUNNING,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+        seeds: Sequence[int] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[tuple[int, Event]]:
+        """The replies to many prompts in shared passes: (index of the prompt, event) pairs as they come.
+
+        At most `running` replies are on their way at once. What prompts have in common at their beginning is computed
+        once. A reply is the same, to the bit, as generate's for its prompt alone.
+        seeds: one for each prompt, in place of `seed` for all. The other arguments are those of generate.
+        ValueError, before anything is computed, if an argument is out of range or a prompt does not fit.
+        """
+        _check_keywords(Model.generate_many, sampling, SamplingOptions.__optional_keys__)
+        if whole("running", running) < 1:
+            raise ValueError(f"running = {running} is less than 1")
+        if seeds is not None and len(seeds) != len(prompts):
+            raise ValueError(f"seeds are {len(seeds)}, prompts {len(prompts)}")
+        context = self.config.context
+        checked: list[tuple[list[int], int]] = []
+        for i, prompt in enumerate(prompts):
+            try:
+                ids = token_ids(prompt, self.config.vocab_size)
+                checked.append((ids, token_budget(max_tokens, len(ids), context, context)))
+            except ValueError as error:
+                raise ValueError(f"prompt {i} of {len(prompts)}: {error}") from None
+
+        def state(i: int) -> ReplyState:
+            ids, budget = checked[i]
+            own: SamplingOptions = {**sampling, "seed": seeds[i]} if seeds is not None else sampling
+            chosen = self.sampling(self.may_think(ids), **own)
+            return ReplyState(self.vocabulary, ids, chosen, budget, stop=stop, logprobs=logprobs)
+
+        for i in range(min(1, len(checked))):
+            state(i)  # an argument out of range is an error of this call, not of the first event
+        return drive(self, ((checked[i][0], state(i)) for i in range(len(checked))), running)
 
     def may_think(self, prompt: Sequence[int]) -> bool:
         """Whether the reply to `prompt` may begin with thought; a hybrid's may unless the prompt ends it."""
@@ -238,7 +285,7 @@ class Model(engine.Model):
     # Tokens -> logits, texts -> vectors and scores
 
     def forward(
-        self, batch: Sequence[tuple[engine.Session, ArrayLike]], logits: engine.Logits = "last"
+        self, batch: Sequence[tuple[Session, ArrayLike]], logits: Logits = "last"
     ) -> list[NDArray[np.float32]]:
         """ONE ragged batch over any sessions of this model; a list of what Session.forward returns, in order.
 
@@ -268,7 +315,7 @@ class Model(engine.Model):
         A query goes through retrieval.instruct first. ValueError, before anything is computed, if a text is empty
         or passes the context, or the vocabulary has no such token.
         """
-        return retrieval.embed(self, texts)
+        return retrieval.embed(self, self.tokenizer, texts)
 
     def rerank(
         self, query: str, documents: Sequence[str], instruction: str | None = None
@@ -278,10 +325,20 @@ class Model(engine.Model):
         instruction: what the search is for; None for a web search. ValueError, before anything is computed, if
         a document passes the context or the vocabulary lacks a token of the recipe.
         """
-        return retrieval.rerank(self, query, documents, instruction)
+        return retrieval.rerank(self, self.tokenizer, query, documents, instruction)
 
 
 functools.update_wrapper(Model.__new__, Model.__init__)  # for help() and inspect.signature()
+
+
+def _checked_session(session: CachedSession, model: Model) -> CachedSession:
+    if not isinstance(session, CachedSession):
+        raise ValueError(
+            f"session is a {type(session).__name__}, which does not know its tokens; pass a CachedSession"
+        )
+    if session.model is not model:
+        raise ValueError(f"session belongs to another model ({session.model.path})")
+    return session
 
 
 def _check_keywords(

@@ -8,7 +8,7 @@ The order is that of `transformers`, which also is vLLM's but for min-p:
     one uniform number picks among them
 
 Everything that decides a token is the same on every machine: the engine's own exp, sums in a fixed
-order, and PCG64's bits turned into a number here. So a seed gives the same text everywhere.
+order, and Philox's bits turned into a number here (Random). So a seed gives the same text everywhere.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from __future__ import annotations
 import math
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import engine
+from .kernels.table import log_sum_exp, softmax, top_k
 
 GREEDY_BELOW = 1e-5  # a lower temperature picks the largest logit: dividing by it would overflow
 
@@ -104,11 +104,12 @@ class Sampler:
     """Chooses the tokens of one reply, one after the other.
 
     prompt: its token ids, which the repetition penalty covers. n_tokens: only ids below it exist.
-    undefined: ids below it that stand for no token. `seed` is the seed in use.
+    undefined: ids below it that stand for no token. `seed` is the seed in use. `logprob` is the log-probability,
+    in nats, of the last token under the distribution it was drawn from: after penalties, temperature and filters.
     """
 
     def __init__(
-        self, sampling: Sampling, prompt: Iterable[int], n_tokens: int, undefined: Iterable[int] = ()
+        self, sampling: Sampling, prompt: Sequence[int], n_tokens: int, undefined: Iterable[int] = ()
     ) -> None:
         beyond = [id for id in sampling.logit_bias if id >= n_tokens]
         if beyond:
@@ -117,7 +118,9 @@ class Sampler:
             )
         self.sampling = sampling
         self.seed = secrets.randbits(32) if sampling.seed is None else int(sampling.seed)
-        self._random = np.random.PCG64(self.seed)
+        self.logprob = 0.0
+        self._random = Random(self.seed)
+        self._position = len(prompt)  # of the next token in its sequence
         self._n_tokens = n_tokens
         self._undefined = np.fromiter(undefined, dtype=np.int64)
         self._bias_ids = np.array(list(sampling.logit_bias), dtype=np.int64)
@@ -125,9 +128,19 @@ class Sampler:
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
         self._counts: Counter[int] = Counter()
 
-    def sample(self, logits: NDArray[np.float32]) -> int:
-        """The next token for `logits`, shape (vocab_size,). ValueError if they hold a NaN or infinity."""
-        token = self._choose(self._adjusted(self._existing(logits)))
+    def sample(self, logits: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None) -> int:
+        """The next token for `logits`, shape (vocab_size,).
+
+        allowed: (n_tokens,), false where a grammar forbids a token; None: every token may come.
+        ValueError if the logits hold a NaN or infinity, or no token may come.
+        """
+        logits = self._adjusted(self._existing(logits))
+        if allowed is not None:
+            logits = np.where(allowed, logits, np.float32(-np.inf))
+            if not np.any(logits > -np.inf):
+                raise ValueError("the grammar allows no token that exists and is not forbidden otherwise")
+        token, self.logprob = self._choose(logits)
+        self._position += 1
         self._counts[token] += 1
         if self.sampling.repetition_penalty != 1:
             self._seen.add(token)
@@ -141,8 +154,8 @@ class Sampler:
         Of the model's own distribution over the tokens that exist, before penalties and temperature.
         """
         logits = self._existing(logits)
-        total = engine.log_sum_exp(logits)
-        top = engine.top_k(logits, min(n, len(logits))) if n else ()
+        total = log_sum_exp(logits)
+        top = top_k(logits, min(n, len(logits))) if n else ()
         return float(logits[token]) - total, [(int(id), float(logits[id]) - total) for id in top]
 
     def _existing(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -170,7 +183,7 @@ class Sampler:
             logits[ids] -= np.float32(s.frequency_penalty) * times + np.float32(s.presence_penalty)
         return logits
 
-    def _choose(self, logits: NDArray[np.float32]) -> int:
+    def _choose(self, logits: NDArray[np.float32]) -> tuple[int, float]:
         s = self.sampling
         largest = np.argmax(logits)  # the lowest id among equals; the first NaN, if there is one
         if not math.isfinite(logits[largest]):
@@ -178,23 +191,42 @@ class Sampler:
                 f"the largest logit is {logits[largest]}: the model file is damaged or its weights overflow"
             )
         if s.temperature < GREEDY_BELOW:
-            return int(largest)
-        uniform = (int(self._random.random_raw()) >> 11) * 2.0**-53  # in [0, 1)
+            return int(largest), 0.0
+        ids: NDArray[np.int32] | None = None  # of the tokens that p is about; None: all, in order
         if s.top_k and s.top_k < len(logits):
-            ids = engine.top_k(logits, s.top_k)
-            p = engine.softmax(logits[ids], s.temperature)
+            ids = top_k(logits, s.top_k)
+            p = softmax(logits[ids], s.temperature)
         else:
-            p = engine.softmax(logits, s.temperature)
-            if s.top_p == 1 and s.min_p == 0:
-                return pick(p, uniform)
-            ids = _most_likely(p, s.top_p)
-            p = p[ids]
-        keep = kept(p, s.top_p, s.min_p)
-        return int(ids[keep][pick(p[keep], uniform)])
+            p = softmax(logits, s.temperature)
+            if s.top_p < 1 or s.min_p > 0:
+                ids = _most_likely(p, s.top_p)
+                p = p[ids]
+        if ids is not None:
+            keep = kept(p, s.top_p, s.min_p)
+            ids, p = ids[keep], p[keep]
+        index, share = pick(p, self._random.uniform(self._position))
+        return int(index if ids is None else ids[index]), math.log(share)
 
 
-def pick(p: NDArray[np.float32], uniform: float) -> int:
-    """The index that `uniform`, in [0, 1), picks in proportion to `p`; never one of probability 0.
+class Random:
+    """Random numbers by position: number i of a seed is the same whenever and however often it is asked for.
+
+    Philox is a function of key and counter (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3").
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._philox = np.random.Philox(key=seed)
+        self._state: Any = self._philox.state
+
+    def uniform(self, position: int) -> float:
+        """The number of `position`, in [0, 1)."""
+        self._state["state"]["counter"][0] = position
+        self._philox.state = self._state
+        return (int(self._philox.random_raw()) >> 11) * 2.0**-53
+
+
+def pick(p: NDArray[np.float32], uniform: float) -> tuple[int, float]:
+    """The index that `uniform`, in [0, 1), picks in proportion to `p`, and its share; never one of probability 0.
 
     A tree of sums of pairs, each level added at once, then the way down from the root: the same
     additions on every machine, and ten times faster than one sum after the other.
@@ -205,13 +237,14 @@ def pick(p: NDArray[np.float32], uniform: float) -> int:
     while len(levels[-1]) > 1:
         half = len(levels[-1]) // 2
         levels.append(levels[-1][:half] + levels[-1][half:])
-    rest, index = uniform * levels.pop()[0], 0
+    total = float(levels.pop()[0])
+    rest, index = uniform * total, 0
     for level in reversed(levels):
         other = index + len(level) // 2
         if rest >= level[index] and level[other] > 0:
             rest -= level[index]
             index = other
-    return index
+    return index, float(p[index]) / total
 
 
 def kept(p: NDArray[np.float32], top_p: float, min_p: float) -> NDArray[np.bool_]:
@@ -234,7 +267,7 @@ def _most_likely(p: NDArray[np.float32], top_p: float) -> NDArray[np.int32]:
         return np.arange(len(p), dtype=np.int32)
     for n in (64, 512, 4096):
         if n < len(p):
-            ids = engine.top_k(p, n)
+            ids = top_k(p, n)
             if np.cumsum(p[ids], dtype=np.float64)[-1] >= top_p:
                 return ids
     return np.argsort(-p, kind="stable").astype(np.int32)

@@ -59,7 +59,7 @@ def test_chat_remembers_both_questions() -> None:
 
 def test_stream_shows_a_reply_and_why_it_ended() -> None:
     assert re.search(
-        r"^, name\):\n.*\n\[(stop|length|cancelled): \d+ tokens, \d+ a second\]\n$",
+        r"^, name, value\):\n.*\n\[(stop|length|cancelled): \d+ tokens, \d+ a second\]\n$",
         run("stream", str(TINY_QWEN3)),
         re.DOTALL,
     )

@@ -16,8 +16,10 @@ import pytest
 from small_models import TINY_QWEN3, export_small_model
 
 from qwen3c import Model
+from qwen3c.batch import CachedSession, forward
 from qwen3c.format import ModelFileError
-from qwen3c.generate import CachedSession, ContextFullError, Event, Generation
+from qwen3c.generate import Generation
+from qwen3c.reply import ContextFullError, Event
 
 PROMPT = "def fibonacci(n):\n"
 
@@ -95,8 +97,8 @@ def test_the_pieces_of_a_prompt_change_nothing(
 ) -> None:
     prompt = ids(model, "import sys\n" * 60)
     whole = list(model.generate(prompt, 8, seed=1))
-    monkeypatch.setattr("qwen3c.generate.FIRST_PIECE", size)
-    monkeypatch.setattr("qwen3c.generate.LARGEST_PIECE", size)
+    monkeypatch.setattr("qwen3c.batch.FIRST_PIECE", size)
+    monkeypatch.setattr("qwen3c.batch.LARGEST_PIECE", size)
     done: list[tuple[int, int]] = []
     assert list(model.generate(prompt, 8, seed=1, progress=lambda *d: done.append(d))) == whole
     assert [d for d, _ in done] == sorted(
@@ -228,28 +230,22 @@ def test_an_interrupted_forward_leaves_the_session_usable(
     session = CachedSession(model)
     list(model.generate(ids(model), 3, session=session, seed=1))
 
-    class Interrupted:
+    def forward_and_interrupt(*arguments: Any) -> None:
         """Forwards, and is interrupted before anybody hears of it."""
+        Model.forward(model, *arguments)
+        raise KeyboardInterrupt
 
-        def __init__(self, inner: Any) -> None:
-            self.rewind, self.inner = inner.rewind, inner
-
-        def forward(self, ids: list[int]) -> None:
-            self.inner.forward(ids)
-            raise KeyboardInterrupt
-
-    inner = session.session
-    session.session = Interrupted(inner)  # type: ignore[assignment]
+    monkeypatch.setattr(model, "forward", forward_and_interrupt)
     with pytest.raises(KeyboardInterrupt):
         list(model.generate(ids(model, "import os"), 9, session=session, seed=1))
-    session.session = inner
+    monkeypatch.undo()
     assert list(model.generate(ids(model), 9, session=session, seed=1)) == list(
         model.generate(ids(model), 9, seed=1)
     )
 
 
 class InterruptedAt:
-    """A session of the engine that is interrupted once: before or after the engine did what was asked."""
+    """A model or session that is interrupted once: before or after the engine did what was asked."""
 
     def __init__(self, inner: Any, method: str, after: bool) -> None:
         self.inner, self.method, self.after = inner, method, after
@@ -274,11 +270,13 @@ def test_a_session_never_claims_more_than_it_holds_wherever_it_is_interrupted(
 ) -> None:
     """Between the engine's call and the list of tokens: in either order of the two, one interrupt tells."""
     session = CachedSession(model)
-    session.forward(ids(model))
+    forward(model, [(session, ids(model))])
     inner = session.session
-    session.session = InterruptedAt(inner, method, after)  # type: ignore[assignment]
     with pytest.raises(KeyboardInterrupt):
-        session.forward([5, 6, 7]) if method == "forward" else session.rewind(3)
+        if method == "forward":
+            forward(InterruptedAt(model, method, after), [(session, [5, 6, 7])])  # type: ignore[arg-type]
+        session.session = InterruptedAt(inner, method, after)  # type: ignore[assignment]
+        session.rewind(3)
     session.session = inner
     assert len(session.tokens) <= inner.position
     prompt = [*ids(model), 5, 6, 7, 8]
@@ -346,7 +344,7 @@ class Scripted(Model):
     def generate(self, prompt: Any, *args: Any, **options: Any) -> Generation:
         generation = super().generate(prompt, *args, **options)
         tokens = iter(self.script)
-        generation._sampler.sample = lambda logits: next(tokens)  # type: ignore[method-assign]
+        generation._state._sampler.sample = lambda logits, allowed=None: next(tokens)  # type: ignore[method-assign]
         return generation
 
 

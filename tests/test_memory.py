@@ -180,7 +180,7 @@ def test_no_limit_on_address_space_ends_in_an_abort(megabytes: int, tmp_path: Pa
     script = (
         f"import resource\nresource.setrlimit(resource.RLIMIT_AS, ({megabytes} << 20, {megabytes} << 20))\n"
     )
-    script += f"from qwen3c.run import main\nraise SystemExit(main([{str(path)!r}, '-i', 'x', '-n', '1', '-j', '1']))"
+    script += f"from qwen3c.cli.run import main\nraise SystemExit(main([{str(path)!r}, '-i', 'x', '-n', '1', '-j', '1']))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode in (0, 2), done.stderr
     if done.returncode:
@@ -189,7 +189,7 @@ def test_no_limit_on_address_space_ends_in_an_abort(megabytes: int, tmp_path: Pa
 
 
 def test_the_table_says_what_fits_by_context_and_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Qwen3-0.6B: 626 MB of file, 112 KiB of f16 keys and values per token; 785 MB were measured (docs/PERFORMANCE.md)
+    # Qwen3-0.6B: 626 MB of file, 112 KiB of f16 keys and values per token; 785 MB were measured
     monkeypatch.setattr(memory, "available", lambda mapped=0: 1 << 30)
     rows = memory.table(config(40960), 626 << 20, 11 << 20)
     assert [row["context"] for row in rows] == [1024, 4096, 8192, 16384, 32768, 40960]

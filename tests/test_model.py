@@ -59,7 +59,7 @@ class Scripted(Model):
     def generate(self, *args: Any, **options: Any) -> Generation:
         generation = super().generate(*args, **options)
         tokens = iter(self.tokenizer.encode(self.said, special=True))
-        generation._sampler.sample = lambda logits: next(tokens)  # type: ignore[method-assign]
+        generation._state._sampler.sample = lambda logits, allowed=None: next(tokens)  # type: ignore[method-assign]
         return generation
 
 
@@ -564,7 +564,7 @@ def test_objects_say_what_they_are_in_one_line(model: Model, tmp_path: Path) -> 
         == f"<Generation, not begun: {generation.stats.prompt_tokens} tokens of prompt; iterate, or call result()>"
     )
     next(generation)
-    assert re.fullmatch(r"<Generation of <Reply '.*', 1 tokens, unfinished>>", repr(generation))
+    assert re.fullmatch(r"<Generation of <Reply ['\"].*['\"], 1 tokens, unfinished>>", repr(generation))
     reply = generation.result()
     assert re.fullmatch(r"<Reply ['\"].{1,60}['\"], \d+ tokens, (stop|length)>", repr(reply))
     assert "\n" not in repr(Reply(text="a\nb" * 100))

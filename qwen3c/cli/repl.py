@@ -22,17 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from ..conversation import OVERFLOW, SETTINGS, Conversation
-from ..generate import ContextFullError, Generation
-from ..terminal import (
-    MessageReader,
-    abandon_closed_streams,
-    endable,
-    history_path,
-    note,
-    one_line,
-    state_directory,
-)
+from ..generate import Generation
+from ..reply import ContextFullError
+from ..terminal import abandon_closed_streams, note
+from .command import one_line
+from .options import SMALLER_CONTEXT
 from .output import JsonWriter, ReplyWriter, show
+from .reader import MessageReader, history_path, state_directory
+from .signals import answering, endable
 
 HELP = """\
 /help               this; also /?
@@ -89,7 +86,7 @@ class Repl:
             self._take_all()
             return 2 if self._failed else 0
         _tell_of_interrupted()
-        with endable() as self._ended:
+        with answering(signal.default_int_handler, "SIGINT"), endable() as self._ended:
             try:
                 self._take_all()
                 return 0
@@ -133,7 +130,7 @@ class Repl:
                 raise  # stdout is gone
             self._failed = True
             ways_out = f"; {WAYS_OUT}" if isinstance(error, ContextFullError) else ""
-            note(f"error: {one_line(error)}{ways_out}")
+            note(f"error: {one_line(error, SMALLER_CONTEXT)}{ways_out}")
         return True
 
     def _run_command(self, name: str, argument: str) -> None:

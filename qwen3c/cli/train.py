@@ -1,75 +1,56 @@
-"""Arguments -> a stage: `python train.py pretrain | sft | grpo`, or `--help`."""
+"""The command train.py: text -> a model, by `pretrain`, `sft` or `grpo`.
+
+python train.py pretrain texts/ -o base
+python train.py sft chat.jsonl --model base -o tuned
+python train.py grpo tasks.jsonl --model tuned --reward rewards:exact -o final
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .. import terminal
-from ..training import TrainingError
-from ..training.checkpoint import Inputs, check_free, checkpoints
-from ..training.shapes import PRESETS, Shape
-from ..training.telling import Telling, unheard
-from .train_arguments import parse
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-    from ..training.trainer import Settings
+from ..terminal import unheard
+from ..training.telling import Telling
+from .command import answer, program_name
+from .signals import leaving_at_once
+from .stages import STAGES
+from .train_options import SCRIPT, parse
 
 LIBRARIES = ("torch", "transformers", "accelerate", "matplotlib")
 NEEDED = "needs the extra `train`: pip install torch==2.13.0, then pip install -e '.[train]'"
+SMALLER_BATCH = "a smaller --micro-batch or --context takes less"  # where memory runs out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command `train.py`: 0 done, 2 refused or diverged, 128 and the signal's number stopped; no traceback."""
-    program = "train.py" if argv is not None else Path(sys.argv[0]).name
-    terminal.open_streams()
-    args = parse(argv, program)
-    try:
-        telling = Telling(args.quiet)
-        with telling.doing("loading PyTorch"), _leaving_at_once(program):
-            _load_libraries()
-        from ..training.trainer import Stopped
+    """The command train.py; its exit status, as cli/command.py lists them. 2 is also a loss that diverged."""
+    return answer(
+        argv, script=SCRIPT, parse=parse, work=_work, ended=lambda args, word: word, cure=SMALLER_BATCH
+    )
 
-        try:
+
+def _work(args: argparse.Namespace) -> int:
+    telling = Telling(args.quiet)
+    with telling.doing("loading PyTorch"), leaving_at_once(program_name(SCRIPT)):
+        _load_libraries()
+    from ..training.trainer import Stopped
+
+    try:
+        with _memory_of_torch():
             STAGES[args.stage](args, telling)
-        except Stopped as stopped:
-            return _end(f"{program}: {stopped}", 128 + stopped.signal)
-    except KeyboardInterrupt:
-        return _end(f"{program}: interrupted", 128 + signal.SIGINT)
-    except (MemoryError, RuntimeError) as error:  # torch: out of memory, above all
-        return _end(f"{program}: error: {_out_of_memory(error)}", 2)
-    except (ValueError, ImportError, OSError) as error:
-        return _end(f"{program}: error: {terminal.one_line(error)}", 2)
+    except Stopped as stopped:
+        with unheard():
+            print(f"{program_name(SCRIPT)}: {stopped}", file=sys.stderr, flush=True)
+        return 128 + stopped.signal
     return 0
 
 
-def _end(message: str, status: int) -> int:
-    """Say one line, the last one, whether or not anybody can still read it."""
-    with unheard():
-        print(" ".join(message.split()), file=sys.stderr, flush=True)
-    return status
-
-
-def _out_of_memory(error: MemoryError | RuntimeError) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
-        return f"out of memory: a smaller --micro-batch or --context takes less ({text})"
-    return text
-
-
 def _load_libraries() -> None:
-    import importlib.util
-
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are local directories
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
@@ -84,236 +65,16 @@ def _load_libraries() -> None:
 
 
 @contextlib.contextmanager
-def _leaving_at_once(program: str) -> Iterator[None]:
-    """Within, Ctrl-C ends the process where it is: libraries that are interrupted while they load raise anything."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            os.write(sys.stderr.fileno(), f"\n{program}: interrupted\n".encode())
-        os._exit(128 + number)
-
-    previous = signal.signal(signal.SIGINT, leave)
+def _memory_of_torch() -> Iterator[None]:
+    """Within, the RuntimeError that PyTorch raises for want of memory is a MemoryError, which says what takes less."""
     try:
         yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if "allocate memory" in text or "out of memory" in text:
+            raise MemoryError(f"{SMALLER_BATCH} ({text})") from error
+        raise
 
 
-# ----------------------------------------------------------------------------
-# What the stages share
-
-
-def _settings(args: argparse.Namespace) -> Settings:
-    """Settings, and the threads they run on."""
-    import torch
-
-    from ..machine import default_threads
-    from ..training.trainer import Settings
-
-    if args.warmup is not None and not 0 <= args.warmup <= args.steps:
-        raise TrainingError(f"--warmup {args.warmup} is not from 0 to --steps {args.steps}")
-    torch.set_num_threads(args.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or default_threads())
-    return Settings(
-        out=args.out,
-        warmup=max(1, args.steps // 20) if args.warmup is None else args.warmup,
-        **{
-            name: getattr(args, name)
-            for name in ("steps", "batch", "micro_batch", "learning_rate", "min_learning_rate", "weight_decay", "clip",
-                         "precision", "seed", "evaluate_every", "checkpoint_every", "keep", "shard", "compile", "quiet")
-        },
-    )  # fmt: skip
-
-
-def _checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint to go on from. TrainingError if there is something in the way that nobody asked to replace."""
-    found = checkpoints(args.out)
-    if found and args.resume:
-        return found[-1]
-    if not args.force and not args.estimate:
-        check_free(args.out)
-    return None
-
-
-def _load(directory: Path, telling: Telling) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    from ..training.loading import load_model
-
-    with telling.doing(f"loading {directory}"):
-        return load_model(directory)
-
-
-def _model_input(args: argparse.Namespace, telling: Telling) -> Inputs:
-    from ..training.loading import model_fingerprint
-
-    with telling.doing(f"reading {args.model}"):
-        return {"--model": model_fingerprint(args.model)}
-
-
-def _estimate(model: PreTrainedModel, settings: Settings, context: int) -> None:
-    from ..training.estimate import print_estimate
-
-    print_estimate(
-        model, min(settings.micro_batch, settings.batch), context, settings.batch > settings.micro_batch
-    )
-
-
-# ----------------------------------------------------------------------------
-# Stages
-
-
-def _pretrain(args: argparse.Namespace, telling: Telling) -> None:
-    from ..training.pretrain import Pretraining
-    from ..training.shapes import new_model
-    from ..training.text import Windows, documents_fingerprint, read_documents, split
-    from ..training.trainer import Start
-
-    settings = _settings(args)
-    resume = _checkpoint(args)
-    _keep_out_of_data(args)
-    with telling.doing("reading text"):
-        train = read_documents(args.data, telling.say)
-        if args.validation:
-            validation = read_documents(args.validation, telling.say)
-        else:
-            train, validation = split(train, args.validation_fraction, args.seed)
-
-    if resume and not args.estimate:
-        model, tokenizer = _load(resume, telling)
-    elif args.model:
-        model, tokenizer = _load(args.model, telling)
-    else:
-        tokenizer = _new_tokenizer(args, [d.text for d in train], telling)
-        model = new_model(_shape(args), tokenizer, args.seed)
-
-    limit = model.config.max_position_embeddings
-    context = args.context or limit
-    if context > limit:
-        raise TrainingError(f"--context {context} exceeds the model's {limit}")
-    if args.estimate:
-        return _estimate(model, settings, context)
-    inputs: Inputs = {
-        "stage": "pretrain",
-        **(_model_input(args, telling) | {"--context": context} if args.model else _new_model_inputs(args)),
-        "training data": documents_fingerprint(train),
-        "held-out data": documents_fingerprint(validation),
-    }
-    with telling.doing("cutting the text into tokens"):
-        windows = [Windows(documents, tokenizer, context, args.seed) for documents in (train, validation)]
-    Pretraining(settings, Start(model, tokenizer, resume, inputs, telling), *windows).run()
-
-
-def _keep_out_of_data(args: argparse.Namespace) -> None:
-    """TrainingError if the run would write into a folder that it reads all of."""
-    for path in [*args.data, *(args.validation or [])]:
-        if path.is_dir() and args.out.resolve().is_relative_to(path.resolve()):
-            raise TrainingError(
-                f"-o {args.out} lies in the data, {path}: what it writes would be read as text"
-            )
-
-
-def _new_tokenizer(args: argparse.Namespace, texts: list[str], telling: Telling) -> PreTrainedTokenizerFast:
-    from ..training.vocabulary import characters, load, train_bpe
-
-    if args.tokenizer == "char":
-        return characters()
-    if args.tokenizer != "bpe":
-        return load(args.tokenizer)
-    megabytes = sum(map(len, texts)) / 1e6
-    with telling.doing(f"training a tokenizer of {args.vocab_size:,} tokens on {megabytes:.1f} MB of text"):
-        return train_bpe(texts, args.vocab_size)
-
-
-def _shape(args: argparse.Namespace) -> Shape:
-    given = {
-        name: getattr(args, name) for name in Shape.__dataclass_fields__ if getattr(args, name) is not None
-    }
-    return replace(PRESETS[args.preset], **given)
-
-
-def _new_model_inputs(args: argparse.Namespace) -> Inputs:
-    """The sizes and the tokenizer of a new model."""
-    from ..training.checkpoint import file_fingerprint
-
-    shape: Inputs = {f"--{name.replace('_', '-')}": value for name, value in asdict(_shape(args)).items()}
-    if args.tokenizer == "bpe":
-        return {**shape, "--tokenizer": "bpe", "--vocab-size": args.vocab_size}
-    if args.tokenizer == "char":
-        return {**shape, "--tokenizer": "char"}
-    return {**shape, "--tokenizer": file_fingerprint([Path(args.tokenizer) / "tokenizer.json"])}
-
-
-def _sft(args: argparse.Namespace, telling: Telling) -> None:
-    from ..training.conversations import read_samples, samples_fingerprint, split
-    from ..training.sft import FineTuning
-    from ..training.trainer import Start
-
-    settings = _settings(args)
-    resume = _checkpoint(args)
-    model, tokenizer = _load(args.model, telling)
-    limit = model.config.max_position_embeddings
-    context = args.context or min(limit, 2048)
-    if context > limit:
-        raise TrainingError(f"--context {context} exceeds the model's {limit}")
-    if args.estimate:
-        return _estimate(model, settings, context)
-    with telling.doing("cutting the conversations into tokens"):
-        train, too_long = read_samples(args.data, tokenizer, context)
-        if args.validation:
-            validation, too_long_too = read_samples(args.validation, tokenizer, context)
-            too_long += too_long_too
-        else:
-            train, validation = split(train, args.validation_fraction, args.seed)
-    if too_long:
-        telling.say(f"{too_long:,} samples are longer than the context of {context} tokens and left out")
-    inputs: Inputs = {
-        "stage": "sft",
-        **_model_input(args, telling),
-        "--context": context,
-        "training data": samples_fingerprint(train),
-        "held-out data": samples_fingerprint(validation),
-    }
-    if resume:
-        model, tokenizer = _load(resume, telling)
-    start = Start(model, tokenizer, resume, inputs, telling)
-    FineTuning(settings, start, train, validation, context).run()
-
-
-def _grpo(args: argparse.Namespace, telling: Telling) -> None:
-    from ..training.conversations import split
-    from ..training.grpo import GRPO, Policy, load_reward, read_tasks, reward_fingerprint, tasks_fingerprint
-    from ..training.trainer import Start
-
-    settings = _settings(args)
-    resume = _checkpoint(args)
-    reward = load_reward(args.reward)
-    reference, tokenizer = _load(args.model, telling)
-    context = reference.config.max_position_embeddings
-    if args.estimate:
-        return _estimate(reference, settings, context)
-    fields = ("completions", "max_tokens", "temperature", "updates", "clip_ratio", "kl", "loss")
-    policy = Policy(**{name: getattr(args, name) for name in fields})
-    room = context - args.max_tokens
-    if room < 1:
-        raise TrainingError(
-            f"--max-tokens {args.max_tokens} leaves no room for a prompt: the context is {context}"
-        )
-    with telling.doing("cutting the tasks into tokens"):
-        train = [task for path in args.data for task in read_tasks(path, tokenizer, room)]
-        if args.validation:
-            validation = read_tasks(args.validation, tokenizer, room)
-        else:
-            train, validation = split(train, args.validation_fraction, args.seed)
-    inputs: Inputs = {
-        "stage": "grpo",
-        **_model_input(args, telling),
-        **{f"--{name.replace('_', '-')}": value for name, value in asdict(policy).items()},
-        "--reward": args.reward,
-        "reward function": reward_fingerprint(reward),
-        "training data": tasks_fingerprint(train),
-        "held-out data": tasks_fingerprint(validation),
-    }
-    model, _ = _load(resume or args.model, telling)
-    start = Start(model, tokenizer, resume, inputs, telling)
-    GRPO(settings, start, reference, policy, train, validation, reward).run()
-
-
-STAGES = {"pretrain": _pretrain, "sft": _sft, "grpo": _grpo}
+if __name__ == "__main__":
+    sys.exit(main())

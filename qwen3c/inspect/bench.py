@@ -197,13 +197,11 @@ class Player:
         return reply.stats.decode_seconds
 
 
-def greedy(model: engine.Model, ids: Sequence[int], n: int) -> list[int]:
-    session, tokens = model.session(), list(ids)
-    logits = session.forward(tokens)
-    for _ in range(n):
-        tokens.append(int(np.argmax(logits[: model.config.n_tokens])))
-        logits = session.forward(tokens[-1:])
-    return tokens[len(ids) :]
+def greedy(model: Model, ids: Sequence[int], n: int) -> list[int]:
+    """The n most likely tokens after `ids`, each after those before it; none of them ends the text."""
+    never = dict.fromkeys(model.metadata["eos_token_ids"], -1e4)
+    reply = model.generate(ids, n, temperature=0, logit_bias=never)
+    return [event.token for event in reply if event.token is not None]
 
 
 def sampler_seconds(sampling: dict[str, Any], n_tokens: int, times: int = 50) -> float:
@@ -221,7 +219,7 @@ def sampler_seconds(sampling: dict[str, Any], n_tokens: int, times: int = 50) ->
 # Before anything is timed: is it right?
 
 
-def check_bits(model: engine.Model) -> str:
+def check_bits(model: Model) -> str:
     """What was compared with the scalar kernels. RuntimeError if one bit is different."""
     n_prompt, n_reply = CHECKED
     prompt = np.random.default_rng(0).integers(0, model.config.n_tokens, n_prompt, np.int32)
@@ -240,6 +238,7 @@ def check_bits(model: engine.Model) -> str:
 def check_reference(path: str, threads: int) -> str:
     """What was compared with the NumPy reference, or why nothing was. RuntimeError if a token is different."""
     from .. import reference
+    from ..model import Model
 
     file = ModelFile(path)
     config, (n_prompt, n_reply) = file.config, CHECKED
@@ -247,7 +246,7 @@ def check_reference(path: str, threads: int) -> str:
     if free is not None and needed > free:
         return f"the NumPy reference needs {gib(needed)}, {gib(free)} are available: not compared"
     ids = np.random.default_rng(0).integers(0, config.n_tokens, n_prompt, np.int32).tolist()
-    ours = greedy(engine.Model(path, threads, "f32", "float32"), ids, n_reply)
+    ours = greedy(Model(path, threads, "f32", "float32"), ids, n_reply)
     weights = reference.load_weights(file)
     for expected in ours:
         logits = reference.forward(config, weights, ids)[-1, : config.n_tokens]

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from .. import BORROWED_VARIABLE
+from .spinning import give_variable_back
 
 from cython.parallel cimport prange
 from libc.stdint cimport int32_t, uint8_t, uint64_t, uintptr_t
@@ -60,8 +60,7 @@ def set_isa(str name):
 
 
 set_isa(runnable_isas()[-1])
-if BORROWED_VARIABLE:
-    os.environ.pop(BORROWED_VARIABLE, None)
+give_variable_back()
 if os.environ.get("QWEN3C_ISA"):
     try:
         set_isa(os.environ["QWEN3C_ISA"])

@@ -9,14 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import threading
-import time
 from collections.abc import Iterator
 
-from ..terminal import Progress, StatusLine, can_redraw
+from ..terminal import Progress, unheard, waiting, write_at_once
 
 PATIENCE = 0.3  # seconds that something may take before it is named
-TICK = 0.2  # seconds between two drawings of what takes long
 REMINDER = 60.0  # seconds between two lines where nothing can be redrawn
 
 
@@ -43,16 +40,9 @@ class Telling:
             yield
             return
         if self._progress:
-            with unheard():
-                self._progress.clear()
-        done = threading.Event()
-        ticker = threading.Thread(target=_tick, args=(what, done), daemon=True)
-        ticker.start()
-        try:
+            self._progress.clear()
+        with waiting(what, delay=PATIENCE, reminder=REMINDER, words=_with_dots):
             yield
-        finally:
-            done.set()
-            ticker.join()
 
     @contextlib.contextmanager
     def steps(self, first: int) -> Iterator[None]:
@@ -61,16 +51,14 @@ class Telling:
         try:
             yield
         finally:
-            with unheard():
-                self._progress.clear()
+            self._progress.clear()
             self._progress = None
 
     def step(self, step: int, steps: int, status: str = "") -> None:
         """Draw the step, and of `status` the latest that was not empty."""
         self._status = status or self._status
         if self._progress and not self.quiet:
-            with unheard():
-                self._progress(step, steps)
+            self._progress(step, steps)
 
     def _describe(self, done: float, total: float, rate: float) -> str:
         return f"step {done:,.0f} of {total:,.0f}" + (f"  {self._status}" if self._status else "")
@@ -78,39 +66,8 @@ class Telling:
     def at_once(self, line: str) -> None:
         """Say a line in a signal handler, which may have interrupted another line."""
         if not self.quiet:
-            with contextlib.suppress(OSError, ValueError):
-                os.write(sys.stderr.fileno(), f"\n{line}\n".encode())
+            write_at_once(line)
 
 
-def _tick(what: str, done: threading.Event) -> None:
-    """Draw `what` until it is done; where nothing can be redrawn, name it every minute."""
-    begin = time.monotonic()
-    redraws = can_redraw(sys.stderr)
-    status = StatusLine(delay=0, interval=0)
-
-    def line() -> str:
-        seconds = time.monotonic() - begin
-        return f"{what} ..." + (f" {seconds:.0f} s" if seconds >= 1 else "")
-
-    wait = PATIENCE if redraws else REMINDER
-    while not done.wait(wait):
-        wait = TICK if redraws else REMINDER
-        with unheard():
-            if redraws:
-                status.show(line)
-            else:
-                print(line(), file=sys.stderr, flush=True)
-    with unheard():
-        status.clear()
-
-
-@contextlib.contextmanager
-def unheard() -> Iterator[None]:
-    """Within, a stderr that cannot be written to any more is no error: from then on it leads nowhere."""
-    try:
-        yield
-    except OSError:
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stderr.fileno())
-            os.close(nowhere)
+def _with_dots(what: str, seconds: float) -> str:
+    return f"{what} ..." + (f" {seconds:.0f} s" if seconds >= 1 else "")

@@ -1,6 +1,6 @@
 """How replies are shown: thoughts dim, between tags or not at all; the answer always as it is.
 
-python -m pytest tests/test_output.py
+python -m pytest tests/cli/test_output.py
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from qwen3c.cli.output import JsonWriter, Reading, ReplyWriter, cost_by_depth, speed_line
-from qwen3c.generate import Event, Stats
+from qwen3c.reply import Event, Reply, Stats
 
 THOUGHT = [Event(1, "hm", True), Event(2, "", True), Event(3, " so", True), Event(4, "yes", False)]
 TOOL = Event(5, "", False, tool_call={"name": "f", "arguments": {"a": "é"}})
@@ -81,14 +81,13 @@ def test_json_on_a_terminal_is_the_same_json_without_control_characters(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hostile = "a\x1b\x9b\x7fé"
-    generation: Any = SimpleNamespace(reply=Stats(), stats=Stats())
-    monkeypatch.setattr("dataclasses.asdict", lambda _: {"text": hostile})
+    generation: Any = SimpleNamespace(reply=Reply(text=hostile))
     lines = []
     for stream in (io.StringIO(), FakeTerminal()):
         monkeypatch.setattr(sys, "stdout", stream)
         JsonWriter(str).end(generation)
         lines.append(stream.getvalue())
-        assert json.loads(lines[-1]) == {"text": hostile} and lines[-1].endswith("}\n")
+        assert json.loads(lines[-1])["text"] == hostile and lines[-1].endswith("}\n")
     assert "\x9b" in lines[0] and not set("\x1b\x7f\x9b") & set(lines[1])
 
 

@@ -1,6 +1,6 @@
 """run.py as its users meet it: at a terminal, in a pipe, with wrong input.
 
-python -m pytest tests/test_run.py
+python -m pytest tests/cli/test_run.py
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from qwen3c.inspect import trace
 from qwen3c.inspect.info import describe
 from qwen3c.machine import THREAD_VARIABLES, default_threads, n_cpus
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RUN = [sys.executable, str(ROOT / "run.py")]
 TINY = str(TINY_QWEN3)
 PROMPT = "def fibonacci(n):\n"
@@ -520,8 +520,8 @@ def test_a_switch_the_model_does_not_have_is_refused(
 
 def test_help_needs_no_heavy_library() -> None:
     script = (
-        "import sys, qwen3c.run\n"
-        "try: qwen3c.run.main(['--help'])\n"
+        "import sys, qwen3c.cli.run\n"
+        "try: qwen3c.cli.run.main(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'numpy', 'tokenizers', 'jinja2', 'qwen3c.engine', 'subprocess'} & set(sys.modules)\n"
         "assert not heavy, heavy"
@@ -547,7 +547,7 @@ def test_help_and_errors_have_the_name_that_was_typed(
     started_as: list[str], name: str, tmp_path: Path
 ) -> None:
     # what pip writes for an installed command
-    script = "import sys\nfrom qwen3c.run import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+    script = "import sys\nfrom qwen3c.cli.run import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
     for file in ("qwen3c", "run.py", "anything"):
         (tmp_path / file).write_text(script)
     command = [sys.executable, *(part.format(folder=tmp_path) for part in started_as)]

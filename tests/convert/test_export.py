@@ -1,6 +1,6 @@
 """export.py: the right bytes, the same bytes every time, and all of them or none.
 
-python -m pytest tests/test_export.py
+python -m pytest tests/convert/test_export.py
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from qwen3c.convert.source import SourceError, StoredTensor
 from qwen3c.format import ModelFile
 from qwen3c.inspect.info import lines
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OLD = format.MAGIC + b"old"  # what stood in the target: a model.bin, so that an export may replace it
 PACKAGES = Path(format.__file__).parent.parent  # where `import qwen3c` finds the package under test
 
@@ -452,7 +452,8 @@ def fail_at_nth(patch: pytest.MonkeyPatch, call: str, n: int) -> None:
 KILL_AT = """
 import json, os, pathlib, signal, sys
 import numpy, safetensors, tokenizers  # here, so that no child has to
-from qwen3c import engine, export, format, huggingface
+from qwen3c import engine, format
+from qwen3c.convert import export, huggingface
 
 source, target, points = sys.argv[1], pathlib.Path(sys.argv[2]), json.loads(sys.argv[3])
 export.SLICE_WEIGHTS = 4000
@@ -567,7 +568,8 @@ def test_leftovers_of_a_killed_export_are_removed_by_the_next(tmp_path: Path, so
 
 SLOW_EXPORT = """
 import sys, time
-from qwen3c import export
+from qwen3c.cli.export import main
+from qwen3c.convert import export
 convert = export._convert
 
 def convert_slowly(*arguments):
@@ -575,7 +577,7 @@ def convert_slowly(*arguments):
     return convert(*arguments)
 
 export._convert = convert_slowly
-sys.exit(export.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -615,7 +617,7 @@ def test_signal_ends_the_export_and_leaves_nothing(
 
 INTERRUPTED_EXPORTS = """
 import random, signal, sys, time
-from qwen3c.export import export
+from qwen3c.convert.export import export
 
 def interrupt(*_):
     raise KeyboardInterrupt
@@ -727,8 +729,8 @@ def test_too_few_open_files_are_one_line(tmp_path: Path, limit: int) -> None:
     source = write_small_model(tmp_path / "source", shards=3)
     script = f"""
         import resource, sys
-        import numpy, tokenizers, safetensors, qwen3c.engine, qwen3c.lora
-        from qwen3c.export import main
+        import numpy, tokenizers, safetensors, qwen3c.engine, qwen3c.convert.lora
+        from qwen3c.cli.export import main
         resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))
         sys.exit(main(sys.argv[1:]))
     """
@@ -749,7 +751,7 @@ def test_a_library_that_cannot_be_loaded_is_one_short_line(
         except ImportError as error:
             raise ImportError("IMPORTANT: PLEASE READ THIS\n" * 20) from error
 
-    monkeypatch.setattr(exporter, "export", fail)
+    monkeypatch.setattr("qwen3c.cli.export.export", fail)
     assert main([str(source), str(tmp_path / "model.bin")]) == 2
     expected = "export.py: error: libopenblas.so: failed to map segment from shared object\n"
     assert capfd.readouterr().err == expected
@@ -814,7 +816,7 @@ def test_damaged_source_is_one_line_and_status_2(
     [
         (["SRC", "OUT", "--group-size", "100"], "--group-size is 100, not one of 32, 64, 128, 256"),
         (["SRC", "OUT", "--group-size", "128"], "dim = 64 is not a multiple of group_size = 128"),
-        (["SRC", "OUT", "--name", "\ud800"], "surrogates not allowed"),
+        (["SRC", "OUT", "--name", "\ud800"], "name has a lone surrogate at position 0"),
         (["nowhere", "OUT"], "nowhere: no such directory"),
     ],
 )
@@ -876,7 +878,7 @@ def test_script_converts_and_says_how_it_went(tmp_path: Path, source: Path) -> N
 def test_help_waits_for_no_library() -> None:
     script = """
         import sys
-        from qwen3c.export import main
+        from qwen3c.cli.export import main
         try:
             main(["--help"])
         finally:
@@ -891,7 +893,7 @@ def test_file_size_limit_is_one_line(tmp_path: Path, source: Path) -> None:
     """A real failing write, from the system: the file may not grow beyond 100 kB."""
     script = """
         import resource, sys
-        from qwen3c.export import main
+        from qwen3c.cli.export import main
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         sys.exit(main(sys.argv[1:]))
     """

@@ -1,7 +1,7 @@
 """Llama 3 and DeepSeek: vocabularies built as theirs are, their begin-of-text, templates in their form.
 
-python -m pytest tests/test_families.py
-QWEN3C_STRINGS=200000 python -m pytest tests/test_families.py
+python -m pytest tests/convert/test_families.py
+QWEN3C_STRINGS=200000 python -m pytest tests/convert/test_families.py
 """
 
 from __future__ import annotations

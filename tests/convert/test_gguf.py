@@ -1,7 +1,7 @@
 """A GGUF file is read as the model it was made from, Q8_0 code for code, or refused in one line naming the fault.
 
-python -m pytest tests/test_gguf.py
-QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/test_gguf.py  # 200,000 strings
+python -m pytest tests/convert/test_gguf.py
+QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/convert/test_gguf.py  # 200,000 strings
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ from qwen3c.convert.export import export
 from qwen3c.convert.gguf import GGUF
 from qwen3c.convert.gguf_vocabulary import PRE_TOKENIZERS, Vocabulary
 from qwen3c.convert.huggingface import Checkpoint
-from qwen3c.convert.source import Keys as NamedKeys
-from qwen3c.convert.source import SourceError
+from qwen3c.convert.source import Keys as NamedKeys, SourceError
 from qwen3c.format import MAGIC, ModelFile
 
 MOE = {"architecture": "qwen3_moe", "n_experts": 5, "expert_hidden_dim": 64, "dim": 128}

@@ -1,6 +1,6 @@
 """A Hugging Face directory is read as it is meant, in every dialect, or refused in one line naming the fault.
 
-python -m pytest tests/test_huggingface.py
+python -m pytest tests/convert/test_huggingface.py
 """
 
 from __future__ import annotations

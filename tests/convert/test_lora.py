@@ -1,6 +1,6 @@
 """A LoRA adapter is merged as peft merges it, or refused in one line naming what cannot be.
 
-python -m pytest tests/test_lora.py
+python -m pytest tests/convert/test_lora.py
 """
 
 from __future__ import annotations

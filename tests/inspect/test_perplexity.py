@@ -1,6 +1,6 @@
 """What an int8 KV cache costs a trained model; tests/test_run.py holds the figure itself to the logits.
 
-python -m pytest tests/test_perplexity.py
+python -m pytest tests/inspect/test_perplexity.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Model.trace and what qwen3c/trace.py says of it; tests/test_oracle.py holds every activation to transformers.
 
-python -m pytest tests/test_trace.py
+python -m pytest tests/inspect/test_trace.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The page of a trace: one file, nothing loaded, nothing but its own script run, numbers as the engine has them.
 
-python -m pytest tests/test_trace_page.py
+python -m pytest tests/inspect/test_trace_page.py
 """
 
 from __future__ import annotations

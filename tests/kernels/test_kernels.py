@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "qwen3c" / "kernels"
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 FLAGS = ["-O2", "-std=c11", "-ffp-contract=off", "-DQWEN3C_EMULATE_AVXVNNI"]
@@ -30,7 +30,7 @@ def compile_object(source: Path, target: Path) -> None:
 def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernels and the test program as object files, unlinked."""
     directory = tmp_path_factory.mktemp("objects")
-    for source in [*KERNELS.glob("*.c"), ROOT / "tests/kernels.c"]:
+    for source in [*KERNELS.glob("*.c"), Path(__file__).with_name("kernels.c")]:
         compile_object(source, directory / f"{source.stem}.o")
     return directory
 

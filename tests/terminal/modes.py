@@ -13,7 +13,7 @@ PROMPT = "def fibonacci(n):"
 SLOWLY = [sys.executable, str(Path(__file__).with_name("slowly.py"))]
 TEXT = "def add(a, b):\n    return a + b\n\n\n" * 60
 MODES = {
-    "generate": ["-i", PROMPT, "-n", "12", "-s", "1"],
+    "generate": ["-m", "generate", "-i", PROMPT, "-n", "12", "-s", "1"],
     "trace": ["-m", "trace", "-i", PROMPT],
     "trace --html": ["-m", "trace", "-i", PROMPT, "--html", "page.html", "-n", "4"],
     "info": ["-m", "info"],
@@ -21,6 +21,11 @@ MODES = {
     "perplexity": ["-m", "perplexity", "text.txt"],
     "bench": ["-m", "bench"],
 }
+
+
+def one_thread(mode: str) -> list[str]:
+    """The flags for one thread, where a mode computes: two on a busy machine wait for each other."""
+    return [] if mode.startswith("info") else ["-j", "1"]
 
 
 @dataclass(frozen=True)
@@ -33,5 +38,4 @@ class Desk:
     def command(self, mode: str, *more: str, pace: str = "") -> list[str]:
         """One of MODES with more flags; pace: of slowly.py, none: as it is."""
         script = [*SLOWLY, pace, "run.py"] if pace else [sys.executable, str(ROOT / "run.py")]
-        # two threads on a busy machine wait for each other
-        return [*script, str(self.model), "-j", "1", *MODES[mode], *more]
+        return [*script, str(self.model), *one_thread(mode), *MODES[mode], *more]

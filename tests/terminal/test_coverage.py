@@ -16,8 +16,7 @@ import pytest
 from modes import MODES
 from screen import ROOT
 
-from qwen3c.cli import run
-from qwen3c.cli import train as cli
+from qwen3c.cli import run, train as cli
 
 HERE = Path(__file__).parent
 PAGE = (ROOT / "docs" / "TERMINAL.md").read_text(encoding="utf-8")

@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from modes import MODES, PROMPT, TEXT, Desk
+from modes import MODES, PROMPT, TEXT, Desk, one_thread
 from screen import ROOT, SHELL, Terminal, run_typed
 
 from qwen3c import Model
 
 SGR = re.compile(rb"\x1b\[[\d;]*m")  # colours and the like
 SLOW = ["generate", "perplexity", "info --verify", "bench", "trace --html"]  # take long with a large model
-DRAWING = ["generate", "perplexity"]  # and show how far they are
-PACE = {
-    "bench": "quick"
-}  # it measures for seconds: where that is not what is tested, its figures are made up
+# each that takes long shows what it does; with these flags long enough for several drawings
+DRAWN_LONG = {"generate": ["--file", "text.txt"], "trace --html": ["-n", "40"]}
+PACE = {"bench": "quick"}  # where what it measures for seconds is not what is tested: its figures are made up
+SPEED = re.compile(r"(?:promptN|replyN).*$")  # in words(): the last line of a reply
 
 every_mode = pytest.mark.parametrize("mode", MODES)
 every_slow_mode = pytest.mark.parametrize("mode", SLOW)
@@ -40,10 +40,8 @@ def desk(tmp_path: Path) -> Desk:
 
 def type_mode(desk: Desk, mode: str, *, columns: int = 80, **options: Any) -> tuple[str, bytes]:
     """(the text on the terminal, the bytes behind it) of a mode that must succeed and leave things as they were."""
-    # bench measures for seconds: its figures are made up
-    with Terminal(
-        desk.command(mode, pace=PACE.get(mode, "")), columns=columns, cwd=desk.folder, **options
-    ) as t:
+    command = desk.command(mode, pace=PACE.get(mode, ""))
+    with Terminal(command, columns=columns, cwd=desk.folder, **options) as t:
         status = t.finish()
         t.assert_left_as_found()
         assert status == 0 and "Traceback" not in t.text, t.text
@@ -59,10 +57,22 @@ def words(text: str) -> str:
 # Kinds of terminals
 
 
+def said_and_speed(words: str) -> tuple[str, list[str]]:
+    """What words() gave, without the speed line; and the parts of that line, which leaves out what does not fit."""
+    speed = SPEED.search(words)
+    return SPEED.sub("", words), speed[0].split("|") if speed else []
+
+
 @every_mode
 def test_every_mode_ends_well_at_80_and_at_20_columns_and_says_the_same(desk: Desk, mode: str) -> None:
     usual, narrow = (words(type_mode(desk, mode, columns=columns)[0]) for columns in (80, 20))
-    assert len(usual) > 20 and narrow == usual
+    (said, parts), (said_narrow, parts_narrow) = map(said_and_speed, (usual, narrow))
+    assert len(said) > 20 and said_narrow == said
+    assert bool(parts) == (mode == "generate")
+    assert parts_narrow == [part for part in parts if part in parts_narrow]
+    assert parts[-2:] == parts_narrow[-2:], (
+        "how long the reply is and why it ended stands there in every width"
+    )
 
 
 @every_mode
@@ -106,11 +116,12 @@ def test_a_plain_locale_shows_what_it_can(desk: Desk, mode: str, locale: str) ->
 
 @every_mode
 def test_each_stream_may_be_a_pipe_alone(desk: Desk, mode: str) -> None:
-    whole = words(type_mode(desk, mode)[0])
+    # as wide as a file, where the speed line is whole
+    whole = words(type_mode(desk, mode, columns=200)[0])
     command = shlex.join(desk.command(mode, pace=PACE.get(mode, "")))
     for redirection in ("< file", "2> file", "> file"):
         (desk.folder / "file").write_text("")
-        status, text, _ = run_typed(["sh", "-c", f"{command} {redirection}"], cwd=desk.folder)
+        status, text, _ = run_typed(["sh", "-c", f"{command} {redirection}"], cwd=desk.folder, columns=200)
         hidden = (desk.folder / "file").read_text()
         assert status == 0 and "Traceback" not in text + hidden
         assert "\x1b" not in hidden and "\r" not in hidden
@@ -132,7 +143,7 @@ def test_a_reader_that_has_had_enough_is_no_error(desk: Desk) -> None:
 @pytest.mark.parametrize("columns", [20, 80])
 def test_progress_leaves_nothing_behind(desk: Desk, mode: str, columns: int) -> None:
     screens = {}
-    more = ["--file", "text.txt"] if mode == "generate" else []
+    more = DRAWN_LONG.get(mode, [])
     for drawn in (False, True):
         with Terminal(
             desk.command(mode, *more, pace="drawn" if drawn else "undrawn"), cwd=desk.folder, columns=columns
@@ -140,17 +151,15 @@ def test_progress_leaves_nothing_behind(desk: Desk, mode: str, columns: int) -> 
             assert terminal.finish() == 0, terminal.text
             terminal.assert_left_as_found()
             screens[drawn] = words(terminal.text)
-            assert drawn or not terminal.erased
-            if drawn and mode in DRAWING:
-                assert terminal.erased
+            assert drawn == bool(terminal.erased)
             # the last column stays free
             assert all(len(line) < columns for line in terminal.erased)
     assert screens[True] == screens[False]
 
 
-@pytest.mark.parametrize("mode", DRAWING)
+@every_slow_mode
 def test_a_dumb_terminal_sees_no_progress_in_place(desk: Desk, mode: str) -> None:
-    command = desk.command(mode, *(["--file", "text.txt"] if mode == "generate" else []), pace="drawn")
+    command = desk.command(mode, *DRAWN_LONG.get(mode, []), pace="drawn")
     status, text, raw = run_typed(command, cwd=desk.folder, env={"TERM": "dumb"})
     assert status == 0 and b"\x1b" not in raw and "Traceback" not in text
     assert b"\r" not in raw.replace(b"\r\n", b"")
@@ -158,15 +167,13 @@ def test_a_dumb_terminal_sees_no_progress_in_place(desk: Desk, mode: str) -> Non
 
 @every_slow_mode
 def test_a_window_made_smaller_gets_shorter_lines(desk: Desk, mode: str) -> None:
-    more = ["--file", "text.txt"] if mode == "generate" else []
-    with Terminal(desk.command(mode, *more, pace="drawn"), cwd=desk.folder, columns=100) as terminal:
+    command = desk.command(mode, *DRAWN_LONG.get(mode, []), pace="drawn")
+    with Terminal(command, cwd=desk.folder, columns=100) as terminal:
         wait_for_work(terminal, desk)
-        if mode in DRAWING:
-            terminal.wait_until(lambda: terminal.erased, "progress")
+        terminal.wait_until(lambda: terminal.erased, "progress")
         terminal.resize(20, 24)
         seen = len(terminal.erased)
-        if mode in DRAWING:
-            terminal.wait_until(lambda: len(terminal.erased) > seen + 2, "progress in a narrow window")
+        terminal.wait_until(lambda: len(terminal.erased) > seen + 2, "progress in a narrow window")
         assert terminal.finish() == 0, terminal.text
         terminal.assert_left_as_found()
         # two lines may have been on their way
@@ -305,4 +312,4 @@ def reading(desk: Desk, mode: str) -> list[str]:
         "trace": ["-m", "trace"],
         "perplexity": ["-m", "perplexity", "-"],
     }
-    return [*desk.command("info")[:-2], *options[mode]]
+    return [*desk.command("info")[:-2], *one_thread(mode), *options[mode]]

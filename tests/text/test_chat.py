@@ -1,7 +1,7 @@
 """Conversations <-> tokens: prompts as `transformers` makes them, replies without tags, nothing lost.
 
-python -m pytest tests/test_chat.py
-QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/test_chat.py    # its vocabulary and template
+python -m pytest tests/text/test_chat.py
+QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/text/test_chat.py    # its vocabulary and template
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Templates: what `transformers` renders, and nothing a hostile one tries.
 
-python -m pytest tests/test_template.py
+python -m pytest tests/text/test_template.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Text <-> tokens: exactly the source tokenizer's, characters whole, text never a control token.
 
-python -m pytest tests/test_tokenizer.py
-QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/test_tokenizer.py  # 200,000 strings
+python -m pytest tests/text/test_tokenizer.py
+QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/text/test_tokenizer.py  # 200,000 strings
 """
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ def test_long_runs_of_spaces_take_time_in_proportion() -> None:
         "assert tokenizer.encode_escaped(tokenizer.escape(text) + '<3>') == [tokenizer.control_id('<3>')]\n"
         "assert tokenizer.encode_escaped('.' + text) == tokenizer.encode('.' + text)\n"
     )
-    path = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parent)))
+    path = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
     done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0
 

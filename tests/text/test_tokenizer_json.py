@@ -1,6 +1,6 @@
 """tokenizer.json: what the supported families have is read, anything else is one line before the library sees it.
 
-python -m pytest tests/test_tokenizer_json.py
+python -m pytest tests/text/test_tokenizer_json.py
 """
 
 from __future__ import annotations

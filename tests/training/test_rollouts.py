@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from small_models import export_small_model
 
-from qwen3c import engine
-from qwen3c.training.rollouts import choose, rollout
+from qwen3c import Model, engine
+from qwen3c.training.rollouts import rollout
 
 PROMPTS = [[5, 6, 7], [9], list(range(20, 50))]
 END = frozenset({3})
@@ -61,29 +61,11 @@ def test_a_completion_past_the_context_is_refused(model):
         run(model, tokens=model.config.context)
 
 
-def test_tokens_come_as_often_as_they_are_likely():
-    probabilities = np.array([0.5, 0.3, 0.15, 0.05])
-    n = 20000
-    logits = np.log(probabilities).astype(np.float32)
-    chosen = [choose(logits, 1.0, number) for number in np.random.default_rng(1).random(n)]
-    counts = np.bincount([token for token, _ in chosen], minlength=4)
-    assert (
-        (counts - n * probabilities) ** 2 / (n * probabilities)
-    ).sum() < 16.3  # chi-square, 3 degrees, p = 0.001
-    assert all(abs(logprob - np.log(probabilities[token])) < 1e-6 for token, logprob in chosen)
-    assert [choose(logits, 1.0, number)[0] for number in (0.0, 1 - 2**-53)] == [0, 3]
-
-
-def test_a_token_is_the_first_whose_cumulative_probability_exceeds_the_number():
-    random = np.random.default_rng(2)
-    for n in (1, 63, 64, 65, 1000):
-        logits = (5 * random.standard_normal(n)).astype(np.float32)
-        logits[random.random(n) < 0.3] = -np.inf
-        logits[n // 2] = 1
-        probabilities = np.exp(logits.astype(np.float64) - logits.max())
-        cumulative = np.cumsum(probabilities) / probabilities.sum()
-        for number in [*random.random(200), 0.0, 1 - 2**-53]:
-            token, logprob = choose(logits, 1.0, number)
-            assert np.isfinite(logprob)
-            assert cumulative[token] >= number - 1e-6
-            assert token == 0 or cumulative[token - 1] <= number + 1e-6
+def test_a_completion_is_what_generate_samples_with_its_seed(tmp_path):
+    model = Model(str(export_small_model(tmp_path, std=0.05)))
+    ends = model.metadata["eos_token_ids"]
+    groups = rollout(model, PROMPTS, 4, 12, ends, 0.8, (1, 2))
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            reply = model.generate(prompt, 12, temperature=0.8, top_p=1.0, top_k=0, seed=completion.seed)
+            assert [event.token for event in reply] == completion.tokens

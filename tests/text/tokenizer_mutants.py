@@ -1,6 +1,6 @@
 """Damaged and hostile tokenizer.json files, each a function of its seed: keys, values and bytes changed.
 
-    python tests/tokenizer_mutants.py 0 3000    # read and use each: one JSON line per seed, then how many of each kind
+    python tests/text/tokenizer_mutants.py 0 3000    # read and use each: one JSON line per seed, then how many of each kind
 
 It ends with a signal, or with status 1, at a file that gets past the checks and harms the process.
 
@@ -23,10 +23,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from small_models import tokenizer_json
-
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[:0] = map(str, Path(__file__).parents[1:3])
+
+from small_models import tokenizer_json
 
 from qwen3c.convert.directory import Directory
 from qwen3c.convert.huggingface import _read_tokenizer

@@ -1,0 +1,334 @@
+"""Sequences that share forward passes: the one loop that asks a model for logits, token by token.
+
+    CachedSession    a session that knows its tokens
+    Batch            sequences in ragged passes: pieces of prompts and single tokens, mixed freely
+    drive            many sequences, at most so many at once, what they begin with in common computed once
+    last_rows        the row of logits, or the hidden state, at the end of each of many prompts
+
+What a sequence makes of its logits is not known here: a ReplyState samples a token, a LastRow keeps the row.
+What a sequence computes does not depend on the others, to the bit.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .reply import FinishReason, Stats
+
+if TYPE_CHECKING:
+    from .engine import Logits, Model, Session
+
+FIRST_PIECE = 64  # tokens of prompts forwarded in the first pass
+PIECE_SECONDS = (
+    0.5  # about how long a pass with a piece of a prompt takes: how soon a cancel or a progress line comes
+)
+LARGEST_PIECE = 256  # tokens; the engine computes no more at once
+RUNNING = 16  # sequences at once, where the caller has no wish
+KEPT = 4  # sessions of sequences that ended, kept for what later prompts have in common with them
+WORTH_WAITING = 32  # tokens in common with a prompt that is being read: fewer are computed twice
+
+
+# ----------------------------------------------------------------------------
+# Sessions that know their tokens
+
+
+class CachedSession:
+    """A session that knows its tokens, so that a prompt costs only what differs from what went before.
+
+    tokens: those whose keys and values the session holds. context: how many it can hold. One reply at a time
+    goes on in it, the newest: an older one that is asked for more is a ValueError.
+    """
+
+    def __init__(self, model: Model, context: int | None = None, *, session: Session | None = None) -> None:
+        self.model = model
+        self.session = model.session(context) if session is None else session
+        self.context = self.session.context
+        self.tokens: list[int] = []
+        self.n_replies = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"<CachedSession of {self.model.metadata['name']!r}, {len(self.tokens)} of {self.context} tokens>"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a CachedSession cannot be pickled or copied: its cache belongs to its model's process"
+        )
+
+    def begin_reply(self) -> int:
+        """Let a new reply go on in the session; returns the number of the reply."""
+        self.n_replies += 1
+        return self.n_replies
+
+    def reuse(self, prompt: Sequence[int]) -> int:
+        """Keep the longest common prefix with `prompt`, but for its last token; return its length.
+
+        Only what `tokens` says is kept, whatever else the session may hold.
+        """
+        n = min(common_prefix(self.tokens, prompt), len(prompt) - 1)  # the last token's logits are wanted
+        self.rewind(n)
+        return n
+
+    def fork(self) -> CachedSession:
+        """A second future of the same past; it costs no memory until the two differ."""
+        other = CachedSession(self.model, session=self.session.fork())
+        other.tokens = self.tokens.copy()
+        return other
+
+    def rewind(self, position: int) -> None:
+        """Forget everything from `position` on."""
+        del self.tokens[position:]
+        self.session.rewind(position)
+
+
+def forward(
+    model: Model, rows: Sequence[tuple[CachedSession, list[int]]], kind: Logits = "last"
+) -> Sequence[NDArray[np.float32]]:
+    """One pass that appends tokens to each session; of each its row `kind` (see Session.forward)."""
+    outputs = model.forward([(cached.session, ids) for cached, ids in rows], kind)
+    for cached, ids in rows:
+        cached.tokens += ids  # an interrupt before this leaves tokens too many in the session: see reuse()
+    return outputs
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two lists have in common from their beginning."""
+    limit = min(len(a), len(b))
+    # the first length at which they differ: slices compare at the speed of C
+    return bisect_left(range(limit), True, key=lambda n: a[: n + 1] != b[: n + 1])
+
+
+# ----------------------------------------------------------------------------
+# Sequences that share passes
+
+
+class Outcome(Protocol):
+    """What a sequence's logits came to: the token to go on with, or the reason why there is none."""
+
+    @property
+    def token(self) -> int | None:
+        """The token to go on with, unless there is a finish_reason."""
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the sequence ends here; None if it goes on."""
+
+
+OutcomeT = TypeVar("OutcomeT", bound=Outcome)
+OutcomeT_co = TypeVar("OutcomeT_co", bound=Outcome, covariant=True)
+
+
+class State(Protocol[OutcomeT_co]):
+    """What a sequence does with its logits. max_tokens: how many rows it will take at most."""
+
+    max_tokens: int
+
+    def take(self, logits: NDArray[np.float32]) -> OutcomeT_co:
+        """The logits, or hidden state, after all tokens so far."""
+
+    def end(self, reason: FinishReason) -> OutcomeT_co:
+        """The sequence is ended from outside."""
+
+
+@dataclass(eq=False)
+class Member(Generic[OutcomeT]):
+    """A sequence in a batch: its session, the tokens that the session has still to read, and its state.
+
+    index: the caller's own number for it. reads: whether it is still in its prompt. cancelled: asked before each
+    pass. progress: told (tokens read, tokens in all) of the prompt.
+    """
+
+    index: int
+    state: State[OutcomeT]
+    session: CachedSession
+    waiting: list[int]
+    stats: Stats
+    reads: bool = True
+    cancelled: Callable[[], bool] = lambda: False
+    progress: Callable[[int, int], None] = lambda done, total: None
+    claim: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.claim = self.session.begin_reply()
+
+    def check_claim(self) -> None:
+        """ValueError if a newer reply goes on in the session."""
+        if self.session.n_replies != self.claim:
+            raise ValueError("another reply goes on in the session of this one, which cannot go on itself")
+
+
+class Batch(Generic[OutcomeT]):
+    """The sequences that are on their way, and the passes that take them further.
+
+    A pass takes one token of every sequence that decodes, and prompt tokens of the sequences that came first, as many
+    as the pace allows.
+    """
+
+    def __init__(self, model: Model, kind: Logits = "last") -> None:
+        self._model = model
+        self._kind = kind
+        self._piece = FIRST_PIECE
+        self.running: list[Member[OutcomeT]] = []
+
+    def step(self) -> list[tuple[Member[OutcomeT], OutcomeT]]:
+        """One pass: what came of the sequences that have read all they had. Those that ended leave the batch."""
+        outcomes = [(one, one.state.end("cancelled")) for one in self.running if one.cancelled()]
+        for one, _ in outcomes:
+            self.running.remove(one)
+        rows = self._rows()
+        if rows:
+            outcomes += self._pass(rows)
+        return outcomes
+
+    def _rows(self) -> list[tuple[Member[OutcomeT], list[int]]]:
+        """The tokens of the next pass, by sequence."""
+        rows, room = [], self._piece
+        for one in self.running:
+            ids = one.waiting[:room] if one.reads else one.waiting
+            if ids:
+                one.check_claim()
+                rows.append((one, ids))
+                room -= len(ids) * one.reads
+        return rows
+
+    def _pass(
+        self, rows: list[tuple[Member[OutcomeT], list[int]]]
+    ) -> list[tuple[Member[OutcomeT], OutcomeT]]:
+        begin = time.perf_counter()
+        outputs = forward(self._model, [(one.session, ids) for one, ids in rows], self._kind)
+        seconds = time.perf_counter() - begin
+        if any(one.reads for one, _ in rows):
+            self._adapt(seconds)
+        outcomes = []
+        for (one, ids), row in zip(rows, outputs, strict=True):
+            one.waiting = one.waiting[len(ids) :]
+            if one.reads:
+                one.stats.prefill_seconds += seconds
+                one.stats.read_tokens += len(ids)
+                one.progress(len(one.session.tokens), len(one.session.tokens) + len(one.waiting))
+            else:
+                one.stats.decode_seconds += seconds
+            if not one.waiting:
+                outcomes += self._take(one, row)
+        return outcomes
+
+    def _take(
+        self, one: Member[OutcomeT], row: NDArray[np.float32]
+    ) -> list[tuple[Member[OutcomeT], OutcomeT]]:
+        if one.cancelled():  # while its prompt was read
+            self.running.remove(one)
+            return [(one, one.state.end("cancelled"))]
+        begin = time.perf_counter()
+        outcome = one.state.take(row)
+        one.reads = False
+        one.stats.generated_tokens += outcome.token is not None
+        if outcome.finish_reason is None and outcome.token is not None:
+            one.waiting = [outcome.token]
+        else:
+            self.running.remove(one)
+        one.stats.decode_seconds += time.perf_counter() - begin
+        return [(one, outcome)]
+
+    def _adapt(self, seconds: float) -> None:
+        """Pieces of prompts as large as a pass of about PIECE_SECONDS allows."""
+        if seconds < PIECE_SECONDS / 2:
+            self._piece = min(2 * self._piece, LARGEST_PIECE)
+        elif seconds > 2 * PIECE_SECONDS:
+            self._piece = max(self._piece // 2, 1)
+
+
+# ----------------------------------------------------------------------------
+# Many sequences
+
+
+def drive(
+    model: Model,
+    sequences: Iterable[tuple[list[int], State[OutcomeT]]],
+    running: int,
+    kind: Logits = "last",
+) -> Iterator[tuple[int, OutcomeT]]:
+    """The outcomes of many sequences as they come, each with the number of its sequence.
+
+    sequences: (prompt, state) pairs, taken in their order when there is room; at most `running` are on their way at
+    once. What a prompt has in common with another is computed once and forked.
+    """
+    batch: Batch[OutcomeT] = Batch(model, kind)
+    ended: deque[CachedSession] = deque(maxlen=KEPT)
+    waiting = enumerate(sequences)
+    following = next(waiting, None)
+    while following or batch.running:
+        while following and len(batch.running) < running:
+            index, (prompt, state) = following
+            if state.max_tokens == 0:
+                yield index, state.end("length")
+                following = next(waiting, None)
+                continue
+            session = _session_for(prompt, model, batch, ended)
+            if session is None:
+                break
+            rest = prompt[len(session.tokens) :]
+            stats = Stats(prompt_tokens=len(prompt), cached_tokens=len(session.tokens))
+            batch.running.append(Member(index, state, session, rest, stats))
+            following = next(waiting, None)
+        for one, outcome in batch.step():
+            if outcome.finish_reason is not None:
+                ended.append(one.session)
+            yield one.index, outcome
+
+
+def _session_for(
+    prompt: list[int], model: Model, batch: Batch[Any], ended: Iterable[CachedSession]
+) -> CachedSession | None:
+    """A session that holds as much of `prompt` as any session does; None if a running one will soon hold more."""
+    n_useful = len(prompt) - 1  # the last token's logits are wanted
+    best, n_best, n_coming = None, 0, 0
+    for one in batch.running:
+        n_held = common_prefix(one.session.tokens, prompt)
+        if one.reads and n_held == len(one.session.tokens):
+            n_coming = max(n_coming, n_held + common_prefix(one.waiting, prompt[n_held:]))
+    for session in (*(one.session for one in batch.running), *ended):
+        n_held = min(common_prefix(session.tokens, prompt), n_useful)
+        if n_held > n_best:
+            best, n_best = session, n_held
+    if min(n_coming, n_useful) >= n_best + WORTH_WAITING:
+        return None
+    if best is None:
+        return CachedSession(model)
+    session = best.fork()
+    session.reuse(prompt)
+    return session
+
+
+class LastRow:
+    """A State that keeps the row after its prompt and ends there; it is its own Outcome."""
+
+    token: int | None = None
+    finish_reason: FinishReason | None = "stop"
+    max_tokens = 1
+    values: NDArray[np.float32]
+
+    def take(self, logits: NDArray[np.float32]) -> LastRow:
+        """Keep the row."""
+        self.values = logits
+        return self
+
+    def end(self, reason: FinishReason) -> LastRow:
+        """Nobody ends it from outside."""
+        return self
+
+
+def last_rows(model: Model, prompts: Sequence[list[int]], kind: Logits) -> list[NDArray[np.float32]]:
+    """What Session.forward returns of each prompt: its last token's logits, or final hidden state."""
+    states = [LastRow() for _ in prompts]
+    for _ in drive(model, zip(prompts, states, strict=True), LARGEST_PIECE, kind):
+        pass
+    return [state.values for state in states]

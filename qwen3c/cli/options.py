@@ -1,0 +1,240 @@
+"""What run.py is told: every option, the modes that use it, and which mode it is without -m."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from ..files import MODEL_IN_THE_BOX
+from .command import Parser, at_least, program_name
+
+SCRIPT = "run.py"
+SMALLER_CONTEXT = "a smaller context (-c) takes less"  # where memory runs out
+RAW_TOKENS = 256  # of a completion nobody bounds: without a chat template text need not come to an end
+TRACED_TOKENS = 24  # of the reply in a traced page
+WINDOW = 2048  # tokens of a perplexity window, if the model's context holds as many
+SAMPLING = {
+    "temperature": "0 always takes the most likely token",
+    "top_p": "only the most likely tokens that together reach this probability",
+    "top_k": "only this many of the most likely tokens; 0: all",
+    "min_p": "only tokens at least this many times as likely as the most likely",
+    "presence_penalty": "taken from the logits of tokens already in the reply",
+    "frequency_penalty": "the same, times how often",
+    "repetition_penalty": "makes tokens of prompt and reply less likely; 1: off",
+    "seed": "the same seed gives the same text on every machine",
+}
+TALKING = ("chat", "generate", "trace")
+COMPUTING = (*TALKING, "perplexity", "bench")
+MODES = (*TALKING, "info", "perplexity", "bench")
+# option -> the modes that use it; any other mode refuses it. --mode alone is every mode's
+USED_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("prompt", "chat_template", "raw"), ("generate", "trace")),
+    "file": ("generate", "trace", "perplexity"),
+    "echo": ("generate",),
+    **dict.fromkeys(
+        ("system", "system_file", "reasoning", "think", "no_think", "max_tokens", "stop"), TALKING
+    ),
+    **dict.fromkeys((*SAMPLING, "logit_bias"), TALKING),
+    "context": (*TALKING, "perplexity"),
+    **dict.fromkeys(("threads", "kv", "activations", "huge_pages", "isa"), COMPUTING),
+    **dict.fromkeys(("hide_thinking", "logprobs"), ("chat", "generate")),
+    "json": (*TALKING, "info", "perplexity"),
+    **dict.fromkeys(("level", "html"), ("trace",)),
+    "verify": ("info",),
+    "overflow": ("chat",),
+}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of one of MODES, the model's path and defaults filled in; exits after what cannot be meant."""
+    parser = new_parser()
+    args = parser.parse_intermixed_args(argv)
+    given = {action.dest: action for action in parser._actions if _is_given(action, args)}
+    args.without_mode = args.mode is None
+    args.mode = args.mode or _mode_without_m(given.keys())
+    for dest, action in given.items():
+        if args.mode not in USED_BY[dest]:
+            *owners, last = USED_BY[dest]
+            owner = f"{', '.join(owners)} or {last}" if owners else last
+            parser.error(f"{'/'.join(action.option_strings)} belongs to -m {owner}, not to -m {args.mode}")
+    _check_combination(parser, args)
+    args.thinking = True if args.think else False if args.no_think else args.reasoning
+    args.kv, args.activations = args.kv or "f16", args.activations or "int8"
+    args.model = _model_path(parser, args)
+    return args
+
+
+def _is_given(action: argparse.Action, args: argparse.Namespace) -> bool:
+    return action.dest in USED_BY and getattr(args, action.dest) is not action.default
+
+
+def _mode_without_m(given: Collection[str]) -> str:
+    """The mode that alone uses an option that is given; else chat on a terminal without a prompt; else generate."""
+    for dest in given:
+        if len(USED_BY[dest]) == 1:
+            return USED_BY[dest][0]
+    has_prompt = not {"prompt", "file", "chat_template", "raw"}.isdisjoint(given)
+    return "chat" if sys.stdin.isatty() and not has_prompt else "generate"
+
+
+def _model_path(parser: Parser, args: argparse.Namespace) -> str:
+    """The model that is named, else that of the environment, else the one in the box."""
+    paths = args.paths
+    if args.mode == "perplexity":
+        if args.file is None and paths:
+            args.file = paths.pop()
+        if args.file is None:
+            parser.error(f"-m perplexity needs a text: {parser.prog} [MODEL] -m perplexity FILE")
+    for path in paths:
+        if path in MODES and not os.path.exists(path):
+            parser.error(f"{path}: No such file or directory; did you mean -m {path}?")
+    if len(paths) > 1:
+        parser.error(f"one model at a time, not {len(paths)}: {' '.join(paths)}")
+    model: str = paths[0] if paths else os.environ.get("QWEN3C_MODEL") or str(MODEL_IN_THE_BOX)
+    if not paths and not os.path.exists(model):
+        parser.error(f"which model? There is none at {model}")
+    return model
+
+
+def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
+    if args.echo and args.json:
+        parser.error("--echo is for text; with --json the prompt is not shown")
+    if args.hide_thinking and args.json:
+        parser.error("--hide-thinking is for text; with --json thinking has a field of its own")
+    if args.logprobs is not None and not args.json:
+        parser.error("--logprobs needs --json, where they are shown")
+    if args.system is not None and args.system_file is not None:
+        parser.error("--system and --system-file are two system prompts")
+    if args.raw and (args.system is not None or args.system_file is not None):
+        parser.error("--raw completes text, which has no system prompt (-y, --system-file)")
+    if args.raw and (args.think or args.no_think or args.reasoning is not None):
+        parser.error("--raw completes text, which has no switch for thinking (-r, --think, --no-think)")
+
+
+def _zero_or_one(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
+    return text == "1"
+
+
+def _bias(text: str) -> tuple[int, float]:
+    id, _, bias = text.partition("=")
+    try:
+        return int(id), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TOKEN=BIAS, such as 151645=-5") from None
+
+
+def new_parser() -> Parser:
+    """The options in the order of --help."""
+    parser = Parser(
+        SCRIPT,
+        usage=f"{program_name(SCRIPT)} [MODEL] [-m {'|'.join(MODES)}] [options]",
+        description="Run a model.bin: chat with it, complete text, look into it, measure it.",
+        epilog="Without -m a model with a chat template chats on a terminal and answers what comes with -i, --file "
+        "or a pipe; -m generate, --raw and a model without a template complete it as text, and --chat-template, -y, "
+        "-r, --think and --no-think make -m generate answer too. "
+        "Sampling that is not given comes from the model's generation_config, else from what its "
+        "makers recommend (thinking: 0.6/0.95/20, not thinking: 0.7/0.8/20).",
+    )
+    add = parser.add_argument
+    add(
+        "paths",
+        nargs="*",
+        metavar="MODEL",
+        help="file made by export.py (default: QWEN3C_MODEL, else the model in the box)",
+    )
+    add("-m", "--mode", choices=MODES, help="chat; generate: one reply or completion; trace: look inside "
+        "while a text flows through; info: what is in the file and the memory it takes; perplexity FILE: how well the model predicts a text; "
+        "bench: how fast it runs here, beside what the machine can do")  # fmt: skip
+    add("--version", action="version", version=_version())
+    _add_text(parser.add_argument_group("text"))
+    _add_sampling(parser.add_argument_group("sampling"))
+    _add_machine(parser.add_argument_group("machine"))
+    _add_output(parser.add_argument_group("output"))
+    return parser
+
+
+def _add_text(group: Any) -> None:
+    add = group.add_argument
+    add("-i", "--prompt", metavar="TEXT", help="the prompt; - is stdin, as is no -i at all")
+    add("--file", metavar="FILE", help="read the prompt, or the text of perplexity, from a file; after -i")
+    kind = group.add_mutually_exclusive_group().add_argument
+    kind("--chat-template", action="store_true", help="the prompt is a message to answer, also with -m generate "
+        "(implied by -y, -r, --think and --no-think)")  # fmt: skip
+    kind("--raw", action="store_true", help="the prompt is text to complete, also without -m")
+    add("--echo", action="store_true", help="generate: print the prompt before what follows it")
+    add("-y", "--system", metavar="TEXT", help="system prompt (default: none)")
+    add("--system-file", metavar="FILE", help="system prompt from a file")
+    thinking = group.add_mutually_exclusive_group().add_argument
+    thinking("-r", "--reasoning", type=_zero_or_one, metavar="0|1",
+        help="thinking off or on (default: as the model does, which is on)")  # fmt: skip
+    thinking("--think", action="store_true", help="the same as -r 1")
+    thinking("--no-think", action="store_true", help="the same as -r 0")
+    add(
+        "-n",
+        "--max-tokens",
+        type=at_least(0),
+        metavar="N",
+        help=f"most tokens of a reply; 0: what the context holds (default: 0; raw text {RAW_TOKENS})",
+    )
+    add("--stop", action="append", default=[], metavar="TEXT", help="end the reply before TEXT; repeatable")
+
+
+def _add_sampling(group: Any) -> None:
+    letters = {"temperature": "-t", "top_p": "-p", "seed": "-s"}
+    for name, what in SAMPLING.items():
+        flags = [*filter(None, [letters.get(name)]), "--" + name.replace("_", "-")]
+        flags += ["--repeat-penalty"] * (name == "repetition_penalty")
+        kind = int if name in ("top_k", "seed") else float
+        group.add_argument(*flags, dest=name, type=kind, metavar="N" if kind is int else "X", help=what)
+    group.add_argument(
+        "--logit-bias", action="append", default=[], type=_bias, metavar="TOKEN=BIAS",
+        help="add BIAS to the logit of a token id; repeatable",
+    )  # fmt: skip
+
+
+def _add_machine(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "-c",
+        "--context",
+        "--ctx",
+        type=at_least(0),
+        metavar="N",
+        help="positions; 0: the model's "
+        "(default: 8192, or what the model and half of the free memory hold; perplexity: windows of 2048)",
+    )
+    add("--overflow", choices=("stop", "drop"), help="chat: what happens when the context is full: stop refuses "
+        "the message (the default), drop lets the oldest turns go")  # fmt: skip
+    add("-j", "--threads", type=at_least(1), metavar="N",
+        help="default: QWEN3C_THREADS, else OMP_NUM_THREADS, else what this machine can feed")  # fmt: skip
+    add("--kv", choices=("int8", "f16", "f32"),
+        help="type of the KV cache: int8 takes half the memory of f16 (default: f16)")  # fmt: skip
+    add("--activations", choices=("int8", "float32"),
+        help="float32 is slow and for comparing with other programs (default: int8)")  # fmt: skip
+    add("--huge-pages", action="store_true", help="copy the weights into memory of large pages: more bandwidth for "
+        "a slower start and memory of their own")  # fmt: skip
+    add("--isa", metavar="NAME", help="instruction set (default: QWEN3C_ISA, else the widest here)")
+
+
+def _add_output(group: Any) -> None:
+    add = group.add_argument
+    add("--hide-thinking", action="store_true", help="show the answer only")
+    add("--json", action="store_true", help="one line of JSON per reply")
+    add("--logprobs", type=at_least(0), metavar="N", help="with --json: log-probability of each token of "
+        "the reply, and the N most likely ones beside it")  # fmt: skip
+    add("--level", choices=("input_flow", "compact", "verbose"), help="trace: the modules and their shapes "
+        "(the default); the range of every activation; also types, bytes, errors and every weight")  # fmt: skip
+    add("--html", metavar="FILE", help="trace: write one page to look at: norms, attention, the predictions "
+        f"after each layer, and what else the next tokens might have been (-n, default {TRACED_TOKENS})")  # fmt: skip
+    add("--verify", action="store_true", help="info: read every tensor and compare its checksum")
+
+
+def _version() -> str:
+    from .. import __version__
+
+    return f"qwen3c {__version__}"

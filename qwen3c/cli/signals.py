@@ -1,0 +1,117 @@
+"""Ctrl-C, SIGTERM and SIGHUP: a signal ends the program, ends the reply at hand, or is only noted.
+
+All of it is answering(): a handler for some signals, for as long as a block runs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from ..terminal import write_at_once
+
+# what asks a program to end -> what a person reads about it
+ENDING = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "its terminal was closed"}
+
+
+class Ended(KeyboardInterrupt):
+    """A signal that ends the program, as an exception, so that all that is open is closed and removed."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.number = number
+        self.word = ENDING[signal.Signals(number).name]
+        self.status = 128 + number  # as a shell says it
+
+
+@contextmanager
+def answering(answer: Callable[[int, FrameType | None], None], *names: str) -> Iterator[None]:
+    """Within, `answer` handles the named signals; a signal that the caller ignores (nohup, `&`) stays ignored.
+
+    At the end the handlers of before come back, but not for a signal that got another handler meanwhile.
+    """
+    previous = {
+        number: signal.getsignal(number)
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name))
+    }
+    heard = [number for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)]
+    for number in heard:
+        signal.signal(number, answer)
+    try:
+        yield
+    finally:
+        for number in heard:
+            if signal.getsignal(number) is answer:
+                signal.signal(number, previous[number])
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Within, the first signal that asks the program to end raises Ended. From then on all are ignored: it ends.
+
+    A closed terminal sends two signals, and people press Ctrl-C thrice; neither disturbs what is done at the end.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for name in ENDING:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        raise Ended(number)
+
+    with answering(end, *ENDING):
+        yield
+
+
+@contextmanager
+def leaving_at_once(name: str) -> Iterator[None]:
+    """Within, a signal ends the process where it is: libraries that are interrupted while they load raise anything.
+
+    name: of the program, for its last line.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        ended = Ended(number)
+        write_at_once(f"{name}: {ended.word}")
+        os._exit(ended.status)
+
+    with answering(leave, *ENDING):
+        yield
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Within, the first Ctrl-C makes the yielded function return True; another one raises."""
+    interrupted = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted = True
+
+    with answering(handle, "SIGINT"):
+        yield lambda: interrupted
+
+
+@contextmanager
+def endable() -> Iterator[Callable[[], int]]:
+    """Within, the first SIGTERM or SIGHUP acts as Ctrl-C does; the yielded function returns its number, 0 before.
+
+    Later ones are ignored, so that nothing disturbs what is done at the end.
+    """
+    number = 0
+
+    def handle(received: int, frame: FrameType | None) -> None:
+        nonlocal number
+        if not number:
+            number = received
+            interrupt = signal.getsignal(signal.SIGINT)
+            if not callable(interrupt):
+                raise KeyboardInterrupt
+            interrupt(signal.SIGINT, frame)
+
+    with answering(handle, "SIGTERM", "SIGHUP"):
+        yield lambda: number

@@ -1,0 +1,274 @@
+"""One reply on its way, without a model and without I/O: a row of logits in, an event out.
+
+    logits -> mask, Sampler -> token -> ReplyStream -> Event (text, thinking, tool call, finish reason)
+
+A ReplyState computes no logits. Whoever has a model drives it: one reply (generate.py), many in a batch (batch.py).
+The text depends on the logits, the sampling and the seed alone, for the random number of a token follows from the
+seed and the token's position. So a reply is the same alone, in a batch, and with its tokens computed again.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .sampler import Sampler, Sampling
+from .text.chat import THINK, Piece, ReplyStream, last_control_token
+from .text.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length", "cancelled"]
+SHOWN = 48  # characters of a text in a repr or an error
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What one token of a reply brought; the last event of a reply has a finish_reason."""
+
+    token: int | None  # None if the reply ended without a further token
+    text: str  # what can be shown now: often "" while a character, tag or stop string is unfinished
+    thinking: bool  # whether `text` is thought, not answer
+    finish_reason: FinishReason | None = None
+    tool_call: dict[str, Any] | None = None  # {"name": ..., "arguments": {...}}, once complete
+    logprob: float | None = None  # of `token`, in nats, before penalties and temperature
+    top_logprobs: list[tuple[int, float]] | None = None  # (token, logprob), the most likely first
+
+
+@dataclass
+class Stats:
+    """Counts and times of one reply, filled in as it goes."""
+
+    seed: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, found in the session
+    read_tokens: int = 0  # of the prompt, computed for this reply; a cancel leaves it short of all
+    prefill_seconds: float = 0.0
+    generated_tokens: int = 0
+    decode_seconds: float = 0.0  # from the first token to the last
+    finish_reason: FinishReason | None = None
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens per second over what was computed of the prompt."""
+        return self.read_tokens / max(self.prefill_seconds, 1e-9)
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens per second after the first token, which the prefill brought; 0 if there was one only."""
+        return max(self.generated_tokens - 1, 0) / max(self.decode_seconds, 1e-9)
+
+
+@dataclass(repr=False)
+class Reply:
+    """The events of one reply, put together. str() of it is its text."""
+
+    text: str = ""
+    thinking: str = ""
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    finish_reason: FinishReason | None = None  # None while the reply is on its way, or if an error ended it
+    stats: Stats = field(default_factory=Stats)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        thought = f", {len(self.thinking)} characters of thought" if self.thinking else ""
+        calls = "".join(f", calls {call['name']}" for call in self.tool_calls)
+        shown = self.text if len(self.text) <= SHOWN else self.text[: SHOWN - 1] + "…"
+        end = self.finish_reason or "unfinished"
+        return f"<Reply {shown!r}, {self.stats.generated_tokens} tokens{thought}{calls}, {end}>"
+
+    def add(self, event: Event) -> None:
+        """Take in the next event."""
+        if event.thinking:
+            self.thinking += event.text
+        else:
+            self.text += event.text
+        if event.tool_call:
+            self.tool_calls.append(event.tool_call)
+        self.finish_reason = event.finish_reason
+
+    def message(self) -> dict[str, Any]:
+        """The reply as a message, for the prompts that come after it."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.thinking:
+            message["reasoning_content"] = self.thinking
+        if self.tool_calls:
+            message["tool_calls"] = [{"type": "function", "function": call} for call in self.tool_calls]
+        return message
+
+
+# ----------------------------------------------------------------------------
+# The state machine
+
+
+class Mask(Protocol):
+    """Says which tokens may come next, as a grammar does."""
+
+    def allowed(self) -> NDArray[np.bool_] | None:
+        """(n_tokens,), true where a token may come next; None where every token may."""
+
+    def accept(self, token: int) -> None:
+        """Take note that `token` came."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a reply must know of a model's tokens.
+
+    n_tokens: only ids below it exist. end_tokens: ids that end a reply. undefined: ids below n_tokens that stand for
+    no token. tokenizer: None for events without text.
+    """
+
+    n_tokens: int
+    end_tokens: frozenset[int]
+    undefined: Sequence[int] = ()
+    tokenizer: Tokenizer | None = None
+
+
+class ReplyState:
+    """The state of one reply: the tokens sampled so far, the text held back, why it ended.
+
+    prompt: the token ids before the reply. max_tokens: at most so many tokens are sampled; at 0, end() is all that
+    may be called. stop: texts that end the reply and are not part of it. logprobs: None, or how many of the most
+    likely tokens each event gives. mask: restricts the tokens.
+    ValueError if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        max_tokens: int,
+        *,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+        mask: Mask | None = None,
+    ) -> None:
+        n_tokens, tokenizer = vocabulary.n_tokens, vocabulary.tokenizer
+        if logprobs is not None and not 0 <= whole("logprobs", logprobs) <= n_tokens:
+            raise ValueError(f"logprobs = {logprobs} is outside 0..{n_tokens}")
+        self._sampler = Sampler(sampling, prompt, n_tokens, vocabulary.undefined)
+        self._stream: ReplyStream | None = None
+        if tokenizer is not None:
+            think = tokenizer.control_id(THINK)
+            in_thought = think is not None and last_control_token(tokenizer, prompt) == think
+            self._stream = ReplyStream(tokenizer, in_thought, _stops(stop))
+        self._end_tokens = vocabulary.end_tokens
+        self._logprobs = logprobs
+        self._mask = mask
+        self.max_tokens = max_tokens
+        self.tokens: list[int] = []
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def seed(self) -> int:
+        """The seed in use: the one given, else one drawn for this reply."""
+        return self._sampler.seed
+
+    @property
+    def sampled_logprob(self) -> float:
+        """Of the last token, in nats, under the distribution it was drawn from (see Sampler)."""
+        return self._sampler.logprob
+
+    def take(self, logits: NDArray[np.float32]) -> Event:
+        """Sample the next token from `logits`, (vocab_size,), of the position before it.
+
+        ValueError if the logits are not finite, or if the mask allows no token.
+        """
+        token = self._sampler.sample(logits, self._mask.allowed() if self._mask else None)
+        logprob, top_logprobs = None, None
+        if self._logprobs is not None:
+            logprob, top_logprobs = self._sampler.logprobs(logits, token, self._logprobs)
+        self.tokens.append(token)
+        if self._mask:
+            self._mask.accept(token)
+        ends = token in self._end_tokens
+        piece = Piece() if ends or not self._stream else self._stream.push(token)
+        if ends or (self._stream and self._stream.stopped):
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.max_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason:
+            piece = self._last_piece(piece)
+        return Event(
+            token, piece.text, piece.thinking, self.finish_reason, piece.tool_call, logprob, top_logprobs
+        )
+
+    def end(self, reason: FinishReason) -> Event:
+        """End the reply without a further token; the event brings what was held back."""
+        self.finish_reason = reason
+        piece = self._last_piece(Piece())
+        return Event(None, piece.text, piece.thinking, reason)
+
+    def _last_piece(self, piece: Piece) -> Piece:
+        """`piece` and what was held back after it."""
+        rest = self._stream.finish() if self._stream else Piece()
+        return Piece(piece.text + rest.text, (piece if piece.text else rest).thinking, piece.tool_call)
+
+
+# ----------------------------------------------------------------------------
+# Arguments, checked
+
+
+class ContextFullError(ValueError):
+    """A prompt is longer than the context of its session."""
+
+
+def token_ids(prompt: Sequence[int], n_ids: int) -> list[int]:
+    """`prompt` as a list of at least one id below n_ids; ValueError says what is wrong with it."""
+    if isinstance(prompt, str):
+        raise ValueError("prompt is text; pass token ids, from model.tokenizer.encode or model.chat_prompt")
+    try:
+        ids = [operator.index(id) for id in prompt]
+    except TypeError:
+        raise ValueError(f"prompt = {_short(prompt)} is not a list of token ids") from None
+    if not ids:
+        raise ValueError("prompt is empty: there is nothing to go on from")
+    beyond = next((i for i, id in enumerate(ids) if not 0 <= id < n_ids), None)
+    if beyond is not None:
+        raise ValueError(f"prompt[{beyond}] = {ids[beyond]} is no token: ids are 0 to {n_ids - 1}")
+    return ids
+
+
+def token_budget(max_tokens: int | None, n_prompt: int, context: int, largest: int) -> int:
+    """How many tokens may come after a prompt of n_prompt, so that both together stay within `context`.
+
+    max_tokens: the caller's bound; None for what fits. largest: the longest context the model can have.
+    ContextFullError if the prompt alone is longer than the context, ValueError if max_tokens is no number.
+    """
+    if n_prompt > context:
+        room = f"can hold {largest} (-c {largest})" if largest > context else "holds no more"
+        raise ContextFullError(f"prompt is {n_prompt} tokens, the context holds {context}; this model {room}")
+    if max_tokens is None:
+        return context - n_prompt
+    if whole("max_tokens", max_tokens) < 0:
+        raise ValueError(f"max_tokens = {max_tokens} is negative")
+    return min(whole("max_tokens", max_tokens), context - n_prompt)
+
+
+def whole(name: str, value: Any) -> int:
+    """`value` as an integer; ValueError with the name if it is none."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} = {_short(value)} is not a whole number") from None
+
+
+def _stops(stop: str | Sequence[str]) -> list[str]:
+    try:
+        return [stop] if isinstance(stop, str) else list(stop)
+    except TypeError:
+        raise ValueError(f"stop = {_short(stop)} is not a text or a list of texts") from None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
