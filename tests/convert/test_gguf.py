@@ -247,7 +247,7 @@ def odd_blocks(n: int) -> NDArray[Any]:
 def test_odd_scales_are_taken_over_and_dtypes_may_differ_within_a_matrix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slice_weights: int
 ) -> None:
-    monkeypatch.setattr("qwen3c.convert.export.SLICE_WEIGHTS", slice_weights)
+    monkeypatch.setattr("qwen3c.convert.quantise.SLICE_WEIGHTS", slice_weights)
     shape = SHAPES[2]
     keys, tensors = small_gguf("F16", **shape)
     expected = {}

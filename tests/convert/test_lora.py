@@ -102,7 +102,7 @@ def test_export_merges_whatever_the_size_of_the_slices(
     tensors = {name: encode_tensor(w, "F32") for name, w in merged(source, adapter).items()}
     other = shutil.copytree(source, tmp_path / "merged")
     write_safetensors(other / "model.safetensors", tensors)
-    monkeypatch.setattr("qwen3c.convert.export.SLICE_WEIGHTS", slice_weights)
+    monkeypatch.setattr("qwen3c.convert.quantise.SLICE_WEIGHTS", slice_weights)
     export(source, tmp_path / "adapted.bin", lora=adapter)
     export(other, tmp_path / "merged.bin")
     adapted, expected = ModelFile(tmp_path / "adapted.bin"), ModelFile(tmp_path / "merged.bin")
