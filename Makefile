@@ -73,17 +73,23 @@ lint: $(VENV)/ready
 	@for folder in $(TYPED); do echo "mypy $$folder" && $(BIN)/mypy $$folder*.py || exit 1; done
 
 # a build of its own, in a copy: build/NAME/ has the sources, and the engine compiled by what $(1) sets
-apart = mkdir -p build/$@ && tar -c --exclude '*.so' --exclude __pycache__ --exclude engine.c --exclude table.c \
-    qwen3c tests *.py *.toml *.md Makefile | tar -x -C build/$@ && $(PIP) $(call extra,build) \
+apart = mkdir -p build/$@ && rm -rf build/$@/tests && tar -c --exclude '*.so' --exclude __pycache__ \
+    qwen3c tests docs *.py *.toml *.md Makefile | tar -x -C build/$@ && $(PIP) $(call extra,build) \
     && cd build/$@ && $(1) $(abspath $(BIN))/python setup.py -q build_ext --inplace
 
 ## make sanitize   engine, format and kernel tests under AddressSanitizer and UBSan (gcc), built in build/sanitize
 # without use-after-scope, which takes gcc ten minutes over the hundreds of small structs that scalar.c makes inline
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-sanitize-address-use-after-scope -g -O1
+ASAN = $(shell $(CC) -print-file-name=libasan.so)
 sanitize: $(VENV)/ready
-	@$(call apart,QWEN3C_CFLAGS="$(SANITIZE)") && export LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) \
-	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    && $(abspath $(BIN))/python -m pytest tests/test_engine.py tests/test_format.py tests/test_reference.py tests/kernels
+	@case "$(ASAN)" in /*) ;; *) echo "make sanitize needs gcc with its libasan, $(CC) has none (CC=gcc-12 names another)" >&2; exit 1;; esac
+	@$(call apart,QWEN3C_CFLAGS="$(SANITIZE)")
+	cd build/$@ && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD=$(ASAN) \
+	    $(abspath $(BIN))/python -m pytest tests/test_engine.py tests/test_format.py tests/test_reference.py
+	cd build/$@ && $(CC) $(SANITIZE) -std=c11 -Iqwen3c/kernels tests/kernels/kernels.c \
+	    $$(ls build/temp*/qwen3c/kernels/*.o | grep -v /table.o) -lm -o kernels && ./kernels > kernels.txt && tail -n 1 kernels.txt
+	cd build/$@ && $(CC) $(SANITIZE) -std=c11 -D_POSIX_C_SOURCE=200809L -pthread -Iqwen3c/kernels tests/kernels/team.c -o team \
+	    && ./team 5 5 0 400 && ./team 4 4 2 400 && ./team 3 3 1 200
 
 ## make serial     engine and kernel tests of a build without OpenMP, in build/serial
 serial: $(VENV)/ready

@@ -6,13 +6,26 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+OF_THEIR_TIME = {"ATTEMPTS.md", "CHANGELOG.md"}  # they may name files that are gone
 MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def block(text: str, heading: str) -> str:
+    """The first indented block after a heading."""
+    after = text.split(f"\n{heading}\n")[1]
+    found = re.search(r"(?:^ {4}.*\n)+", after, re.MULTILINE)
+    assert found
+    return textwrap.dedent(found[0])
 
 
 def indented(text: str) -> list[str]:
@@ -52,19 +65,52 @@ def test_every_flag_of_a_command_in_the_readme_exists() -> None:
                     assert re.search(rf"(?<![\w-]){word}(?![\w-])", help_text), f"{script} {word}"
 
 
-def test_the_tree_names_every_source_and_nothing_else() -> None:
-    tree = README.split("## How it is built")[1].split("Start with")[0]
-    named = set(re.findall(r"\b([a-z_]+\.(?:py|pyx|pyi|h|c|bin))\b", tree))
-    sources = {
-        path.name
-        for path in (ROOT / "qwen3c").rglob("*.py*")
-        if path.suffix != ".pyc" and path.name not in ("__init__.py", "py.typed")
-    }
-    assert sources <= named, sources - named
-    for name in named:
-        assert list(ROOT.glob(f"**/{name}")), name
-    for path in re.findall(r"[\w/]+\.md", README):
-        assert (ROOT / path).exists() or (ROOT / "docs" / path).exists(), path
+def tree(text: str) -> Iterator[str]:
+    """The paths of a tree that is drawn by indentation: `NAME/` is a folder, `a.py, b.py` are two files."""
+    folders: dict[int, str] = {}
+    for line in text.splitlines():
+        indent, names = len(line) - len(line.lstrip()), re.split(r" {2,}", line.strip())[0].split(", ")
+        above = "".join(folder for depth, folder in sorted(folders.items()) if depth < indent)
+        folders = {depth: folder for depth, folder in folders.items() if depth < indent}
+        if names[0].endswith("/"):
+            folders[indent] = names[0]
+        yield from (above + name for name in names)
+
+
+def sources(folder: str) -> set[str]:
+    """Files of a folder that people write: none that Cython makes, none that its folder's line stands for."""
+    found = {path for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".pyx", ".c", ".h")}
+    made = {path.with_suffix(".c") for path in found if path.suffix == ".pyx"}
+    wings = set((ROOT / folder).glob("*/__init__.py"))
+    return {str(path.relative_to(ROOT)) for path in found - made - wings}
+
+
+def test_the_tree_of_the_architecture_is_that_of_the_sources() -> None:
+    named = [path for path in tree(block(ARCHITECTURE, "## The house")) if path.startswith("qwen3c/")]
+    files = [path for path in named if not path.endswith("/")]
+    assert len(set(files)) == len(files)
+    assert set(files) == sources("qwen3c")
+    for path in named:
+        assert (ROOT / path).is_dir() == path.endswith("/")
+
+
+def test_the_tree_of_the_readme_is_that_of_the_folders() -> None:
+    named = {path for path in tree(block(README, "## Where things are")) if path.endswith("/")}
+    top = {f"{path.parent.name}/" for path in ROOT.glob("*/*.py")} | {"docs/"}
+    wings = {f"qwen3c/{path.parent.name}/" for path in ROOT.glob("qwen3c/*/*.py")}
+    assert named == {name for name in top | wings if not name.startswith(("build", "."))}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for name in re.findall(r"(?<![\w/.])[\w/]+\.md\b", text):
+        assert any((ROOT / folder / name).exists() for folder in ("", "docs")), name
+    if page.name not in OF_THEIR_TIME:
+        for path in re.findall(r"`((?:[a-z_]+/)+[a-z0-9_]+\.(?:py|pyx|c|h))`", text):
+            assert any((ROOT / folder / path).exists() for folder in ("", "qwen3c")), path
 
 
 def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +120,14 @@ def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out
 
 
-def test_the_speed_table_says_where_when_and_how() -> None:
-    speed = README.split("## Speed")[1].split("\n## ")[0]
-    assert re.search(r"\b20\d\d-\d\d-\d\d\b", speed) and "threads" in speed and "benchmarks/" in speed
-    assert speed.count("|") > 12
+def test_what_runs_before_a_commit_is_what_lint_installs() -> None:
+    hooks = re.findall(r"entry: \.venv/bin/(\w+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    pinned = re.search(r"^lint = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert pinned and set(hooks) == set(re.findall(r'"(\w+)==[\d.]+"', pinned[1])) == {"ruff", "mypy"}
+
+
+def test_ci_runs_what_contributing_promises() -> None:
+    """And the README's test command as it stands there, once the oracles are installed."""
+    parts = re.findall(r"^part make (.*)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert parts == ["oracles", "lint", "test", "sanitize", "serial", "test-arm"]
+    assert "make test" in indented(README)[1]

@@ -277,7 +277,7 @@ def hooked_activations(hf: Any, ids: NDArray[np.int64]) -> dict[str, NDArray[np.
 @pytest.mark.parametrize(("length", "shape"), SHAPES)
 def test_every_float32_activation_is_what_transformers_computes(
     length: int, shape: dict[str, Any], tmp_path: Path
-):
+) -> None:
     model = engine.Model(str(export_small_model(tmp_path, **shape)), kv="f32", activations="float32")
     # the oracle takes its numbers from the source's config.json, not from ours
     hf = oracle(model, transformers.AutoConfig.from_pretrained(tmp_path / "source"))
@@ -293,7 +293,7 @@ def test_every_float32_activation_is_what_transformers_computes(
     assert all(name.endswith((".mlp", ".act_fn")) for name in expected.keys() - found.keys())
 
 
-def test_a_layer_that_computes_something_else_is_named(tmp_path: Path):
+def test_a_layer_that_computes_something_else_is_named(tmp_path: Path) -> None:
     model = engine.Model(str(export_small_model(tmp_path, n_layers=3)), kv="f32", activations="float32")
     hf = oracle(model, transformers.AutoConfig.from_pretrained(tmp_path / "source"))
     hf.model.layers[1].self_attn.k_norm.weight.data *= 1.001
@@ -303,14 +303,14 @@ def test_a_layer_that_computes_something_else_is_named(tmp_path: Path):
     assert wrong[0] == "model.layers.1.self_attn.k_norm"
 
 
-def test_float32_logits_of_a_trained_model_equal_those_of_transformers():
+def test_float32_logits_of_a_trained_model_equal_those_of_transformers() -> None:
     model = engine.Model(str(TINY_QWEN3), kv="f32", activations="float32")
     ids = python_source(1000)
     expected = oracle_logits(oracle(model, oracle_config(model)), ids)
     assert nmse(model.session().forward(ids, logits="all"), expected) <= NMSE_BOUND
 
 
-def test_ten_thousand_tokens_are_routed_as_by_transformers(tmp_path: Path):
+def test_ten_thousand_tokens_are_routed_as_by_transformers(tmp_path: Path) -> None:
     shape = {"architecture": "qwen3_moe", "decoder_sparse_step": 2}  # experts in the last layer alone
     path = export_small_model(tmp_path, n_experts=128, n_experts_per_token=8, context=1024, **shape)
     model = engine.Model(str(path), kv="f32", activations="float32")
@@ -333,7 +333,7 @@ def test_ten_thousand_tokens_are_routed_as_by_transformers(tmp_path: Path):
 
 
 @pytest.mark.parametrize("wrong", [{"rope_theta": 1.001e6}, {"rms_eps": 2e-6}], ids=str)
-def test_the_bound_notices_a_slightly_wrong_constant(wrong: dict[str, float], tmp_path: Path):
+def test_the_bound_notices_a_slightly_wrong_constant(wrong: dict[str, float], tmp_path: Path) -> None:
     model = engine.Model(str(export_small_model(tmp_path)), kv="f32", activations="float32")
     ids = np.random.default_rng(1).integers(0, model.config.vocab_size, 200)
     expected = oracle_logits(oracle(model, transformers.Qwen3Config(**config_json(**wrong))), ids)
@@ -351,7 +351,7 @@ def test_the_bound_notices_a_slightly_wrong_constant(wrong: dict[str, float], tm
 
 
 @pytest.mark.parametrize("kv", ["f16", "f32"])
-def test_int8_activations_keep_the_probabilities_of_a_trained_model(kv: engine.KV):
+def test_int8_activations_keep_the_probabilities_of_a_trained_model(kv: engine.KV) -> None:
     model = engine.Model(str(TINY_QWEN3), kv=kv)
     check_int8(model, oracle(model, oracle_config(model)), np.split(python_source(4096), 4))
 
@@ -370,7 +370,7 @@ def test_int8_activations_keep_the_probabilities_of_a_trained_model(kv: engine.K
 )
 def test_int8_activations_keep_the_probabilities_of_its_relatives(
     architecture: str, rope: dict[str, Any], tmp_path: Path
-):
+) -> None:
     ids = python_source(2048)
     write_relative(tmp_path / "source", Model(str(TINY_QWEN3)), architecture, ids[:1024].tolist(), rope)
     export(tmp_path / "source", tmp_path / "model.bin")

@@ -1,7 +1,11 @@
+from __future__ import annotations
+
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from nano import NANO, ROOT, environment, train, write_chat, write_tasks, write_text
@@ -10,7 +14,7 @@ from qwen3c.training.checkpoint import read_metrics
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory: pytest.TempPathFactory) -> Any:
     directory = tmp_path_factory.mktemp("data")
     write_text(directory / "text")
     write_chat(directory / "chat.jsonl")
@@ -73,7 +77,9 @@ def data(tmp_path_factory):
         ),
     ],
 )
-def test_what_cannot_be_trained_is_refused_in_one_line(arguments, message, data, tmp_path, capsys):
+def test_what_cannot_be_trained_is_refused_in_one_line(
+    arguments: str, message: str, data: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train(*arguments.format(d=data, o=tmp_path / "out").split(), "--quiet") == 2
     err = capsys.readouterr().err
     assert message in err and err.startswith("train.py: error: ") and len(err.splitlines()) == 1
@@ -108,7 +114,9 @@ GRPO = "grpo {d}/tasks.jsonl --model {d}/base --reward nano:digits"
         (GRPO + " --loss ppo", "argument --loss: invalid choice"),
     ],
 )
-def test_arguments_that_cannot_be_meant_are_refused_in_one_line(arguments, flag, data, tmp_path, capsys):
+def test_arguments_that_cannot_be_meant_are_refused_in_one_line(
+    arguments: Any, flag: Any, data: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as status:
         train(*arguments.format(d=data).split(), "-o", tmp_path)
     err = capsys.readouterr().err
@@ -116,7 +124,7 @@ def test_arguments_that_cannot_be_meant_are_refused_in_one_line(arguments, flag,
     assert err.startswith("train.py: error: ") and len(err.splitlines()) == 1
 
 
-def test_a_folder_is_begun_anew_only_by_force(data, tmp_path):
+def test_a_folder_is_begun_anew_only_by_force(data: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(data / "foreign", out)
     (out / "chat_template.jinja").write_text("of the other model")
@@ -131,14 +139,16 @@ def test_a_folder_is_begun_anew_only_by_force(data, tmp_path):
     assert len(read_metrics(out / "metrics.jsonl")) == 3  # two evaluations and a step
 
 
-def test_the_last_learning_rate_may_be_zero_and_the_context_one(data, tmp_path):
+def test_the_last_learning_rate_may_be_zero_and_the_context_one(data: Any, tmp_path: Path) -> None:
     nano = [*NANO, "--context", 1, "--min-learning-rate", 0, "--steps", 2, "--quiet"]
     assert train("pretrain", data / "text", "-o", tmp_path / "out", *nano) == 0
     assert read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]["samples"] == []  # there is no room for one
 
 
 @pytest.mark.parametrize("stage", ["pretrain {d}/text", "sft {d}/chat.jsonl --model {d}/base"])
-def test_an_estimate_is_printed_and_nothing_is_written(stage, data, tmp_path, capsys):
+def test_an_estimate_is_printed_and_nothing_is_written(
+    stage: str, data: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train(*stage.format(d=data).split(), "-o", tmp_path / "out", "--estimate") == 0
     out = capsys.readouterr().out
     assert all(
@@ -147,7 +157,7 @@ def test_an_estimate_is_printed_and_nothing_is_written(stage, data, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
-def test_help_and_a_missing_library_need_no_torch(tmp_path):
+def test_help_and_a_missing_library_need_no_torch(tmp_path: Path) -> None:
     for name in ("torch", "transformers", "accelerate"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('imported')")

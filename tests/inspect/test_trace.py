@@ -34,7 +34,7 @@ def equal(a: Arrays, b: Arrays) -> bool:
 
 
 @pytest.mark.parametrize("kind", [{}, {"activations": "float32"}, {"kv": "int8"}], ids=str)
-def test_a_trace_has_the_bits_of_the_forward_pass(kind: dict[str, Any], tmp_path: Path):
+def test_a_trace_has_the_bits_of_the_forward_pass(kind: dict[str, Any], tmp_path: Path) -> None:
     model = engine.Model(str(export_small_model(tmp_path, context=512)), **kind)
     ids = random_ids(model, 300)
     logits = model.session().forward(ids, logits="all")
@@ -50,7 +50,7 @@ def test_a_trace_has_the_bits_of_the_forward_pass(kind: dict[str, Any], tmp_path
     assert np.array_equal(trace[name][:, :100, :100], shorter[name])
 
 
-def test_threads_and_instruction_sets_trace_the_same_bits(tmp_path: Path):
+def test_threads_and_instruction_sets_trace_the_same_bits(tmp_path: Path) -> None:
     path = str(export_small_model(tmp_path, context=512, dim=256, hidden_dim=512, n_heads=6))
     ids = random_ids(engine.Model(path), 300)
     expected = engine.Model(path, threads=1).trace(ids)
@@ -64,7 +64,7 @@ def test_threads_and_instruction_sets_trace_the_same_bits(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kv", ["f16", "int8"])
-def test_attention_weights_are_probabilities_of_what_a_token_sees(kv: engine.KV, tmp_path: Path):
+def test_attention_weights_are_probabilities_of_what_a_token_sees(kv: engine.KV, tmp_path: Path) -> None:
     model = engine.Model(str(export_small_model(tmp_path, context=1024)), kv=kv)
     for name, weights in model.trace(random_ids(model, 600), "*.attn_weights").items():
         assert weights.shape == (4, 600, 600), name
@@ -73,14 +73,14 @@ def test_attention_weights_are_probabilities_of_what_a_token_sees(kv: engine.KV,
         assert not np.triu(weights, 1).any()
 
 
-def test_the_logit_lens_after_the_last_layer_is_the_logits(tmp_path: Path):
+def test_the_logit_lens_after_the_last_layer_is_the_logits(tmp_path: Path) -> None:
     model = engine.Model(str(export_small_model(tmp_path, context=512)))
     trace = model.trace(random_ids(model, 300))
     assert np.array_equal(model.logit_lens(trace["model.layers.1"]), trace["lm_head"])
     assert not np.array_equal(model.logit_lens(trace["model.layers.0"]), trace["lm_head"])
 
 
-def test_names_choose_what_is_kept(tmp_path: Path):
+def test_names_choose_what_is_kept(tmp_path: Path) -> None:
     model = engine.Model(str(export_small_model(tmp_path)))
     whole = model.trace([1, 2, 3])
     for names in (
@@ -98,7 +98,9 @@ def test_names_choose_what_is_kept(tmp_path: Path):
     ]
 
 
-def test_what_cannot_be_traced_is_refused_with_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_cannot_be_traced_is_refused_with_the_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = engine.Model(str(export_small_model(tmp_path)))
     with pytest.raises(ValueError, match="no activation of this model is called 'layers.0'"):
         model.trace([1], "layers.0")
@@ -127,7 +129,7 @@ def text_of(model: Model, prompt: str = "def f(x):", n: int = 3) -> trace.Text:
     return trace.continue_text(model, model.tokenizer.encode(prompt), n, temperature=0)
 
 
-def test_the_flow_names_every_module_once_with_its_shapes(small: Model):
+def test_the_flow_names_every_module_once_with_its_shapes(small: Model) -> None:
     text = text_of(small)
     n, shown = len(text.ids), list(trace.lines(small, text, "input_flow"))
     for name, array in small.trace(text.ids).items():
@@ -141,7 +143,7 @@ def test_the_flow_names_every_module_once_with_its_shapes(small: Model):
     assert any(re.search(rf"^  self_attn.o_proj +\({n}, 128\) +-> \({n}, 64\)", line) for line in shown)
 
 
-def test_every_token_after_the_prompt_has_its_probability_and_the_alternatives(small: Model):
+def test_every_token_after_the_prompt_has_its_probability_and_the_alternatives(small: Model) -> None:
     text = text_of(small)
     assert len(text.ids) == text.n_prompt + 3
     expected = trace.alternatives(small, text, small.trace(text.ids)["lm_head"])
@@ -155,7 +157,7 @@ def test_every_token_after_the_prompt_has_its_probability_and_the_alternatives(s
     assert chances == [pytest.approx(100 * place.chance, abs=0.06) for place in expected[text.n_prompt - 1 :]]
 
 
-def test_the_ranges_are_those_of_the_arrays(small: Model):
+def test_the_ranges_are_those_of_the_arrays(small: Model) -> None:
     text = text_of(small)
     told = trace.describe(small, text, "verbose")
     arrays, exact = small.trace(text.ids), trace.exact_trace(small, text.ids)
@@ -175,7 +177,7 @@ def test_the_ranges_are_those_of_the_arrays(small: Model):
 
 def test_the_weights_have_their_statistics_and_rounding_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     shape = {"dim": 128, "vocab_size": 501, "tied": False}
     model = engine.Model(str(export_small_model(tmp_path, **shape)))
     monkeypatch.setattr(trace, "SLICE_WEIGHTS", 5000)
@@ -195,7 +197,7 @@ def test_the_weights_have_their_statistics_and_rounding_error(
         assert weight.error == pytest.approx(lost, rel=0.1), weight.name
 
 
-def test_routing_counts_the_tokens_of_each_expert(tmp_path: Path):
+def test_routing_counts_the_tokens_of_each_expert(tmp_path: Path) -> None:
     shape = {"architecture": "qwen3_moe", "n_experts": 8, "n_experts_per_token": 3, "n_layers": 3}
     model = Model(str(export_small_model(tmp_path, **shape)))
     text = text_of(model, "def f(x):\n    return x")
@@ -221,7 +223,7 @@ def test_routing_counts_the_tokens_of_each_expert(tmp_path: Path):
     list(trace.lines(model, text, "verbose"))
 
 
-def test_what_cannot_be_seen_is_written_out(small: Model):
+def test_what_cannot_be_seen_is_written_out(small: Model) -> None:
     assert [trace.token_text(small, id) for id in small.tokenizer.encode("漢")] == ["\\xe6", "\\xbc", "\\xa2"]
     assert trace.visible(" a\tb\n") == "·a⇥b↵"
     assert trace.visible("\x1b[31m\u202e\x00é漢") == "\\u{1b}[31m\\u{202e}\\u{0}é漢"

@@ -62,7 +62,7 @@ class Elements(HTMLParser):
 
 
 @pytest.mark.parametrize("prompt", ["def f(x):\n", HOSTILE], ids=["ordinary", "hostile"])
-def test_a_page_holds_its_data_and_runs_its_own_script_only(model: Model, prompt: str):
+def test_a_page_holds_its_data_and_runs_its_own_script_only(model: Model, prompt: str) -> None:
     data = trace_page.collect(model, text_of(model, prompt))
     page = trace_page.page(prompt, data)
     found = Elements(page)
@@ -80,7 +80,7 @@ def test_a_page_holds_its_data_and_runs_its_own_script_only(model: Model, prompt
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|url\(|@import|innerHTML|eval\(", template)
 
 
-def test_the_numbers_are_those_of_the_trace(model: Model):
+def test_the_numbers_are_those_of_the_trace(model: Model) -> None:
     text = text_of(model)
     n, c = len(text.ids), model.config
     data, arrays = trace_page.collect(model, text), model.trace(text.ids)
@@ -106,7 +106,7 @@ def test_the_numbers_are_those_of_the_trace(model: Model):
     assert {str(id) for id in text.ids} <= {str(id) for id in data["texts"]}
 
 
-def test_the_routing_of_experts_is_on_the_page(tmp_path: Path):
+def test_the_routing_of_experts_is_on_the_page(tmp_path: Path) -> None:
     model = Model(
         str(export_small_model(tmp_path, architecture="qwen3_moe", n_experts=8, n_experts_per_token=3))
     )
@@ -119,7 +119,7 @@ def test_the_routing_of_experts_is_on_the_page(tmp_path: Path):
         assert np.abs(found / 255 - np.sqrt(shares)).max() <= 0.51 / 255
 
 
-def test_a_page_is_written_whole_and_over_a_page_only(model: Model, tmp_path: Path):
+def test_a_page_is_written_whole_and_over_a_page_only(model: Model, tmp_path: Path) -> None:
     target = tmp_path / "trace.html"
     for n in (1, 2):
         size = trace_page.write(model, text_of(model, n=n), str(target))
@@ -135,7 +135,7 @@ def test_a_page_is_written_whole_and_over_a_page_only(model: Model, tmp_path: Pa
 
 def test_a_text_too_long_for_a_page_is_refused_with_both_numbers(
     model: Model, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(trace_page, "MAX_ATTENTION", 2_000_000)
     text = trace.Text([1] * 1000, 1000)
     with pytest.raises(
@@ -146,7 +146,7 @@ def test_a_text_too_long_for_a_page_is_refused_with_both_numbers(
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
-def test_a_browser_draws_the_page(architecture: str, tmp_path: Path):
+def test_a_browser_draws_the_page(architecture: str, tmp_path: Path) -> None:
     model = Model(str(export_small_model(tmp_path, architecture=architecture)))
     text = text_of(model, HOSTILE)
     trace_page.write(model, text, str(tmp_path / "trace.html"))

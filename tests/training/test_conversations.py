@@ -1,4 +1,8 @@
+from __future__ import annotations
+
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +18,11 @@ from qwen3c.training.vocabulary import train_bpe
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer() -> Any:
     return train_bpe(["What is 3 + 4? It is 7."], 290)
 
 
-def test_the_reply_and_its_end_are_learned_and_nothing_else(tmp_path, tokenizer):
+def test_the_reply_and_its_end_are_learned_and_nothing_else(tmp_path: Path, tokenizer: Any) -> None:
     path = write_jsonl(tmp_path / "chat.jsonl", [conversation("3 + 4?", "It is 7.")])
     (sample,), _ = read_samples(path, tokenizer, 64)
     batch = collate([[sample]], 64, tokenizer.pad_token_id)
@@ -32,7 +36,7 @@ def test_the_reply_and_its_end_are_learned_and_nothing_else(tmp_path, tokenizer)
         assert targets[i] == batch["tokens"][0, i + 1]
 
 
-def test_plain_text_among_conversations_is_learned_whole(tmp_path, tokenizer):
+def test_plain_text_among_conversations_is_learned_whole(tmp_path: Path, tokenizer: Any) -> None:
     lines = [conversation("3 + 4?", "It is 7."), {"text": "What is 3 + 4?"}]
     samples, _ = read_samples(write_jsonl(tmp_path / "chat.jsonl", lines), tokenizer, 64)
     targets = collate([samples[1:]], 64, tokenizer.pad_token_id)["targets"][0]
@@ -45,13 +49,15 @@ def test_plain_text_among_conversations_is_learned_whole(tmp_path, tokenizer):
     "text, complaint",
     [(7, "text is not a text"), ("", "text is not a text"), ("a<|im_end|>", "text holds the")],
 )
-def test_bad_plain_text_is_refused_with_its_line(tmp_path, tokenizer, text, complaint):
+def test_bad_plain_text_is_refused_with_its_line(
+    tmp_path: Path, tokenizer: Any, text: Any, complaint: str
+) -> None:
     path = write_jsonl(tmp_path / "chat.jsonl", [conversation("a", "b"), {"text": text}])
     with pytest.raises(TrainingError, match=f"line 2: {complaint}"):
         read_samples(path, tokenizer, 64)
 
 
-def test_every_reply_of_a_conversation_is_a_sample(tmp_path, tokenizer):
+def test_every_reply_of_a_conversation_is_a_sample(tmp_path: Path, tokenizer: Any) -> None:
     messages = conversation("a", "b")["messages"] + conversation("c", "d")["messages"]
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": messages}])
     samples, _ = read_samples(path, tokenizer, 64)
@@ -59,7 +65,7 @@ def test_every_reply_of_a_conversation_is_a_sample(tmp_path, tokenizer):
     assert replies == ["b<|im_end|>", "d<|im_end|>"]
 
 
-def test_a_packed_sample_gets_the_logits_it_gets_alone(tmp_path, tokenizer):
+def test_a_packed_sample_gets_the_logits_it_gets_alone(tmp_path: Path, tokenizer: Any) -> None:
     import torch
 
     model = new_model(Shape(32, 64, 2, 2, 1, 16, 128), tokenizer, seed=1).eval()
@@ -80,7 +86,7 @@ def test_a_packed_sample_gets_the_logits_it_gets_alone(tmp_path, tokenizer):
             start += len(sample.tokens)
 
 
-def test_without_the_mask_packed_samples_would_see_each_other(tmp_path, tokenizer):
+def test_without_the_mask_packed_samples_would_see_each_other(tmp_path: Path, tokenizer: Any) -> None:
     import torch
 
     model = new_model(Shape(32, 64, 2, 2, 1, 16, 128), tokenizer, seed=1).eval()
@@ -102,7 +108,7 @@ def test_without_the_mask_packed_samples_would_see_each_other(tmp_path, tokenize
     assert not torch.allclose(logits[0][n : 2 * n], logits[1][n : 2 * n], atol=1e-4)
 
 
-def test_rows_hold_every_sample_once_per_epoch_and_no_row_overflows():
+def test_rows_hold_every_sample_once_per_epoch_and_no_row_overflows() -> None:
     random = np.random.default_rng(1)
     samples = [Sample(list(range(random.integers(2, 30))), 1) for _ in range(200)]
     rows = Rows(samples, 64, seed=1)
@@ -118,14 +124,14 @@ def test_rows_hold_every_sample_once_per_epoch_and_no_row_overflows():
     assert filled > 0.9
 
 
-def test_rows_may_be_asked_for_in_any_order():
+def test_rows_may_be_asked_for_in_any_order() -> None:
     samples = [Sample([1] * n, 1) for n in range(2, 40)]
     rows = Rows(samples, 64, seed=1)
     forward = [rows[i] for i in range(60)]
     assert [rows[i] for i in reversed(range(60))] == forward[::-1]
 
 
-def test_samples_longer_than_the_context_are_counted(tmp_path, tokenizer):
+def test_samples_longer_than_the_context_are_counted(tmp_path: Path, tokenizer: Any) -> None:
     path = write_jsonl(
         tmp_path / "chat.jsonl", [conversation("short", "ok"), conversation("long " * 200, "ok")]
     )
@@ -149,7 +155,7 @@ def test_samples_longer_than_the_context_are_counted(tmp_path, tokenizer):
         ("[" * 100000, "line 2: is not JSON"),
     ],
 )
-def test_a_bad_line_is_named_by_its_number(tmp_path, tokenizer, line, message):
+def test_a_bad_line_is_named_by_its_number(tmp_path: Path, tokenizer: Any, line: Any, message: Any) -> None:
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps(conversation("a", "b")) + "\n" + line + "\n")
     with pytest.raises(TrainingError, match=message) as error:
@@ -157,7 +163,7 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, tokenizer, line, message):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_empty_or_binary_file_is_refused(tmp_path, tokenizer):
+def test_an_empty_or_binary_file_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "chat.jsonl"
     for data, message in ((b"\n\n", "is empty"), (b"\xff\n", "line 1: byte 0 is not UTF-8")):
         path.write_bytes(data)
@@ -165,7 +171,7 @@ def test_an_empty_or_binary_file_is_refused(tmp_path, tokenizer):
             read_samples(path, tokenizer, 64)
 
 
-def test_a_template_that_prompts_otherwise_than_it_renders_is_refused(tmp_path, tokenizer):
+def test_a_template_that_prompts_otherwise_than_it_renders_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     other = train_bpe(["x"], 280)
     other.chat_template = (
         "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
@@ -178,7 +184,7 @@ def test_a_template_that_prompts_otherwise_than_it_renders_is_refused(tmp_path, 
         read_samples(path, other, 64)
 
 
-def test_the_split_is_disjoint_and_a_function_of_the_seed():
+def test_the_split_is_disjoint_and_a_function_of_the_seed() -> None:
     samples = [Sample([i, i + 1], 1) for i in range(100)]
     train, validation = split(samples, 0.1, seed=1)
     assert len(validation) == 10 and not {id(s) for s in train} & {id(s) for s in validation}
@@ -190,7 +196,7 @@ def test_the_split_is_disjoint_and_a_function_of_the_seed():
 
 
 @pytest.fixture(scope="module")
-def qwen3():
+def qwen3() -> Any:
     """Qwen3's template and control tokens on a small vocabulary."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -231,7 +237,7 @@ ANSWERED = [
         (ANSWERED, TOOLS),
     ],
 )
-def test_samples_are_what_transformers_renders(tmp_path, qwen3, messages, tools):
+def test_samples_are_what_transformers_renders(tmp_path: Path, qwen3: Any, messages: Any, tools: Any) -> None:
     line = {"messages": messages} | ({"tools": tools} if tools else {})
     samples, _ = read_samples(write_jsonl(tmp_path / "chat.jsonl", [line]), qwen3, 4096)
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -276,13 +282,15 @@ def test_samples_are_what_transformers_renders(tmp_path, qwen3, messages, tools)
         ),
     ],
 )
-def test_what_our_own_template_cannot_render_is_refused_by_line(tmp_path, tokenizer, line, message):
+def test_what_our_own_template_cannot_render_is_refused_by_line(
+    tmp_path: Path, tokenizer: Any, line: Any, message: Any
+) -> None:
     path = write_jsonl(tmp_path / "chat.jsonl", [conversation("a", "b"), line])
     with pytest.raises(TrainingError, match=f"line 2: .*{message}"):
         read_samples(path, tokenizer, 4096)
 
 
-def test_a_template_that_drops_the_tools_is_refused(tmp_path, tokenizer):
+def test_a_template_that_drops_the_tools_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     other = train_bpe(["x"], 280)
     other.chat_template = tokenizer.chat_template.split("\n", 1)[1]
     path = write_jsonl(tmp_path / "chat.jsonl", [{**conversation("a", "b"), "tools": TOOLS}])
@@ -290,14 +298,14 @@ def test_a_template_that_drops_the_tools_is_refused(tmp_path, tokenizer):
         read_samples(path, other, 4096)
 
 
-def test_plain_text_keeps_what_looks_like_a_tag(tmp_path, tokenizer):
+def test_plain_text_keeps_what_looks_like_a_tag(tmp_path: Path, tokenizer: Any) -> None:
     path = write_jsonl(tmp_path / "chat.jsonl", [{"text": "a <think> b"}])
     ((sample,), _) = read_samples(path, tokenizer, 4096)
     assert tokenizer.convert_tokens_to_ids("<think>") not in sample.tokens
     assert tokenizer.decode(sample.tokens[:-1]) == "a <think> b"
 
 
-def test_a_byte_order_mark_is_no_error_and_half_a_character_is(tmp_path, tokenizer):
+def test_a_byte_order_mark_is_no_error_and_half_a_character_is(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "chat.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(conversation("a", "b")).encode())
     assert len(read_samples(path, tokenizer, 64)[0]) == 1

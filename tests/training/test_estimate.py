@@ -1,5 +1,9 @@
+from __future__ import annotations
+
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from nano import environment
@@ -14,11 +18,11 @@ SHAPE = Shape(128, 256, 3, 4, 2, 32, 256)
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer() -> Any:
     return train_bpe(["def f(): pass"], 272)
 
 
-def test_parameters_file_and_cache_are_what_the_exported_model_has(tmp_path, tokenizer):
+def test_parameters_file_and_cache_are_what_the_exported_model_has(tmp_path: Path, tokenizer: Any) -> None:
     model = new_model(SHAPE, tokenizer, seed=1)
     e = estimate(model, 2, 64, False)
     model.save_pretrained(tmp_path)
@@ -30,7 +34,7 @@ def test_parameters_file_and_cache_are_what_the_exported_model_has(tmp_path, tok
     assert e.file == pytest.approx(file.fields()["tensors_size"], rel=0.01)
 
 
-def test_presets_span_one_to_twentyfive_million_parameters():
+def test_presets_span_one_to_twentyfive_million_parameters() -> None:
     tokenizer = train_bpe(["x"], 263)
     vocabulary = 4096 - 272  # the rows a full vocabulary would have more
     sizes = [
@@ -82,7 +86,9 @@ print(expected, highest() - before)
 # (freed tensors go back to the system at once here; by default the C library keeps some, up to a third more)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("arguments", [(256, 6, 8, 256), (768, 4, 1, 64)], ids=["activations", "weights"])
-def test_the_peak_of_training_is_within_15_percent_of_what_is_measured(tmp_path, arguments):
+def test_the_peak_of_training_is_within_15_percent_of_what_is_measured(
+    tmp_path: Path, arguments: Any
+) -> None:
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, arguments)], cwd=__file__.rpartition("/")[0],
         env=environment() | {"MALLOC_MMAP_THRESHOLD_": "65536"}, capture_output=True, text=True, check=True,

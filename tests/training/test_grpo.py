@@ -1,6 +1,9 @@
 """The two losses of GRPO against formulas written out one token at a time."""
 
+from __future__ import annotations
+
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from qwen3c.training.grpo import GRPO, LOSSES, Policy, advantages_of, load_rewar
 LENGTHS = [3, 7, 1, 5]  # of the completions of one group
 
 
-def batch_of(lengths, advantages, seed=1):
+def batch_of(lengths: Any, advantages: Any, seed: int = 1) -> Any:
     """Random log-probabilities far enough apart that some ratios are clipped; padding holds numbers too."""
     random = np.random.default_rng(seed)
     shape = (len(lengths), max(lengths) + 2)
@@ -28,7 +31,7 @@ def batch_of(lengths, advantages, seed=1):
     return batch, torch.tensor(values["new"])
 
 
-def expected_loss(batch, new, advantages, policy):
+def expected_loss(batch: Any, new: Any, advantages: Any, policy: Any) -> Any:
     """DeepSeekMath, equation 3, with its estimate of the divergence (equation 4)."""
     of_completions, of_tokens = [], []
     for i, advantage in enumerate(advantages):
@@ -51,15 +54,15 @@ def expected_loss(batch, new, advantages, policy):
 class Stage(GRPO):
     """The loss alone: no model, no data."""
 
-    def __init__(self, policy, logprobs):
+    def __init__(self, policy: Any, logprobs: Any) -> None:
         self.policy, self.model, self._kl, self.logprobs = policy, None, 0.0, logprobs
 
-    def _logprobs(self, model, tokens):
+    def _logprobs(self, model: Any, tokens: Any) -> Any:
         return self.logprobs
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_loss_is_that_of_the_paper_or_of_dapo(loss):
+def test_the_loss_is_that_of_the_paper_or_of_dapo(loss: Any) -> None:
     policy = Policy(loss=loss, kl=0.3, clip_ratio=0.1)
     advantages = np.array([1.5, -0.5, 0.3, -1.3])
     batch, new = batch_of(LENGTHS, advantages)
@@ -71,7 +74,7 @@ def test_the_loss_is_that_of_the_paper_or_of_dapo(loss):
     ).any()  # both sides of the clip are tried
 
 
-def test_the_losses_differ_where_lengths_do():
+def test_the_losses_differ_where_lengths_do() -> None:
     advantages = np.array([1.0, -1.0, 1.0, -1.0])
     means = {}
     for loss in LOSSES:
@@ -82,7 +85,7 @@ def test_the_losses_differ_where_lengths_do():
     assert LOSSES[0] == Policy().loss == "dapo"
 
 
-def test_micro_batches_add_up_to_the_mean_over_completions():
+def test_micro_batches_add_up_to_the_mean_over_completions() -> None:
     advantages = np.array([1.5, -0.5, 0.3, -1.3])
     batch, new = batch_of(LENGTHS, advantages)
     policy = Policy(loss="grpo")
@@ -92,7 +95,7 @@ def test_micro_batches_add_up_to_the_mean_over_completions():
     assert mean == pytest.approx(expected_loss(batch, new, advantages, policy), rel=1e-12)
 
 
-def test_advantages_are_standard_scores_within_the_group():
+def test_advantages_are_standard_scores_within_the_group() -> None:
     rewards = np.array([[1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5], [2.0, 4.0, 4.0, 6.0]])
     for loss, divisor in (("dapo", 4), ("grpo", 3)):
         for row, found in zip(rewards, advantages_of(rewards, loss), strict=True):
@@ -101,12 +104,12 @@ def test_advantages_are_standard_scores_within_the_group():
             assert found == pytest.approx([(x - mean) / (deviation + 1e-4) for x in row])
 
 
-def test_the_divergence_is_never_negative():
+def test_the_divergence_is_never_negative() -> None:
     batch, new = batch_of(LENGTHS, np.ones(4))
     _, divergence = token_losses(new, batch, Policy())
     assert (divergence >= 0).all() and divergence.max() > 0.1
 
 
-def test_a_reward_that_is_not_there_says_where_it_was_looked_for():
+def test_a_reward_that_is_not_there_says_where_it_was_looked_for() -> None:
     with pytest.raises(TrainingError, match=r"nothing_here\.py in this folder would be found, with exact\("):
         load_reward("nothing_here:exact")

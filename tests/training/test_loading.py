@@ -1,6 +1,10 @@
 """What may be tuned: what the exporter takes, with every tensor there."""
 
+from __future__ import annotations
+
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 from nano import train, write_chat
@@ -14,7 +18,7 @@ from qwen3c.training.loading import load_model, model_fingerprint
 @pytest.mark.parametrize(
     "shape", [{}, {"tied": False}, {"architecture": "qwen2", "head_dim": 16}, {"architecture": "qwen3_moe"}]
 )
-def test_every_family_of_the_exporter_loads(tmp_path, shape):
+def test_every_family_of_the_exporter_loads(tmp_path: Path, shape: Any) -> None:
     model, tokenizer = load_model(write_small_model(tmp_path / "model", dtype="F32", **shape))
     stored = load_file(tmp_path / "model" / "model.safetensors")
     assert (model.get_input_embeddings().weight == stored["model.embed_tokens.weight"]).all()
@@ -22,7 +26,9 @@ def test_every_family_of_the_exporter_loads(tmp_path, shape):
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
-def test_a_model_with_a_tensor_missing_is_refused_by_its_name(tmp_path, name, capsys):
+def test_a_model_with_a_tensor_missing_is_refused_by_its_name(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = write_small_model(tmp_path / "model", tied=False, dtype="F32")
     tensors = load_file(model / "model.safetensors")
     del tensors[name]
@@ -35,7 +41,9 @@ def test_a_model_with_a_tensor_missing_is_refused_by_its_name(tmp_path, name, ca
 
 
 @pytest.mark.parametrize("stage", ["sft", "pretrain", "grpo"])
-def test_a_model_that_the_exporter_refuses_is_refused_at_the_start(tmp_path, stage, capsys):
+def test_a_model_that_the_exporter_refuses_is_refused_at_the_start(
+    tmp_path: Path, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = write_small_model(tmp_path / "model")
@@ -48,7 +56,9 @@ def test_a_model_that_the_exporter_refuses_is_refused_at_the_start(tmp_path, sta
     assert len(err.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
-def test_a_name_of_the_hub_is_answered_with_the_command_that_gets_it(tmp_path, monkeypatch):
+def test_a_name_of_the_hub_is_answered_with_the_command_that_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pathlib import Path
 
     monkeypatch.chdir(tmp_path)
@@ -56,7 +66,7 @@ def test_a_name_of_the_hub_is_answered_with_the_command_that_gets_it(tmp_path, m
         load_model(Path("Qwen/Qwen3-0.6B"))
 
 
-def test_a_model_is_known_by_the_contents_of_its_files(tmp_path):
+def test_a_model_is_known_by_the_contents_of_its_files(tmp_path: Path) -> None:
     one, same, other = (
         model_fingerprint(write_small_model(tmp_path / name, seed=seed))
         for name, seed in (("a", 1), ("b", 1), ("c", 2))

@@ -1,5 +1,7 @@
 """A run is resumed as what it was, or not at all; what stops it in the middle leaves it whole."""
 
+from __future__ import annotations
+
 import json
 import os
 import resource
@@ -8,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from nano import NANO, ROOT, environment, losses, train, write_chat, write_jsonl, write_tasks, write_text
@@ -19,7 +23,7 @@ QUICK = ["--quiet", "--threads", 1]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A finished run of every stage, of two steps."""
     d = tmp_path_factory.mktemp("runs")
     write_text(d / "text")
@@ -34,7 +38,7 @@ def runs(tmp_path_factory):
     return d
 
 
-def arguments(d, stage, out=None):
+def arguments(d: Any, stage: Any, out: Any = None) -> Any:
     common = ["-o", out or d / stage, "--steps", 2, *QUICK]
     return {
         "pretrain": ["pretrain", d / "text", *NANO, *common],
@@ -67,7 +71,9 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("stage", "old", "new", "message"), CHANGES)
-def test_another_run_is_not_resumed_and_the_difference_is_named(stage, old, new, message, runs, capsys):
+def test_another_run_is_not_resumed_and_the_difference_is_named(
+    stage: Any, old: Any, new: Any, message: Any, runs: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     given, old, new = " ".join(map(str, arguments(runs, stage))), old.format(d=runs), new.format(d=runs)
     assert old == "+" or old in given
     given = f"{given} {new}" if old == "+" else given.replace(old, new)
@@ -78,14 +84,16 @@ def test_another_run_is_not_resumed_and_the_difference_is_named(stage, old, new,
     assert (runs / stage / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_folder_of_another_stage_is_not_resumed(runs, capsys):
+def test_a_folder_of_another_stage_is_not_resumed(runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
     given = [str(a) for a in arguments(runs, "sft")]
     given[given.index("-o") + 1] = str(runs / "base2")
     assert train(*given, "--resume") == 2
     assert "was made with" in capsys.readouterr().err
 
 
-def test_an_edited_reward_is_another_one(runs, tmp_path, capsys, monkeypatch):
+def test_an_edited_reward_is_another_one(
+    runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     given = [str(a) for a in arguments(runs, "grpo", tmp_path / "out")]
     given[given.index("nano:digits")] = "edited_reward:f"
@@ -104,7 +112,9 @@ def test_an_edited_reward_is_another_one(runs, tmp_path, capsys, monkeypatch):
     assert "was made with another reward function" in capsys.readouterr().err
 
 
-def test_steps_and_what_decides_no_loss_may_change(runs, tmp_path, capsys):
+def test_steps_and_what_decides_no_loss_may_change(
+    runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(runs / "pretrain", out)
     given = [a for a in arguments(runs, "pretrain", out) if a != "--quiet"]
@@ -120,13 +130,15 @@ def test_steps_and_what_decides_no_loss_may_change(runs, tmp_path, capsys):
     assert "all 4 steps are done already" in capsys.readouterr().err
 
 
-def test_a_run_killed_before_its_first_checkpoint_leaves_no_trace_in_the_next(runs, tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_leaves_no_trace_in_the_next(
+    runs: Any, tmp_path: Path
+) -> None:
     given = arguments(runs, "pretrain", tmp_path / "out")
     child = os.fork()
     if child == 0:
         from qwen3c.training import curves
 
-        def killed(records, path):
+        def killed(records: Any, path: Any) -> None:
             path.write_text("half a picture")
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -143,7 +155,9 @@ def test_a_run_killed_before_its_first_checkpoint_leaves_no_trace_in_the_next(ru
 
 
 @pytest.mark.parametrize("what", ["curves.png", "model.safetensors", "trainer.pt"])
-def test_a_disk_without_room_is_named_and_the_last_checkpoint_stays(what, runs, tmp_path, capfd):
+def test_a_disk_without_room_is_named_and_the_last_checkpoint_stays(
+    what: str, runs: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(runs / "pretrain", out)
     files = [out / "curves.png", *(out / "checkpoints" / "step-0000002").iterdir()]
@@ -161,22 +175,22 @@ def test_a_disk_without_room_is_named_and_the_last_checkpoint_stays(what, runs, 
     assert os.listdir(out / "checkpoints") == ["step-0000002"]
 
 
-def test_no_float64_meets_the_device(runs, tmp_path, monkeypatch):
+def test_no_float64_meets_the_device(runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Apple's GPUs have none: here a tensor is on the device until cpu() has brought it back."""
     import torch
 
     cpu, double, to, back = torch.Tensor.cpu, torch.Tensor.double, torch.Tensor.to, set()
 
-    def brought_back(self, *args, **kwargs):
+    def brought_back(self, *args: Any, **kwargs: Any) -> Any:
         result = cpu(self, *args, **kwargs)
         back.add(id(result))
         return result
 
-    def doubled(self):
+    def doubled(self) -> Any:
         assert id(self) in back, "float64 on the device"
         return double(self)
 
-    def moved(self, *args, **kwargs):
+    def moved(self, *args: Any, **kwargs: Any) -> Any:
         assert self.dtype != torch.float64, "float64 to the device"
         return to(self, *args, **kwargs)
 
@@ -186,7 +200,7 @@ def test_no_float64_meets_the_device(runs, tmp_path, monkeypatch):
     assert train(*arguments(runs, "pretrain", tmp_path / "out")) == 0
 
 
-def test_samples_are_several_and_of_text_go_on_past_its_end(runs):
+def test_samples_are_several_and_of_text_go_on_past_its_end(runs: Any) -> None:
     for stage, n in (("pretrain", 4), ("sft", 2), ("grpo", 2)):
         last = [r for r in read_metrics(runs / stage / "metrics.jsonl") if "samples" in r][-1]["samples"]
         assert len(last) >= n and len(set(last)) > 1, stage
@@ -201,7 +215,7 @@ def test_samples_are_several_and_of_text_go_on_past_its_end(runs):
     )
 
 
-def test_under_nohup_a_closed_terminal_does_not_end_a_run(runs, tmp_path):
+def test_under_nohup_a_closed_terminal_does_not_end_a_run(runs: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     given = [str(a) for a in arguments(runs, "pretrain", out)]
     given[given.index("--steps") + 1] = "100000"

@@ -1,3 +1,8 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from small_models import export_small_model
@@ -10,21 +15,28 @@ END = frozenset({3})
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return engine.Model(str(export_small_model(tmp_path_factory.mktemp("model"), std=0.05)))
 
 
-def run(model, prompts=PROMPTS, n=4, tokens=12, temperature=1.0, seed=(1, 2)):
+def run(
+    model: Any,
+    prompts: Any = PROMPTS,
+    n: int = 4,
+    tokens: int = 12,
+    temperature: float = 1.0,
+    seed: Any = (1, 2),
+) -> Any:
     return rollout(model, prompts, n, tokens, END, temperature, seed)
 
 
-def test_a_completion_is_a_function_of_weights_prompt_and_seed(model):
+def test_a_completion_is_a_function_of_weights_prompt_and_seed(model: Any) -> None:
     first, again = run(model), run(model)
     assert first == again != run(model, seed=(1, 3))
     assert len({tuple(c.tokens) for c in first[0]}) == 4  # the group is diverse
 
 
-def test_logprobs_are_those_of_the_distribution_that_was_sampled(model):
+def test_logprobs_are_those_of_the_distribution_that_was_sampled(model: Any) -> None:
     temperature = 0.7
     for prompt, group in zip(PROMPTS, run(model, temperature=temperature), strict=True):
         for completion in group:
@@ -36,7 +48,7 @@ def test_logprobs_are_those_of_the_distribution_that_was_sampled(model):
             assert np.allclose(completion.logprobs, expected, rtol=0, atol=1e-5)
 
 
-def test_temperature_zero_takes_the_largest_logit(model):
+def test_temperature_zero_takes_the_largest_logit(model: Any) -> None:
     for prompt, group in zip(PROMPTS, run(model, n=2, temperature=0.0), strict=True):
         session = model.session()
         ids, tokens = prompt, []
@@ -48,7 +60,7 @@ def test_temperature_zero_takes_the_largest_logit(model):
         assert [c.tokens for c in group] == [tokens, tokens]
 
 
-def test_completions_end_at_an_end_token_or_the_limit(model):
+def test_completions_end_at_an_end_token_or_the_limit(model: Any) -> None:
     for group in run(model, n=8, tokens=200):
         for completion in group:
             assert completion.ended == (completion.tokens[-1] in END)
@@ -56,12 +68,12 @@ def test_completions_end_at_an_end_token_or_the_limit(model):
             assert completion.ended or len(completion.tokens) == 200
 
 
-def test_a_completion_past_the_context_is_refused(model):
+def test_a_completion_past_the_context_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="context"):
         run(model, tokens=model.config.context)
 
 
-def test_a_completion_is_what_generate_samples_with_its_seed(tmp_path):
+def test_a_completion_is_what_generate_samples_with_its_seed(tmp_path: Path) -> None:
     model = Model(str(export_small_model(tmp_path, std=0.05)))
     ends = model.metadata["eos_token_ids"]
     groups = rollout(model, PROMPTS, 4, 12, ends, 0.8, (1, 2))

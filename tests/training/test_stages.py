@@ -1,11 +1,15 @@
 """The three stages end to end, on models that train in a second."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +22,7 @@ QUICK = ["--quiet", "--threads", 1, "--evaluate-every", 4, "--checkpoint-every",
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("data")
     write_text(directory / "text")
     write_chat(directory / "chat.jsonl")
@@ -27,7 +31,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base(data):
+def base(data: Path) -> Any:
     """A pretrained model: enough to know digits, plus and equals."""
     status = train("pretrain", data / "text", "-o", data / "base", *NANO, "--quiet", "--steps", 60,
                    "--learning-rate", 1e-2, "--evaluate-every", 30, "--checkpoint-every", 30)  # fmt: skip
@@ -35,7 +39,7 @@ def base(data):
     return data / "base"
 
 
-def stage_arguments(stage, data, base, out, steps=6):
+def stage_arguments(stage: Any, data: Path, base: Path, out: Any, steps: int = 6) -> Any:
     common = ["-o", out, "--steps", steps, *QUICK]
     if stage == "pretrain":
         return ["pretrain", data / "text", *NANO[:-2], *common]
@@ -48,7 +52,7 @@ def stage_arguments(stage, data, base, out, steps=6):
 STAGES = ["pretrain", "sft", "grpo"]
 
 
-def test_the_loss_falls_from_that_of_a_uniform_guess(base):
+def test_the_loss_falls_from_that_of_a_uniform_guess(base: Path) -> None:
     records = [json.loads(line) for line in (base / "metrics.jsonl").read_text().splitlines()]
     validation = [r["validation_loss"] for r in records if "validation_loss" in r]
     assert validation[0] == pytest.approx(np.log(320), rel=0.05)
@@ -56,7 +60,7 @@ def test_the_loss_falls_from_that_of_a_uniform_guess(base):
     assert all(r["samples"] for r in records if "validation_loss" in r)
 
 
-def test_a_run_leaves_a_model_metrics_and_a_picture(base):
+def test_a_run_leaves_a_model_metrics_and_a_picture(base: Path) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "curves.png"} <= set(
         os.listdir(base)
     )
@@ -64,7 +68,7 @@ def test_a_run_leaves_a_model_metrics_and_a_picture(base):
     assert not [name for name in os.listdir(base) if name.startswith(".")]
 
 
-def test_every_stage_ends_in_a_model_that_the_engine_runs(data, base, tmp_path):
+def test_every_stage_ends_in_a_model_that_the_engine_runs(data: Path, base: Path, tmp_path: Path) -> None:
     tuned = tmp_path / "sft"
     assert train("sft", data / "chat.jsonl", "--model", base, "-o", tuned, "--steps", 40, "--batch", 4,
                  "--learning-rate", 1e-2, *QUICK) == 0  # fmt: skip
@@ -82,7 +86,7 @@ def test_every_stage_ends_in_a_model_that_the_engine_runs(data, base, tmp_path):
 
 
 @pytest.mark.parametrize("loss", ["dapo", "grpo"])
-def test_reinforcement_raises_the_reward(loss, data, base, tmp_path):
+def test_reinforcement_raises_the_reward(loss: str, data: Path, base: Path, tmp_path: Path) -> None:
     assert train("grpo", data / "tasks.jsonl", "--model", base, "-o", tmp_path / "out", "--steps", 30, "--batch", 4,
                  "--reward", "nano:digits", "--max-tokens", 6, "--learning-rate", 5e-3, "--kl", 0,
                  "--loss", loss, "--quiet", "--threads", 1, "--evaluate-every", 10) == 0  # fmt: skip
@@ -95,7 +99,7 @@ def test_reinforcement_raises_the_reward(loss, data, base, tmp_path):
     )  # whatever the mean is over
 
 
-def test_the_character_tokenizer_trains_exports_and_generates(data, tmp_path):
+def test_the_character_tokenizer_trains_exports_and_generates(data: Path, tmp_path: Path) -> None:
     arguments = [a for a in NANO if a not in ("--vocab-size", "320")]
     assert train("pretrain", data / "text", "-o", tmp_path / "out", *arguments, "--tokenizer", "char", "--steps", 150,
                  "--learning-rate", 1e-2, *QUICK) == 0  # fmt: skip
@@ -107,7 +111,7 @@ def test_the_character_tokenizer_trains_exports_and_generates(data, tmp_path):
     assert not any(event.thinking for event in events)  # its vocabulary has no tag to think in
 
 
-def test_trained_weights_give_the_engine_the_logits_of_transformers(base, tmp_path):
+def test_trained_weights_give_the_engine_the_logits_of_transformers(base: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -124,7 +128,9 @@ def test_trained_weights_give_the_engine_the_logits_of_transformers(base, tmp_pa
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_resumed_run_has_the_same_losses_to_the_bit(stage, data, base, tmp_path):
+def test_a_resumed_run_has_the_same_losses_to_the_bit(
+    stage: Any, data: Path, base: Path, tmp_path: Path
+) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert train(*stage_arguments(stage, data, base, whole)) == 0
     child = os.fork()
@@ -143,7 +149,9 @@ def test_a_resumed_run_has_the_same_losses_to_the_bit(stage, data, base, tmp_pat
     assert (halves / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-def test_a_finished_or_foreign_run_is_not_overwritten(data, base, capsys):
+def test_a_finished_or_foreign_run_is_not_overwritten(
+    data: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     weights = (base / "model.safetensors").read_bytes()
     assert train(*stage_arguments("pretrain", data, base, base)) == 2
     assert "holds a run already; --resume" in capsys.readouterr().err
@@ -182,7 +190,7 @@ for i in range(20):
 """
 
 
-def test_killed_at_twenty_points_a_run_keeps_its_last_checkpoint(data, tmp_path):
+def test_killed_at_twenty_points_a_run_keeps_its_last_checkpoint(data: Path, tmp_path: Path) -> None:
     arguments = [
         data / "text",
         *NANO,
@@ -204,7 +212,7 @@ def test_killed_at_twenty_points_a_run_keeps_its_last_checkpoint(data, tmp_path)
 
 
 @pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["copies", "sharded"])
-def test_two_processes_reach_the_losses_of_one(shard, data, base, tmp_path):
+def test_two_processes_reach_the_losses_of_one(shard: Any, data: Path, base: Path, tmp_path: Path) -> None:
     arguments = ["pretrain", data / "text", *NANO, "--steps", 6, "--batch", 4, "--micro-batch", 1, *QUICK]
     assert train(*arguments, "-o", tmp_path / "one") == 0
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
@@ -219,7 +227,9 @@ def test_two_processes_reach_the_losses_of_one(shard, data, base, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(number, data, tmp_path):
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(
+    number: Any, data: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     command = [
         sys.executable,
@@ -245,12 +255,14 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(number, data, tmp_
     assert (out / "checkpoints" / f"step-{step:07d}" / "trainer.pt").exists()
 
 
-def test_a_diverging_loss_ends_the_run_and_names_the_intact_checkpoint(data, tmp_path, capsys, monkeypatch):
+def test_a_diverging_loss_ends_the_run_and_names_the_intact_checkpoint(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from qwen3c.training.pretrain import Pretraining
 
     loss, calls = Pretraining.loss, []
 
-    def diverge(self, batch):
+    def diverge(self, batch: Any) -> Any:
         calls.append(1)
         total, n = loss(self, batch)
         return (total * float("inf") if self.step == 4 and self.model.training else total), n
@@ -274,7 +286,9 @@ def test_a_diverging_loss_ends_the_run_and_names_the_intact_checkpoint(data, tmp
         ("nano:ROOT", "is not a function"),
     ],
 )
-def test_a_bad_reward_ends_in_one_line(reward, message, data, base, tmp_path, capsys):
+def test_a_bad_reward_ends_in_one_line(
+    reward: str, message: str, data: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = stage_arguments("grpo", data, base, tmp_path / "out")
     arguments[arguments.index("nano:digits")] = reward
     assert train(*arguments) == 2

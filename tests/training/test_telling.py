@@ -1,20 +1,25 @@
 """What a run says: nothing that can end it."""
 
+from __future__ import annotations
+
 import io
 import os
 import sys
 import time
+from typing import Any
+
+import pytest
 
 from qwen3c.training import telling
 from qwen3c.training.telling import Telling, unheard
 
 
 class FakeTerminal(io.StringIO):
-    def isatty(self):
+    def isatty(self) -> Any:
         return True
 
 
-def terminal(monkeypatch):
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Any:
     """In a test, not before it: pytest gives every phase a stderr of its own."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(telling, "PATIENCE", 0.01)
@@ -23,21 +28,21 @@ def terminal(monkeypatch):
     return sys.stderr
 
 
-def wait_for(stream, text):
+def wait_for(stream: Any, text: Any) -> None:
     deadline = time.monotonic() + 30
     while text not in stream.getvalue() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert text in stream.getvalue()
 
 
-def test_what_takes_long_is_shown_with_its_seconds_and_erased(monkeypatch):
+def test_what_takes_long_is_shown_with_its_seconds_and_erased(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = terminal(monkeypatch)
     with Telling().doing("reading"):
         wait_for(screen, "reading ... 1 s")
     assert screen.getvalue().endswith("\r\x1b[K") and "\n" not in screen.getvalue()
 
 
-def test_a_line_takes_the_place_of_the_progress(monkeypatch):
+def test_a_line_takes_the_place_of_the_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = terminal(monkeypatch)
     words = Telling()
     with words.steps(0):
@@ -46,7 +51,7 @@ def test_a_line_takes_the_place_of_the_progress(monkeypatch):
     assert screen.getvalue().endswith("25%  step 1 of 4  loss 2.0  0 s left\r\x1b[Kstep 1: judged\n")
 
 
-def test_quiet_says_nothing_and_so_do_all_processes_but_the_first(monkeypatch):
+def test_quiet_says_nothing_and_so_do_all_processes_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = terminal(monkeypatch)
     monkeypatch.setenv("RANK", "1")
     for words in (Telling(quiet=True), Telling()):
@@ -56,7 +61,7 @@ def test_quiet_says_nothing_and_so_do_all_processes_but_the_first(monkeypatch):
     assert screen.getvalue() == ""
 
 
-def test_a_terminal_that_is_gone_is_no_error():
+def test_a_terminal_that_is_gone_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     child = os.fork()

@@ -1,4 +1,7 @@
+from __future__ import annotations
+
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nano import NANO, train, write_text
@@ -6,7 +9,7 @@ from nano import NANO, train, write_text
 from qwen3c.training.trainer import Settings
 
 
-def settings(**changes):
+def settings(**changes: Any) -> Any:
     given = {
         "out": Path("x"),
         "steps": 100,
@@ -18,7 +21,7 @@ def settings(**changes):
     return Settings(**(given | changes))
 
 
-def test_the_learning_rate_rises_in_a_line_and_falls_as_a_cosine():
+def test_the_learning_rate_rises_in_a_line_and_falls_as_a_cosine() -> None:
     s = settings()
     assert [s.learning_rate_at(i) for i in (0, 4, 9)] == pytest.approx([1e-4, 5e-4, 1e-3])
     assert s.learning_rate_at(55) == pytest.approx(1e-3 * (0.1 + 0.9 / 2))
@@ -27,7 +30,7 @@ def test_the_learning_rate_rises_in_a_line_and_falls_as_a_cosine():
     assert rates == sorted(rates, reverse=True)
 
 
-def test_only_matrices_decay(tmp_path, monkeypatch):
+def test_only_matrices_decay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen3c.training.trainer import Trainer
 
     seen = []
@@ -43,7 +46,7 @@ def test_only_matrices_decay(tmp_path, monkeypatch):
     assert n == sum(p.numel() for p in seen[0].plain_model.parameters())
 
 
-def test_accumulated_micro_batches_are_one_batch(tmp_path):
+def test_accumulated_micro_batches_are_one_batch(tmp_path: Path) -> None:
     from nano import losses
 
     text = write_text(tmp_path / "text")
@@ -66,7 +69,7 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path):
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
-def test_bfloat16_trains_close_to_float32(tmp_path):
+def test_bfloat16_trains_close_to_float32(tmp_path: Path) -> None:
     from nano import losses
 
     text = write_text(tmp_path / "text")
