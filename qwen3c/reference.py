@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .format import ROPE_TENSOR, TILE_ROWS, Config, ModelFile, Tensor, tile_fields
+from .format import ROPE_TENSOR, Config, ModelFile, Tensor, tile_fields
 
 Array = NDArray[np.float32]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .gguf_header import Header, Info
-from .gguf_vocabulary import Vocabulary
+from .gguf_vocabulary import GGUFVocabulary
 from .rope import inverse_frequencies, read_rope
 from .source import BLOCKS, Keys, SourceError, StoredTensor, open_regular, shown, to_float32
 
@@ -112,7 +112,7 @@ class GGUF:
                 raise SourceError(f"{self.location}: {fault}; take an F16, BF16 or Q8_0 file of the model")
         header.check_layout(self._infos)
         self.group_size = 32 if any(info.kind == "Q8_0" for info in self._infos.values()) else 64
-        self._vocabulary = Vocabulary(self._keys)
+        self._vocabulary = GGUFVocabulary(self._keys)
 
     def __enter__(self) -> GGUF:
         return self

@@ -41,7 +41,7 @@ _END_TOKENS = {
 }
 
 
-class Vocabulary:
+class GGUFVocabulary:
     """The tables tokenizer.ggml.*: byte-level BPE, as tokenizer.json has it.
 
     Ids must be ordinary tokens, then control and added tokens, then unused ones: the only order that

@@ -128,24 +128,27 @@ class Checkpoint:
             stored = {f"model.{tensor}": stored[tensor] for tensor in stored}
             self.config = replace(self.config, tied_embedding=True)
         self.tensors = _open_tensors(source, stored, self.config)
-        generation = source.generation()
-        self.metadata: dict[str, Any] = {
-            "name": name or _base_name(keys.values) or _describe_size(self.config),
-            "thinking": thinking_kind(self.template),
-            "eos_token_ids": _eos_token_ids(keys, generation, n_tokens),
-            "generation": generation.numbers(_GENERATION_KEYS),
-            "rope": self.rope.description(),
-            "special_tokens": source.special_tokens(),
-            "source": self._provenance(architecture, keys.values),
-        }
+        self.metadata = self._metadata(keys, name) | {"source": self._provenance(architecture, keys.values)}
 
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.size for tensor in self.tensors.values())
 
+    def _metadata(self, keys: Keys, name: str | None) -> dict[str, Any]:
+        """What docs/FORMAT.md says about the model itself."""
+        generation = self.source.generation()
+        return {
+            "name": name or _base_name(keys.values) or _describe_size(self.config),
+            "thinking": thinking_kind(self.template),
+            "eos_token_ids": _eos_token_ids(keys, generation, self.config.n_tokens),
+            "generation": generation.numbers(_GENERATION_KEYS),
+            "rope": self.rope.description(),
+            "special_tokens": self.source.special_tokens(),
+        }
+
     def _provenance(self, architecture: str, config: dict[str, Any]) -> dict[str, Any]:
-        """A function of the files' contents, never of their names, their split or the date."""
+        """Where the model comes from. It depends on the contents of files, never on their names, their split or a date."""
         from .. import __version__
 
         licence = self.source.licence()

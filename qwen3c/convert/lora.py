@@ -226,7 +226,10 @@ def _parameters(keys: Keys, checkpoint: Checkpoint) -> dict[str, list[str]]:
 
 
 def _places(parameters: Iterable[str]) -> dict[str, str]:
-    """Parameter -> the name its A and B are under: peft wraps a module once for each, the first one innermost."""
+    """Parameter -> where peft stores its A and B.
+
+    peft wraps the module once per parameter: each earlier one lies one `.base_layer` deeper.
+    """
     modules: dict[str, list[str]] = {}
     for parameter in parameters:
         modules.setdefault(parameter.rpartition(".")[0], []).append(parameter)
@@ -238,7 +241,9 @@ def _places(parameters: Iterable[str]) -> dict[str, str]:
 
 
 def _check_targets(keys: Keys, pairs: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """The adapter has every matrix that target_modules names in this base, so the layers are as many.
+    """Raise SourceError unless the adapter has every matrix that target_modules names in this base.
+
+    So it also has as many layers as the base.
 
     Where target_modules is text, a regular expression, the adapter's own tensors say what it changes.
     """
@@ -277,7 +282,7 @@ def _check_targets(keys: Keys, pairs: dict[str, Any], checkpoint: Checkpoint) ->
 def _check_shapes(
     a: StoredTensor, b: StoredTensor, a_shape: tuple[int, int], b_shape: tuple[int, int]
 ) -> None:
-    """They fit the base, and the rank is what the configuration says."""
+    """Raise SourceError unless A and B fit the base and have the rank that adapter_config.json states."""
     for tensor, expected in ((a, a_shape), (b, b_shape)):
         if tensor.shape != expected:
             found = f"{cut(tensor.name)} has shape {shown([*tensor.shape])}, expected {shown([*expected])}"

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rope:
-    """Everything config.json says about the rotary embedding; `factor` is how far it is stretched."""
+    """The numbers of a rotary embedding; `factor` is how far its context is stretched."""
 
     type: str
     theta: float
     head_dim: int
     attention_scale: float = 1.0  # factor on cos and sin
     factor: float = 1.0
-    original_context: int = 0  # positions before it was stretched: yarn, llama3
-    beta_fast: float = 32.0  # yarn: turns in that context above which a frequency stays
-    beta_slow: float = 1.0  # and below which it is divided by `factor`
-    truncate: bool = True  # yarn: between whole pairs
-    low_freq_factor: float = 1.0  # llama3: the same two limits
-    high_freq_factor: float = 4.0
+    original_context: int = 0  # positions the model had before the stretching: yarn, llama3
+    beta_fast: float = 32.0  # yarn: a pair that makes more turns in original_context keeps its frequency
+    beta_slow: float = 1.0  # yarn: a pair that makes fewer turns has it divided by `factor`
+    truncate: bool = True  # yarn: the ramp between the two limits begins and ends at a whole pair
+    low_freq_factor: float = 1.0  # llama3: beta_slow under another name
+    high_freq_factor: float = 4.0  # llama3: beta_fast under another name
 
     @property
     def number(self) -> int:
@@ -57,11 +57,12 @@ def _linear_frequencies(rope: Rope) -> NDArray[np.float64]:
 
 
 def _yarn_frequencies(rope: Rope) -> NDArray[np.float64]:
-    """Fast frequencies stay, slow ones are divided by `factor`, a ramp between (YaRN, Peng et al. 2023, 3.2)."""
+    """Fast pairs keep their frequency, slow ones have it divided by `factor`; between the two limits a linear ramp
+    mixes both (YaRN, Peng et al. 2023, 3.2)."""
     import numpy as np
 
     def pair(turns: float) -> float:
-        """The index i whose frequency makes so many turns in the original context."""
+        """The index of the pair that makes `turns` turns in the original context; a fraction of an index too."""
         period = rope.original_context / (turns * 2 * math.pi)
         return rope.head_dim * math.log(period) / (2 * math.log(rope.theta))
 
@@ -111,17 +112,8 @@ _YARN_SCALE_KEYS = {"attention_factor", "mscale", "mscale_all_dim", "attn_factor
 
 
 def read_rope(keys: Keys, head_dim: int) -> Rope:
-    """rope_parameters (transformers 5) or rope_scaling and rope_theta (transformers 4)."""
-    found = [key for key in ("rope_parameters", "rope_scaling") if keys.values.get(key)]
-    if len(found) == 2 and keys.values[found[0]] != keys.values[found[1]]:
-        raise SourceError(f"{keys.path}: rope_parameters and rope_scaling contradict each other")
-    values = keys.values[found[0]] if found else {}
-    if isinstance(values, dict) and values.keys() == {
-        "full_attention"
-    }:  # transformers 5 may nest by layer type
-        values = values["full_attention"]
-    if not isinstance(values, dict):
-        raise SourceError(f"{keys.path}: {found[0]} is {shown(values)}, expected an object")
+    """What config.json says, in the manner of transformers 4 or 5."""
+    name, values = _rope_object(keys)
     rope_type = values.get("rope_type", values.get("type", "default"))
     if not isinstance(rope_type, str) or rope_type not in _FREQUENCIES:
         supported = ", ".join(_FREQUENCIES)
@@ -139,8 +131,25 @@ def read_rope(keys: Keys, head_dim: int) -> Rope:
     theta = nested.number("rope_theta") if "rope_theta" in values else keys.number("rope_theta")
     if keys.values.get("rope_theta") is not None and keys.number("rope_theta") != theta:
         other = keys.values["rope_theta"]
-        raise SourceError(f"{keys.path}: rope_theta is {shown(other)} and, in {found[0]}, {theta!r}")
+        raise SourceError(f"{keys.path}: rope_theta is {shown(other)} and, in {name}, {theta!r}")
     return _checked(keys, _read_rope_numbers(nested, Rope(rope_type, theta, head_dim)))
+
+
+def _rope_object(keys: Keys) -> tuple[str, dict[str, Any]]:
+    """rope_parameters (transformers 5) or rope_scaling (transformers 4) and its name; empty if there is neither."""
+    found = [key for key in ("rope_parameters", "rope_scaling") if keys.values.get(key)]
+    if not found:
+        return "", {}
+    name, values = found[0], keys.values[found[0]]
+    if len(found) == 2 and values != keys.values[found[1]]:
+        raise SourceError(f"{keys.path}: rope_parameters and rope_scaling contradict each other")
+    if isinstance(values, dict) and values.keys() == {
+        "full_attention"
+    }:  # transformers 5 may nest by layer type
+        values = values["full_attention"]
+    if not isinstance(values, dict):
+        raise SourceError(f"{keys.path}: {name} is {shown(values)}, expected an object")
+    return name, values
 
 
 def _read_rope_numbers(keys: Keys, rope: Rope) -> Rope:
@@ -160,7 +169,10 @@ def _read_rope_numbers(keys: Keys, rope: Rope) -> Rope:
 
 
 def _yarn_scale(factor: float, scales: dict[str, int | float]) -> float:
-    """0.1 ln(factor) + 1 (YaRN, 3.4), or DeepSeek's ratio of two such if the dict has both numbers."""
+    """The factor on cos and sin: 0.1 ln(factor) + 1 (YaRN, 3.4).
+
+    With mscale and mscale_all_dim, which are DeepSeek's, it is the quotient of two such scales.
+    """
 
     def scale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
@@ -172,7 +184,7 @@ def _yarn_scale(factor: float, scales: dict[str, int | float]) -> float:
 
 
 def _checked(keys: Keys, rope: Rope) -> Rope:
-    """`rope`, if its frequencies can be computed."""
+    """Return `rope` if its frequencies can be computed, else raise SourceError."""
     limits = (
         ("factor", 1 <= rope.factor <= 1e6),
         ("original_context", 1 <= rope.original_context <= 1 << 24 or rope.type in ("default", "linear")),

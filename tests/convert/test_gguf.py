@@ -41,7 +41,7 @@ from qwen3c.convert import gguf_header
 from qwen3c.convert.directory import Directory
 from qwen3c.convert.export import export
 from qwen3c.convert.gguf import GGUF
-from qwen3c.convert.gguf_vocabulary import PRE_TOKENIZERS, Vocabulary
+from qwen3c.convert.gguf_vocabulary import PRE_TOKENIZERS, GGUFVocabulary
 from qwen3c.convert.huggingface import Checkpoint
 from qwen3c.convert.source import Keys as NamedKeys, SourceError
 from qwen3c.format import MAGIC, ModelFile
@@ -303,7 +303,7 @@ def test_what_no_tile_can_hold_is_refused_by_place(
 
 
 def rebuilt(keys: Keys) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_str(Vocabulary(NamedKeys(Path("model.gguf"), keys)).tokenizer_json())
+    return tokenizers.Tokenizer.from_str(GGUFVocabulary(NamedKeys(Path("model.gguf"), keys)).tokenizer_json())
 
 
 def byte_level_tokenizer(pre: str) -> dict[str, Any]:
