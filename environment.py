@@ -17,7 +17,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-from qwen3c.terminal import StatusLine, can_redraw, note
+from qwen3c.system.terminal import StatusLine, can_redraw, note
 
 # what pip -v prints -> what is being done
 STEPS = (

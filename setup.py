@@ -150,7 +150,11 @@ def modules():
 
     kernels = sorted(str(path) for path in KERNELS.glob("*.c"))
     return cythonize(
-        [extension("kernels.table", kernels), extension("forward", []), extension("engine", [])],
+        [
+            extension("kernels.table", kernels),
+            extension("engine.forward", []),
+            extension("engine.engine", []),
+        ],
         build_dir="build",  # the C that Cython writes lies apart from the sources
     )
 

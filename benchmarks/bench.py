@@ -51,8 +51,8 @@ from qwen3c.convert.export import export
 from qwen3c.format import ModelFile
 from qwen3c.inspect import bench
 from qwen3c.inspect.bench import CHAT, COLUMNS, Machine, Series, Test
-from qwen3c.machine import cpu_name, default_threads
 from qwen3c.memory import ROWS
+from qwen3c.system.machine import cpu_name, default_threads
 
 OURS = "qwen3c"
 TESTS = ("pp", "tg", "depth", "batch", "mixed", "neighbour", "load", "memory", "export", "sampler")

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from qwen3c import engine
 from qwen3c.convert.export import export
+from qwen3c.system.machine import default_threads
 
 Ids = NDArray[np.int64]
 Forward = Callable[[Ids], NDArray[np.float32]]  # (n,) tokens from an empty cache -> (n, vocab_size) logits
@@ -141,7 +142,7 @@ def ours(path: Path, kv: engine.KV, activations: engine.Activations) -> Forward:
 def llama_cpp(path: Path, context: int) -> Forward:
     from llamacpp import Session
 
-    session = Session(path, engine.default_threads(), context)
+    session = Session(path, default_threads(), context)
 
     def forward(ids: Ids) -> NDArray[np.float32]:
         session.rewind(0)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qwen3c import engine
 from qwen3c.convert.export import export
-from qwen3c.machine import default_threads
+from qwen3c.system.machine import default_threads
 from qwen3c.training.rollouts import rollout
 
 PROMPT = "What is 27 + 45?"

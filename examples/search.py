@@ -9,7 +9,7 @@ so without an argument this shows how it is done, not how well it works.
 import sys
 
 from qwen3c import MODEL_IN_THE_BOX, Model
-from qwen3c.retrieval import instruct
+from qwen3c.drivers.retrieval import instruct
 
 TEXTS = [
     "import os\nimport sys\n",

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from .kernels.spinning import spin_briefly
 
 if TYPE_CHECKING:
-    from .batch import CachedSession
     from .conversation import Conversation
+    from .drivers.batch import CachedSession
+    from .drivers.generate import Generation
+    from .drivers.reply import Event, Reply
+    from .drivers.sampler import Sampling
     from .engine import Session
-    from .files import MODEL_IN_THE_BOX
     from .format import ModelFileError
-    from .generate import Generation
     from .model import Model
-    from .reply import Event, Reply
-    from .sampler import Sampling
+    from .system.files import MODEL_IN_THE_BOX
 
 __version__ = "0.1.0"
 __all__ = [
@@ -44,15 +44,15 @@ spin_briefly()  # before the engine, and with it OpenMP, is loaded
 
 # name -> module; imported on first use, so that `--help` does not wait for NumPy
 _HOMES = {
-    "MODEL_IN_THE_BOX": "files",
-    "CachedSession": "batch",
+    "MODEL_IN_THE_BOX": "system.files",
+    "CachedSession": "drivers.batch",
     "Conversation": "conversation",
-    "Event": "reply",
-    "Generation": "generate",
+    "Event": "drivers.reply",
+    "Generation": "drivers.generate",
     "Model": "model",
     "ModelFileError": "format",
-    "Reply": "reply",
-    "Sampling": "sampler",
+    "Reply": "drivers.reply",
+    "Sampling": "drivers.sampler",
     "Session": "engine",
 }
 

@@ -12,11 +12,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .batch import CachedSession
-from .files import write_whole
-from .generate import Generation
+from .drivers.batch import CachedSession
+from .drivers.generate import Generation
+from .drivers.sampler import Sampling
 from .model import Model
-from .sampler import Sampling
+from .system.files import write_whole
 from .text.chat import StopStrings, may_think, normalized
 
 SETTINGS = ("max_tokens", *(f.name for f in fields(Sampling)), "context", "overflow", "stop")

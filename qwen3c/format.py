@@ -37,8 +37,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from . import mistakes
-from .files import sync_directory
+from .system import mistakes
+from .system.files import sync_directory
 
 MAGIC = mistakes.MODEL_BIN
 VERSION = 1

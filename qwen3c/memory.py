@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import machine
 from .format import KV_TYPES, Config
+from .system import machine
 
 DEFAULT_CONTEXT = 8192  # enough for a long conversation; longer ones are asked for
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")

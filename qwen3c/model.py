@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import retrieval
-from .batch import RUNNING, CachedSession, drive
+from .drivers import retrieval
+from .drivers.batch import RUNNING, CachedSession, drive
+from .drivers.generate import Generation, ReplyOptions
+from .drivers.reply import Event, Mask, Reply, ReplyState, Vocabulary, token_budget, token_ids, whole
+from .drivers.sampler import Sampling, SamplingOptions, default_sampling
 from .engine import KV, Activations, Logits, Model as Engine, Session
 from .format import ModelFileError
-from .generate import Generation, ReplyOptions
 from .memory import check_space_for_model, gib
-from .reply import Event, Mask, Reply, ReplyState, Vocabulary, token_budget, token_ids, whole
-from .sampler import Sampling, SamplingOptions, default_sampling
 from .text.chat import END_THINK, ChatTemplate, last_control_token, may_think
 from .text.template import Renderer
 from .text.tokenizer import BackgroundTokenizer, Tokenizer

@@ -49,9 +49,9 @@ import rewards
 from qwen3c import Model
 from qwen3c.convert.export import export
 from qwen3c.convert.source import SourceError
+from qwen3c.drivers.sampler import Sampling
 from qwen3c.format import ModelFileError
 from qwen3c.inspect.perplexity import Perplexity, measure
-from qwen3c.sampler import Sampling
 
 FUNCTION_TOKENS, ANSWER_TOKENS, SUM_TOKENS = 256, 64, 96  # the longest reply of each kind
 SAMPLES = 4  # replies to each problem at temperature 1

@@ -16,7 +16,7 @@ from small_models import TINY_QWEN3, export_small_model
 
 from qwen3c import Model
 from qwen3c.conversation import SETTINGS, Conversation, read_conversation
-from qwen3c.reply import ContextFullError
+from qwen3c.drivers.reply import ContextFullError
 
 
 @pytest.fixture(scope="module")

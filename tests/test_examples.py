@@ -16,8 +16,8 @@ import pytest
 from small_models import TINY_QWEN3, export_small_model
 
 from qwen3c import Model
+from qwen3c.drivers.retrieval import instruct
 from qwen3c.inspect.perplexity import measure
-from qwen3c.retrieval import instruct
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

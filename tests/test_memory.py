@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from small_models import export_small_model
 
-from qwen3c import Model, engine, machine, memory
+from qwen3c import Model, engine, memory
 from qwen3c.format import KV_TYPES, Config, ModelFile
+from qwen3c.system import machine
 
 
 def config(context: int) -> Config:

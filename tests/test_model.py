@@ -30,10 +30,10 @@ from small_models import TINY_QWEN3, export_small_model
 import qwen3c
 from qwen3c import CachedSession, Generation, Model, Reply, Sampling, Session, engine
 from qwen3c.cli.options import RAW_TOKENS
+from qwen3c.drivers.generate import ReplyOptions
+from qwen3c.drivers.sampler import SamplingOptions
 from qwen3c.format import ModelFile, ModelWriter
-from qwen3c.generate import ReplyOptions
 from qwen3c.inspect.perplexity import measure
-from qwen3c.sampler import SamplingOptions
 
 ROOT = Path(__file__).parents[1]
 QUESTION = [{"role": "user", "content": "What is a list?"}]

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..files import reason
-from ..terminal import CLEAR_LINE, abandon_closed_streams, can_redraw, escaped, open_streams, unheard
+from ..system.files import reason
+from ..system.terminal import CLEAR_LINE, abandon_closed_streams, can_redraw, escaped, open_streams, unheard
 from .signals import Ended, ending
 
 PACKAGE = __name__.partition(".")[0]
-COMPILED = ("engine", "kernels.table")  # the modules that setup.py builds
+COMPILED = ("engine.engine", "engine.forward", "kernels.table")  # the modules that setup.py builds
 WRITE_ERRORS = {errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT, errno.EBADF, errno.EAGAIN}
 CANNOT_WRITE, REFUSED = 1, 2
 SIGPIPE = 13  # by its number: Windows has no such signal
@@ -135,7 +135,7 @@ def is_write_error(error: Exception) -> bool:
 
 def _room_left() -> str:
     """What a limit on this process leaves of its address space, "" if nothing limits it."""
-    from ..machine import address_space
+    from ..system.machine import address_space
 
     limit = address_space()
     if limit is None:

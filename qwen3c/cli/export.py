@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from .. import format
 from ..convert.export import estimate, export
-from ..terminal import Progress, unheard
+from ..system.terminal import Progress, unheard
 from .command import Parser, answer, concerning, program_name
 
 SCRIPT = "export.py"

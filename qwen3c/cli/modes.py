@@ -8,15 +8,15 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .. import terminal
+from ..system import terminal
 from .command import say_error
 from .opening import context_of, new_writer, open_model, sampling, say_what_was_chosen
 from .options import RAW_TOKENS, SCRIPT, TRACED_TOKENS, WINDOW
 from .prompt import is_raw, may_chat, prompt_text, prompt_tokens, read_text, system_prompt
 
 if TYPE_CHECKING:
+    from ..drivers.generate import Generation
     from ..format import ModelFile
-    from ..generate import Generation
     from ..inspect.trace import Text
     from ..model import Model
 
@@ -45,7 +45,7 @@ def hold_chat(args: argparse.Namespace) -> int:
 
 def write_reply(args: argparse.Namespace) -> int:
     """One prompt, one reply or completion."""
-    from ..batch import CachedSession
+    from ..drivers.batch import CachedSession
     from .output import show
 
     text = prompt_text(args)
@@ -71,7 +71,7 @@ def write_reply(args: argparse.Namespace) -> int:
 
 def trace_text(args: argparse.Namespace) -> int:
     """Follow the activations of a prompt and of what the model says next."""
-    from ..batch import CachedSession
+    from ..drivers.batch import CachedSession
     from ..inspect import trace, trace_page
 
     if args.html:

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from .. import terminal
+from ..system import terminal
 from .options import SAMPLING
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ def open_model(args: argparse.Namespace, chats: bool = False) -> Model:
         renderer.start()  # beside all that follows, which takes longer
 
     from .. import engine
-    from ..machine import default_threads, n_cpus
     from ..model import Model
+    from ..system.machine import default_threads, n_cpus
 
     if args.isa:
         engine.set_isa(args.isa)
@@ -61,8 +61,8 @@ def say_what_was_chosen(
 ) -> None:
     """One line on stderr; thinking: whether a hybrid model may, raw: whether it completes bare text."""
     from .. import engine
-    from ..machine import thread_variable
     from ..memory import gib
+    from ..system.machine import thread_variable
     from ..text.chat import may_think
 
     config, kind = model.config, model.metadata["thinking"]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from ..files import MODEL_IN_THE_BOX
+from ..system.files import MODEL_IN_THE_BOX
 from .command import Parser, at_least, program_name
 
 SCRIPT = "run.py"

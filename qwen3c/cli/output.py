@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ..generate import Generation
-from ..reply import Event, Stats
-from ..terminal import DIM, RESET, Progress, columns, escaped, has_colour, note
+from ..drivers.generate import Generation
+from ..drivers.reply import Event, Stats
+from ..system.terminal import DIM, RESET, Progress, columns, escaped, has_colour, note
 from .signals import interruptible
 
 PREDICTED_FROM = 0.1  # of a prompt: with less of it read, how long the rest takes would be a guess

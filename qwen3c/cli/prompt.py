@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import terminal
+from ..system import terminal
 
 if TYPE_CHECKING:
     from ..model import Model

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..files import write_whole
-from ..terminal import can_redraw
+from ..system.files import write_whole
+from ..system.terminal import can_redraw
 
 FENCE = '"""'
 HISTORY_ENTRIES = 1000

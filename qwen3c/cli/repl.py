@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from ..conversation import OVERFLOW, SETTINGS, Conversation
-from ..generate import Generation
-from ..reply import ContextFullError
-from ..terminal import abandon_closed_streams, note
+from ..drivers.generate import Generation
+from ..drivers.reply import ContextFullError
+from ..system.terminal import abandon_closed_streams, note
 from .command import one_line
 from .options import SMALLER_CONTEXT
 from .output import JsonWriter, ReplyWriter, show

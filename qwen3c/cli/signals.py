@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from ..terminal import write_at_once
+from ..system.terminal import write_at_once
 
 # what asks a program to end -> what a person reads about it
 ENDING = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "its terminal was closed"}

@@ -26,7 +26,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     """Settings, and the threads they run on."""
     import torch
 
-    from ..machine import default_threads
+    from ..system.machine import default_threads
     from ..training.trainer import Settings
 
     if args.warmup is not None and not 0 <= args.warmup <= args.steps:

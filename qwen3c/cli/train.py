@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..terminal import unheard
+from ..system.terminal import unheard
 from ..training.telling import Telling
 from .command import answer, program_name
 from .signals import leaving_at_once

@@ -17,8 +17,9 @@ import re
 from io import FileIO
 from pathlib import Path
 
-from .. import format, mistakes
-from ..files import reason
+from .. import format
+from ..system import mistakes
+from ..system.files import reason
 from ..text import tokenizer_json
 from .source import Keys, SourceError, StoredTensor, cut, open_regular, parse_json, shown
 

@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .. import format, memory, mistakes
-from ..machine import default_threads
+from .. import format, memory
 from ..memory import gib
-from ..terminal import escaped
+from ..system import mistakes
+from ..system.machine import default_threads
+from ..system.terminal import escaped
 from .directory import Directory
 from .gguf import GGUF
 from .huggingface import Checkpoint

@@ -21,7 +21,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from .. import format, mistakes
+from .. import format
+from ..system import mistakes
 from .source import BLOCKS, Keys, SourceError, shown
 
 VERSIONS = (2, 3)

@@ -22,9 +22,9 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .. import mistakes
-from ..files import reason
-from ..terminal import escaped
+from ..system import mistakes
+from ..system.files import reason
+from ..system.terminal import escaped
 
 if TYPE_CHECKING:
     import numpy as np

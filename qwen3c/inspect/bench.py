@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import engine
+from ..drivers.sampler import RECOMMENDED, Sampler, Sampling
 from ..format import Config, ModelFile, Tensor, tensors
-from ..machine import cpu_name
 from ..memory import ROWS, available, gib
-from ..sampler import RECOMMENDED, Sampler, Sampling
-from ..terminal import escaped
+from ..system.machine import cpu_name
+from ..system.terminal import escaped
 
 if TYPE_CHECKING:
     from ..model import Model

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import memory
 from ..format import ModelFile
-from ..terminal import escaped
+from ..system.terminal import escaped
 
 
 def describe(file: ModelFile) -> dict[str, Any]:

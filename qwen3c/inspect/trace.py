@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import engine, memory
+from ..engine.probes import PROBES
 from ..format import TILE_ROWS, ModelFile, Role, Tensor, tile_fields
 from ..model import Model
-from ..probes import PROBES
 
 LEVELS = ("input_flow", "compact", "verbose")
 ALTERNATIVES = 10  # tokens shown in place of each one

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from ..files import write_whole
 from ..format import Config
 from ..model import Model
+from ..system.files import write_whole
 from .trace import Array, Text, alternatives, predict, token_text
 
 PAGE = Path(__file__).parents[1] / "data" / "trace.html"

@@ -103,7 +103,7 @@ def _start() -> subprocess.Popen[bytes]:
             start_new_session=True,  # Ctrl-C at the terminal is not meant for it
         )
     except OSError as error:
-        from ..files import reason  # not at the top: the child has no package around it
+        from ..system.files import reason  # not at the top: the child has no package around it
 
         raise ChatTemplateError(f"chat template: no process to render it in: {reason(error)}") from None
 

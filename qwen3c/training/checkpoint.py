@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing, sync, sync_directory
+from ..system.files import replacing, sync, sync_directory
 from . import TrainingError
 
 FOLDER = "checkpoints"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import mistakes
 from ..convert.directory import Directory
 from ..convert.huggingface import Checkpoint
+from ..system import mistakes
 from . import TrainingError
 from .checkpoint import file_fingerprint, model_files
 from .vocabulary import load

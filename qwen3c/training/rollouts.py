@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .. import engine
-from ..batch import drive
-from ..reply import ReplyState, Vocabulary, token_budget, token_ids
-from ..sampler import Sampling
+from ..drivers.batch import drive
+from ..drivers.reply import ReplyState, Vocabulary, token_budget, token_ids
+from ..drivers.sampler import Sampling
 
 RUNNING = 256  # sequences at once
 

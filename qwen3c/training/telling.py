@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from ..terminal import Progress, unheard, waiting, write_at_once
+from ..system.terminal import Progress, unheard, waiting, write_at_once
 
 PATIENCE = 0.3  # seconds that something may take before it is named
 REMINDER = 60.0  # seconds between two lines where nothing can be redrawn

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ..files import replacing
+from ..system.files import replacing
 from . import TrainingError
 from .checkpoint import (
     CURVES,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from qwen3c.cli.output import JsonWriter, Reading, ReplyWriter, cost_by_depth, speed_line
-from qwen3c.reply import Event, Reply, Stats
+from qwen3c.drivers.reply import Event, Reply, Stats
 
 THOUGHT = [Event(1, "hm", True), Event(2, "", True), Event(3, " so", True), Event(4, "yes", False)]
 TOOL = Event(5, "", False, tool_call={"name": "f", "arguments": {"a": "é"}})
@@ -159,7 +159,7 @@ def test_the_time_left_of_a_prompt_knows_that_depth_costs(monkeypatch: pytest.Mo
     """Tokens that cost 1 ms + 1 us of depth: 10,000 of 20,000 take 60 s, the rest 160 s, not 60."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", FakeTerminal())
-    monkeypatch.setattr("qwen3c.terminal.columns", lambda stream: 120)
+    monkeypatch.setattr("qwen3c.system.terminal.columns", lambda stream: 120)
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     reading, stats, lines = Reading(), Stats(prompt_tokens=20000), {}

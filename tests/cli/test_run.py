@@ -33,7 +33,7 @@ from qwen3c.cli.repl import parse_command
 from qwen3c.format import ModelFile, ModelFileError, ModelWriter
 from qwen3c.inspect import trace
 from qwen3c.inspect.info import describe
-from qwen3c.machine import THREAD_VARIABLES, default_threads, n_cpus
+from qwen3c.system.machine import THREAD_VARIABLES, default_threads, n_cpus
 
 ROOT = Path(__file__).parents[2]
 RUN = [sys.executable, str(ROOT / "run.py")]

@@ -43,14 +43,14 @@ def main() -> None:
 
 def hurry_status_lines(haste: float) -> None:
     """haste: how much faster their clock runs; with NaN it is never time to draw one."""
-    from qwen3c import terminal
+    from qwen3c.system import terminal
 
     clock = SimpleNamespace(**{**vars(time), "monotonic": lambda: time.monotonic() * haste})
     terminal.time = clock  # type: ignore[assignment]
 
 
 def show_status_lines_at_once() -> None:
-    from qwen3c import terminal
+    from qwen3c.system import terminal
 
     begin = terminal.StatusLine.__init__
 
@@ -62,7 +62,8 @@ def show_status_lines_at_once() -> None:
 
 def slow_down() -> None:
     """Passes of a reply, tokens of a perplexity, tensors that are verified."""
-    from qwen3c import batch, engine
+    from qwen3c import engine
+    from qwen3c.drivers import batch
     from qwen3c.format import ModelFile
 
     pause_before(batch, "forward", PAUSE)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qwen3c.files import replacing
+from qwen3c.system.files import replacing
 from qwen3c.training import TrainingError
 from qwen3c.training.checkpoint import (
     Metrics,

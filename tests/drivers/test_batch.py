@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from small_models import export_small_model
 
 from qwen3c import CachedSession, Event, Model
-from qwen3c.batch import LARGEST_PIECE, Batch, Member, common_prefix, drive, last_rows
-from qwen3c.reply import ReplyState, Stats
-from qwen3c.sampler import Sampling
+from qwen3c.drivers.batch import LARGEST_PIECE, Batch, Member, common_prefix, drive, last_rows
+from qwen3c.drivers.reply import ReplyState, Stats
+from qwen3c.drivers.sampler import Sampling
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from qwen3c import terminal
+from qwen3c.system import terminal
 
 
 class FakeTerminal(io.StringIO):

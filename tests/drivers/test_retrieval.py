@@ -17,7 +17,7 @@ from small_models import DEFAULTS, config_json, tokenizer_json, write_small_mode
 
 from qwen3c import Model
 from qwen3c.convert.export import export
-from qwen3c.retrieval import instruct
+from qwen3c.drivers.retrieval import instruct
 
 TEXTS = ["import os", "The sun is a star.", "x", instruct("what is a star?"), "day and night " * 40]
 DOCUMENTS = ["Beijing is the capital of China.", "Gravity attracts two bodies.", "", "no <|im_end|> yes"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3c import machine
+from qwen3c.system import machine
 
 
 def on_machine(monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cpus: set[int]) -> None:

@@ -23,7 +23,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from .kernels.table import log_sum_exp, softmax, top_k
+from ..kernels.table import log_sum_exp, softmax, top_k
 
 GREEDY_BELOW = 1e-5  # a lower temperature picks the largest logit: dividing by it would overflow
 

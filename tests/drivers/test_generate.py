@@ -16,10 +16,10 @@ import pytest
 from small_models import TINY_QWEN3, export_small_model
 
 from qwen3c import Model
-from qwen3c.batch import CachedSession, forward
+from qwen3c.drivers.batch import CachedSession, forward
+from qwen3c.drivers.generate import Generation
+from qwen3c.drivers.reply import ContextFullError, Event
 from qwen3c.format import ModelFileError
-from qwen3c.generate import Generation
-from qwen3c.reply import ContextFullError, Event
 
 PROMPT = "def fibonacci(n):\n"
 
@@ -97,8 +97,8 @@ def test_the_pieces_of_a_prompt_change_nothing(
 ) -> None:
     prompt = ids(model, "import sys\n" * 60)
     whole = list(model.generate(prompt, 8, seed=1))
-    monkeypatch.setattr("qwen3c.batch.FIRST_PIECE", size)
-    monkeypatch.setattr("qwen3c.batch.LARGEST_PIECE", size)
+    monkeypatch.setattr("qwen3c.drivers.batch.FIRST_PIECE", size)
+    monkeypatch.setattr("qwen3c.drivers.batch.LARGEST_PIECE", size)
     done: list[tuple[int, int]] = []
     assert list(model.generate(prompt, 8, seed=1, progress=lambda *d: done.append(d))) == whole
     assert [d for d, _ in done] == sorted(

@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 from small_models import export_small_model
 
-from qwen3c import engine, memory, probes
-from qwen3c.engine import Model, Session
+from qwen3c import engine, memory
+from qwen3c.engine import Model, Session, probes
 from qwen3c.format import KV_TYPES, ModelFile, Tensor
+from qwen3c.system.machine import default_threads
 
 SHAPE = {
     "dim": 64,
@@ -460,7 +461,7 @@ def test_a_session_keeps_its_model_and_the_model_its_file(
 def test_threads_and_isa_can_be_asked_for(path: Path) -> None:
     model = Model(path, threads=3)
     assert model.threads == (3 if engine.OPENMP else 1)
-    assert Model(path).threads == (engine.default_threads() if engine.OPENMP else 1)
+    assert Model(path).threads == (default_threads() if engine.OPENMP else 1)
     assert engine.isa() in engine.runnable_isas() and set(engine.runnable_isas()) <= set(engine.ISA_NAMES)
     assert engine.runnable_isas()[0] == "scalar"
 

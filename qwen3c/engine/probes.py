@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .format import Config
+from ..format import Config
 
 # The arrays that the engine fills, in the order of its enum Array
 ARRAYS = (

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from .batch import last_rows
 
 if TYPE_CHECKING:
-    from .engine import Model
-    from .text.tokenizer import Tokenizer
+    from ..engine import Model
+    from ..text.tokenizer import Tokenizer
 
 END = "<|endoftext|>"
 TASK = "Given a web search query, retrieve relevant passages that answer the query"

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-MODEL_IN_THE_BOX = Path(__file__).with_name("data") / "model.bin"
+MODEL_IN_THE_BOX = Path(__file__).parents[1] / "data" / "model.bin"
 
 
 @contextlib.contextmanager

@@ -15,13 +15,9 @@ from typing import Literal
 
 import numpy as np
 
-from .format import KV_TYPES, Encoding, ModelFile, Role
-from .kernels.table import (
-    ISA_NAMES, OPENMP, int8_peak, isa, log_sum_exp, quantize_tiles, read_bandwidth, runnable_isas, set_isa,
-    softmax, top_k,
-)
-from .machine import default_threads
-from .memory import available, in_huge_pages
+from ..format import KV_TYPES, Encoding, ModelFile, Role
+from ..memory import available, in_huge_pages
+from ..system.machine import default_threads
 from .probes import ARRAYS, places
 
 Logits = Literal["last", "all", "hidden"]
@@ -38,7 +34,7 @@ from .forward cimport (
     N_ARRAYS, Engine, Layer, Matrix, Pass, RunState, Span, Weights,
     ceil_div, forward, lay_out, raise_pending, read_out, team_begin, team_reserve, team_stop,
 )
-from .kernels.table cimport (
+from ..kernels.table cimport (
     ATTENTION_ROWS, ENCODING_INT8, KV_BLOCK, KV_F16, KV_F32, KV_I8, forked, kernels, key_bytes, value_bytes,
 )
 

@@ -15,7 +15,7 @@ from libc.math cimport sqrt
 from libc.stdint cimport int8_t, int32_t, uint8_t
 from libc.string cimport memcpy, memset
 
-from .kernels.table cimport (
+from ..kernels.table cimport (
     ATTENTION_ROWS, ATTENTION_SCRATCH, KV_BLOCK, LANES, Attention, Int8Rows, kernels, key_bytes, tile_bytes,
 )
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from qwen3c import mistakes
 from qwen3c.convert.gguf import GGUF
 from qwen3c.convert.source import SourceError
 from qwen3c.format import MAGIC, ModelFile, ModelFileError
+from qwen3c.system import mistakes
 
 # the first bytes of a file -> its name, in the words of both readers
 KINDS = {

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qwen3c.sampler import RECOMMENDED, Sampler, Sampling, default_sampling, pick
+from qwen3c.drivers.sampler import RECOMMENDED, Sampler, Sampling, default_sampling, pick
 
 Floats = NDArray[np.float64]
 

@@ -7,21 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .format import Config, ModelFile
-from .kernels.table import (
-    ISA_NAMES as ISA_NAMES,
-    OPENMP as OPENMP,
-    int8_peak as int8_peak,
-    isa as isa,
-    log_sum_exp as log_sum_exp,
-    quantize_tiles as quantize_tiles,
-    read_bandwidth as read_bandwidth,
-    runnable_isas as runnable_isas,
-    set_isa as set_isa,
-    softmax as softmax,
-    top_k as top_k,
-)
-from .machine import default_threads as default_threads
+from ..format import Config, ModelFile
 
 Logits = Literal["last", "all", "hidden"]
 Activations = Literal["int8", "float32"]

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from .reply import FinishReason, Stats
 
 if TYPE_CHECKING:
-    from .engine import Logits, Model, Session
+    from ..engine import Logits, Model, Session
 
 FIRST_PIECE = 64  # tokens of prompts forwarded in the first pass
 PIECE_SECONDS = (

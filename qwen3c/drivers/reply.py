@@ -17,9 +17,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..text.chat import THINK, Piece, ReplyStream, last_control_token
+from ..text.tokenizer import Tokenizer
 from .sampler import Sampler, Sampling
-from .text.chat import THINK, Piece, ReplyStream, last_control_token
-from .text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
 SHOWN = 48  # characters of a text in a repr or an error

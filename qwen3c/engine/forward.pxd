@@ -8,7 +8,7 @@
 
 from libc.stdint cimport int32_t, uint8_t, uint32_t
 
-from .kernels.table cimport Encoding, Int8Rows, KVType
+from ..kernels.table cimport Encoding, Int8Rows, KVType
 
 
 cdef extern from "kernels/team.h" nogil:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from small_models import TINY_QWEN3, export_small_model
 
 from qwen3c import Model
-from qwen3c.batch import drive
-from qwen3c.reply import ContextFullError, Event, Reply, ReplyState, Vocabulary, token_budget
-from qwen3c.sampler import Sampling
+from qwen3c.drivers.batch import drive
+from qwen3c.drivers.reply import ContextFullError, Event, Reply, ReplyState, Vocabulary, token_budget
+from qwen3c.drivers.sampler import Sampling
 
 N_CASES = 200
 
