@@ -1,6 +1,6 @@
 """Broken progress, status lines, prompts and colours: each is noticed by a test of this folder.
 
-qwen3c/terminal.py and two modules of qwen3c/cli are broken in a copy of the tree, in one way after the other, by what is
+qwen3c/system/terminal.py and two modules of qwen3c/cli are broken in a copy of the tree, in one way after the other, by what is
 appended to them; the tests that are named must pass there before and fail after. Minutes, so only on request:
 
 python -m pytest -m slow tests/terminal/test_mutations.py

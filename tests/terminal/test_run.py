@@ -62,7 +62,7 @@ def test_what_takes_long_says_what_it_does_and_leaves_no_trace_of_it(
 def test_the_seconds_of_a_wait_go_on_while_nothing_else_is_heard_of_it(tmp_path: Path) -> None:
     script = (
         "import os, sys, time\n"
-        "from qwen3c.terminal import waiting\n"
+        "from qwen3c.system.terminal import waiting\n"
         "with waiting('busy', delay=0):\n"
         "    while not os.path.exists(sys.argv[1]):\n"
         "        time.sleep(0.01)\n"
