@@ -29,7 +29,7 @@ from small_models import TINY_QWEN3, export_small_model
 
 import qwen3c
 from qwen3c import CachedSession, Generation, Model, Reply, Sampling, Session, engine
-from qwen3c.cli.run import RAW_TOKENS
+from qwen3c.cli.run import RAW_TOKENS  # type: ignore[attr-defined]
 from qwen3c.format import ModelFile, ModelWriter
 from qwen3c.generate import ReplyOptions
 from qwen3c.inspect.perplexity import measure
@@ -199,7 +199,7 @@ def test_a_model_made_with_wrong_arguments_says_so_before_it_opens_anything() ->
             lambda: Model("no such file", thread=2),  # type: ignore[call-arg]
             "Model() got an unexpected keyword argument 'thread'. Did you mean 'threads'?",
         ),
-        (lambda: Model("no such file", 1, "f16", "int8", False, 6), "Model() too many positional arguments"),  # type: ignore[call-arg, misc]
+        (lambda: Model("no such file", 1, "f16", "int8", False, 6), "Model() too many positional arguments"),  # type: ignore[arg-type, call-arg]
         (lambda: Scripted(), r"Scripted() missing 1 required positional argument: 'path'"),  # type: ignore[call-arg]
     ]
     for make, message in wrong:
@@ -361,7 +361,7 @@ def rewritten(
     with ModelWriter(target, config, file.metadata, file.tokenizer, file.template) as writer:
         for tensor in writer.tensors:
             data = bytearray(file.data(tensor))
-            changes.get(tensor.name, lambda data: None)(data)
+            changes.get(tensor.name, lambda data: None)(data)  # type: ignore[no-untyped-call]
             writer.write(bytes(data))
             writer.end_tensor()
     return target

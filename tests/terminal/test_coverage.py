@@ -40,8 +40,8 @@ def test_the_circumstances_are_those_of_a_terminal() -> None:
 
 
 def test_everything_that_can_be_typed_has_a_row_and_nothing_else_has() -> None:
-    modes = {f"run.py -m {mode}" for mode in {*run.MODES, *MODES}}
-    stages = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    modes = {f"run.py -m {mode}" for mode in {*run.MODES, *MODES}}  # type: ignore[attr-defined]
+    stages = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices  # type: ignore[attr-defined]
     scripts = (ROOT / "pyproject.toml").read_text().split("[project.scripts]\n")[1].split("\n\n")[0]
     installed = {line.split(" = ")[0] for line in scripts.splitlines()}
     targets = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split()
