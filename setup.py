@@ -148,13 +148,16 @@ def modules():
             libraries=["m"],
         )
 
-    kernels = sorted(str(path) for path in KERNELS.glob("*.c") if path.name != "table.c")
-    return cythonize([extension("kernels.table", kernels), extension("forward", []), extension("engine", [])])
+    kernels = sorted(str(path) for path in KERNELS.glob("*.c"))
+    return cythonize(
+        [extension("kernels.table", kernels), extension("forward", []), extension("engine", [])],
+        build_dir="build",  # the C that Cython writes lies apart from the sources
+    )
 
 
 def main():
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    compiles = command not in METADATA
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")  # none: --version, say
+    compiles = command not in ("", *METADATA)
     lacking = missing(environment="venv" in sys.argv) if compiles else old_python()
     if lacking or command == "missing":
         return f"qwen3c: {lacking}" if lacking else 0

@@ -255,6 +255,11 @@ def matrix_size(rows: int, columns: int, group_size: int) -> int:
     return align(rows, TILE_ROWS) * (columns // group_size) * (group_size + 2)
 
 
+def tile_fields(group_size: int) -> list[tuple[str, str, int | tuple[int, ...]]]:
+    """The fields of one tile, for numpy.dtype: codes[column // 4, row, column % 4], then a scale for each row."""
+    return [("codes", "i1", (group_size // 4, TILE_ROWS, 4)), ("scales", "<f2", TILE_ROWS)]
+
+
 _Planned = tuple[Role, int | None, str, tuple[int, ...], list[tuple[str, int]]]
 
 

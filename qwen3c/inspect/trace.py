@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import engine, memory
-from ..format import TILE_ROWS, ModelFile, Role, Tensor
+from ..format import TILE_ROWS, ModelFile, Role, Tensor, tile_fields
 from ..model import Model
 from ..probes import PROBES
 
@@ -194,8 +194,7 @@ def _stored_statistics(file: ModelFile, tensor: Tensor) -> tuple[Statistics, flo
     if not tensor.quantized:
         return statistics(np.frombuffer(file.data(tensor), "<f4").astype(np.float32)), 0.0
     group_size, groups = file.config.group_size, tensor.shape[1] // file.config.group_size
-    tile = np.dtype([("codes", "i1", (group_size // 4, TILE_ROWS, 4)), ("scales", "<f2", TILE_ROWS)])
-    tiles = np.frombuffer(file.data(tensor), tile)
+    tiles = np.frombuffer(file.data(tensor), tile_fields(group_size))
     low, high, total, square, scale_square = np.inf, -np.inf, 0.0, 0.0, 0.0
     for start in range(0, len(tiles), max(SLICE_WEIGHTS // (group_size * TILE_ROWS), 1)):
         part = tiles[start : start + max(SLICE_WEIGHTS // (group_size * TILE_ROWS), 1)]

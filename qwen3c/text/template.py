@@ -103,7 +103,9 @@ def _start() -> subprocess.Popen[bytes]:
             start_new_session=True,  # Ctrl-C at the terminal is not meant for it
         )
     except OSError as error:
-        raise ChatTemplateError(f"chat template: no process to render it in: {error.strerror}") from None
+        from ..files import reason  # not at the top: the child has no package around it
+
+        raise ChatTemplateError(f"chat template: no process to render it in: {reason(error)}") from None
 
 
 def _ask(child: subprocess.Popen[bytes], request: bytes) -> bytes:

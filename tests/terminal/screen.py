@@ -28,9 +28,7 @@ KEYS = {
     "ctrl-c": "\x03", "ctrl-d": "\x04", "ctrl-z": "\x1a", "ctrl-l": "\x0c", "ctrl-a": "\x01", "ctrl-u": "\x15",
     "up": "\x1b[A", "down": "\x1b[B", "left": "\x1b[D", "right": "\x1b[C", "tab": "\t", "enter": "\r", "backspace": "\x7f",
 }  # fmt: skip
-PATIENCE = float(
-    os.environ.get("PATIENCE", "60")
-)  # seconds that a test waits for something to appear before it fails
+PATIENCE = float(os.environ.get("PATIENCE", "60"))  # seconds that a test waits for something before it fails
 
 
 class _Screen(pyte.HistoryScreen):
@@ -146,30 +144,34 @@ class Terminal:
         flags = termios.tcgetattr(self._child.child_fd)[3]
         assert flags & termios.ECHO and flags & termios.ICANON and flags & termios.ISIG
 
-    def read(self, seconds: float = 0.0) -> None:
-        """Draw what the child writes within `seconds`, or what has come already."""
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                data = self._child.read_nonblocking(65536, timeout=max(deadline - time.monotonic(), 0.01))
-            except pexpect.TIMEOUT:
-                return
-            except pexpect.EOF:
-                return
-            self.raw += data
-            self._stream.feed(data)
-            if time.monotonic() >= deadline:
-                return
+    def read(self) -> None:
+        """Draw what has come already."""
+        deadline = time.monotonic() + PATIENCE
+        while self._draw_next(0.01) and time.monotonic() < deadline:
+            pass
+
+    def _draw_next(self, seconds: float) -> bool:
+        """Draw the next piece of what the child writes; False if none came within `seconds`."""
+        try:
+            data = self._child.read_nonblocking(65536, timeout=seconds)
+        except pexpect.TIMEOUT:
+            return False
+        except pexpect.EOF:
+            time.sleep(0.005)  # a child that has closed its terminal may take a while to end
+            return False
+        self.raw += data
+        self._stream.feed(data)
+        return True
 
     def wait_until(self, condition: Callable[[], Any], what: str, timeout: float = PATIENCE) -> None:
         """Draw until `condition` holds; AssertionError with the screen if it does not within `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while not condition():
             ended = not self._child.isalive()
-            self.read(0.05)
+            drawn = self._draw_next(0.05)
             if condition():
                 return
-            if ended or time.monotonic() > deadline:
+            if (ended and not drawn) or time.monotonic() > deadline:
                 state = f"ended with status {self.status()}" if ended else f"did not within {timeout:g} s"
                 raise AssertionError(f"waiting for {what}: the program {state}; the screen:\n{self.text}")
 

@@ -5,6 +5,7 @@
 drawn    status lines appear at once
 undrawn  never, however long the command takes; what stays on the screen must be the same
 quick    nothing is slow; bench makes up what it measures, as it does with the others
+at-once  nothing is slow or made up; status lines appear at once
 
 When the slow part begins, a file `working` appears where the command runs.
 """
@@ -29,8 +30,11 @@ PAUSE = 0.02  # seconds that a piece of work takes at least
 def main() -> None:
     pace, script, *arguments = sys.argv[1:]
     sys.path.insert(0, str(ROOT))
-    shorten_bench(0.0 if pace == "quick" else 25 * PAUSE)
-    if pace != "quick":
+    if pace == "at-once":
+        show_status_lines_at_once()
+    else:
+        shorten_bench(0.0 if pace == "quick" else 25 * PAUSE)
+    if pace in ("drawn", "undrawn"):
         slow_down()
         hurry_status_lines(HASTE if pace == "drawn" else math.nan)
     sys.argv = [script, *arguments]
@@ -43,6 +47,17 @@ def hurry_status_lines(haste: float) -> None:
 
     clock = SimpleNamespace(**{**vars(time), "monotonic": lambda: time.monotonic() * haste})
     terminal.time = clock  # type: ignore[assignment, attr-defined]
+
+
+def show_status_lines_at_once() -> None:
+    from qwen3c import terminal
+
+    begin = terminal.StatusLine.__init__
+
+    def begin_at_once(self: terminal.StatusLine, delay: float = 0.0, **options: float) -> None:
+        begin(self, 0.0, **options)
+
+    terminal.StatusLine.__init__ = begin_at_once  # type: ignore[method-assign]
 
 
 def slow_down() -> None:

@@ -161,10 +161,39 @@ def test_neither_a_name_nor_a_reply_reaches_the_terminal_raw(chat: Chat, tmp_pat
         assert t.lines[0].startswith(r"s\u001b]0;owned\u0007 int8") and reply[0] == r"\u001b" * 3
         leave(t)
         assert b"\x1b]" not in t.raw and b"\x1b\x1b" not in t.raw
-    info = subprocess.run([*RUN, path, "-m", "info"], capture_output=True, check=True)
+    info = subprocess.run([*RUN[:2], path, "-m", "info"], capture_output=True, check=True)
     assert b"\x1b" not in info.stdout and rb"s\u001b]0;owned\u0007" in info.stdout
     piped = subprocess.run([*RUN, path, "-i", "hello", *forced], capture_output=True, check=True)
     assert piped.stdout == b"\x1b\x1b\x1b\n"  # in a pipe the text is what the model said
+
+
+@pytest.mark.parametrize(
+    ("redirection", "seen", "hidden"),
+    [
+        ("< said", ["reply 4 tok"], []),
+        ("2> hidden", ["> hello"], ["tiny-qwen3 int8", "reply 4 tok"]),
+        ("> hidden", ["tiny-qwen3 int8", "reply 4 tok"], ["de"]),
+        ("| cat > hidden", ["tiny-qwen3 int8", "reply 4 tok"], ["de"]),
+    ],
+)
+def test_each_stream_of_a_chat_may_be_a_pipe_alone(
+    tmp_path: Path, redirection: str, seen: list[str], hidden: list[str]
+) -> None:
+    (tmp_path / "said").write_text("hello\n/exit\n")
+    command = shlex.join([*RUN, str(TINY_QWEN3), "-m", "chat", *BRIEF])
+    env = {"XDG_STATE_HOME": str(tmp_path / "state")}
+    with Terminal(["sh", "-c", f"{command} {redirection}"], cwd=tmp_path, env=env) as t:
+        if "<" not in redirection:
+            wait_for_prompt(t)
+            t.type("hello\r")
+            t.wait_until(lambda: t.text.count(">") == 2, "the next prompt")
+            wait_for_prompt(t)
+            t.press("ctrl-d")
+        assert t.finish() == 0
+        assert "Traceback" not in t.text and all(text in t.text for text in seen), t.text
+    if hidden:
+        kept = (tmp_path / "hidden").read_text()
+        assert "\x1b" not in kept and "\r" not in kept and all(text in kept for text in hidden), kept
 
 
 # ----------------------------------------------------------------------------

@@ -18,10 +18,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from screen import ROOT, SHELL, Terminal
 from small_gguf import small_gguf, write_gguf
-from small_models import export_small_model, write_small_model
+from small_models import export_small_model, small_weights, write_small_model
 
 # TERMINAL.md is a table of commands, not a text that tells anyone to type them
 DOCUMENTS = [p for p in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]) if p.name != "TERMINAL.md"]
@@ -63,9 +65,9 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "make test": WHOLE_SUITE,
     "make oracles": SETS_UP,
     "make oracles test": SETS_UP,
-    "make lint": NotHere("installs the pinned tools, and takes a minute"),
-    "make sanitize": NotHere("compiles the engine once more, which takes minutes"),
-    "make serial": NotHere("compiles the engine once more, which takes minutes"),
+    "make lint": NotHere("checks all of the sources: CI runs it"),
+    "make sanitize": LONG,
+    "make serial": LONG,
     "make test-arm": NotHere("needs a cross-compiler and qemu"),
     "make model": LONG,
     "make bench": LONG,
@@ -76,17 +78,18 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "pip install torch==2.13.0 && pip install -e '.[train]'": SETS_UP,
     "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B": NotHere("downloads 1.5 GB"),
     "python export.py Qwen3-0.6B model.bin": Typed(leaves="model.bin"),
-    "python export.py path/to/Qwen3-0.6B model.bin --estimate": Typed(shows="context"),
-    "python export.py path/to/Qwen3-0.6B model.bin --lora ADAPTER": NotHere("needs an adapter of that model"),
+    "python export.py path/to/Qwen3-0.6B model.bin --estimate": Typed(shows="fits here"),
+    "python export.py path/to/Qwen3-0.6B model.bin --lora ADAPTER": Typed(leaves="model.bin"),
     "python export.py Qwen3-0.6B-Q8_0.gguf model.bin": Typed(leaves="model.bin"),
     "python export.py final model.bin": Typed(leaves="model.bin"),
     "python export.py": NotHere("a script's name, not a command"),
-    "python -m qwen3c": Typed("-n 8", keys=CHAT),
+    "export.py run.py train.py": NotHere("the names of scripts, not a command"),
     "python run.py model.bin": Typed("-n 8", keys=CHAT),
-    'python run.py model.bin -i "Why is the sky blue?"': Typed("-n 8", shows="chat template"),
-    'echo "Why is the sky blue?" | python run.py model.bin': Typed("-n 8", shows="chat template"),
-    'python run.py model.bin --raw -i "def fibonacci(n):"': Typed(shows="raw text"),
+    "python -m qwen3c": Typed("-n 8", keys=CHAT),
+    'python run.py model.bin -i "Why is the sky blue?"': Typed("-n 8", shows="tok/s"),
+    'echo "Why is the sky blue?" | python run.py model.bin': Typed("-n 8", shows="tok/s"),
     'python run.py model.bin -i "Why is the sky blue?" --json': Typed("-n 8", shows='"finish_reason"'),
+    'python run.py model.bin --raw -i "def fibonacci(n):"': Typed("-n 8", shows="tok/s"),
     'python run.py model.bin -m trace -i "import" --html t.html': Typed(shows="t.html", leaves="t.html"),
     "python run.py model.bin -m info --verify": Typed(shows="checksums"),
     "python run.py model.bin -m perplexity text.txt": Typed(shows="perplexity"),
@@ -106,8 +109,8 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "accelerate launch --multi_gpu --num_processes 2 train.py pretrain texts/ -o base": PROCESSES,
     "accelerate launch --multi_gpu --num_processes 2 train.py pretrain texts/ -o base --shard": PROCESSES,
     "python benchmarks/bench.py --help": Typed(shows="--against"),
+    "python benchmarks/tables.py": NotHere("writes docs/SPEED.md; tests/test_tables.py holds the page to it"),
     "python benchmarks/bench.py --against llama.cpp,openvino,ctranslate2 --pairs 5 --batches 4,16": PEERS,
-    "python benchmarks/tables.py": NotHere("writes the documents of this project"),
     "python benchmarks/fidelity.py path/to/model --text heldout.txt": Typed(
         "--window 64 --windows 1", shows="perplexity"
     ),
@@ -129,8 +132,9 @@ def commands(text: str) -> list[str]:
     """The commands of a document: lines of indented and fenced blocks (but Python's and transcripts), and `commands` in the text."""
     text = re.sub(r"^```(?:python|text)$.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     lines = re.findall(r"^(?: {4}|\t)(.*)$", text, re.MULTILINE)
-    for block in re.findall(r"^```\w*$(.*?)^```$", text, re.DOTALL | re.MULTILINE):
-        lines += block.splitlines()
+    for language, block in re.findall(r"^```(\w*)$(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        # `text` is what a terminal showed: only what stands behind its prompt was typed
+        lines += [line for line in block.splitlines() if language != "text" or line.startswith("$ ")]
     lines += re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
     found = []
     for line in lines:
@@ -146,8 +150,8 @@ FOUND = list(
 
 
 def test_commands_are_found_in_every_kind_of_block() -> None:
-    text = "a\n\n    make run   # sets up\n\n```sh\n$ pip install .\n```\n\n```python\nmake = 3\n```\n`A=1 make test`, `x y`\n"
-    assert commands(text) == ["make run", "pip install .", "A=1 make test"]
+    text = "a\n\n    make run   # sets up\n\n```sh\n$ pip install .\n```\n\n```text\n$ make bench\nmake it so\n```\n\n```python\nmake = 3\n```\n`A=1 make test`, `x y`\n"
+    assert commands(text) == ["make run", "pip install .", "make bench", "A=1 make test"]
     assert len(FOUND) > 30
 
 
@@ -181,9 +185,24 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (shelf / "rewards.py").write_text(
         "def exact(prompt, completion, task):\n    return float(len(completion) % 2)\n"
     )
+    write_small_adapter(shelf / "ADAPTER")
     for name in ("run.py", "export.py", "train.py", "benchmarks", "recipe"):
         (shelf / name).symlink_to(ROOT / name)
     return shelf
+
+
+def write_small_adapter(directory: Path) -> None:
+    """A LoRA of rank 1 for the queries of the small model."""
+    shapes = {name: weights.shape for name, weights in small_weights().items() if "q_proj" in name}
+    ones = {}
+    for name, (rows, columns) in shapes.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        ones[f"{module}.lora_A.weight"] = np.ones((1, columns), np.float32)
+        ones[f"{module}.lora_B.weight"] = np.ones((rows, 1), np.float32)
+    directory.mkdir()
+    save_file(ones, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"], "bias": "none"}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture

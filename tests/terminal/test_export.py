@@ -27,16 +27,17 @@ N_EXPORTS = int(os.environ.get("QWEN3C_EXPORTS", 12))
 # The command with its bar drawn from the first call on; before each slice it waits for the first argument's seconds
 SLOW = """
 import functools, sys, time
-from qwen3c import export
-seconds, convert = float(sys.argv.pop(1)), export._convert
+from qwen3c.cli import export as command
+from qwen3c.convert import quantise
+seconds, convert = float(sys.argv.pop(1)), quantise._convert
 
 def convert_slowly(*arguments):
     time.sleep(seconds)
     return convert(*arguments)
 
-export._convert = convert_slowly
-export.Progress = functools.partial(export.Progress, delay=0)
-sys.exit(export.main(sys.argv[1:]))
+quantise._convert = convert_slowly
+command.Progress = functools.partial(command.Progress, delay=0)
+sys.exit(command.main(sys.argv[1:]))
 """
 
 
@@ -118,7 +119,8 @@ def test_every_wait_says_what_it_is_for(source: Path, target: Path) -> None:
     """Before the first weight is read, and when the last is written."""
     script = """
 import os, sys, time
-from qwen3c import export, huggingface
+from qwen3c.cli import export
+from qwen3c.convert import huggingface
 real = {"fsync": os.fsync, "read": huggingface._read_tokenizer}
 
 def slowly(name):
@@ -266,12 +268,12 @@ def test_keys_typed_meanwhile_harm_nothing(source: Path, target: Path) -> None:
 def test_usage_errors_are_one_line_by_the_name_that_was_typed(source: Path, target: Path) -> None:
     link = target.parent / "qwen3c-export"
     link.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom qwen3c.export import main\nmain()\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom qwen3c.cli.export import main\nmain()\n"
     )
     for command, name in (
         (EXPORT, "export.py"),
         ([sys.executable, link], "qwen3c-export"),
-        ([sys.executable, "-m", "qwen3c.convert.export"], "python -m qwen3c.export"),
+        ([sys.executable, "-m", "qwen3c.cli.export"], "python -m qwen3c.cli.export"),
     ):
         status, text, _ = run_typed([*command, source], columns=200)
         assert (status, text) == (2, f"{name}: error: OUT.bin is missing; with --estimate nothing is written")
@@ -295,7 +297,8 @@ def test_a_precious_file_is_kept_unless_forced(source: Path, target: Path) -> No
 # One process for all, since most of an export of a small model is starting Python
 MANY = """
 import functools, sys
-from qwen3c import export, terminal
+from qwen3c import terminal
+from qwen3c.cli import export
 export.Progress = functools.partial(export.Progress, delay=0)
 terminal.StatusLine = functools.partial(terminal.StatusLine, interval=0)
 for source in sys.argv[2:]:

@@ -8,13 +8,16 @@ do is real, and so is the conversation at the end of the one that is set up alre
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from screen import ROOT, Terminal, environment
+from screen import ROOT, SHELL, Terminal, environment
 
 pytestmark = pytest.mark.skipif(
     shutil.which("make") is None or shutil.which("cc") is None, reason="needs make and a C compiler"
@@ -129,6 +132,43 @@ def test_ctrl_c_ends_it_with_a_clean_line(tmp_path: Path) -> None:
         assert terminal.finish() != 0
         assert "Traceback" not in terminal.text
     assert not (tmp_path / "venv" / "ready").exists()
+
+
+def test_a_closed_terminal_ends_it_and_what_it_started(tmp_path: Path) -> None:
+    with Terminal(make(tmp_path, PIP * 50)) as terminal:
+        terminal.wait_for("downloading numpy")
+        terminal.hang_up()
+        assert terminal.finish_unseen(timeout=10) != 0
+        deadline = time.monotonic() + 10  # make ends before what it started does
+        while is_group(terminal.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not is_group(terminal.pid)
+    assert not (tmp_path / "venv" / "ready").exists()
+
+
+def is_group(pid: int) -> bool:
+    """Whether a process of this group still runs."""
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_it_goes_on_after_ctrl_z_and_fg_in_a_smaller_window(tmp_path: Path) -> None:
+    with Terminal(SHELL, env={"PS1": "$ "}, cwd=ROOT) as shell:
+        shell.wait_for("$")
+        shell.type(f"{shlex.join(make(tmp_path))}; echo status=$?\r")
+        shell.wait_until(lambda: " s  downloading numpy (16.6 MB)" in shell.current_line, "the first step")
+        shell.press("ctrl-z")
+        shell.wait_for("Stopped")
+        shell.resize(20, 24)
+        shell.type("clear; fg\r")
+        shell.wait_until(
+            lambda: shell.current_line.lstrip()[1:] == " s  translating e"[:15], "a shorter line"
+        )
+        shell.wait_until(lambda: any("the engine runs" in line for line in shell.lines), "the end")
+        assert not [line for line in shell.lines if " s  " in line], shell.text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Broken progress, status lines, prompts and colours: each is noticed by a test of this folder.
 
-qwen3c/terminal.py is broken in a copy of the tree, in one way after the other, by what is appended to it; the tests that
-are named must pass there before and fail after. Minutes, so only on request:
+qwen3c/terminal.py and two modules of qwen3c/cli are broken in a copy of the tree, in one way after the other, by what is
+appended to them; the tests that are named must pass there before and fail after. Minutes, so only on request:
 
 python -m pytest -m slow tests/terminal/test_mutations.py
 """
@@ -32,14 +32,15 @@ MUTATIONS = {
     "the time left divides by what is done": (
         EXPORT,
         "_line = progress_line\n"
-        "def progress_line(done, total, seconds, describe, width):\n"
+        "def progress_line(done, total, seconds, describe, width, **more):\n"
         "    (total - done) / (done / seconds)\n"
-        "    return _line(done, total, seconds, describe, width)",
+        "    return _line(done, total, seconds, describe, width, **more)",
     ),
     "a progress line is as wide as it likes": (
         EXPORT,
         "_line = progress_line\n"
-        "progress_line = lambda done, total, seconds, describe, width: _line(done, total, seconds, describe, width and 999)",
+        "progress_line = lambda done, total, seconds, describe, width, **more: "
+        "_line(done, total, seconds, describe, width and 999, **more)",
     ),
     "progress is not drawn": (PROGRESS, "StatusLine.show = lambda self, text: None"),
     "a status line is never erased": (PROGRESS, "StatusLine.clear = lambda self: None"),
@@ -57,10 +58,14 @@ MUTATIONS = {
     "NO_COLOR is not asked for": (COLOUR, "has_colour = lambda stream: can_redraw(stream)"),
     "nothing is dim": (COLOUR, "has_colour = lambda stream: False"),
     "dim is never reset": (COLOUR, "RESET = ''"),
+}
+MUTATIONS_OF_SIGNALS = {
     "Ctrl-C is not caught": (
         INTERRUPT,
         "@contextmanager\ndef interruptible():\n    yield lambda: False",
     ),
+}
+MUTATIONS_OF_READER = {
     "there is no prompt": (
         PROMPT,
         "_read = MessageReader._line\nMessageReader._line = lambda self, prompt: _read(self, '')",
@@ -70,6 +75,12 @@ MUTATIONS = {
         "_read = MessageReader._line\nMessageReader._line = lambda self, prompt: _read(self, '%' + prompt)",
     ),
 }
+MODULES = {
+    "terminal.py": MUTATIONS,
+    "cli/signals.py": MUTATIONS_OF_SIGNALS,
+    "cli/reader.py": MUTATIONS_OF_READER,
+}
+CASES = {what: (module, *case) for module, cases in MODULES.items() for what, case in cases.items()}
 
 
 @pytest.fixture(scope="module")
@@ -89,20 +100,20 @@ def sound() -> set[str]:
     return set()
 
 
-@pytest.mark.parametrize("what", MUTATIONS)
+@pytest.mark.parametrize("what", CASES)
 def test_what_is_broken_is_noticed(what: str, tree: Path, sound: set[str]) -> None:
-    tests, code = MUTATIONS[what]
+    module, tests, code = CASES[what]
     if tests not in sound:
         done = run_tests(tree, tests)
         assert done.returncode == 0, f"fails before anything is broken:\n{done.stdout[-3000:]}"
         sound.add(tests)
-    terminal = tree / "qwen3c" / "terminal.py"
-    whole = terminal.read_text(encoding="utf-8")
+    broken = tree / "qwen3c" / module
+    whole = broken.read_text(encoding="utf-8")
     try:
-        terminal.write_text(f"{whole}\n\n{code}\n", encoding="utf-8")
+        broken.write_text(f"{whole}\n\n{code}\n", encoding="utf-8")
         done = run_tests(tree, tests)
     finally:
-        terminal.write_text(whole, encoding="utf-8")
+        broken.write_text(whole, encoding="utf-8")
     assert done.returncode == 1, f"nobody noticed:\n{done.stdout[-3000:]}"
     assert "SyntaxError" not in done.stdout and "NameError" not in done.stdout, done.stdout[-3000:]
 

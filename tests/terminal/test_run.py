@@ -11,22 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from modes import SLOWLY
 from screen import ROOT, Terminal, run_typed
 from small_models import TINY_QWEN3, export_small_model, write_small_model
 
 RUN = [sys.executable, str(ROOT / "run.py")]
 TINY = str(TINY_QWEN3)
 # run.py that says at once what it would say only after a second, so that a test need not wait for something slow
-AT_ONCE = [
-    sys.executable,
-    "-c",
-    "import functools, sys\n"
-    "from qwen3c import run, terminal\n"
-    "for name in ('waiting', 'Progress'):\n"
-    "    setattr(terminal, name, functools.partial(getattr(terminal, name), delay=0))\n"
-    "sys.argv[0] = 'run.py'\n"
-    "sys.exit(run.main(sys.argv[1:]))",
-]
+AT_ONCE = [*SLOWLY, "at-once", "run.py"]
 ONE_THREAD: dict[str, str | None] = {"QWEN3C_THREADS": "1"}
 
 
@@ -113,8 +105,8 @@ def test_ctrl_c_in_a_long_measurement_leaves_an_empty_line(tmp_path: Path) -> No
 
 def test_bench_fits_80_columns_says_what_it_does_and_explains_every_word(tmp_path: Path) -> None:
     model = export_small_model(tmp_path)
-    quick = AT_ONCE[2].replace("setattr", "from qwen3c import bench; bench.PROBE_BYTES = 1 << 20; setattr", 1)
-    command = [*AT_ONCE[:2], quick, str(model), "-m", "bench"]
+    script = "from qwen3c.inspect import bench; bench.PROBE_BYTES = 1 << 20; from qwen3c.cli import run; run.main()"
+    command = [sys.executable, "-c", script, str(model), "-m", "bench"]
     status, text, raw = run_typed(command, rows=50, env=ONE_THREAD)
     assert status == 0, text
     for line in raw.decode().replace("\x1b[K", "").splitlines():  # "\r" ends one too
@@ -169,6 +161,24 @@ def test_mistakes_are_one_line_on_a_terminal_too(tmp_path: Path) -> None:
         named = [Path(argument).name if argument == source else argument for argument in arguments]  # type: ignore[attr-defined]
         status, text, _ = run_typed([*RUN, *named], columns=300, cwd=tmp_path)
         assert status == 2 and text.startswith("run.py: error: ") and said in text and "\n" not in text, text
+
+
+def test_an_installed_command_is_the_script_by_its_own_name(tmp_path: Path) -> None:
+    """As pip makes it: a script of pyproject.toml's entry point."""
+    declared = (ROOT / "pyproject.toml").read_text().split("[project.scripts]\n")[1].split("\n\n")[0]
+    entries = re.findall(r'^([\w-]+) = "([\w.]+):(\w+)"$', declared, re.MULTILINE)
+    assert [name for name, _, _ in entries] == ["qwen3c", "qwen3c-export", "qwen3c-train"]
+    for name, module, function in entries:
+        command = tmp_path / name
+        command.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+        env = {"PYTHONPATH": str(ROOT)}
+        status, text, _ = run_typed([sys.executable, command, "--help"], rows=200, env=env, cwd=tmp_path)
+        assert status == 0 and re.match(rf"usage: {name} (?!-)", text), text
+        status, text, raw = run_typed(
+            [sys.executable, command, "--nonsense"], columns=20, env=env, cwd=tmp_path
+        )
+        assert status == 2 and text.replace("\n", " ").startswith(f"{name}: error: "[:20].strip()), text
+        assert b"\x1b" not in raw
 
 
 def test_python_m_calls_itself_by_that_name() -> None:

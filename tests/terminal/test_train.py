@@ -117,7 +117,7 @@ def test_a_pipe_gets_plain_lines_and_nothing_goes_to_stdout(
     assert [line.split(":")[0] for line in lines[1:]] == ["step 0", "step 2", "more"]
 
 
-def test_a_run_is_suspended_continued_interrupted_and_resumed(
+def test_a_run_is_resumed_suspended_continued_in_another_window_and_interrupted(
     folder: Path, base: tuple[int, str, bytes]
 ) -> None:
     again = " ".join([*TRAIN, "pretrain texts/ -o base --resume", *NANO, *ENDLESS])
@@ -132,6 +132,12 @@ def test_a_run_is_suspended_continued_interrupted_and_resumed(
         stopped_at = steps_done(folder / "base")
         terminal.type("clear; fg\r")
         terminal.wait_until(lambda: PROGRESS.search(terminal.current_line), "progress after fg")
+        terminal.resize(24, 24)
+        terminal.wait_until(
+            lambda: re.fullmatch(r" *\d+%  \S.* left", terminal.current_line), "a line that fits the window"
+        )
+        terminal.resize(100, 24)
+        terminal.wait_until(lambda: PROGRESS.search(terminal.current_line), "the whole line again")
         terminal.wait_until(lambda: steps_done(folder / "base") > stopped_at, "another step")
         terminal.press("ctrl-c")
         terminal.wait_for("stopping after this step; another Ctrl-C stops at once")
