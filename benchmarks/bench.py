@@ -147,7 +147,7 @@ def run_setting(
     """Fill `race` for its setting; `keep` is called whenever it has grown."""
     setting = race.setting
     note(f"checking: {setting.threads} threads, KV {setting.kv}")
-    race.checks.append(bench.check_bits(Model(str(models[OURS]), setting.threads, setting.kv)))
+    race.checks.append(bench.check_bits(Model(str(models[OURS]), setting.threads, setting.kv)))  # type: ignore[arg-type]
     race.checks.append(bench.check_reference(str(models[OURS]), setting.threads))
     contenders = []
     for name, path in models.items():
@@ -317,7 +317,7 @@ def sampler(pairs: int) -> list[Figure]:
     kinds = {"greedy": {"temperature": 0}, "temperature 0.7, top-p 0.8, top-k 20": CHAT}
     return [
         Figure(f"sampler, {what}", OURS, "ms",
-               repeat(pairs, lambda s=s: 1e3 * bench.sampler_seconds(s, SAMPLED_TOKENS)))
+               repeat(pairs, lambda s=s: 1e3 * bench.sampler_seconds(s, SAMPLED_TOKENS)))  # type: ignore[misc]
         for what, s in kinds.items()
     ]  # fmt: skip
 

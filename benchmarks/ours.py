@@ -10,7 +10,7 @@ from qwen3c.inspect.bench import Player, Test, greedy
 
 class Engine:
     def __init__(self, path: str, threads: int, kv: str, context: int, batch: int, huge_pages: bool) -> None:
-        self._model = Model(path, threads, kv, huge_pages=huge_pages)
+        self._model = Model(path, threads, kv, huge_pages=huge_pages)  # type: ignore[arg-type]
         self._player: Player | None = None
         self.settings = (
             f"{__version__}, {engine.isa()}, int8 weights and activations, KV {kv}"

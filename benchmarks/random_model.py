@@ -104,7 +104,7 @@ def config_json(c: Config) -> dict[str, object]:
     }
     return {
         "architectures": [CLASSES[c.architecture]],
-        **own[c.architecture],
+        **own[c.architecture],  # type: ignore[dict-item]
         "eos_token_id": c.n_tokens - 1,
         "hidden_act": "silu",
         "hidden_size": c.dim,

@@ -35,7 +35,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(args.threads)
-    theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()  # type: ignore[no-untyped-call]
     theirs.generation_config.eos_token_id = None
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     text = tokenizer.apply_chat_template(

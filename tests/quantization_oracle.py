@@ -17,7 +17,7 @@ def quantize(weights: NDArray[np.float32], group_size: int) -> tuple[NDArray[np.
     codes = _codes(groups, scales)
     squares = (codes.astype(np.int64) ** 2).sum(axis=2)
     fitted = _sum(groups * codes) / np.where(squares == 0, 1, squares).astype(np.float32)
-    second_scales = _fp16_scales(fitted, largest)
+    second_scales = _fp16_scales(fitted, largest)  # type: ignore[arg-type]
     second_codes = _codes(groups, second_scales)
     better = _loss(groups, second_scales, second_codes) < _loss(groups, scales, codes)
     scales = np.where(better, second_scales, scales)

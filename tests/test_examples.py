@@ -53,7 +53,9 @@ def test_ask_says_what_the_calls_say(model: Model) -> None:
 def test_chat_remembers_both_questions() -> None:
     out = run("chat", str(TINY_QWEN3), "Who?", "And when?")
     assert "> Who?" in out and "> And when?" in out
-    messages, tokens = map(int, re.search(r"(\d+) messages, (\d+) tokens in the session", out).groups())
+    told = re.search(r"(\d+) messages, (\d+) tokens in the session", out)
+    assert told
+    messages, tokens = map(int, told.groups())
     assert messages == 4 and tokens > 60
 
 
@@ -69,7 +71,8 @@ def test_logprobs_agree_with_the_perplexity(model: Model) -> None:
     text = "import os\nimport sys\n"
     out = run("logprobs", str(TINY_QWEN3), text)
     expected = measure(model, model.tokenizer.encode(text), 256).perplexity
-    assert float(re.search(r"perplexity ([\d.]+)", out)[1]) == pytest.approx(expected, abs=0.01)
+    told = re.search(r"perplexity ([\d.]+)", out)
+    assert told and float(told[1]) == pytest.approx(expected, abs=0.01)
     shown = re.findall(r"([\d.]+)%   of '.*?' ([\d.]+)%", out.split("the reply")[1])
     assert len(shown) == 8 and all(abs(float(p) - float(best)) < 0.06 for p, best in shown)
 

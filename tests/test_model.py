@@ -199,7 +199,7 @@ def test_a_model_made_with_wrong_arguments_says_so_before_it_opens_anything() ->
             lambda: Model("no such file", thread=2),  # type: ignore[call-arg]
             "Model() got an unexpected keyword argument 'thread'. Did you mean 'threads'?",
         ),
-        (lambda: Model("no such file", 1, "f16", "int8", False, 6), "Model() too many positional arguments"),  # type: ignore[call-arg, misc]
+        (lambda: Model("no such file", 1, "f16", "int8", False, 6), "Model() too many positional arguments"),  # type: ignore[arg-type, call-arg]
         (lambda: Scripted(), r"Scripted() missing 1 required positional argument: 'path'"),  # type: ignore[call-arg]
     ]
     for make, message in wrong:
@@ -361,7 +361,7 @@ def rewritten(
     with ModelWriter(target, config, file.metadata, file.tokenizer, file.template) as writer:
         for tensor in writer.tensors:
             data = bytearray(file.data(tensor))
-            changes.get(tensor.name, lambda data: None)(data)
+            changes.get(tensor.name, lambda data: None)(data)  # type: ignore[no-untyped-call]
             writer.write(bytes(data))
             writer.end_tensor()
     return target

@@ -312,7 +312,7 @@ def test_float32_logits_of_a_trained_model_equal_those_of_transformers() -> None
 
 def test_ten_thousand_tokens_are_routed_as_by_transformers(tmp_path: Path) -> None:
     shape = {"architecture": "qwen3_moe", "decoder_sparse_step": 2}  # experts in the last layer alone
-    path = export_small_model(tmp_path, n_experts=128, n_experts_per_token=8, context=1024, **shape)
+    path = export_small_model(tmp_path, n_experts=128, n_experts_per_token=8, context=1024, **shape)  # type: ignore[arg-type]
     model = engine.Model(str(path), kv="f32", activations="float32")
     hf = oracle(model, transformers.AutoConfig.from_pretrained(tmp_path / "source"))
     name = "model.layers.1.mlp.gate"

@@ -566,7 +566,7 @@ def test_perplexity_is_measured_on_the_windows_that_transformers_is_given(few: P
     transformers = pytest.importorskip(
         "transformers", reason="needs transformers; `make oracles` installs it"
     )
-    model = evaluate.Model(str(export_small_model(tmp_path)), kv="f32", activations="float32")
+    model = evaluate.Model(str(export_small_model(tmp_path)), kv="f32", activations="float32")  # type: ignore[attr-defined]
     same = transformers.AutoModelForCausalLM.from_pretrained(
         write_small_model(tmp_path / "a"), dtype=torch.float32
     )

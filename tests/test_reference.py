@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def nmse(x: np.ndarray, expected: np.ndarray) -> float:
 def test_float_activations_agree_with_the_reference(path: Path) -> None:
     file = ModelFile(path)
     ids = np.random.default_rng(0).integers(0, file.config.vocab_size, 300)  # crosses a KV block
-    expected = forward(file.config, load_weights(file), ids)
+    expected = forward(file.config, load_weights(file), ids)  # type: ignore[arg-type]
     logits = Model(path, kv="f32", activations="float32").session().forward(ids, logits="all")
     assert nmse(logits, expected) <= 1e-10
 
@@ -67,10 +68,10 @@ def test_float_activations_agree_with_the_reference(path: Path) -> None:
 @pytest.mark.parametrize(
     "rounded", [{"activations": "int8"}, {"activations": "float32", "kv": "int8"}], ids=str
 )
-def test_rounding_to_int8_stays_close_to_the_reference(path: Path, rounded: dict) -> None:
+def test_rounding_to_int8_stays_close_to_the_reference(path: Path, rounded: dict[str, Any]) -> None:
     file = ModelFile(path)
     ids = np.random.default_rng(0).integers(0, file.config.vocab_size, 300)
-    expected = forward(file.config, load_weights(file), ids)
+    expected = forward(file.config, load_weights(file), ids)  # type: ignore[arg-type]
     # one rounding to 8 bits costs about 1e-4 of a product's energy (group 64); a few layers add up to some of it
     assert 1e-6 < nmse(Model(path, **rounded).session().forward(ids, logits="all"), expected) < 3e-2
 

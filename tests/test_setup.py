@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C co
 
 
 def missing(
-    *words: str, version: tuple[int, ...] | None = None, **env: str
+    *words: str, version: tuple[object, ...] | None = None, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """`python setup.py missing`, in a Python that claims to be of another version if one is given."""
     claim = f"sys.version_info = {version}; " if version else ""

@@ -96,7 +96,7 @@ def reply_of(context: int = 4096, held: int = 337, **stats: Any) -> Any:
     return SimpleNamespace(stats=Stats(**stats), session=session)
 
 
-FINISHED = {"seed": 3141592653, "prompt_tokens": 300, "cached_tokens": 100, "read_tokens": 200, "prefill_seconds": 1.0,
+FINISHED: dict[str, Any] = {"seed": 3141592653, "prompt_tokens": 300, "cached_tokens": 100, "read_tokens": 200, "prefill_seconds": 1.0,
             "generated_tokens": 37, "decode_seconds": 1.0, "finish_reason": "length"}  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def test_the_time_left_of_a_prompt_knows_that_depth_costs(monkeypatch: pytest.Mo
         stats.read_tokens, stats.prefill_seconds = done, 1e-3 * done + 1e-6 * done**2 / 2
         clock[0] = 1 + done
         reading(stats, done, 20000)
-        lines[done] = sys.stderr.getvalue().rpartition("\x1b[K")[2]  # type: ignore[attr-defined]
+        lines[done] = sys.stderr.getvalue().rpartition("\x1b[K")[2]  # type: ignore[union-attr]
     assert lines[10000].startswith("[############            ]  50%  reading 10000 of 20000 tok  167 tok/s  ")
     assert lines[10000].endswith("  2 min 40 s left")
     assert "left" not in lines[1750] and lines[2000].endswith(

@@ -380,7 +380,7 @@ def test_force_replaces_no_file_of_the_source(source: Path) -> None:
 
 def test_options_are_given_by_name(tmp_path: Path, source: Path) -> None:
     with pytest.raises(TypeError, match="positional"):
-        export(source, tmp_path / "model.bin", 64)  # type: ignore[misc]
+        export(source, tmp_path / "model.bin", 64)  # type: ignore[arg-type, call-arg]
 
 
 def test_link_stays_a_link(tmp_path: Path, source: Path) -> None:

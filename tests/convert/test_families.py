@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 from small_models import tokenizer_json, write_json, write_small_model
 from test_gguf import byte_level_tokenizer
-from test_tokenizer import ESCAPE, of_choices, strings
+from test_tokenizer import ESCAPE, of_choices, strings  # type: ignore[attr-defined]
 
 from qwen3c import Model
 from qwen3c.convert.directory import Directory

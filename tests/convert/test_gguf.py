@@ -46,7 +46,7 @@ from qwen3c.convert.huggingface import Checkpoint
 from qwen3c.convert.source import Keys as NamedKeys, SourceError
 from qwen3c.format import MAGIC, ModelFile
 
-MOE = {"architecture": "qwen3_moe", "n_experts": 5, "expert_hidden_dim": 64, "dim": 128}
+MOE: dict[str, Any] = {"architecture": "qwen3_moe", "n_experts": 5, "expert_hidden_dim": 64, "dim": 128}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -632,7 +632,7 @@ def test_yarn_is_asked_for_at_export(tmp_path: Path) -> None:
             ({"yarn_attn_factor": math.nan}, "rope_attention_scale = nan is outside"),
         ):
             with pytest.raises(SourceError, match=reason):
-                Checkpoint(files, **wrong)
+                Checkpoint(files, **wrong)  # type: ignore[arg-type]
         change(source / "config.json", rope_scaling=None)
         for wrong, reason in (
             ({"yarn": 1.0}, "the factor must be more than 1"),
@@ -641,7 +641,7 @@ def test_yarn_is_asked_for_at_export(tmp_path: Path) -> None:
             ({"yarn_attn_factor": 1.0}, "the rope is 'default', not 'yarn'"),
         ):
             with pytest.raises(SourceError, match=reason):
-                Checkpoint(files, **wrong)
+                Checkpoint(files, **wrong)  # type: ignore[arg-type]
 
 
 def test_eos_must_be_named_somewhere(source: Path) -> None:

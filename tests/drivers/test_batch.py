@@ -95,7 +95,7 @@ def test_one_that_is_cancelled_does_not_disturb_the_others(model: Model) -> None
     batch: Batch[Event] = Batch(model)
     for i, prompt in enumerate(asked):
         state = ReplyState(model.vocabulary, prompt, Sampling(seed=i), 8)
-        member = Member(i, state, CachedSession(model), prompt, Stats(), cancelled=lambda i=i: cancelled[i])
+        member = Member(i, state, CachedSession(model), prompt, Stats(), cancelled=lambda i=i: cancelled[i])  # type: ignore[misc]
         batch.running.append(member)
     said: list[list[int | None]] = [[], [], []]
     while batch.running:
@@ -111,8 +111,8 @@ def test_one_that_is_cancelled_does_not_disturb_the_others(model: Model) -> None
 def test_last_rows_are_those_of_each_prompt_alone(model: Model) -> None:
     asked = [*prompts(20, 100, 3), *prompts(4, 0, 300, 2)]
     for kind in ("last", "hidden"):
-        expected = [model.session().forward(prompt, kind) for prompt in asked]  # type: ignore[arg-type]
-        found = last_rows(model, asked, kind)  # type: ignore[arg-type]
+        expected = [model.session().forward(prompt, kind) for prompt in asked]
+        found = last_rows(model, asked, kind)
         assert [row.tobytes() for row in found] == [row.tobytes() for row in expected]
     assert last_rows(model, [], "last") == []
 

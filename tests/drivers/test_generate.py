@@ -190,7 +190,8 @@ def test_text_held_back_comes_out_in_the_end(model: Model) -> None:
 
 def test_cancel_ends_prefill_and_decode(model: Model) -> None:
     prompt = ids(model, "x = 1\n" * 150)
-    session, pieces = CachedSession(model), []
+    session = CachedSession(model)
+    pieces: list[Any] = []
 
     def late() -> bool:
         return len(pieces) >= 2
@@ -288,7 +289,8 @@ def test_a_session_never_claims_more_than_it_holds_wherever_it_is_interrupted(
 
 
 def test_the_rate_of_a_cancelled_prompt_is_that_of_the_tokens_read(model: Model) -> None:
-    prompt, pieces = ids(model, "x = 1\n" * 150), []
+    prompt = ids(model, "x = 1\n" * 150)
+    pieces: list[Any] = []
     generation = model.generate(
         prompt, cancel=lambda: len(pieces) >= 2, progress=lambda done, total: pieces.append(done)
     )
@@ -320,7 +322,7 @@ def test_logprobs_are_those_of_the_logits(model: Model) -> None:
         assert event.logprob == pytest.approx(expected[event.token], abs=1e-4)
         assert event.top_logprobs is not None
         assert [id for id, _ in event.top_logprobs] == list(np.argsort(-expected, kind="stable")[:3])
-        logits = session.forward([event.token])
+        logits = session.forward([event.token])  # type: ignore[arg-type]
     assert next(model.generate(ids(model), 1)).logprob is None
     assert next(model.generate(ids(model), 1, logprobs=0)).top_logprobs == []
 
@@ -632,12 +634,12 @@ def test_async_events_are_the_same_events_and_leave_the_loop_free(model: Model) 
         async for _ in model.generate(ids(model), 3, cancel=heard):
             pass
         ticking.cancel()
-        return replies, ticks, threads
+        return replies, ticks, threads  # type: ignore[return-value]
 
     (first, second), ticks, in_main_thread = asyncio.run(several())
     assert first == list(model.generate(ids(model), 30, seed=1))
     assert second == list(model.generate(ids(model), 30, seed=2))
-    assert ticks > 30 and in_main_thread == {False}
+    assert ticks > 30 and in_main_thread == {False}  # type: ignore[comparison-overlap]
 
 
 def test_cancelling_the_task_ends_the_reply_and_leaves_the_session_usable(model: Model) -> None:
@@ -662,7 +664,8 @@ def test_cancelling_the_task_ends_the_reply_and_leaves_the_session_usable(model:
         assert held == (generation.tokens, generation.session.tokens)
 
     for times in (1, 3):
-        session, pieces = CachedSession(model), []
+        session = CachedSession(model)
+        pieces: list[Any] = []
         generation = model.generate(
             prompt, 200, session=session, progress=lambda *d, pieces=pieces: pieces.append(d)
         )

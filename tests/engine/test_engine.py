@@ -194,12 +194,12 @@ class Histories:
             elif operation == "batch":
                 self.append(model, states, random)
             elif operation == "fork":
-                states.append([session.fork(), text, switch])
+                states.append([session.fork(), text, switch])  # type: ignore[attr-defined]
             else:
-                session.rewind(int(random.integers(0, session.position + 1)))
+                session.rewind(int(random.integers(0, session.position + 1)))  # type: ignore[attr-defined]
                 # the future is open again: any switch not before the new position may be chosen
-                later = [s for s in SWITCHES if s >= session.position]
-                if later and session.position <= switch:
+                later = [s for s in SWITCHES if s >= session.position]  # type: ignore[attr-defined]
+                if later and session.position <= switch:  # type: ignore[attr-defined]
                     state[2] = int(random.choice(later))
 
     def append(self, model: Model, states: list[Any], random: np.random.Generator) -> None:
@@ -249,7 +249,7 @@ def test_random_histories_notice_a_cache_of_other_precision(nano_path: Path, kv:
 # Damaged weights
 
 TINY = SHAPE | {"dim": 32, "hidden_dim": 32, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 512, "tied": False}
-DAMAGED = {
+DAMAGED: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "qwen2": {"architecture": "qwen2", "head_dim": 16},
     "qwen3_moe": {
@@ -293,7 +293,7 @@ def test_one_damaged_number_makes_every_logit_of_its_tokens_not_finite(
                 found = []
                 for isa in engine.runnable_isas():
                     engine.set_isa(isa)
-                    session = Model(path, 1, kv, activations, huge_pages=True).session()
+                    session = Model(path, 1, kv, activations, huge_pages=True).session()  # type: ignore[arg-type]
                     found.append(np.concatenate([session.forward(ids, "all"), session.forward([50], "all")]))
                 logits, case = found[0], (tensor.name, kv, activations)
                 assert all(np.array_equal(logits, other, equal_nan=True) for other in found), case
@@ -345,7 +345,7 @@ BAD_IDS = [[], [[1, 2]], [-1], [512], [1.5], ["a"], None, [True], [2**40], np.ze
 def test_bad_ids_raise_and_leave_the_session_alone(model: Model, bad: object) -> None:
     session = model.session()
     with pytest.raises(ValueError, match="ids|token id"):
-        session.forward(bad)
+        session.forward(bad)  # type: ignore[arg-type]
     assert session.position == 0 and session.kv_bytes == 0
 
 
@@ -355,22 +355,22 @@ def test_bad_arguments_raise(model: Model, path: Path) -> None:
     for call in (
         lambda: session.rewind(3),
         lambda: session.rewind(-1),
-        lambda: session.rewind("0"),
-        lambda: session.forward([1], logits="some"),
+        lambda: session.rewind("0"),  # type: ignore[arg-type]
+        lambda: session.forward([1], logits="some"),  # type: ignore[arg-type]
         lambda: model.session(context=0),
         lambda: model.session(context=4096),
         lambda: model.forward([]),
         lambda: model.forward([(session, [1]), (session, [2])]),
         lambda: model.forward([(Model(path).session(), [1])]),
-        lambda: model.forward([(None, [1])]),
+        lambda: model.forward([(None, [1])]),  # type: ignore[list-item]
         lambda: Model(path, threads=0),
-        lambda: Model(path, threads="two"),
-        lambda: Model(path, kv="f8"),
-        lambda: Model(path, activations="int4"),
+        lambda: Model(path, threads="two"),  # type: ignore[arg-type]
+        lambda: Model(path, kv="f8"),  # type: ignore[arg-type]
+        lambda: Model(path, activations="int4"),  # type: ignore[arg-type]
         lambda: engine.set_isa("pentium"),
         lambda: engine.top_k(np.array([1.0, np.nan, 2.0]), 1),
-        lambda: engine.top_k(np.ones(3), 4),
-        lambda: engine.softmax(np.ones(3), 0.0),
+        lambda: engine.top_k(np.ones(3), 4),  # type: ignore[arg-type]
+        lambda: engine.softmax(np.ones(3), 0.0),  # type: ignore[arg-type]
     ):
         with pytest.raises(ValueError):
             call()
@@ -528,7 +528,7 @@ def test_every_public_name_says_what_it_is_and_how_it_is_called() -> None:
         function = getattr(engine, name)
         assert inspect.signature(function) and len(function.__doc__) > 20, name
     assert str(inspect.signature(Model.forward)) == "(self, batch, logits='last')"
-    assert Model.__doc__.startswith("Model(path, threads=None, kv=")
+    assert Model.__doc__.startswith("Model(path, threads=None, kv=")  # type: ignore[union-attr]
 
 
 def test_a_session_says_how_full_it_is(path: Path, kv: Any) -> None:
@@ -540,14 +540,14 @@ def test_a_session_says_how_full_it_is(path: Path, kv: Any) -> None:
 def test_wrong_calls_are_named_as_they_were_written(path: Path) -> None:
     model = Model(path)
     with pytest.raises(TypeError, match=r"^Model\(\) needs the path of a model.bin"):
-        Model()
+        Model()  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="the model is open already"):
-        model.__init__(path)
+        model.__init__(path)  # type: ignore[misc]
     for wrong in ((), (None,), (path,)):
         with pytest.raises(TypeError, match=r"^a Session is made by Model.session\(\)$"):
             Session(*wrong)
     with pytest.raises(ValueError, match="the model was never opened"):
-        Model.__new__(Model, path).session()
+        Model.__new__(Model, path).session()  # type: ignore[call-arg]
     for thing, told in ((model, "open its path again"), (model.session(), r"fork\(\) makes a second one")):
         for operation in (pickle.dumps, copy.copy, copy.deepcopy):
             with pytest.raises(TypeError, match=f"cannot be pickled or copied: .*{told}"):
@@ -582,7 +582,7 @@ def test_a_closed_model_gives_its_memory_back_and_refuses_every_call(
         assert str(path) not in Path("/proc/self/maps").read_text()
     for name, call in calls.items():
         with pytest.raises(ValueError, match="the model is closed$"):
-            pytest.fail(f"{name}: {call()}")
+            pytest.fail(f"{name}: {call()}")  # type: ignore[operator]
     session.rewind(0)
     assert session.kv_bytes == 0
 
@@ -591,7 +591,8 @@ def test_closing_waits_for_the_pass_of_another_thread(
     path: Path, ids: np.ndarray, kv: Any, whole: np.ndarray
 ) -> None:
     for delay in (0, 0.001, 0.003, 0.01):
-        model, results = Model(path, threads=2, kv=kv), []
+        model = Model(path, threads=2, kv=kv)
+        results: list[Any] = []
 
         def decode(session: Session, results: list[bool] = results) -> None:
             with contextlib.suppress(ValueError):
@@ -614,7 +615,9 @@ def test_closing_waits_for_the_pass_of_another_thread(
 
 
 @pytest.mark.parametrize("shape", [{}, EXPERTS | {"architecture": "qwen3_moe"}, {"head_dim": 128}], ids=str)
-def test_the_estimate_of_the_buffers_is_what_the_engine_lays_out(tmp_path: Path, shape: dict) -> None:
+def test_the_estimate_of_the_buffers_is_what_the_engine_lays_out(
+    tmp_path: Path, shape: dict[str, Any]
+) -> None:
     config = ModelFile(export_small_model(tmp_path, **SHAPE | {"hidden_dim": 1024} | shape)).config
     for rows in (16, 256):
         estimate = memory.run_state_bytes(config, rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,13 @@ from small_models import export_small_model
 from qwen3c.engine import Model
 from qwen3c.format import ModelFile, Tensor
 
-MOE = {"architecture": "qwen3_moe", "n_experts": 16, "dim": 128, "expert_hidden_dim": 256, "n_layers": 3}
+MOE: dict[str, Any] = {
+    "architecture": "qwen3_moe",
+    "n_experts": 16,
+    "dim": 128,
+    "expert_hidden_dim": 256,
+    "n_layers": 3,
+}
 PAGE = mmap.PAGESIZE
 
 

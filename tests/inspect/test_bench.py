@@ -31,7 +31,7 @@ from qwen3c.inspect import bench
 from qwen3c.inspect.bench import Series, Test, Work
 
 ROOT = Path(__file__).parents[2]
-Test.__test__ = False  # pytest: not a class of tests
+Test.__test__ = False  # type: ignore[attr-defined]  # pytest: not a class of tests
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {"tied": True},
     "qwen2": {"architecture": "qwen2", "dim": 128, "n_heads": 4, "head_dim": 32, "tied": False},

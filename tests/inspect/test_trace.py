@@ -149,12 +149,12 @@ def test_every_token_after_the_prompt_has_its_probability_and_the_alternatives(s
     expected = trace.alternatives(small, text, small.trace(text.ids)["lm_head"])
     events = list(small.generate(text.ids[: text.n_prompt], 3, temperature=0, logprobs=trace.ALTERNATIVES))
     for place, event in zip(expected[text.n_prompt - 1 :], events, strict=True):
-        assert place.tokens == [id for id, _ in event.top_logprobs]
-        assert np.allclose(place.probabilities, np.exp([p for _, p in event.top_logprobs]), rtol=1e-4)
-        assert place.chance == pytest.approx(np.exp(event.logprob), rel=1e-4)
+        assert place.tokens == [id for id, _ in event.top_logprobs]  # type: ignore[union-attr]
+        assert np.allclose(place.probabilities, np.exp([p for _, p in event.top_logprobs]), rtol=1e-4)  # type: ignore[union-attr]
+        assert place.chance == pytest.approx(np.exp(event.logprob), rel=1e-4)  # type: ignore[arg-type]
     shown = list(trace.lines(small, text, "compact"))
-    chances = [float(re.search(r"([\d.]+)%   else ", line)[1]) for line in shown if "   else " in line]
-    assert chances == [pytest.approx(100 * place.chance, abs=0.06) for place in expected[text.n_prompt - 1 :]]
+    chances = [float(re.search(r"([\d.]+)%   else ", line)[1]) for line in shown if "   else " in line]  # type: ignore[index]
+    assert chances == [pytest.approx(100 * place.chance, abs=0.06) for place in expected[text.n_prompt - 1 :]]  # type: ignore[operator]
 
 
 def test_the_ranges_are_those_of_the_arrays(small: Model) -> None:
@@ -199,7 +199,7 @@ def test_the_weights_have_their_statistics_and_rounding_error(
 
 def test_routing_counts_the_tokens_of_each_expert(tmp_path: Path) -> None:
     shape = {"architecture": "qwen3_moe", "n_experts": 8, "n_experts_per_token": 3, "n_layers": 3}
-    model = Model(str(export_small_model(tmp_path, **shape)))
+    model = Model(str(export_small_model(tmp_path, **shape)))  # type: ignore[arg-type]
     text = text_of(model, "def f(x):\n    return x")
     arrays = model.trace(text.ids)
     counts = trace.routing(arrays)

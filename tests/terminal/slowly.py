@@ -46,7 +46,7 @@ def hurry_status_lines(haste: float) -> None:
     from qwen3c.system import terminal
 
     clock = SimpleNamespace(**{**vars(time), "monotonic": lambda: time.monotonic() * haste})
-    terminal.time = clock  # type: ignore[assignment]
+    terminal.time = clock  # type: ignore[assignment, attr-defined]
 
 
 def show_status_lines_at_once() -> None:
@@ -81,10 +81,10 @@ def shorten_bench(seconds: float) -> None:
         machine.bandwidth.append(20e9)
         machine.peak.append(200e9)
 
-    bench.Machine.measure = measure  # type: ignore[method-assign]
+    bench.Machine.measure = measure  # type: ignore[assignment, method-assign]
     bench.PROBE_BYTES = 1 << 20
     bench.QUICK_RUNS = (1, 1)
-    bench.QUICK = tuple((kind, 4, words) for kind, _, words in bench.QUICK)
+    bench.QUICK = tuple((kind, 4, words) for kind, _, words in bench.QUICK)  # type: ignore[assignment]
     bench.check_bits = lambda model: "bits not checked"
 
 

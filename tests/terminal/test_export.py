@@ -78,7 +78,7 @@ def test_an_export_typed_on_a_terminal_ends_in_its_report(
 ) -> None:
     """As it is, with every step of the bar drawn, and slowly."""
     command = [*EXPORT, source, target] if seconds is None else slow(source, target, seconds)
-    status, text, _ = run_typed(command, columns=columns)
+    status, text, _ = run_typed(command, columns=columns)  # type: ignore[arg-type]
     assert_reported(text, status, target)
 
 

@@ -158,7 +158,7 @@ def test_mistakes_are_one_line_on_a_terminal_too(tmp_path: Path) -> None:
         (["-m", "info", "-i", "hi"], "-i/--prompt belongs to -m generate or trace, not to -m info"),
         (["--think", "--no-think"], "argument --no-think: not allowed with argument --think"),
     ]:
-        named = [Path(argument).name if argument == source else argument for argument in arguments]
+        named = [Path(argument).name if argument == source else argument for argument in arguments]  # type: ignore[attr-defined]
         status, text, _ = run_typed([*RUN, *named], columns=300, cwd=tmp_path)
         assert status == 2 and text.startswith("run.py: error: ") and said in text and "\n" not in text, text
 

@@ -127,7 +127,7 @@ def test_a_template_whose_token_is_missing_is_refused() -> None:
     template = llama["post_processor"]["processors"][1]
     del template["special_tokens"]["<|endoftext|>"]
     assert "processors" in refusal(llama) or "special_tokens lacks" in refusal(llama)
-    for single in (
+    for single in (  # type: ignore[var-annotated]
         [{}],
         [{"Sequence": {"id": "A", "type_id": 0}, "SpecialToken": {"id": "x", "type_id": 0}}],
     ):

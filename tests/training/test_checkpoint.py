@@ -164,7 +164,7 @@ def test_publishing_removes_the_files_of_another_model(tmp_path: Path) -> None:
 def test_a_resumed_run_names_the_first_difference(tmp_path: Path) -> None:
     one, two = fingerprint([b"a", b"b"]), fingerprint([b"ab"])
     assert one != two
-    saved = {"stage": "pretrain", "--context": 64, "training data": one}
+    saved: dict[str, Any] = {"stage": "pretrain", "--context": 64, "training data": one}
     check_inputs(tmp_path, saved, dict(saved))
     for given, message in (
         ({**saved, "--context": 128}, "was made with --context 64, not 128"),

@@ -68,7 +68,7 @@ def test_every_reply_of_a_conversation_is_a_sample(tmp_path: Path, tokenizer: An
 def test_a_packed_sample_gets_the_logits_it_gets_alone(tmp_path: Path, tokenizer: Any) -> None:
     import torch
 
-    model = new_model(Shape(32, 64, 2, 2, 1, 16, 128), tokenizer, seed=1).eval()
+    model = new_model(Shape(32, 64, 2, 2, 1, 16, 128), tokenizer, seed=1).eval()  # type: ignore[no-untyped-call]
     samples, _ = read_samples(write_chat(tmp_path / "chat.jsonl", 4), tokenizer, 128)
     batch = collate([samples], 128, tokenizer.pad_token_id)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_a_packed_sample_gets_the_logits_it_gets_alone(tmp_path: Path, tokenizer
 def test_without_the_mask_packed_samples_would_see_each_other(tmp_path: Path, tokenizer: Any) -> None:
     import torch
 
-    model = new_model(Shape(32, 64, 2, 2, 1, 16, 128), tokenizer, seed=1).eval()
+    model = new_model(Shape(32, 64, 2, 2, 1, 16, 128), tokenizer, seed=1).eval()  # type: ignore[no-untyped-call]
     samples, _ = read_samples(write_chat(tmp_path / "chat.jsonl", 4), tokenizer, 128)
     batch = collate([samples], 128, tokenizer.pad_token_id)
     causal = torch.ones(128, 128, dtype=torch.bool).tril()[None, None]
@@ -202,7 +202,7 @@ def qwen3() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     file = ModelFile(TINY_QWEN3)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=Tokenizer.from_buffer(file.tokenizer),
         chat_template=file.template,
         eos_token="<|im_end|>",

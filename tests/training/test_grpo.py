@@ -66,7 +66,7 @@ def test_the_loss_is_that_of_the_paper_or_of_dapo(loss: Any) -> None:
     policy = Policy(loss=loss, kl=0.3, clip_ratio=0.1)
     advantages = np.array([1.5, -0.5, 0.3, -1.3])
     batch, new = batch_of(LENGTHS, advantages)
-    total, count = Stage(policy, new).loss({**batch, "tokens": None})
+    total, count = Stage(policy, new).loss({**batch, "tokens": None})  # type: ignore[dict-item]
     assert float(total) / count == pytest.approx(expected_loss(batch, new, advantages, policy), rel=1e-12)
     ratio = torch.exp(new - batch["old"])[batch["mask"]]
     assert ((ratio - 1).abs() > 0.1).any() and (
@@ -79,7 +79,7 @@ def test_the_losses_differ_where_lengths_do() -> None:
     means = {}
     for loss in LOSSES:
         batch, new = batch_of(LENGTHS, advantages)
-        total, count = Stage(Policy(loss=loss), new).loss({**batch, "tokens": None})
+        total, count = Stage(Policy(loss=loss), new).loss({**batch, "tokens": None})  # type: ignore[dict-item]
         means[loss] = float(total) / count
     assert abs(means["dapo"] - means["grpo"]) > 0.01
     assert LOSSES[0] == Policy().loss == "dapo"
@@ -90,7 +90,7 @@ def test_micro_batches_add_up_to_the_mean_over_completions() -> None:
     batch, new = batch_of(LENGTHS, advantages)
     policy = Policy(loss="grpo")
     halves = [({name: value[i : i + 2] for name, value in batch.items()}, new[i : i + 2]) for i in (0, 2)]
-    parts = [Stage(policy, logprobs).loss({**half, "tokens": None}) for half, logprobs in halves]
+    parts = [Stage(policy, logprobs).loss({**half, "tokens": None}) for half, logprobs in halves]  # type: ignore[dict-item]
     mean = sum(float(total) for total, _ in parts) / sum(count for _, count in parts)
     assert mean == pytest.approx(expected_loss(batch, new, advantages, policy), rel=1e-12)
 

@@ -181,16 +181,16 @@ def test_no_float64_meets_the_device(runs: Any, tmp_path: Path, monkeypatch: pyt
 
     cpu, double, to, back = torch.Tensor.cpu, torch.Tensor.double, torch.Tensor.to, set()
 
-    def brought_back(self, *args: Any, **kwargs: Any) -> Any:
+    def brought_back(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = cpu(self, *args, **kwargs)
         back.add(id(result))
         return result
 
-    def doubled(self) -> Any:
+    def doubled(self: Any) -> Any:
         assert id(self) in back, "float64 on the device"
         return double(self)
 
-    def moved(self, *args: Any, **kwargs: Any) -> Any:
+    def moved(self: Any, *args: Any, **kwargs: Any) -> Any:
         assert self.dtype != torch.float64, "float64 to the device"
         return to(self, *args, **kwargs)
 

@@ -138,7 +138,7 @@ def test_a_resumed_run_has_the_same_losses_to_the_bit(
         from qwen3c.training import trainer
 
         record = trainer.Trainer._record
-        trainer.Trainer._record = lambda self, r: (
+        trainer.Trainer._record = lambda self, r: (  # type: ignore[assignment, method-assign]
             os.kill(os.getpid(), 9) if r["step"] == 5 else record(self, r)
         )
         os._exit(train(*stage_arguments(stage, data, base, halves)))
@@ -262,7 +262,7 @@ def test_a_diverging_loss_ends_the_run_and_names_the_intact_checkpoint(
 
     loss, calls = Pretraining.loss, []
 
-    def diverge(self, batch: Any) -> Any:
+    def diverge(self: Any, batch: Any) -> Any:
         calls.append(1)
         total, n = loss(self, batch)
         return (total * float("inf") if self.step == 4 and self.model.training else total), n

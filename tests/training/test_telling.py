@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qwen3c.training import telling
-from qwen3c.training.telling import Telling, unheard
+from qwen3c.training.telling import Telling, unheard  # type: ignore[attr-defined]
 
 
 class FakeTerminal(io.StringIO):

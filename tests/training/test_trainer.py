@@ -10,7 +10,7 @@ from qwen3c.training.trainer import Settings
 
 
 def settings(**changes: Any) -> Any:
-    given = {
+    given: dict[str, Any] = {
         "out": Path("x"),
         "steps": 100,
         "batch": 1,
