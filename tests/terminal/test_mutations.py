@@ -25,7 +25,7 @@ DUMB = "test_a_dumb_terminal and perplexity"
 COLOUR = "test_no_color_is_no_colour and generate or test_notes_are_dim and generate"
 INTERRUPT = "test_ctrl_c_ends_it_at_once and generate or test_text_that_came_before"
 EXPORT = "an_export_typed and 80 or progress_line or test_progress_is_redrawn"
-PROMPT = "works_as_it_stands and run.py and chat and not generate"
+PROMPT = "test_ctrl_c_stops_a_reply_and_keeps_it"
 
 # what is broken: (which tests notice, the code that breaks it)
 MUTATIONS = {
