@@ -45,7 +45,7 @@ model: oracles
 
 ## make test-arm   the NEON kernels under qemu-user (Debian: qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross)
 ARM_CC ?= aarch64-linux-gnu-gcc
-KERNEL_TEST := -O2 -std=c11 -ffp-contract=off -Iqwen3c/kernels tests/kernels/kernels.c $(filter-out %/table.c,$(wildcard qwen3c/kernels/*.c)) -lm
+KERNEL_TEST := -O2 -std=c11 -ffp-contract=off -Iqwen3c/kernels tests/kernels/kernels.c $(wildcard qwen3c/kernels/*.c) -lm
 test-arm:
 	@mkdir -p build/arm
 	$(CC) $(KERNEL_TEST) -o build/arm/here
@@ -97,7 +97,7 @@ serial: $(VENV)/ready
 
 ## make clean      remove everything that was built
 clean:
-	rm -rf $(VENV) build dist *.egg-info qwen3c/engine.c qwen3c/kernels/table.c qwen3c/*.so qwen3c/kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info qwen3c/*.so qwen3c/kernels/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/ready: $(SOURCES)

@@ -135,7 +135,7 @@ def modules():
     from setuptools import Extension
 
     extra = shlex.split(os.environ.get("QWEN3C_CFLAGS", ""))
-    headers = [str(path) for path in [*KERNELS.glob("*.h"), KERNELS / "table.pxd"]]
+    headers = [str(path) for path in [*KERNELS.glob("*.h"), *Path("qwen3c").rglob("*.pxd")]]
 
     def extension(name, sources):
         return Extension(
@@ -148,13 +148,16 @@ def modules():
             libraries=["m"],
         )
 
-    kernels = sorted(str(path) for path in KERNELS.glob("*.c") if path.name != "table.c")
-    return cythonize([extension("kernels.table", kernels), extension("engine", [])])
+    kernels = sorted(str(path) for path in KERNELS.glob("*.c"))
+    return cythonize(
+        [extension("kernels.table", kernels), extension("forward", []), extension("engine", [])],
+        build_dir="build",  # the C that Cython writes lies apart from the sources
+    )
 
 
 def main():
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    compiles = command not in METADATA
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")  # none: --version, say
+    compiles = command not in ("", *METADATA)
     lacking = missing(environment="venv" in sys.argv) if compiles else old_python()
     if lacking or command == "missing":
         return f"qwen3c: {lacking}" if lacking else 0

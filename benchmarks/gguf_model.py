@@ -19,8 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3c.convert.directory import Directory
 from qwen3c.convert.gguf import ARCHITECTURES as CLASSES, GGUF
-from qwen3c.convert.huggingface import Checkpoint, Files, Rope, StoredTensor, inverse_frequencies
+from qwen3c.convert.huggingface import Checkpoint
+from qwen3c.convert.rope import Rope, inverse_frequencies
+from qwen3c.convert.source import StoredTensor
 
 try:
     import gguf
@@ -37,8 +40,8 @@ def write_gguf(source: Path, target: Path, kind: str = "Q8_0") -> None:
 
     `source` may be a GGUF file too, whose weights are dequantised first.
     """
-    with GGUF(source) if source.is_file() else Files(source) as files:
-        checkpoint = Checkpoint(files, group_size=32)
+    with GGUF(source) if source.is_file() else Directory(source) as opened:
+        checkpoint = Checkpoint(opened, group_size=32)
         architecture = ARCHITECTURES[checkpoint.metadata["source"]["architecture"]]
         writer = gguf.GGUFWriter(target, architecture)
         _add_config(writer, checkpoint)

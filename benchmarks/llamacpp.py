@@ -57,7 +57,8 @@ class Session:
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
             raise ValueError(f"{self._path}: llama.cpp has no memory for {sequences} x {context} positions")
-        self.position, self.sequences = 0, sequences
+        self.position: int = 0
+        self.sequences: int = sequences
 
     def forward(self, ids: ArrayLike, logits: Literal["last", "all"] = "last") -> NDArray[np.float32]:
         """As our Session.forward, but the last logits are llama.cpp's own buffer, valid until the next call."""

@@ -11,6 +11,7 @@ class: opened with (path, threads, kv, context, batch), it has `settings`, `seco
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -21,29 +22,27 @@ from typing import Any
 PROMPT = [1, 2, 3, 4]
 
 
+MODULES = {
+    "llama.cpp": "llamacpp",
+    "openvino": "openvino_peer",
+    "ctranslate2": "ctranslate2_peer",
+    "qwen3c": "ours",
+}
+
+
 def open_engine(name: str, path: str, setting: dict[str, Any]) -> Any:
     huge_pages = setting.pop("huge_pages")
-    if name == "llama.cpp":
-        from llamacpp import Engine
-    elif name == "openvino":
-        from openvino_peer import Engine
-    elif name == "ctranslate2":
-        from ctranslate2_peer import Engine
-    else:
-        from ours import Engine
-
+    if name == "qwen3c":
         setting["huge_pages"] = huge_pages
-    return Engine(path, **setting)
+    return importlib.import_module(MODULES[name]).Engine(path, **setting)
 
 
 def convert(name: str, source: Path, target: Path) -> None:
     """Make `target`, whole or not at all."""
     if name == "llama.cpp":
-        from gguf_model import write_gguf as write
-    elif name == "openvino":
-        from openvino_peer import convert as write
+        write = importlib.import_module("gguf_model").write_gguf
     else:
-        from ctranslate2_peer import convert as write
+        write = importlib.import_module(MODULES[name]).convert
     partial = target.with_name(f"partial-{os.getpid()}-{target.name}")
     write(source, partial)
     partial.rename(target)

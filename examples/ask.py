@@ -7,7 +7,7 @@ import sys
 
 from qwen3c import MODEL_IN_THE_BOX, Model
 
-with Model(*sys.argv[1:2] or [str(MODEL_IN_THE_BOX)]) as model:
+with Model(sys.argv[1] if sys.argv[1:] else str(MODEL_IN_THE_BOX)) as model:
     reply = model.chat(sys.argv[2] if len(sys.argv) > 2 else "What is a river?", max_tokens=100, seed=1)
     print(reply)  # reply.thinking and reply.tool_calls are apart from the text
     stats = reply.stats

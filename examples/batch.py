@@ -12,7 +12,7 @@ from qwen3c import MODEL_IN_THE_BOX, Model, Reply
 
 PROMPTS = ["def add(a, b):", "import os\n\ndef", "class Queue:\n", "for key, value in"]
 
-model = Model(*sys.argv[1:2] or [str(MODEL_IN_THE_BOX)])
+model = Model(sys.argv[1] if sys.argv[1:] else str(MODEL_IN_THE_BOX))
 replies = [Reply() for _ in PROMPTS]
 prompts = [model.text_prompt(prompt) for prompt in PROMPTS]
 for index, event in model.generate_many(prompts, max_tokens=24, temperature=0):

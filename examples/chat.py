@@ -9,7 +9,7 @@ import sys
 
 from qwen3c import MODEL_IN_THE_BOX, Conversation, Model
 
-model = Model(*sys.argv[1:2] or [str(MODEL_IN_THE_BOX)])
+model = Model(sys.argv[1] if sys.argv[1:] else str(MODEL_IN_THE_BOX))
 conversation = Conversation(model, system="You answer in one sentence.", max_tokens=60, seed=1)
 for question in sys.argv[2:] or ["What is a river?", "And what is a lake?"]:
     print(f"> {question}")

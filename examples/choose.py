@@ -22,7 +22,7 @@ def log_probability(session: Session, first: np.ndarray, ids: list[int]) -> floa
     return sum(float(row[id]) - engine.log_sum_exp(row[:exist]) for row, id in zip(rows, ids, strict=True))
 
 
-model = Model(*sys.argv[1:2] or [str(MODEL_IN_THE_BOX)])
+model = Model(sys.argv[1] if sys.argv[1:] else str(MODEL_IN_THE_BOX))
 session = model.session()
 first = session.forward(model.tokenizer.encode(PROMPT))
 answers = {answer: model.tokenizer.encode(answer) for answer in ANSWERS}

@@ -12,7 +12,7 @@ import numpy as np
 
 from qwen3c import MODEL_IN_THE_BOX, Model, engine
 
-model = Model(*sys.argv[1:2] or [str(MODEL_IN_THE_BOX)])
+model = Model(sys.argv[1] if sys.argv[1:] else str(MODEL_IN_THE_BOX))
 ids = model.tokenizer.encode("".join(sys.argv[2:]) or "for i in range(10):\n    print(i)\n")
 
 print("the text")
@@ -24,7 +24,7 @@ print(f"  perplexity {math.exp(-np.mean(nats)):.2f}" if nats else "  a single to
 
 print("the reply, greedily, and what else was likely")
 for event in model.generate(ids, 8, temperature=0, logprobs=3):
-    if event.token is not None:
+    if event.token is not None and event.logprob is not None and event.top_logprobs is not None:
         best = ", ".join(
             f"{model.tokenizer.decode([id])!r} {math.exp(p):.1%}" for id, p in event.top_logprobs
         )

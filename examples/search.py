@@ -19,7 +19,7 @@ TEXTS = [
     "Gravity is what gives weight to things and keeps planets on their way around the sun.",
 ]
 
-model = Model(*sys.argv[1:2] or [str(MODEL_IN_THE_BOX)])
+model = Model(sys.argv[1] if sys.argv[1:] else str(MODEL_IN_THE_BOX))
 query = sys.argv[2] if len(sys.argv) > 2 else "What is the capital of China?"
 vectors = model.embed([*TEXTS, instruct(query)])  # (n + 1, dim), each of length 1
 similarities = vectors[:-1] @ vectors[-1]  # cosines

@@ -10,7 +10,7 @@ import time
 
 from qwen3c import MODEL_IN_THE_BOX, Model
 
-model = Model(*sys.argv[1:2] or [str(MODEL_IN_THE_BOX)])
+model = Model(sys.argv[1] if sys.argv[1:] else str(MODEL_IN_THE_BOX))
 deadline = time.monotonic() + 5  # seconds
 reply = model.generate(
     model.text_prompt("class Stack:\n    def __init__(self"),

@@ -27,6 +27,8 @@ Logits = Literal["last", "all", "hidden"]
 Activations = Literal["int8", "float32"]
 KV = Literal["int8", "f16", "f32"]
 
+def run_state_bytes(config: Config, rows: int = 256, threads: int = 1) -> int: ...
+
 class Model:
     path: str
     file: ModelFile

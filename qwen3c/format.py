@@ -17,6 +17,7 @@ Everything is little-endian. A matrix is INT8 in groups along its input dimensio
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
 import math
 import mmap
@@ -171,7 +172,7 @@ class Config:
     @property
     def n_parameters(self) -> int:
         """Weights counted once: a tied embedding is one matrix."""
-        return sum(math.prod(t.shape) for t in tensors(self) if t.name != ROPE_TENSOR)
+        return sum(math.prod(t.shape) for t in tensors(self) if t.role is not Role.ROPE_FREQUENCIES)
 
     def kv_bytes_per_token(self, kv: str) -> int:
         """Bytes of KV cache one position takes, kv one of KV_TYPES."""
@@ -191,6 +192,32 @@ ROPE_TENSOR = "rope.inverse_frequencies"
 ROUTER = "mlp.gate.weight"  # of a layer with experts; float32, as a rounding may choose other experts
 
 
+class Role(enum.Enum):
+    """What a tensor is to the forward pass."""
+
+    ROPE_FREQUENCIES = "rope frequencies"
+    EMBEDDING = "embedding"  # only of a model whose LM_HEAD is another matrix
+    ATTENTION_NORM = "attention norm"
+    QKV = "qkv"
+    QKV_BIAS = "qkv bias"
+    Q_NORM = "q norm"
+    K_NORM = "k norm"
+    O = "o"  # noqa: E741
+    FFN_NORM = "ffn norm"
+    ROUTER = "router"
+    GATE_UP = "gate up"  # with experts, of each of them in order
+    DOWN = "down"
+    FINAL_NORM = "final norm"
+    LM_HEAD = "lm head"
+
+
+class Encoding(enum.Enum):
+    """How the numbers of a tensor are stored."""
+
+    FLOAT32 = "float32"
+    INT8 = "int8"  # tiles of codes and fp16 scales
+
+
 @dataclass(frozen=True)
 class Part:
     """A Hugging Face tensor and the rows of the stored tensor that hold it."""
@@ -205,11 +232,18 @@ class Tensor:
     """One stored tensor; `offset` counts from the start of the tensor region."""
 
     name: str
+    role: Role
+    layer: int | None  # None outside of the layers
     shape: tuple[int, ...]  # (rows, columns) of a matrix, (n,) of a vector
     parts: tuple[Part, ...]  # in row order; none for a tensor that is computed at export
-    quantized: bool  # matrices are INT8 tiles, vectors and routers float32
+    encoding: Encoding
     offset: int
     size: int
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it is codes with scales. Vectors and routers are not."""
+        return self.encoding is not Encoding.FLOAT32
 
 
 def align(offset: int, alignment: int = ALIGNMENT) -> int:
@@ -221,59 +255,73 @@ def matrix_size(rows: int, columns: int, group_size: int) -> int:
     return align(rows, TILE_ROWS) * (columns // group_size) * (group_size + 2)
 
 
-def _shapes(c: Config) -> Iterator[tuple[str, tuple[int, ...], list[tuple[str, int]]]]:
-    """(name, shape, [(Hugging Face name, rows), ...]) in the order the forward pass reads them."""
-    yield ROPE_TENSOR, (c.head_dim // 2,), []
+def tile_fields(group_size: int) -> list[tuple[str, str, int | tuple[int, ...]]]:
+    """The fields of one tile, for numpy.dtype: codes[column // 4, row, column % 4], then a scale for each row."""
+    return [("codes", "i1", (group_size // 4, TILE_ROWS, 4)), ("scales", "<f2", TILE_ROWS)]
+
+
+_Planned = tuple[Role, int | None, str, tuple[int, ...], list[tuple[str, int]]]
+
+
+def _planned(c: Config) -> Iterator[_Planned]:
+    """(role, layer, name, shape, [(Hugging Face name, rows), ...]) in the order the forward pass reads them."""
+    yield Role.ROPE_FREQUENCIES, None, ROPE_TENSOR, (c.head_dim // 2,), []
     embedding = "model.embed_tokens.weight"
     if not c.tied_embedding:
-        yield embedding, (c.vocab_size, c.dim), [(embedding, c.vocab_size)]
+        yield Role.EMBEDDING, None, embedding, (c.vocab_size, c.dim), [(embedding, c.vocab_size)]
     for layer in range(c.n_layers):
-        # q, k and v read the same input, so do gate and up: one matrix each, one sweep each
-        p = f"model.layers.{layer}."
-        qkv = [(f"{p}self_attn.{x}_proj", n) for x, n in (("q", c.q_dim), ("k", c.kv_dim), ("v", c.kv_dim))]
-        q_k_v_rows = c.q_dim + 2 * c.kv_dim
-        yield _vector(p + "input_layernorm.weight", c.dim)
-        yield p + "self_attn.qkv_proj.weight", (q_k_v_rows, c.dim), [(n + ".weight", r) for n, r in qkv]
-        if c.qkv_bias:
-            yield p + "self_attn.qkv_proj.bias", (q_k_v_rows,), [(n + ".bias", r) for n, r in qkv]
-        if c.qk_norm:
-            yield _vector(p + "self_attn.q_norm.weight", c.head_dim)
-            yield _vector(p + "self_attn.k_norm.weight", c.head_dim)
-        o_proj = p + "self_attn.o_proj.weight"
-        yield o_proj, (c.dim, c.q_dim), [(o_proj, c.dim)]
-        yield _vector(p + "post_attention_layernorm.weight", c.dim)
-        # one feed-forward block, or the router and every expert's: all that lead up, then all that lead down,
-        # so that the chosen ones are read from front to back
-        blocks, hidden_dim = [p + "mlp."], c.hidden_dim
-        if c.has_experts(layer):
-            yield p + ROUTER, (c.n_experts, c.dim), [(p + ROUTER, c.n_experts)]
-            blocks, hidden_dim = [f"{p}mlp.experts.{e}." for e in range(c.n_experts)], c.expert_hidden_dim
-        for block in blocks:
-            gate_up = [(f"{block}{x}_proj.weight", hidden_dim) for x in ("gate", "up")]
-            yield block + "gate_up_proj.weight", (2 * hidden_dim, c.dim), gate_up
-        for block in blocks:
-            down_proj = block + "down_proj.weight"
-            yield down_proj, (c.dim, hidden_dim), [(down_proj, c.dim)]
-    yield _vector("model.norm.weight", c.dim)
+        yield from _planned_layer(c, layer)
+    yield _vector(Role.FINAL_NORM, None, "model.norm.weight", c.dim)
     head = embedding if c.tied_embedding else "lm_head.weight"
-    yield head, (c.vocab_size, c.dim), [(head, c.vocab_size)]
+    yield Role.LM_HEAD, None, head, (c.vocab_size, c.dim), [(head, c.vocab_size)]
 
 
-def _vector(name: str, n: int) -> tuple[str, tuple[int, ...], list[tuple[str, int]]]:
-    return name, (n,), [(name, n)]
+def _planned_layer(c: Config, layer: int) -> Iterator[_Planned]:
+    # q, k and v read the same input, so do gate and up: one matrix each, one sweep each
+    p = f"model.layers.{layer}."
+    qkv = [(f"{p}self_attn.{x}_proj", n) for x, n in (("q", c.q_dim), ("k", c.kv_dim), ("v", c.kv_dim))]
+    q_k_v_rows = c.q_dim + 2 * c.kv_dim
+    qkv_weights, qkv_biases = [[(n + end, r) for n, r in qkv] for end in (".weight", ".bias")]
+    yield _vector(Role.ATTENTION_NORM, layer, p + "input_layernorm.weight", c.dim)
+    yield Role.QKV, layer, p + "self_attn.qkv_proj.weight", (q_k_v_rows, c.dim), qkv_weights
+    if c.qkv_bias:
+        yield Role.QKV_BIAS, layer, p + "self_attn.qkv_proj.bias", (q_k_v_rows,), qkv_biases
+    if c.qk_norm:
+        yield _vector(Role.Q_NORM, layer, p + "self_attn.q_norm.weight", c.head_dim)
+        yield _vector(Role.K_NORM, layer, p + "self_attn.k_norm.weight", c.head_dim)
+    o_proj = p + "self_attn.o_proj.weight"
+    yield Role.O, layer, o_proj, (c.dim, c.q_dim), [(o_proj, c.dim)]
+    yield _vector(Role.FFN_NORM, layer, p + "post_attention_layernorm.weight", c.dim)
+    # one feed-forward block, or the router and every expert's: all that lead up, then all that lead down,
+    # so that the chosen ones are read from front to back
+    blocks, hidden_dim = [p + "mlp."], c.hidden_dim
+    if c.has_experts(layer):
+        yield Role.ROUTER, layer, p + ROUTER, (c.n_experts, c.dim), [(p + ROUTER, c.n_experts)]
+        blocks, hidden_dim = [f"{p}mlp.experts.{e}." for e in range(c.n_experts)], c.expert_hidden_dim
+    for block in blocks:
+        gate_up = [(f"{block}{x}_proj.weight", hidden_dim) for x in ("gate", "up")]
+        yield Role.GATE_UP, layer, block + "gate_up_proj.weight", (2 * hidden_dim, c.dim), gate_up
+    for block in blocks:
+        down_proj = block + "down_proj.weight"
+        yield Role.DOWN, layer, down_proj, (c.dim, hidden_dim), [(down_proj, c.dim)]
+
+
+def _vector(role: Role, layer: int | None, name: str, n: int) -> _Planned:
+    return role, layer, name, (n,), [(name, n)]
 
 
 def tensors(config: Config) -> list[Tensor]:
     """Every tensor of the file, in file order, with its place: the only list there is."""
     result, offset = [], 0
-    for name, shape, sources in _shapes(config):
+    for role, layer, name, shape, sources in _planned(config):
         parts, row = [], 0
         for part_name, rows in sources:
             parts.append(Part(part_name, row, rows))
             row += rows
-        quantized = len(shape) == 2 and not name.endswith(ROUTER)
-        size = matrix_size(shape[0], shape[-1], config.group_size) if quantized else 4 * math.prod(shape)
-        result.append(Tensor(name, shape, tuple(parts), quantized, offset, size))
+        is_tiles = len(shape) == 2 and role is not Role.ROUTER
+        encoding = Encoding.INT8 if is_tiles else Encoding.FLOAT32
+        size = matrix_size(shape[0], shape[-1], config.group_size) if is_tiles else 4 * math.prod(shape)
+        result.append(Tensor(name, role, layer, shape, tuple(parts), encoding, offset, size))
         offset = align(offset + size)
     return result
 
@@ -480,7 +528,7 @@ class ModelFile:
             self._expect(f"{section}_offset", fields[f"{section}_offset"], offset)
             offset = align(offset + fields[f"{section}_size"])
         # counted first: a file as small as its header says cannot ask for a long list
-        n_tensors = sum(1 for _ in _shapes(self.config))
+        n_tensors = sum(1 for _ in _planned(self.config))
         self._expect("checksums_size", fields["checksums_size"], 4 * n_tensors)
         self.tensors = tensors(self.config)
         self._expect("tensors_offset", fields["tensors_offset"], align(offset, PAGE))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .format import ROPE_TENSOR, TILE_ROWS, Config, ModelFile, Tensor
+from .format import ROPE_TENSOR, Config, ModelFile, Tensor, tile_fields
 
 Array = NDArray[np.float32]
 
@@ -41,8 +41,7 @@ def dequantize(file: ModelFile, tensor: Tensor) -> Array:
     (rows, columns), group_size = tensor.shape, file.config.group_size
     groups = columns // group_size
     # a tile: 16 rows x one group, its codes in blocks of 4 columns, then one scale per row
-    tile = np.dtype([("codes", "i1", (group_size // 4, TILE_ROWS, 4)), ("scales", "<f2", TILE_ROWS)])
-    tiles = np.frombuffer(file.data(tensor), tile).reshape(-1, groups)
+    tiles = np.frombuffer(file.data(tensor), tile_fields(group_size)).reshape(-1, groups)
     codes = tiles["codes"].transpose(0, 3, 1, 2, 4)  # (tile rows, 16, groups, blocks, 4)
     scales = tiles["scales"].transpose(0, 2, 1)  # (tile rows, 16, groups)
     codes = codes.reshape(-1, groups, group_size)

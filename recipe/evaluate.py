@@ -48,7 +48,7 @@ import rewards
 
 from qwen3c import Model
 from qwen3c.convert.export import export
-from qwen3c.convert.huggingface import SourceError
+from qwen3c.convert.source import SourceError
 from qwen3c.format import ModelFileError
 from qwen3c.inspect.perplexity import Perplexity, measure
 from qwen3c.sampler import Sampling

@@ -221,7 +221,7 @@ def _value(value: Any) -> bytes:
         return struct.pack("<IIQ", 9, code, len(value)) + items
     if isinstance(value, str):
         return struct.pack("<I", 8) + _text(value)
-    code, kind = {bool: ("?", 7), float: ("f", 6), int: ("I", 4)}[type(value)]
-    if code == "I" and value < 0:
-        code, kind = "i", 5
-    return struct.pack("<I" + code, kind, value)
+    letter, kind = {bool: ("?", 7), float: ("f", 6), int: ("I", 4)}[type(value)]
+    if letter == "I" and value < 0:
+        letter, kind = "i", 5
+    return struct.pack("<I" + letter, kind, value)

@@ -20,12 +20,10 @@ OF_THEIR_TIME = {"ATTEMPTS.md", "CHANGELOG.md"}  # they may name files that are 
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
-def block(text: str, heading: str) -> str:
-    """The first indented block after a heading."""
+def block(text: str, heading: str, index: int = 0) -> str:
+    """An indented block after a heading: the first, if no index is given."""
     after = text.split(f"\n{heading}\n")[1]
-    found = re.search(r"(?:^ {4}.*\n)+", after, re.MULTILINE)
-    assert found
-    return textwrap.dedent(found[0])
+    return textwrap.dedent(re.findall(r"(?:^ {4}.*\n)+", after, re.MULTILINE)[index])
 
 
 def indented(text: str) -> list[str]:
@@ -43,7 +41,8 @@ def test_every_make_command_is_a_target_with_a_help_line() -> None:
     explained = set(re.findall(r"^## make ([a-z-]+)", MAKEFILE, re.MULTILINE))
     assert {"run", "test"} <= mentioned <= targets
     assert explained == targets
-    assert set(re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split()) == targets | {"help"}
+    phony = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)
+    assert phony and set(phony[1].split()) == targets | {"help"}
 
 
 def test_every_flag_of_a_command_in_the_readme_exists() -> None:
@@ -94,11 +93,47 @@ def test_the_tree_of_the_architecture_is_that_of_the_sources() -> None:
         assert (ROOT / path).is_dir() == path.endswith("/")
 
 
+def imported(path: Path) -> set[str]:
+    """Rooms of qwen3c (modules and folders at its top) that a source imports from, anywhere in it."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    rooms = set()
+    pattern = r"^[ \t]*from (\.+)([\w.]*) c?import (\([^)]*\)|.*)"
+    for dots, name, names in re.findall(pattern, path.read_text(), re.MULTILINE):
+        base = package[: len(package) - len(dots) + 1]
+        parts = (*base, *name.split(".")) if name else base
+        rooms |= {parts[1]} if len(parts) > 1 else set(re.findall(r"\w+", re.sub(r" as \w+|#.*", "", names)))
+    return rooms - {"__version__"}
+
+
+def test_imports_run_down_the_floors() -> None:
+    floors = [line.split() for line in block(ARCHITECTURE, "## The house", 1).splitlines()]
+    floor = {room: i for i, rooms in enumerate(floors) for room in rooms}
+    sources = [p for p in (ROOT / "qwen3c").rglob("*.p*") if p.suffix in (".py", ".pyi", ".pyx", ".pxd")]
+    rooms = {path: path.relative_to(ROOT / "qwen3c").parts[0].split(".")[0] for path in sources}
+    assert set(rooms.values()) - {"__init__"} == floor.keys()
+    arrows = {(str(p.relative_to(ROOT)), to) for p, room in rooms.items() for to in imported(p) if to != room}
+    assert ("qwen3c/model.py", "engine") in arrows and ("qwen3c/engine.pyx", "forward") in arrows
+    up = {
+        (path, to)
+        for path, to in arrows
+        if (room := rooms[ROOT / path]) != "__init__" and floor[to] <= floor[room]
+    }
+    assert not up
+
+
 def test_the_tree_of_the_readme_is_that_of_the_folders() -> None:
     named = {path for path in tree(block(README, "## Where things are")) if path.endswith("/")}
     top = {f"{path.parent.name}/" for path in ROOT.glob("*/*.py")} | {"docs/"}
     wings = {f"qwen3c/{path.parent.name}/" for path in ROOT.glob("qwen3c/*/*.py")}
     assert named == {name for name in top | wings if not name.startswith(("build", "."))}
+
+
+def test_what_a_newcomer_is_told_to_change_is_there() -> None:
+    """CONTRIBUTING's "How to add": each name stands in the file that it is said to stand in."""
+    told = re.findall(r"`(\w+)` in `([\w/.]+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert {path for _, path in told} >= {"format.py", "sampler.py", "cli/options.py", "kernels/dispatch.c"}
+    for name, path in told:
+        assert re.search(rf"\b{name}\b", (ROOT / "qwen3c" / path).read_text()), f"{name} in {path}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -114,7 +149,9 @@ def test_the_files_that_a_page_names_exist(page: Path) -> None:
 
 
 def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert example
+    code = example[1]
     model = ROOT / "qwen3c" / "data" / "model.bin"
     exec(code.replace('"model.bin"', repr(str(model))).replace("max_tokens=200", "max_tokens=5"), {})
     assert capsys.readouterr().out

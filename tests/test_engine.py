@@ -15,12 +15,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from small_models import export_small_model
 
-from qwen3c import engine
+from qwen3c import engine, memory, probes
 from qwen3c.engine import Model, Session
 from qwen3c.format import KV_TYPES, ModelFile, Tensor
 
@@ -46,23 +47,23 @@ CASES = [
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]['architecture']} {case[1]}")
-def case(request: pytest.FixtureRequest) -> tuple[dict, str]:
+def case(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Any]:
     """What a model is made of, and the type of its KV cache."""
     return request.param
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory, case: tuple[dict, str]) -> Path:
+def path(tmp_path_factory: pytest.TempPathFactory, case: tuple[dict[str, Any], Any]) -> Path:
     return export_small_model(tmp_path_factory.mktemp("engine"), context=2048, **SHAPE | case[0])
 
 
 @pytest.fixture(scope="module")
-def kv(case: tuple[dict, str]) -> str:
+def kv(case: tuple[dict[str, Any], Any]) -> Any:
     return case[1]
 
 
 @pytest.fixture(scope="module")
-def model(path: Path, kv: str) -> Model:
+def model(path: Path, kv: Any) -> Model:
     return Model(path, threads=2, kv=kv)
 
 
@@ -89,7 +90,7 @@ def whole(model: Model, ids: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("activations", ["int8", "float32"])
-def test_isa_and_threads_do_not_change_a_bit(path: Path, ids: np.ndarray, kv: str, activations: str) -> None:
+def test_isa_and_threads_do_not_change_a_bit(path: Path, ids: np.ndarray, kv: Any, activations: Any) -> None:
     results = []
     for isa in engine.runnable_isas():
         engine.set_isa(isa)
@@ -161,7 +162,7 @@ LENGTH = 330
 class Histories:
     """Random operations on sessions, checked against logits computed in one piece."""
 
-    def __init__(self, path: Path, kv: str, oracle_kv: str) -> None:
+    def __init__(self, path: Path, kv: Any, oracle_kv: Any) -> None:
         random = np.random.default_rng(4)
         self.texts = random.integers(0, 500, (2, LENGTH))
         oracle = Model(path, threads=1, kv=oracle_kv)
@@ -200,7 +201,7 @@ class Histories:
                 if later and session.position <= switch:
                     state[2] = int(random.choice(later))
 
-    def append(self, model: Model, states: list, random: np.random.Generator) -> None:
+    def append(self, model: Model, states: list[Any], random: np.random.Generator) -> None:
         batch, checks = [], []
         for session, text, switch in states:
             room = LENGTH - session.position
@@ -236,7 +237,7 @@ def test_ten_thousand_random_histories_differ_nowhere(nano_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kv", ["f16", "int8"])
-def test_random_histories_notice_a_cache_of_other_precision(nano_path: Path, kv: str) -> None:
+def test_random_histories_notice_a_cache_of_other_precision(nano_path: Path, kv: Any) -> None:
     histories = Histories(nano_path, kv, oracle_kv="f32")
     for seed in range(100):
         histories.run(seed)
@@ -310,7 +311,7 @@ def test_one_damaged_number_makes_every_logit_of_its_tokens_not_finite(
 
 @pytest.mark.parametrize("head_dim", [16, 24])
 @pytest.mark.parametrize("kv", KV_TYPES)
-def test_kv_memory_grows_with_use(tmp_path: Path, kv: str, head_dim: int) -> None:
+def test_kv_memory_grows_with_use(tmp_path: Path, kv: Any, head_dim: int) -> None:
     model = Model(export_small_model(tmp_path, context=262_144, **SHAPE | {"head_dim": head_dim}), kv=kv)
     session = model.session()
     assert session.context == 262_144 and session.kv_bytes == 0
@@ -436,7 +437,7 @@ def test_the_gil_is_released(model: Model, ids: np.ndarray) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
 def test_a_forked_child_can_run_a_model_its_parent_used(
-    path: Path, kv: str, ids: np.ndarray, whole: np.ndarray
+    path: Path, kv: Any, ids: np.ndarray, whole: np.ndarray
 ) -> None:
     model = Model(path, threads=2, kv=kv)
     model.session().forward(ids)  # the parent's OpenMP threads exist now
@@ -450,7 +451,7 @@ def test_a_forked_child_can_run_a_model_its_parent_used(
 
 
 def test_a_session_keeps_its_model_and_the_model_its_file(
-    path: Path, kv: str, ids: np.ndarray, whole: np.ndarray
+    path: Path, kv: Any, ids: np.ndarray, whole: np.ndarray
 ) -> None:
     session: Session = Model(path, threads=1, kv=kv).session()
     assert np.array_equal(session.forward(ids[:20]), whole[19])
@@ -467,7 +468,7 @@ def test_threads_and_isa_can_be_asked_for(path: Path) -> None:
 WITHOUT_THREADS = """
 import resource, sys, threading
 import numpy as np
-from qwen3c import engine
+from qwen3c import engine, memory, probes
 
 path, ids, limited, results = sys.argv[1], np.arange(200), threading.Event(), []
 usual = engine.Model(path, threads=2)
@@ -529,7 +530,7 @@ def test_every_public_name_says_what_it_is_and_how_it_is_called() -> None:
     assert Model.__doc__.startswith("Model(path, threads=None, kv=")
 
 
-def test_a_session_says_how_full_it_is(path: Path, kv: str) -> None:
+def test_a_session_says_how_full_it_is(path: Path, kv: Any) -> None:
     session = Model(path, kv=kv).session(100)
     session.forward([1, 2, 3])
     assert repr(session) == f"<Session, 3 of 100 positions, {session.kv_bytes:,} bytes of KV cache>"
@@ -586,7 +587,7 @@ def test_a_closed_model_gives_its_memory_back_and_refuses_every_call(
 
 
 def test_closing_waits_for_the_pass_of_another_thread(
-    path: Path, ids: np.ndarray, kv: str, whole: np.ndarray
+    path: Path, ids: np.ndarray, kv: Any, whole: np.ndarray
 ) -> None:
     for delay in (0, 0.001, 0.003, 0.01):
         model, results = Model(path, threads=2, kv=kv), []
@@ -605,6 +606,45 @@ def test_closing_waits_for_the_pass_of_another_thread(
         for thread in threads:
             thread.join()
         assert all(results)
+
+
+# ----------------------------------------------------------------------------
+# Buffers and probes
+
+
+@pytest.mark.parametrize("shape", [{}, EXPERTS | {"architecture": "qwen3_moe"}, {"head_dim": 128}], ids=str)
+def test_the_estimate_of_the_buffers_is_what_the_engine_lays_out(tmp_path: Path, shape: dict) -> None:
+    config = ModelFile(export_small_model(tmp_path, **SHAPE | {"hidden_dim": 1024} | shape)).config
+    for rows in (16, 256):
+        estimate = memory.run_state_bytes(config, rows)
+        fixed = engine.run_state_bytes(config, 0)  # the scratch of a thread, the experts' groups
+        assert 0 <= engine.run_state_bytes(config, rows) - estimate <= fixed + 20 * 64
+    threads = [engine.run_state_bytes(config, 1, threads) for threads in (1, 2, 3)]
+    assert threads[2] - threads[1] == threads[1] - threads[0] > 4 * 16 * (256 + config.head_dim)
+
+
+def test_buffers_of_a_batch_do_not_overlap(path: Path, ids: np.ndarray, kv: Any, whole: np.ndarray) -> None:
+    """A model that grew its buffers row by row computes what one that had them at once does."""
+    model = Model(path, threads=1, kv=kv)
+    for n in (1, 2, 3, 5, 17, 250):
+        assert np.array_equal(model.session().forward(ids[:n], "all"), whole[:n])
+
+
+def test_a_trace_between_two_passes_changes_neither(
+    path: Path, ids: np.ndarray, kv: Any, whole: np.ndarray
+) -> None:
+    for threads in (1, 2):
+        model = Model(path, threads=threads, kv=kv)
+        session = model.session()
+        for start in (0, 150, 300):
+            assert np.array_equal(
+                session.forward(ids[start : start + 150], "all"), whole[start : start + 150]
+            )
+            arrays = model.trace(ids[:290])
+            assert np.array_equal(arrays["lm_head"], whole[:290])
+            assert list(arrays) == [name for name, _, _ in probes.places(model.config)] + ["lm_head"]
+            for name, layer, probe in probes.places(model.config):
+                assert arrays[name].shape == probe.shape_of(model.config, 290), (layer, name)
 
 
 # ----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 
 from qwen3c import mistakes
 from qwen3c.convert.gguf import GGUF
-from qwen3c.convert.huggingface import SourceError
+from qwen3c.convert.source import SourceError
 from qwen3c.format import MAGIC, ModelFile, ModelFileError
 
 # the first bytes of a file -> its name, in the words of both readers

@@ -29,7 +29,7 @@ from small_models import TINY_QWEN3, export_small_model
 
 import qwen3c
 from qwen3c import CachedSession, Generation, Model, Reply, Sampling, Session, engine
-from qwen3c.cli.run import RAW_TOKENS
+from qwen3c.cli.options import RAW_TOKENS
 from qwen3c.format import ModelFile, ModelWriter
 from qwen3c.generate import ReplyOptions
 from qwen3c.inspect.perplexity import measure

@@ -88,6 +88,33 @@ def test_without_a_compiler_a_build_says_it_before_it_does_anything() -> None:
         assert line(missing(command, CC="/nowhere/cc")).startswith("qwen3c: a C compiler is needed")
 
 
+def test_what_compiles_nothing_needs_no_compiler(tmp_path: Path) -> None:
+    version = re.search(r'^version = "(.+)"$', PYPROJECT, re.M)
+    assert version
+    for words in (["--version"], ["--quiet", "egg_info", "--egg-base", str(tmp_path)]):
+        done = missing(*words, CC="/nowhere/cc")
+        assert done.returncode == 0 and "ython" not in done.stdout, done
+        assert done.stdout.strip() in (version[1], ""), done
+
+
+def test_every_package_is_installed() -> None:
+    packages = re.findall(r'"([\w.]+)"', PYPROJECT.partition("\npackages = [")[2].partition("]")[0])
+    found = [path.parent.relative_to(ROOT) for path in (ROOT / "qwen3c").rglob("__init__.py")]
+    assert sorted(packages) == sorted(".".join(path.parts) for path in found)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the repository")
+def test_the_source_distribution_has_every_file_that_git_has(tmp_path: Path) -> None:
+    done = missing("-q", "egg_info", "--egg-base", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    packed = set((tmp_path / "qwen3c.egg-info" / "SOURCES.txt").read_text().splitlines())
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = {name for name in git.stdout.splitlines() if not name.startswith(".") and (ROOT / name).exists()}
+    assert not files - packed
+    assert not {name for name in packed if name.endswith((".so", ".pyc")) or name.startswith("build/")}
+    assert not {"qwen3c/engine.c", "qwen3c/kernels/table.c"} & packed
+
+
 def test_a_missing_venv_module_is_one_line() -> None:
     script = (
         "import sys, runpy; sys.modules['ensurepip'] = None; sys.argv = ['setup.py', 'missing', 'venv'];"

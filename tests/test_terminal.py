@@ -6,13 +6,9 @@ python -m pytest tests/test_terminal.py
 from __future__ import annotations
 
 import errno
-import importlib.machinery
 import io
-import os
-import signal
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -117,87 +113,6 @@ def test_notes_break_between_words_on_a_terminal_and_not_elsewhere(monkeypatch: 
         assert stream.getvalue() == expected
 
 
-class FakeReadline:
-    """The history of GNU readline, as far as History uses it."""
-
-    def __init__(self) -> None:
-        self.entries: list[str] = []
-
-    def set_auto_history(self, on: bool) -> None:
-        assert not on
-
-    def add_history(self, text: str) -> None:
-        if "unsayable" in text:
-            raise UnicodeEncodeError("ascii", text, 0, 1, "not in this locale")
-        self.entries.append(text)
-
-
-def history_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[terminal.History, list[str]]:
-    monkeypatch.setattr(terminal, "history_path", lambda: path)
-    readline = FakeReadline()
-    return terminal.History(readline), readline.entries
-
-
-def test_the_history_has_one_entry_for_a_message_of_many_lines(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    path = tmp_path / "new" / "history"
-    history, entries = history_of(path, monkeypatch)
-    for text in ["one", "two\n\nlines \\n é🎉", "two\n\nlines \\n é🎉", " ", "", "unsayable"]:
-        history.add(text)
-    assert entries == ["one", "two\n\nlines \\n é🎉"]
-    assert history_of(path, monkeypatch)[1] == entries  # in the file at once
-    assert path.stat().st_mode & 0o077 == 0 or os.name != "posix"
-
-
-def test_an_older_history_still_loads_and_a_long_one_is_cut(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    path = tmp_path / "history"
-    path.write_bytes(b"a \\040 b\n\nc\xff\n")
-    assert history_of(path, monkeypatch)[1] == ["a \\040 b", "c\ufffd"]
-    path.write_bytes(b"_HiStOrY_V2_\na\\040b\\303\\251\n")  # as libedit writes it
-    assert history_of(path, monkeypatch)[1] == ["a bé"]
-    assert path.read_text() == "a bé\n"  # an entry appended to it would be read back as libedit's
-    many = [str(i) for i in range(2 * terminal.HISTORY_ENTRIES + 1)]
-    path.write_text("\n".join(many) + "\n")
-    assert history_of(path, monkeypatch)[1] == many[-terminal.HISTORY_ENTRIES :]
-    assert path.read_text().split() == many[-terminal.HISTORY_ENTRIES :]
-
-
-def test_a_history_that_cannot_be_kept_is_no_reason_to_complain(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("")
-    (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "file" / "history", tmp_path / "folder", None):
-        history, entries = history_of(path, monkeypatch)  # type: ignore[arg-type]
-        history.add("one")
-        assert entries == ["one"]
-    assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.skipif(os.name != "posix", reason="SIGHUP is POSIX")
-def test_the_first_signal_to_end_is_a_ctrl_c_and_the_others_are_ignored() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with terminal.endable() as ended:
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGHUP)
-        signal.raise_signal(signal.SIGTERM)
-        assert ended() == signal.SIGHUP
-    with terminal.endable() as ended, terminal.interruptible() as interrupted:
-        signal.raise_signal(signal.SIGTERM)  # where Ctrl-C only asks for the end, so does this
-        assert interrupted() and ended() == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is before
-    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        with terminal.endable() as ended:
-            signal.raise_signal(signal.SIGHUP)
-            assert not ended()
-    finally:
-        signal.signal(signal.SIGHUP, ignored)
-
-
 def test_a_wait_without_a_measure_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     for stream, expected in ((FakeTerminal(), "\r\x1b[Kwriting\r\x1b[K"), (io.StringIO(), "")):
@@ -224,57 +139,3 @@ def test_a_line_that_nobody_can_see_ends_nothing(monkeypatch: pytest.MonkeyPatch
         progress(1, 2)
         progress.say("writing")
         progress.clear()
-
-
-@pytest.mark.parametrize(
-    ("argv", "module", "name"),
-    [
-        ("export.py", None, "export.py"),
-        ("/usr/bin/qwen3c-export", None, "qwen3c-export"),
-        ("/lib/qwen3c/export.py", "qwen3c.export", "python -m qwen3c.export"),
-        ("/lib/qwen3c/__main__.py", "qwen3c.__main__", "python -m qwen3c"),
-        ("/lib/pytest/__main__.py", "pytest.__main__", "export.py"),
-        ("-c", None, "export.py"),
-    ],
-)
-def test_a_program_is_called_what_was_typed(
-    monkeypatch: pytest.MonkeyPatch, argv: str, module: str | None, name: str
-) -> None:
-    spec = importlib.machinery.ModuleSpec(module, None) if module else None
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
-    monkeypatch.setattr(sys, "argv", [argv])
-    assert terminal.program_name("export.py") == name
-
-
-@pytest.mark.parametrize(
-    ("lines", "expected"),
-    [
-        ("one\ntwo\n", ["one", "two"]),
-        ('"""\none\n\ntwo\n"""\nthree', ["one\n\ntwo", "three"]),
-        ('"""one\ntwo"""\n', ["one\ntwo"]),
-        ('"""one"""\n', ["one"]),
-        ('""""""\n', [""]),
-        ('"""\nnever closed', ["never closed"]),
-        ("", []),
-    ],
-)
-def test_messages_are_lines_or_blocks(
-    lines: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    reader, messages = terminal.MessageReader(), []
-    while True:
-        try:
-            messages.append(reader.read())
-        except EOFError:
-            break
-    assert messages == expected
-
-
-def test_history_goes_where_the_system_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert terminal.history_path() == tmp_path / "qwen3c" / "history"
-    monkeypatch.delenv("XDG_STATE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    if os.name == "posix":
-        assert terminal.history_path() == tmp_path / ".local" / "state" / "qwen3c" / "history"

@@ -72,11 +72,14 @@ def _is_given(action: argparse.Action, args: argparse.Namespace) -> bool:
 
 
 def _mode_without_m(given: Collection[str]) -> str:
-    """The mode that alone uses an option that is given; else chat on a terminal without a prompt; else generate."""
-    for dest in given:
-        if len(USED_BY[dest]) == 1:
-            return USED_BY[dest][0]
+    """The mode that alone uses an option that is given; else chat on a terminal without a prompt; else generate.
+
+    With a prompt it is never chat, whose messages are typed.
+    """
     has_prompt = not {"prompt", "file", "chat_template", "raw"}.isdisjoint(given)
+    for mode, *others in map(USED_BY.__getitem__, given):
+        if not others and not (mode == "chat" and has_prompt):
+            return mode
     return "chat" if sys.stdin.isatty() and not has_prompt else "generate"
 
 

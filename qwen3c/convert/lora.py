@@ -21,22 +21,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .huggingface import (
-    Checkpoint,
-    Files,
-    Keys,
-    SourceError,
-    StoredTensor,
-    check_dtype,
-    cut,
-    open_safetensors,
-    shown,
-    to_float32,
-)
+from .directory import Directory, open_safetensors
+from .source import Keys, SourceError, StoredTensor, check_dtype, cut, shown, to_float32
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from .huggingface import Checkpoint
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -76,7 +68,7 @@ _WITHOUT_EFFECT = {
 _INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
 
-def merge(checkpoint: Checkpoint, adapter: Files) -> None:
+def merge(checkpoint: Checkpoint, adapter: Directory) -> None:
     """Make the tensors of `checkpoint` that the adapter changes deliver the changed weights.
 
     Raises SourceError, before any weight is read, where the adapter is damaged, asks for something else than
@@ -190,7 +182,7 @@ def _check_keys(keys: Keys) -> None:
     keys.number("lora_alpha")
 
 
-def _pairs(adapter: Files) -> dict[str, tuple[StoredTensor, StoredTensor]]:
+def _pairs(adapter: Directory) -> dict[str, tuple[StoredTensor, StoredTensor]]:
     """Module -> its A and B, from tensors all of which are known by name."""
     path = adapter.path(TENSORS_NAME)
     if not adapter.exists(TENSORS_NAME):
@@ -234,7 +226,10 @@ def _parameters(keys: Keys, checkpoint: Checkpoint) -> dict[str, list[str]]:
 
 
 def _places(parameters: Iterable[str]) -> dict[str, str]:
-    """Parameter -> the name its A and B are under: peft wraps a module once for each, the first one innermost."""
+    """Parameter -> where peft stores its A and B.
+
+    peft wraps the module once per parameter: each earlier one lies one `.base_layer` deeper.
+    """
     modules: dict[str, list[str]] = {}
     for parameter in parameters:
         modules.setdefault(parameter.rpartition(".")[0], []).append(parameter)
@@ -246,7 +241,9 @@ def _places(parameters: Iterable[str]) -> dict[str, str]:
 
 
 def _check_targets(keys: Keys, pairs: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """The adapter has every matrix that target_modules names in this base, so the layers are as many.
+    """Raise SourceError unless the adapter has every matrix that target_modules names in this base.
+
+    So it also has as many layers as the base.
 
     Where target_modules is text, a regular expression, the adapter's own tensors say what it changes.
     """
@@ -285,7 +282,7 @@ def _check_targets(keys: Keys, pairs: dict[str, Any], checkpoint: Checkpoint) ->
 def _check_shapes(
     a: StoredTensor, b: StoredTensor, a_shape: tuple[int, int], b_shape: tuple[int, int]
 ) -> None:
-    """They fit the base, and the rank is what the configuration says."""
+    """Raise SourceError unless A and B fit the base and have the rank that adapter_config.json states."""
     for tensor, expected in ((a, a_shape), (b, b_shape)):
         if tensor.shape != expected:
             found = f"{cut(tensor.name)} has shape {shown([*tensor.shape])}, expected {shown([*expected])}"

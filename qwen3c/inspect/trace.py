@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import engine, memory
-from ..format import ROPE_TENSOR, TILE_ROWS, ModelFile, Tensor
+from ..format import TILE_ROWS, ModelFile, Role, Tensor, tile_fields
 from ..model import Model
+from ..probes import PROBES
 from ..terminal import REPORT_WIDTH, wrapped
 from .info import LAYER, layer_of, likewise
 
@@ -35,41 +36,6 @@ Array = NDArray[np.float32]
 MARKS = {" ": "·", "\n": "↵", "\t": "⇥"}
 
 BARS = "·▁▂▃▄▅▆▇█"
-
-# module, its name within a layer -> (what it reads, what it does)
-MODULES = {
-    "model.embed_tokens": ("ids", "the row of the embedding that belongs to each token"),
-    "input_layernorm": ("x", "x / rms(x) * weight"),
-    "self_attn.q_proj": ("input_layernorm", "queries: {n_heads} heads of {head_dim}"),
-    "self_attn.k_proj": ("input_layernorm", "keys: {n_kv_heads} heads of {head_dim}, to the KV cache"),
-    "self_attn.v_proj": ("input_layernorm", "values: {n_kv_heads} heads of {head_dim}, to the KV cache"),
-    "self_attn.q_norm": ("self_attn.q_proj", "every head / its rms * weight, then turned by position"),
-    "self_attn.k_norm": ("self_attn.k_proj", "the same for the keys"),
-    "self_attn.attn_weights": ("self_attn.q_proj", "softmax(q k^T / sqrt({head_dim})), of every head"),
-    "self_attn.o_proj.input": ("self_attn.attn_weights", "attention weights times values"),
-    "self_attn.o_proj": ("self_attn.o_proj.input", "back to the width of x, added to x"),
-    "post_attention_layernorm": ("x", "x / rms(x) * weight"),
-    "mlp.gate_proj": ("post_attention_layernorm", "wider"),
-    "mlp.up_proj": ("post_attention_layernorm", "wider"),
-    "mlp.down_proj.input": ("mlp.gate_proj", "silu(gate) * up"),
-    "mlp.down_proj": ("mlp.down_proj.input", "back to the width of x, added to x"),
-    "mlp.gate": ("post_attention_layernorm", "router: a logit for each of {n_experts} experts"),
-    "mlp.gate.shares": (
-        "mlp.gate",
-        "of the {n_experts_per_token} likeliest experts; they sum to 1 or stay as they are",
-    ),
-    "mlp.experts.gate_proj": (
-        "post_attention_layernorm",
-        "wider, by each of its experts, in order of number",
-    ),
-    "mlp.experts.up_proj": ("post_attention_layernorm", "wider, by each of its experts"),
-    "mlp.experts.down_proj.input": ("mlp.experts.gate_proj", "silu(gate) * up"),
-    "mlp.experts.down_proj": ("mlp.experts.down_proj.input", "what each expert makes of x"),
-    "mlp.experts": ("mlp.experts.down_proj", "sum of share * expert, added to x"),
-    "x": ("x", "x, the residual stream, after the layer"),
-    "model.norm": ("x", "x / rms(x) * weight"),
-    "lm_head": ("model.norm", "one logit for every token of the vocabulary"),
-}
 
 
 @dataclass(frozen=True)
@@ -175,10 +141,10 @@ def rows(model: Model, trace: dict[str, Array], exact: dict[str, Array] | None =
     for name, values in trace.items():
         error = None if exact is None else relative_error(values, exact[name])
         module = _module(name)
-        source, what = MODULES[module]
+        probe = PROBES[module]
         shapes[module] = values.shape
         found = statistics(np.ascontiguousarray(values))
-        yield Row(name, shapes[source], values.shape, what.format(**numbers), found, error)
+        yield Row(name, shapes[probe.source], values.shape, probe.what.format(**numbers), found, error)
 
 
 def routing(trace: dict[str, Array]) -> dict[str, NDArray[np.int64]]:
@@ -219,7 +185,7 @@ def weights(file: ModelFile) -> Iterator[Weight]:
     """Every tensor of the file. All of its bytes are read."""
     for tensor in file.tensors:
         kind = f"int8 g{file.config.group_size}" if tensor.quantized else "float32"
-        if tensor.name != ROPE_TENSOR:
+        if tensor.role is not Role.ROPE_FREQUENCIES:
             found, error = _stored_statistics(file, tensor)
             yield Weight(tensor.name, kind, tensor.shape, tensor.size, found, error)
 
@@ -229,8 +195,7 @@ def _stored_statistics(file: ModelFile, tensor: Tensor) -> tuple[Statistics, flo
     if not tensor.quantized:
         return statistics(np.frombuffer(file.data(tensor), "<f4").astype(np.float32)), 0.0
     group_size, groups = file.config.group_size, tensor.shape[1] // file.config.group_size
-    tile = np.dtype([("codes", "i1", (group_size // 4, TILE_ROWS, 4)), ("scales", "<f2", TILE_ROWS)])
-    tiles = np.frombuffer(file.data(tensor), tile)
+    tiles = np.frombuffer(file.data(tensor), tile_fields(group_size))
     low, high, total, square, scale_square = np.inf, -np.inf, 0.0, 0.0, 0.0
     for start in range(0, len(tiles), max(SLICE_WEIGHTS // (group_size * TILE_ROWS), 1)):
         part = tiles[start : start + max(SLICE_WEIGHTS // (group_size * TILE_ROWS), 1)]

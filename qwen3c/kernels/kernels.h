@@ -1,7 +1,7 @@
 /* The contract of the kernels: what is computed, on which shapes, in which order.
 
-   Every instruction set fills one Kernels table with the same functions. They are written once, in body.h,
-   over a vector of 16 lanes; an <isa>.c file says what the lanes are made of. scalar.c is the spec.
+   Every instruction set fills one Kernels table with the same functions. They are written once, in the headers that
+   body.h lists, over a vector of 16 lanes; an <isa>.c file says what the lanes are made of. scalar.c is the spec.
 
    The same inputs give the same bits in every table. Three rules make it so:
      - a lane is an output (a row, a position, a column): no sum is ever split between lanes,
@@ -19,7 +19,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define TILE_ROWS 16       /* output rows of a weight tile = lanes of a vector */
+#define LANES 16           /* of a vector: 16 output rows of a weight tile, 16 positions, 16 values */
 #define MAX_HEAD_DIM 1024  /* that a model.bin may have; its groups of weights are 256 columns at most */
 #define KV_BLOCK 256       /* positions in a KV block: block b holds positions [256 b, 256 (b + 1)) */
 #define VALUE_GROUP 32     /* positions whose attention weights share a scale where the KV cache is int8 */
@@ -28,11 +28,20 @@
 typedef enum { KV_F32, KV_F16, KV_I8 } KVType;
 typedef enum { SOURCE_BF16, SOURCE_F16, SOURCE_F32 } SourceType;
 
-/* A matrix of model.bin, (rows, columns), as tiles of 16 rows x group_size columns; tile (R, G) starts at
+/* How a matrix is stored: the kernels that read one have a column of the table for each. */
+typedef enum { ENCODING_INT8, N_ENCODINGS } Encoding;
+
+/* ENCODING_INT8: a matrix (rows, columns) as tiles of LANES rows x group_size columns; tile (R, G) starts at
    byte (R * columns / group_size + G) * TILE_BYTES(group_size):
-     int8 codes   (group_size / 4, 16, 4)    row 16 R + r, column group_size G + 4 c + j at [c][r][j]
-     fp16 scales  (16)                       weight = scale[r] * code                                */
-#define TILE_BYTES(group_size) (16 * (size_t)(group_size) + 32)
+     int8 codes   (group_size / 4, LANES, 4)    row LANES R + r, column group_size G + 4 c + j at [c][r][j]
+     fp16 scales  (LANES)                       weight = scale[r] * code                                */
+#define TILE_BYTES(group_size) (LANES * ((size_t)(group_size) + 2))
+
+/* Bytes of a tile of LANES rows x group_size columns. */
+static inline size_t tile_bytes(Encoding encoding, size_t group_size) {
+    (void)encoding;  /* there is one */
+    return TILE_BYTES(group_size);
+}
 
 /* Rows of activations as int8: value = scale * code, per group of group_size columns. */
 typedef struct {
@@ -43,11 +52,12 @@ typedef struct {
 
 /* The queries of one KV head for some consecutive tokens of one sequence, and where its KV lies.
    In a block, keys from k_offset and values from v_offset on:
-     KV_F32, KV_F16:  keys    (KV_BLOCK / 16, head_dim, 16)    position 16 s + i, dimension d at [s][d][i]
+     KV_F32, KV_F16:  keys    (KV_BLOCK / LANES, head_dim, LANES)   position LANES s + i, dimension d at [s][d][i]
                       values  (KV_BLOCK, PADDED(head_dim))
      KV_I8:           keys    a matrix as above of (KV_BLOCK, PADDED(head_dim)) in one group: rows are positions
-                      values  int8 codes   (PADDED(head_dim) / 16, KV_BLOCK / 4, 16, 4)   position 4 c + j, dimension 16 d + i at [d][c][i][j]
-                              fp16 scales  (KV_BLOCK)                                     value = scale[position] * code    */
+                      values  int8 codes   (PADDED(head_dim) / LANES, KV_BLOCK / 4, LANES, 4)
+                                             position 4 c + j, dimension LANES d + i at [d][c][i][j]
+                              fp16 scales  (KV_BLOCK)   value = scale[position] * code */
 typedef struct {
     const float *q;             /* (n_tokens, group, head_dim), tokens q_stride floats apart, scaled by 1 / sqrt(head_dim) */
     float *out;                 /* (n_tokens, group, head_dim), tokens out_stride floats apart */
@@ -60,14 +70,14 @@ typedef struct {
     size_t weights_token, weights_head;  /* tokens and heads so many floats apart */
 } Attention;
 
-#define PADDED(head_dim) (((size_t)(head_dim) + 15) / 16 * 16)
+#define PADDED(n) (((size_t)(n) + LANES - 1) / LANES * LANES)  /* n values in whole vectors */
 #define INT8_FLOATS(columns, group_size) ((columns) / 4 + 2 * ((columns) / (group_size)))  /* as large as one of Int8Rows */
 #define ATTENTION_SCRATCH(head_dim) \
     (ATTENTION_ROWS * (KV_BLOCK + PADDED(head_dim) + 2 + INT8_FLOATS(KV_BLOCK, VALUE_GROUP) + INT8_FLOATS(PADDED(head_dim), PADDED(head_dim))))
 
 /* Bytes of the keys of one KV head in a block, and of its values. */
 static inline size_t key_bytes(KVType type, size_t head_dim) {
-    return type == KV_I8 ? KV_BLOCK / 16 * TILE_BYTES(PADDED(head_dim)) : KV_BLOCK * head_dim * (type == KV_F16 ? 2 : 4);
+    return type == KV_I8 ? KV_BLOCK / LANES * TILE_BYTES(PADDED(head_dim)) : KV_BLOCK * head_dim * (type == KV_F16 ? 2 : 4);
 }
 static inline size_t value_bytes(KVType type, size_t head_dim) {
     return type == KV_I8 ? KV_BLOCK * (PADDED(head_dim) + 2) : KV_BLOCK * PADDED(head_dim) * (type == KV_F16 ? 2 : 4);
@@ -93,16 +103,16 @@ typedef struct {
 
     /* y[t][r] = sum over groups, in order, of fmaf((float)dot, weight scale * activation scale, sum)
        for rows 0..n_rows of consecutive tile rows; y rows are `stride` floats apart. */
-    void (*matmul_int8)(float *y, size_t stride, const Int8Rows *x, size_t n_tokens, const uint8_t *tiles,
+    void (*matmul_int8[N_ENCODINGS])(float *y, size_t stride, const Int8Rows *x, size_t n_tokens, const uint8_t *tiles,
                         size_t n_rows, size_t columns, size_t group_size);
 
-    /* The same with float activations x (n_tokens, columns): per group part = fmaf(code, x, part) over columns in
+    /* The same product with float activations x (n_tokens, columns): per group part = fmaf(code, x, part) over columns in
        order, then y = fmaf(scale, part, y). */
-    void (*matmul_float32)(float *y, size_t stride, const float *x, size_t n_tokens, const uint8_t *tiles,
+    void (*matmul_float32[N_ENCODINGS])(float *y, size_t stride, const float *x, size_t n_tokens, const uint8_t *tiles,
                            size_t n_rows, size_t columns, size_t group_size);
 
     /* y[c] = scale * code of one row of a matrix (exact: 11 + 7 bits fit in a float). */
-    void (*dequantize_row)(float *y, const uint8_t *matrix, size_t row, size_t columns, size_t group_size);
+    void (*dequantize_row[N_ENCODINGS])(float *y, const uint8_t *matrix, size_t row, size_t columns, size_t group_size);
 
     /* cosine[i], sine[i] of the float32 product position * frequency[i], times scale; argument reduced and
        evaluated in double, so that no libm decides a bit. */
@@ -149,7 +159,7 @@ typedef struct {
          scale = fp16(max|w| / 127), the next fp16 up if max|w| > 127.5 scale;
          code = w / scale rounded to nearest even, clamped to -127..127;
        then once more from scale = fp16(sum w code / sum code^2), which is kept if sum (w - scale code)^2 is less. */
-    void (*quantize_tiles)(uint8_t *tiles, const void *const rows[TILE_ROWS], SourceType type, size_t columns,
+    void (*quantize_tiles)(uint8_t *tiles, const void *const rows[LANES], SourceType type, size_t columns,
                            size_t group_size, QuantizationError *error);
 
     /* The int8 dot products of this table on registers alone, nothing read and nothing stored: the most that a product

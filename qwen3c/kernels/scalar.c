@@ -5,12 +5,12 @@
 
 #include "kernels.h"
 
-typedef struct { float lane[16]; } f32x16;
-typedef struct { int32_t lane[16]; } i32x16;
-typedef struct { int8_t code[64]; } i8x64;  /* (16 rows, 4 columns) */
+typedef struct { float lane[LANES]; } f32x16;
+typedef struct { int32_t lane[LANES]; } i32x16;
+typedef struct { int8_t code[4 * LANES]; } i8x64;  /* (16 rows, 4 columns) */
 typedef struct { int8_t code[4]; } i8x4;    /* 4 activations, for every row */
 
-#define EACH_LANE(expression) for (int i = 0; i < 16; i++) r.lane[i] = (expression); return r
+#define EACH_LANE(expression) for (int i = 0; i < LANES; i++) r.lane[i] = (expression); return r
 
 static inline f32x16 f32_set(float a) { f32x16 r; EACH_LANE(a); }
 static inline f32x16 f32_load(const float *p) { f32x16 r; EACH_LANE(p[i]); }
@@ -50,7 +50,7 @@ static inline f32x16 f32_from_i32(i32x16 a) { f32x16 r; EACH_LANE((float)a.lane[
 
 static inline f32x16 f32_power_of_2(f32x16 n) {  /* n integer, -126..127; of a NaN any number */
     f32x16 r;
-    for (int i = 0; i < 16; i++) {
+    for (int i = 0; i < LANES; i++) {
         uint32_t bits = n.lane[i] == n.lane[i] ? (uint32_t)((int32_t)n.lane[i] + 127) << 23 : 0;
         memcpy(&r.lane[i], &bits, 4);
     }
@@ -89,10 +89,10 @@ static inline uint16_t float_to_half(float value) {  /* round to nearest even */
 }
 
 static inline f32x16 f32_load_f16(const uint16_t *p) { f32x16 r; EACH_LANE(half_to_float(p[i])); }
-static inline void f32_store_f16(uint16_t *p, f32x16 a) { for (int i = 0; i < 16; i++) p[i] = float_to_half(a.lane[i]); }
-static inline void f32_store_i8(int8_t *p, f32x16 a) { for (int i = 0; i < 16; i++) p[i] = (int8_t)a.lane[i]; }
+static inline void f32_store_f16(uint16_t *p, f32x16 a) { for (int i = 0; i < LANES; i++) p[i] = float_to_half(a.lane[i]); }
+static inline void f32_store_i8(int8_t *p, f32x16 a) { for (int i = 0; i < LANES; i++) p[i] = (int8_t)a.lane[i]; }
 
-static inline i8x64 codes_load(const int8_t *p) { i8x64 r; memcpy(r.code, p, 64); return r; }
+static inline i8x64 codes_load(const int8_t *p) { i8x64 r; memcpy(r.code, p, sizeof r.code); return r; }
 static inline i8x4 activations_load(const int8_t *p) { i8x4 r; memcpy(r.code, p, 4); return r; }
 #define OPAQUE(x) __asm__("" : "+m"(x))
 static inline i32x16 dot_start(int32_t sum) { (void)sum; i32x16 r; EACH_LANE(0); }
@@ -100,7 +100,7 @@ static inline i32x16 dot_add(i32x16 a, i32x16 b) { i32x16 r; EACH_LANE(a.lane[i]
 
 /* dot[r] += sum over 4 columns of w[r][j] * x[j] */
 static inline i32x16 dot_4(i32x16 dot, i8x64 w, i8x4 x) {
-    for (int i = 0; i < 16; i++)
+    for (int i = 0; i < LANES; i++)
         for (int j = 0; j < 4; j++) dot.lane[i] += w.code[4 * i + j] * x.code[j];
     return dot;
 }

@@ -1,14 +1,17 @@
 # cython: language_level=3
-"""The table of kernels for Cython code: C's side of it is kernels/kernels.h, where every entry is described."""
+"""The table of kernels for Cython code; kernels/kernels.h describes every entry."""
 
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t
 
 
 cdef extern from "kernels/kernels.h" nogil:
+    const Py_ssize_t LANES
     const Py_ssize_t KV_BLOCK
     const Py_ssize_t ATTENTION_ROWS
     Py_ssize_t ATTENTION_SCRATCH(Py_ssize_t head_dim)
-    Py_ssize_t TILE_BYTES(Py_ssize_t group_size)
+    ctypedef enum Encoding:
+        ENCODING_INT8, N_ENCODINGS
+    Py_ssize_t tile_bytes(Encoding encoding, Py_ssize_t group_size)
     ctypedef enum KVType:
         KV_F32, KV_F16, KV_I8
     Py_ssize_t key_bytes(KVType type, Py_ssize_t head_dim)
@@ -35,9 +38,11 @@ cdef extern from "kernels/kernels.h" nogil:
         const char *name
         void (*rmsnorm)(float *, const float *, const float *, size_t, float) noexcept nogil
         void (*quantize)(Int8Rows *, const float *, size_t, size_t) noexcept nogil
-        void (*matmul_int8)(float *, size_t, const Int8Rows *, size_t, const uint8_t *, size_t, size_t, size_t) noexcept nogil
-        void (*matmul_float32)(float *, size_t, const float *, size_t, const uint8_t *, size_t, size_t, size_t) noexcept nogil
-        void (*dequantize_row)(float *, const uint8_t *, size_t, size_t, size_t) noexcept nogil
+        void (*matmul_int8[1])(
+            float *, size_t, const Int8Rows *, size_t, const uint8_t *, size_t, size_t, size_t) noexcept nogil
+        void (*matmul_float32[1])(
+            float *, size_t, const float *, size_t, const uint8_t *, size_t, size_t, size_t) noexcept nogil
+        void (*dequantize_row[1])(float *, const uint8_t *, size_t, size_t, size_t) noexcept nogil
         void (*rope_angles)(float *, float *, const float *, size_t, size_t, float) noexcept nogil
         void (*rope)(float *, const float *, const float *, size_t, float) noexcept nogil
         void (*store_kv[3])(char *, char *, size_t, const float *, const float *, size_t) noexcept nogil
@@ -48,9 +53,13 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*matvec)(float *, const float *, const float *, size_t, size_t) noexcept nogil
         float (*exponentials)(float *, const float *, size_t, float) noexcept nogil
         int (*top_k)(int32_t *, const float *, size_t, size_t) noexcept nogil
-        void (*quantize_tiles)(uint8_t *, const void **, SourceType, size_t, size_t, QuantizationError *) noexcept nogil
+        void (*quantize_tiles)(
+            uint8_t *, const void **, SourceType, size_t, size_t, QuantizationError *) noexcept nogil
         size_t (*int8_peak)(size_t) noexcept nogil
 
 
-cdef const Kernels *kernels  # those of the instruction set in use: one for the whole process
-cdef bint forked  # after fork() the child has none of the threads that OpenMP believes in, and would wait for them for ever
+# The kernels of the instruction set in use: one for the whole process.
+cdef const Kernels *kernels
+
+# True in a child after fork(), which has none of the threads that OpenMP would wait for.
+cdef bint forked

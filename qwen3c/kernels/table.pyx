@@ -1,5 +1,5 @@
 # cython: language_level=3, cdivision=True
-"""The kernels (kernels/) from Python: which instruction set they use, and those that are called outside of a forward pass.
+"""The kernels (kernels/) from Python: which instruction set they use, and those called outside of a pass.
 
 All of it is part of `engine`, which the rest of the package imports.
 """
@@ -28,7 +28,7 @@ cdef extern from "kernels/kernels.h" nogil:
     int kernels_runnable(const Kernels *)
 
 
-# Bytes of memory and rounds of dot products that one thread takes at a time when the machine's limits are measured.
+# When the machine's limits are measured: bytes of memory, and rounds of dot products, that make a task.
 cdef Py_ssize_t READ_BYTES = 256 * 1024
 cdef size_t PEAK_ROUNDS = 1 << 15
 
@@ -88,7 +88,7 @@ def _logits(logits):
 
 
 def softmax(logits, double temperature=1.0):
-    """softmax(logits / temperature), shape (n,), with the engine's own exp: the same bits on every machine."""
+    """softmax(logits / temperature), shape (n,), with the engine's own exp: the same bits everywhere."""
     if not temperature > 0:
         raise ValueError(f"temperature = {temperature} is not positive")
     cdef const float[::1] x = _logits(logits)
@@ -122,7 +122,7 @@ def top_k(logits, Py_ssize_t k):
 # For the exporter
 
 cdef struct TileRow:
-    const void *rows[16]  # NULL past the end of the matrix
+    const void *rows[LANES]  # NULL past the end of the matrix
 
 
 def quantize_tiles(parts, Py_ssize_t columns, Py_ssize_t group_size, Py_ssize_t n_tiles, out):
@@ -134,14 +134,16 @@ def quantize_tiles(parts, Py_ssize_t columns, Py_ssize_t group_size, Py_ssize_t 
     row * columns + column of the first NaN, Inf or value too large for an fp16 scale, or -1.
     """
     cdef uintptr_t address
-    cdef Py_ssize_t i, row = 0, rows, row_bytes, tile_size = columns // group_size * TILE_BYTES(group_size)
+    cdef Py_ssize_t i, row = 0, rows, row_bytes
+    cdef Py_ssize_t tile_size = columns // group_size * tile_bytes(ENCODING_INT8, group_size)
     cdef uint8_t[::1] target = out
     if columns % group_size or group_size not in (32, 64, 128, 256):
         raise ValueError(f"{columns} columns do not divide into groups of {group_size}")
     if target.shape[0] != n_tiles * tile_size or n_tiles < 1:
         raise ValueError(f"out holds {target.shape[0]} bytes, expected {n_tiles * tile_size}")
     types = {"BF16": SOURCE_BF16, "F16": SOURCE_F16, "F32": SOURCE_F32}
-    buffers = [(np.frombuffer(data, dtype=np.uint8), types[dtype], 4 if dtype == "F32" else 2) for data, dtype in parts]
+    sizes = {"BF16": 2, "F16": 2, "F32": 4}
+    buffers = [(np.frombuffer(data, dtype=np.uint8), types[dtype], sizes[dtype]) for data, dtype in parts]
     if len({kind for _, kind, _ in buffers}) != 1:
         raise ValueError("the parts of one matrix have different dtypes")
     cdef SourceType kind = buffers[0][1]
@@ -154,21 +156,23 @@ def quantize_tiles(parts, Py_ssize_t columns, Py_ssize_t group_size, Py_ssize_t 
             address, row_bytes, rows = data.ctypes.data, columns * size, data.size // (columns * size)
             if data.size % row_bytes:
                 raise ValueError(f"a part of {data.size} bytes is not whole rows of {row_bytes}")
-            for i in range(min(rows, 16 * n_tiles - row)):
-                tiles[(row + i) // 16].rows[(row + i) % 16] = <const void *>(address + i * row_bytes)
+            for i in range(min(rows, LANES * n_tiles - row)):
+                tiles[(row + i) // LANES].rows[(row + i) % LANES] = <const void *>(address + i * row_bytes)
             row += rows
-        # no prange: an exporter's thread may still be here when the interpreter ends, which OpenMP does not survive
+        # no prange: OpenMP does not survive an exporter's thread that is here when the interpreter ends
         with nogil:
             for i in range(n_tiles):
                 errors[i].bad = -1
-                kernels.quantize_tiles(&target[i * tile_size], <const void **>tiles[i].rows, kind, columns, group_size, &errors[i])
+                kernels.quantize_tiles(
+                    &target[i * tile_size], <const void **>tiles[i].rows, kind, columns, group_size,
+                    &errors[i])
         largest, error_square, square, bad = 0.0, 0.0, 0.0, -1
         for i in range(n_tiles):
             largest = max(largest, errors[i].largest)
             error_square += errors[i].error_square
             square += errors[i].square
             if bad < 0 and errors[i].bad >= 0:
-                bad = i * 16 * columns + errors[i].bad
+                bad = i * LANES * columns + errors[i].bad
         return largest, error_square, square, bad
     finally:
         free(errors)
@@ -182,7 +186,7 @@ cdef uint64_t folded = 0  # what was read goes here, so that no compiler leaves 
 
 
 cdef uint64_t fold(const uint64_t *words, Py_ssize_t n) noexcept nogil:
-    """All n words (a multiple of 8) in one, so that each has to be read; eight at a time, to wait for none."""
+    """All n words (a multiple of 8) in one, so that each has to be read; eight chains, so that none waits."""
     cdef uint64_t a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0
     cdef Py_ssize_t i
     for i in range(0, n, 8):
@@ -198,8 +202,9 @@ cdef uint64_t fold(const uint64_t *words, Py_ssize_t n) noexcept nogil:
 
 
 def read_bandwidth(data, int threads=1):
-    """Bytes per second at which so many threads read a buffer, once from end to end."""
-    cdef const uint64_t[::1] words = np.frombuffer(data, dtype=np.uint8)[: len(data) // 64 * 64].view(np.uint64)
+    """Bytes per second at which `threads` threads together read a buffer once, from end to end."""
+    whole = np.frombuffer(data, dtype=np.uint8)[: len(data) // 64 * 64]
+    cdef const uint64_t[::1] words = whole.view(np.uint64)
     cdef Py_ssize_t i, n = words.shape[0], step = READ_BYTES // 8, tasks = (n + step - 1) // step
     cdef const uint64_t *start
     cdef uint64_t all_folded = 0

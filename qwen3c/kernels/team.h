@@ -46,12 +46,16 @@ typedef struct {
 #define TEAM_PAUSE() ((void)0)
 #endif
 
-/* Room for so many stages; 0, or -1 without memory. */
+/* Room for passes of `stages` stages, in place of the room there was. 0, or -1 without memory. */
 static inline int team_reserve(Team *team, size_t max_threads, size_t stages) {
-    team->stride = (max_threads + 1 + 15) / 16 * 16;  /* stages do not share a cache line */
+    size_t stride = (max_threads + 1 + 15) / 16 * 16;  /* stages do not share a cache line */
+    uint32_t *counters = (uint32_t *)calloc(stride * stages, sizeof *counters);
+    if (counters == NULL) return -1;
+    free(team->counters);
+    team->counters = counters;
+    team->stride = stride;
     team->capacity = stages;
-    team->counters = (uint32_t *)calloc(team->stride * stages, sizeof(uint32_t));
-    return team->counters == NULL ? -1 : 0;
+    return 0;
 }
 
 /* Before a pass, while no thread is in one. */
@@ -61,8 +65,8 @@ static inline void team_begin(Team *team, size_t threads) {
     memset(team->counters, 0, team->stride * team->capacity * sizeof *team->counters);
 }
 
-/* Give the pass up: every thread finishes the task it has and runs through the rest. In a team without room for stages, whose
-   pass was given up before it began, a worker's `stages` after it are how many to reserve. */
+/* Give the pass up: every thread finishes the task it has and walks through the remaining stages. Called before a pass it
+   makes that a dry run: no task is handed out, and Worker.stages ends as the number of stages to reserve. */
 static inline void team_stop(Team *team) { __atomic_store_n(&team->stopped, 1, __ATOMIC_RELAXED); }
 
 static inline Worker team_worker(Team *team, size_t index) {

@@ -12,8 +12,6 @@ estimate      parameters, memory and FLOPs before anything runs
 curves        metrics.jsonl -> a picture
 loading       a Hugging Face directory -> a model to tune, checked as the exporter does
 telling       what a run says on stderr
-arguments     what train.py is told
-cli           arguments -> a stage
 """
 
 

@@ -105,7 +105,7 @@ def check_tools(value: Any, where: str) -> Tools | None:
     return value
 
 
-class Renderer:
+class ConversationEncoder:
     """Messages -> tokens, by the tokenizer's chat template. TrainingError if it has none or refuses."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -216,14 +216,14 @@ class Renderer:
 
 def read_samples(path: Path, tokenizer: PreTrainedTokenizerFast, context: int) -> tuple[list[Sample], int]:
     """(samples that fit into the context, how many do not) of JSONL: {"messages": [...]} or {"text": "..."} a line."""
-    renderer = Renderer(tokenizer)
+    encoder = ConversationEncoder(tokenizer)
     samples, too_long = [], 0
     for number, value in read_jsonl(path):
         where = f"{path}: line {number}"
         if "text" in value and "messages" not in value:
-            found = iter([renderer.text(value["text"], where)])
+            found = iter([encoder.text(value["text"], where)])
         else:
-            found = renderer.samples(value, where)
+            found = encoder.samples(value, where)
         for sample in found:
             fits = len(sample.tokens) <= context
             too_long += not fits

@@ -15,7 +15,7 @@ FLOAT = 4  # bytes: weights, gradients and the two moments of AdamW are float32
 
 
 @dataclass(frozen=True)
-class Estimate:
+class TrainingEstimate:
     """Bytes, but for n_parameters and the FLOPs of one token."""
 
     n_parameters: int
@@ -30,7 +30,7 @@ class Estimate:
     training_flops: int
 
 
-def estimate(model: PreTrainedModel, micro_batch: int, context: int, accumulates: bool) -> Estimate:
+def estimate(model: PreTrainedModel, micro_batch: int, context: int, accumulates: bool) -> TrainingEstimate:
     """For micro-batches of (micro_batch, context) tokens. accumulates: whether a step has several of them."""
     c = model.config
     n = sum(p.numel() for p in model.parameters())
@@ -44,7 +44,7 @@ def estimate(model: PreTrainedModel, micro_batch: int, context: int, accumulates
     # q k^T and its product with v, over half the context on average
     attention = 4 * c.num_hidden_layers * c.num_attention_heads * head_dim * context // 2
     flops = 2 * matrices + attention
-    return Estimate(
+    return TrainingEstimate(
         n_parameters=n,
         weights=FLOAT * n,
         gradients=FLOAT * n,
@@ -92,7 +92,7 @@ def _activations(model: PreTrainedModel, micro_batch: int, context: int) -> int:
     return sum(kept.values()) + 2 * FLOAT * micro_batch * context * model.config.vocab_size
 
 
-def lines(e: Estimate, micro_batch: int, context: int) -> Iterator[str]:
+def lines(e: TrainingEstimate, micro_batch: int, context: int) -> Iterator[str]:
     yield f"parameters      {e.n_parameters:>16,}"
     yield "training"
     for name in ("weights", "gradients", "optimizer", "activations"):

@@ -32,7 +32,7 @@ import numpy as np
 
 from . import TrainingError
 from .checkpoint import fingerprint
-from .conversations import Renderer, read_jsonl
+from .conversations import ConversationEncoder, read_jsonl
 from .rollouts import Completion, rollout
 from .trainer import Batch, Settings, Start, Trainer
 from .vocabulary import end_of_text
@@ -118,14 +118,14 @@ def tasks_fingerprint(tasks: Sequence[Task]) -> str:
 
 def read_tasks(path: Path, tokenizer: PreTrainedTokenizerFast, room: int) -> list[Task]:
     """Lines of {"messages": [...], ...} or {"prompt": "text", ...}, of at most `room` tokens each."""
-    tasks, renderer = [], None
+    tasks, encoder = [], None
     for number, value in read_jsonl(path):
         where = f"{path}: line {number}"
         if isinstance(value.get("prompt"), str):
             ids = list(tokenizer.backend_tokenizer.encode(value["prompt"], add_special_tokens=False).ids)
         else:
-            renderer = renderer or Renderer(tokenizer)
-            ids = renderer.prompt(value, where)
+            encoder = encoder or ConversationEncoder(tokenizer)
+            ids = encoder.prompt(value, where)
         if not 1 <= len(ids) <= room:
             raise TrainingError(
                 f"{where}: the prompt is {len(ids)} tokens, from 1 to {room} leave room for a completion"

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import mistakes
-from ..convert.huggingface import Checkpoint, Files
+from ..convert.directory import Directory
+from ..convert.huggingface import Checkpoint
 from . import TrainingError
 from .checkpoint import file_fingerprint, model_files
 from .vocabulary import load
@@ -23,8 +24,8 @@ def check_exportable(directory: Path) -> None:
         command = "" if directory.exists() else mistakes.download(str(directory))
         hint = f": `{command}` gets one" if command else ""
         raise TrainingError(f"{directory}: has no config.json; expected a Hugging Face directory{hint}")
-    with Files(directory) as files:
-        Checkpoint(files, SMALLEST_GROUP)
+    with Directory(directory) as source:
+        Checkpoint(source, SMALLEST_GROUP)
 
 
 def load_model(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..convert.gguf import PRE_TOKENIZERS
+from ..convert.gguf_vocabulary import PRE_TOKENIZERS
 from ..text.tokenizer import without_added_tokens
 from . import TrainingError
 

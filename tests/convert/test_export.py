@@ -30,9 +30,9 @@ from test_huggingface import FAULTS
 
 from qwen3c import engine, format, memory
 from qwen3c.cli.export import main
-from qwen3c.convert import export as exporter
+from qwen3c.convert import export as exporter, quantise
 from qwen3c.convert.export import export
-from qwen3c.convert.huggingface import SourceError, StoredTensor
+from qwen3c.convert.source import SourceError, StoredTensor
 from qwen3c.format import ModelFile
 from qwen3c.inspect.info import lines
 
@@ -86,7 +86,7 @@ def test_every_byte_is_the_one_the_format_asks_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: dict[str, Any], slice_weights: int
 ) -> None:
     """Whatever the size of the slices: one tile row, a few, or all."""
-    monkeypatch.setattr(exporter, "SLICE_WEIGHTS", slice_weights)
+    monkeypatch.setattr(quantise, "SLICE_WEIGHTS", slice_weights)
     shape = dict(shape)
     group_size = shape.pop("group_size", 64)
     source, target = write_small_model(tmp_path / "source", **shape), tmp_path / "model.bin"
@@ -187,7 +187,7 @@ def test_no_weight_is_further_than_half_a_step_from_its_code() -> None:
 def test_bytes_depend_on_the_contents_and_the_group_size_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter, "SLICE_WEIGHTS", 2000)
+    monkeypatch.setattr(quantise, "SLICE_WEIGHTS", 2000)
     seen = set()
     for i, (shards, threads) in enumerate([(1, 1), (1, 2), (2, 3), (5, 1), (5, 8), (1, 1)]):
         source = write_small_model(tmp_path / f"another name {i}", shards=shards, tied=False)
@@ -274,7 +274,7 @@ def test_weight_that_is_no_number_is_refused_by_place(
     value: float,
     slice_weights: int,
 ) -> None:
-    monkeypatch.setattr(exporter, "SLICE_WEIGHTS", slice_weights)
+    monkeypatch.setattr(quantise, "SLICE_WEIGHTS", slice_weights)
     weights = small_weights()
     weights[name][place] = value
     write_safetensors(source / "model.safetensors", {n: encode_tensor(w, "BF16") for n, w in weights.items()})
@@ -289,7 +289,7 @@ def test_weight_that_is_no_number_is_refused_by_place(
 
 def test_weight_too_large_for_a_scale_is_refused(tmp_path: Path, source: Path) -> None:
     weights = small_weights(dtype="F32")
-    largest = np.float32(exporter.MAX_WEIGHT)
+    largest = np.float32(quantise.MAX_WEIGHT)
     name = "model.layers.0.mlp.down_proj.weight"
     for value, is_fine in ((largest, True), (np.nextafter(largest, np.float32(np.inf)), False)):
         weights[name][1, 2] = value
@@ -413,7 +413,7 @@ def test_failure_of_any_call_leaves_the_old_file(
     call: str,
 ) -> None:
     """The n-th write, fsync or rename says the disk is full, for every n until the export gets through."""
-    monkeypatch.setattr(exporter, "SLICE_WEIGHTS", 4000)
+    monkeypatch.setattr(quantise, "SLICE_WEIGHTS", 4000)
     export(source, tmp_path / "whole.bin")
     target, failures = tmp_path / "model.bin", 0
     while True:
@@ -453,10 +453,10 @@ KILL_AT = """
 import json, os, pathlib, signal, sys
 import numpy, safetensors, tokenizers  # here, so that no child has to
 from qwen3c import engine, format
-from qwen3c.convert import export, huggingface
+from qwen3c.convert import export, quantise
 
 source, target, points = sys.argv[1], pathlib.Path(sys.argv[2]), json.loads(sys.argv[3])
-export.SLICE_WEIGHTS = 4000
+quantise.SLICE_WEIGHTS = 4000
 calls = 0
 last = None
 
@@ -569,14 +569,14 @@ def test_leftovers_of_a_killed_export_are_removed_by_the_next(tmp_path: Path, so
 SLOW_EXPORT = """
 import sys, time
 from qwen3c.cli.export import main
-from qwen3c.convert import export
-convert = export._convert
+from qwen3c.convert import quantise
+convert = quantise._convert
 
 def convert_slowly(*arguments):
     time.sleep(0.1)
     return convert(*arguments)
 
-export._convert = convert_slowly
+quantise._convert = convert_slowly
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -685,7 +685,7 @@ def test_where_threads_cannot_start_the_export_does_with_those_there_are(
 ) -> None:
     """As under `ulimit -u`, or with no memory for another stack."""
     export(source, tmp_path / "expected.bin")
-    real, started = exporter.start_new_thread, 0
+    real, started = quantise.start_new_thread, 0
 
     def start_some(*arguments: Any) -> int:
         nonlocal started
@@ -694,8 +694,8 @@ def test_where_threads_cannot_start_the_export_does_with_those_there_are(
         started += 1
         return real(*arguments)
 
-    monkeypatch.setattr(exporter, "start_new_thread", start_some)
-    monkeypatch.setattr(exporter, "SLICE_WEIGHTS", 4000)
+    monkeypatch.setattr(quantise, "start_new_thread", start_some)
+    monkeypatch.setattr(quantise, "SLICE_WEIGHTS", 4000)
     export(source, tmp_path / "model.bin", threads=4)
     assert started == allowed
     assert (tmp_path / "model.bin").read_bytes() == (tmp_path / "expected.bin").read_bytes()
@@ -713,8 +713,8 @@ def test_out_of_memory_is_one_line(
         raise MemoryError("Unable to allocate 4.00 MiB")
 
     if not threads:
-        monkeypatch.setattr(exporter, "_start_threads", lambda n, target: 0)
-    monkeypatch.setattr(exporter, "_quantize", no_memory)
+        monkeypatch.setattr(quantise, "_start_threads", lambda n, target: 0)
+    monkeypatch.setattr(quantise, "_quantize", no_memory)
     target = tmp_path / "model.bin"
     assert main([str(source), str(target)]) == 2
     assert (

@@ -19,8 +19,10 @@ from test_gguf import byte_level_tokenizer
 from test_tokenizer import ESCAPE, of_choices, strings
 
 from qwen3c import Model
+from qwen3c.convert.directory import Directory
 from qwen3c.convert.export import export
-from qwen3c.convert.huggingface import Checkpoint, Files, SourceError
+from qwen3c.convert.huggingface import Checkpoint
+from qwen3c.convert.source import SourceError
 from qwen3c.text.template import Renderer
 from qwen3c.text.tokenizer import Tokenizer
 
@@ -156,7 +158,7 @@ def test_begin_of_text_comes_once(family: str, model: Model) -> None:
 
 def test_begin_of_text_is_put_only_where_the_files_say(tmp_path: Path, data: str, family: str) -> None:
     def opening(**tokenizer_config: Any) -> list[int]:
-        with Files(write_source(tmp_path / "source", family, data, **tokenizer_config)) as files:
+        with Directory(write_source(tmp_path / "source", family, data, **tokenizer_config)) as files:
             return Tokenizer(Checkpoint(files).tokenizer).opening
 
     begin = [tokenizers.Tokenizer.from_str(data).token_to_id(BEGIN[family])]

@@ -37,10 +37,13 @@ from test_tokenizer import N_STRINGS, REAL, strings
 
 from qwen3c import Model
 from qwen3c.cli.export import main
-from qwen3c.convert import gguf
+from qwen3c.convert import gguf_header
+from qwen3c.convert.directory import Directory
 from qwen3c.convert.export import export
-from qwen3c.convert.gguf import GGUF, PRE_TOKENIZERS, Vocabulary
-from qwen3c.convert.huggingface import Checkpoint, Files, Keys as JsonKeys, SourceError
+from qwen3c.convert.gguf import GGUF
+from qwen3c.convert.gguf_vocabulary import PRE_TOKENIZERS, GGUFVocabulary
+from qwen3c.convert.huggingface import Checkpoint
+from qwen3c.convert.source import Keys as NamedKeys, SourceError
 from qwen3c.format import MAGIC, ModelFile
 
 MOE = {"architecture": "qwen3_moe", "n_experts": 5, "expert_hidden_dim": 64, "dim": 128}
@@ -83,7 +86,7 @@ def write_small(tmp_path: Path, dtype: str = "F32", **shape: Any) -> Path:
 @pytest.mark.parametrize("shape", [*SHAPES, MOE])
 def test_numbers_and_texts_are_those_of_the_directory(tmp_path: Path, shape: dict[str, Any]) -> None:
     found = read(write_small(tmp_path, **shape), group_size=32)
-    with Files(write_small_model(tmp_path / "source", **shape)) as files:
+    with Directory(write_small_model(tmp_path / "source", **shape)) as files:
         expected = Checkpoint(files, 32, name="Small")
     assert (found.config, found.rope, found.template) == (expected.config, expected.rope, expected.template)
     assert found.metadata["source"].pop("licence") == "apache-2.0"
@@ -143,7 +146,7 @@ def test_files_of_the_gguf_package_are_read(tmp_path: Path) -> None:
 def test_kinds_of_tensors_have_the_names_ggml_gives_them() -> None:
     package = pytest.importorskip("gguf")
     for kind in package.GGMLQuantizationType:
-        assert gguf._KINDS.get(kind.value, kind.name) == kind.name
+        assert gguf_header.TENSOR_KINDS.get(kind.value, kind.name) == kind.name
 
 
 # ----------------------------------------------------------------------------
@@ -244,7 +247,7 @@ def odd_blocks(n: int) -> NDArray[Any]:
 def test_odd_scales_are_taken_over_and_dtypes_may_differ_within_a_matrix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slice_weights: int
 ) -> None:
-    monkeypatch.setattr("qwen3c.convert.export.SLICE_WEIGHTS", slice_weights)
+    monkeypatch.setattr("qwen3c.convert.quantise.SLICE_WEIGHTS", slice_weights)
     shape = SHAPES[2]
     keys, tensors = small_gguf("F16", **shape)
     expected = {}
@@ -300,7 +303,7 @@ def test_what_no_tile_can_hold_is_refused_by_place(
 
 
 def rebuilt(keys: Keys) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_str(Vocabulary(JsonKeys(Path("model.gguf"), keys)).tokenizer_json())
+    return tokenizers.Tokenizer.from_str(GGUFVocabulary(NamedKeys(Path("model.gguf"), keys)).tokenizer_json())
 
 
 def byte_level_tokenizer(pre: str) -> dict[str, Any]:
@@ -459,7 +462,7 @@ FAULTS: dict[str, tuple[Callable[[Keys, Tensors], object], str]] = {
         lambda keys, tensors: to_llama(keys, tensors, np.full(16, np.nan)),
         "factor is nan, expected a finite number",
     ),
-    "epsilon": (changed(qwen3__attention__layer_norm_rms_epsilon=float("nan")), "NaN is not a JSON number"),
+    "epsilon": (changed(qwen3__attention__layer_norm_rms_epsilon=float("nan")), "rms_norm_eps is nan, expected a finite number"),
     "no embedding": (removed("token_embd.weight"), "tensor token_embd.weight is missing"),
     "no norm": (removed("blk.1.ffn_norm.weight"), "post_attention_layernorm.weight [64] is missing"),
     "foreign tensor": (renamed("blk.1.attn_q_norm.weight", "rope_freqs.weight"), "unexpected tensor 'rope_freqs.weight'"),
@@ -671,8 +674,11 @@ def test_arrays_with_more_items_than_any_vocabulary_are_refused(tmp_path: Path, 
     data = write_gguf(tmp_path / "model.gguf", keys | {"some.texts": ["a", "b"]}, tensors).read_bytes()
     at = data.index(key.encode()) + len(key) + 8  # past the name and the kinds of the value and of its items
     path = tmp_path / "model.gguf"
-    path.write_bytes(data[:at] + struct.pack("<Q", gguf.MAX_ITEMS + 1) + data[at + 8 :])
-    assert f"'{key}': {gguf.MAX_ITEMS + 1} items, at most {gguf.MAX_ITEMS} in all arrays" in refusal(path)
+    path.write_bytes(data[:at] + struct.pack("<Q", gguf_header.MAX_ITEMS + 1) + data[at + 8 :])
+    assert (
+        f"'{key}': {gguf_header.MAX_ITEMS + 1} items, at most {gguf_header.MAX_ITEMS} in all arrays"
+        in refusal(path)
+    )
 
 
 @pytest.mark.parametrize("texts", [["a"] * 1000, ["a"] * 999 + ["\u00e9"]])
@@ -690,7 +696,7 @@ def test_a_long_array_in_place_of_a_number_is_shown_as_what_it_is(tmp_path: Path
     keys, tensors = small_gguf()
     for key, expected in (
         ("qwen3.attention.head_count", "head_count is an array of 1000 items, expected an integer"),
-        ("general.sampling.temp", "temperature is 'an array of 1000 items', expected a finite number"),
+        ("general.sampling.temp", "temperature is an array of 1000 items, expected a finite number"),
         ("tokenizer.chat_template", "chat_template is an array of 1000 items, expected text"),
     ):
         path = write_gguf(tmp_path / "model.gguf", keys | {key: np.ones(1000, "u4")}, tensors)

@@ -21,9 +21,11 @@ from small_models import encode_tensor, small_weights, write_json, write_safeten
 
 from qwen3c import Model
 from qwen3c.cli.export import main
+from qwen3c.convert.directory import Directory
 from qwen3c.convert.export import export
-from qwen3c.convert.huggingface import Checkpoint, Files, SourceError, to_float32
+from qwen3c.convert.huggingface import Checkpoint
 from qwen3c.convert.lora import merge
+from qwen3c.convert.source import SourceError, to_float32
 from qwen3c.format import ModelFile
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -56,7 +58,7 @@ def write_adapter(
 
 def merged(source: Path, adapter: Path) -> Arrays:
     """Every weight the exporter would see, by name."""
-    with Files(source) as files, Files(adapter) as adapter_files:
+    with Directory(source) as files, Directory(adapter) as adapter_files:
         checkpoint = Checkpoint(files)
         merge(checkpoint, adapter_files)
         weights = {}
@@ -75,8 +77,8 @@ def merged(source: Path, adapter: Path) -> Arrays:
 def test_merge_is_the_formula_exactly(tmp_path: Path, source: Path, dtype: str) -> None:
     adapter = write_adapter(tmp_path / "adapter", LINEAR, dtype=dtype)
     found, base = merged(source, adapter), small_weights()
-    with Files(adapter) as files:
-        from qwen3c.convert.huggingface import open_safetensors
+    with Directory(adapter) as files:
+        from qwen3c.convert.directory import open_safetensors
 
         halves = {}
         for name, tensor in open_safetensors(files, "adapter_model.safetensors").items():
@@ -100,7 +102,7 @@ def test_export_merges_whatever_the_size_of_the_slices(
     tensors = {name: encode_tensor(w, "F32") for name, w in merged(source, adapter).items()}
     other = shutil.copytree(source, tmp_path / "merged")
     write_safetensors(other / "model.safetensors", tensors)
-    monkeypatch.setattr("qwen3c.convert.export.SLICE_WEIGHTS", slice_weights)
+    monkeypatch.setattr("qwen3c.convert.quantise.SLICE_WEIGHTS", slice_weights)
     export(source, tmp_path / "adapted.bin", lora=adapter)
     export(other, tmp_path / "merged.bin")
     adapted, expected = ModelFile(tmp_path / "adapted.bin"), ModelFile(tmp_path / "merged.bin")
@@ -131,7 +133,7 @@ def test_memory_does_not_grow_with_the_rank_or_the_model(tmp_path: Path) -> None
     source = write_small_model(tmp_path / "source", **shape)
     adapter = write_adapter(tmp_path / "adapter", ["gate_proj", "up_proj"], r=128, shape=shape)
     tracemalloc.start()
-    with Files(source) as files, Files(adapter) as adapter_files:
+    with Directory(source) as files, Directory(adapter) as adapter_files:
         checkpoint = Checkpoint(files)
         before = tracemalloc.get_traced_memory()[0]
         merge(checkpoint, adapter_files)

@@ -111,8 +111,8 @@ static void matmuls(const Kernels *k, int spec) {
             for (size_t c = group_size; c < 2 * group_size; c++) x[c] = c % 2 ? 3 : -3;  /* codes of +-127 only */
             Int8Rows xq = int8_rows(n, columns, group_size);
             quantize_all(k, &xq, x, n, columns, group_size);
-            k->matmul_int8(y, rows, &xq, n, w, rows, columns, group_size);
-            k->matmul_float32(z, rows, x, n, w, rows, columns, group_size);
+            k->matmul_int8[ENCODING_INT8](y, rows, &xq, n, w, rows, columns, group_size);
+            k->matmul_float32[ENCODING_INT8](z, rows, x, n, w, rows, columns, group_size);
             for (size_t i = 0; spec && i < n * rows; i++) {
                 size_t t = i / rows, r = i % rows;
                 float sum = 0, sum32 = 0;
@@ -134,7 +134,7 @@ static void matmuls(const Kernels *k, int spec) {
             add_digest(y, n * rows * 4);
             add_digest(z, n * rows * 4);
             for (size_t r = 0; r < rows; r++) {
-                k->dequantize_row(x, w, r, columns, group_size);
+                k->dequantize_row[ENCODING_INT8](x, w, r, columns, group_size);
                 add_digest(x, columns * 4);
                 for (size_t c = 0; spec && c < columns; c++)
                     CHECK(x[c] == scale_at(w, r, c / group_size, columns, group_size) * code_at(w, r, c, columns, group_size), "dequantize %zu", c);
@@ -172,7 +172,7 @@ static void products(const Kernels *k) {
             for (size_t g = 0; g < COLUMNS / GROUP; g++)
                 for (size_t r = 0; r < 16; r++) memcpy(w + g * TILE_BYTES(GROUP) + 16 * GROUP + 2 * r, "\0\x3c", 2);  /* 1.0 */
             for (size_t n = 1; n <= 2; n++) {
-                k->matmul_int8(y, 16, &x, n, w, 16, COLUMNS, GROUP);
+                k->matmul_int8[ENCODING_INT8](y, 16, &x, n, w, 16, COLUMNS, GROUP);
                 for (size_t i = 0; i < 16 * n; i++)
                     CHECK(y[i] == (float)expected[i % 16], "%s: code product %d, shift %d: %g not %lld", k->name, a, shift, y[i], (long long)expected[i % 16]);
             }
@@ -483,19 +483,19 @@ static void damaged_products(const Kernels *k, float bad) {
     float *x = floats(N * COLUMNS, 3), *y = guarded(N * ROWS * 4), *clean = guarded(N * ROWS * 4);
     Int8Rows xq = int8_rows(N, COLUMNS, GROUP);
     quantize_all(k, &xq, x, N, COLUMNS, GROUP);
-    k->matmul_int8(clean, ROWS, &xq, N, w, ROWS, COLUMNS, GROUP);
+    k->matmul_int8[ENCODING_INT8](clean, ROWS, &xq, N, w, ROWS, COLUMNS, GROUP);
     for (size_t c = 0; c < COLUMNS; c += 37) {
         float kept = x[COLUMNS + c];
         x[COLUMNS + c] = bad;  /* of the second token alone */
         quantize_all(k, &xq, x, N, COLUMNS, GROUP);
-        k->matmul_int8(y, ROWS, &xq, N, w, ROWS, COLUMNS, GROUP);
+        k->matmul_int8[ENCODING_INT8](y, ROWS, &xq, N, w, ROWS, COLUMNS, GROUP);
         CHECK(none_finite(y + ROWS, ROWS), "%s: matmul_int8 of %g in column %zu", k->name, bad, c);
         CHECK(!memcmp(y, clean, ROWS * 4) && !memcmp(y + 2 * ROWS, clean + 2 * ROWS, ROWS * 4), "%s: %g reaches another token", k->name, bad);
         add_digest(xq.codes, N * COLUMNS);
         add_digest(xq.sums, N * COLUMNS / GROUP * 4);
         add_digest_of_numbers(xq.scales, N * COLUMNS / GROUP);
         add_digest_of_numbers(y, N * ROWS);
-        k->matmul_float32(y, ROWS, x, N, w, ROWS, COLUMNS, GROUP);
+        k->matmul_float32[ENCODING_INT8](y, ROWS, x, N, w, ROWS, COLUMNS, GROUP);
         CHECK(none_finite(y + ROWS, ROWS), "%s: matmul_float32 of %g in column %zu", k->name, bad, c);
         add_digest_of_numbers(y, N * ROWS);
         x[COLUMNS + c] = kept;
@@ -503,13 +503,13 @@ static void damaged_products(const Kernels *k, float bad) {
     uint16_t half = bad != bad ? 0x7e00 : bad > 0 ? 0x7c00 : 0xfc00;
     memcpy(w + TILE_BYTES(GROUP) + 16 * GROUP + 2 * 5, &half, 2);  /* the scale of row 5 in the second group */
     quantize_all(k, &xq, x, N, COLUMNS, GROUP);
-    k->matmul_int8(y, ROWS, &xq, N, w, ROWS, COLUMNS, GROUP);
+    k->matmul_int8[ENCODING_INT8](y, ROWS, &xq, N, w, ROWS, COLUMNS, GROUP);
     for (size_t t = 0; t < N; t++) CHECK(none_finite(y + t * ROWS + 5, 1), "%s: matmul_int8 with a scale of %g", k->name, bad);
     add_digest_of_numbers(y, N * ROWS);
-    k->matmul_float32(y, ROWS, x, N, w, ROWS, COLUMNS, GROUP);
+    k->matmul_float32[ENCODING_INT8](y, ROWS, x, N, w, ROWS, COLUMNS, GROUP);
     for (size_t t = 0; t < N; t++) CHECK(none_finite(y + t * ROWS + 5, 1), "%s: matmul_float32 with a scale of %g", k->name, bad);
     add_digest_of_numbers(y, N * ROWS);
-    k->dequantize_row(x, w, 5, COLUMNS, GROUP);
+    k->dequantize_row[ENCODING_INT8](x, w, 5, COLUMNS, GROUP);
     CHECK(none_finite(x + GROUP, GROUP), "%s: dequantize_row with a scale of %g", k->name, bad);
     add_digest_of_numbers(x, COLUMNS);
     release(w, (ROWS + 15) / 16 * COLUMNS / GROUP * TILE_BYTES(GROUP));

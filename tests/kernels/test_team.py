@@ -9,7 +9,7 @@ import pytest
 from test_kernels import COMPILER, KERNELS
 
 SOURCE = Path(__file__).with_name("team.c")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler on the PATH")
+pytestmark = pytest.mark.skipif(not COMPILER, reason="needs a C compiler on the PATH")
 STAGES = 400
 
 # planned threads, those that take part, of them late, stage before which the pass is given up

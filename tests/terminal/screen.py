@@ -14,7 +14,7 @@ import os
 import signal
 import termios
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -63,7 +63,7 @@ class Terminal:
         *,
         columns: int = 80,
         rows: int = 24,
-        env: dict[str, str | None] | None = None,
+        env: Mapping[str, str | None] | None = None,
         cwd: str | os.PathLike[str] = ROOT,
     ) -> None:
         program, *arguments = map(str, command)
@@ -228,7 +228,7 @@ class Terminal:
         return -int(signal_number) if signal_number else int(self._child.exitstatus or 0)
 
 
-def environment(changes: dict[str, str | None] | None = None) -> dict[str, str]:
+def environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
     """A person's environment: UTF-8, a colour terminal, and nothing else of the caller's that matters to output."""
     kept = {
         name: os.environ[name]

@@ -129,8 +129,8 @@ COMMANDS: dict[str, Typed | NotHere] = {
 
 
 def commands(text: str) -> list[str]:
-    """The commands of a document: lines of indented and fenced blocks (but Python's), and `commands` in the text."""
-    text = re.sub(r"^```python$.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    """The commands of a document: lines of indented and fenced blocks (but Python's and transcripts), and `commands` in the text."""
+    text = re.sub(r"^```(?:python|text)$.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     lines = re.findall(r"^(?: {4}|\t)(.*)$", text, re.MULTILINE)
     for language, block in re.findall(r"^```(\w*)$(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         # `text` is what a terminal showed: only what stands behind its prompt was typed

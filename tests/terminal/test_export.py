@@ -28,14 +28,14 @@ N_EXPORTS = int(os.environ.get("QWEN3C_EXPORTS", 12))
 SLOW = """
 import functools, sys, time
 from qwen3c.cli import export as command
-from qwen3c.convert import export
-seconds, convert = float(sys.argv.pop(1)), export._convert
+from qwen3c.convert import quantise
+seconds, convert = float(sys.argv.pop(1)), quantise._convert
 
 def convert_slowly(*arguments):
     time.sleep(seconds)
     return convert(*arguments)
 
-export._convert = convert_slowly
+quantise._convert = convert_slowly
 command.Progress = functools.partial(command.Progress, delay=0)
 sys.exit(command.main(sys.argv[1:]))
 """

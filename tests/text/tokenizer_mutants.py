@@ -28,7 +28,9 @@ if __name__ == "__main__":
 
 from small_models import tokenizer_json
 
-from qwen3c.convert.huggingface import Files, SourceError, _read_tokenizer
+from qwen3c.convert.directory import Directory
+from qwen3c.convert.huggingface import _read_tokenizer
+from qwen3c.convert.source import SourceError
 from qwen3c.format import ModelFileError
 from qwen3c.text.tokenizer import BackgroundTokenizer
 
@@ -142,7 +144,7 @@ def _places(value: Any, path: Place | None = None) -> list[Place]:
     return found
 
 
-def _at(value: Any, path: Path) -> Any:
+def _at(value: Any, path: Place) -> Any:
     for key in path:
         value = value[key]
     return value
@@ -258,7 +260,7 @@ def use(data: bytes) -> str:
 def _as_source(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "tokenizer.json").write_bytes(data)
-        with Files(directory) as files:
+        with Directory(directory) as files:
             _read_tokenizer(files, 1 << 22)
 
 

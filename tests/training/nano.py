@@ -6,6 +6,7 @@ import json
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 NANO = ["--dim", "32", "--hidden-dim", "64", "--n-layers", "2", "--n-heads", "2", "--n-kv-heads", "1", "--head-dim", "16",
@@ -32,7 +33,7 @@ def write_text(directory: Path, n_documents: int = 12, lines: int = 40) -> Path:
     return directory
 
 
-def conversation(question: str, answer: str) -> dict:
+def conversation(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
@@ -50,7 +51,7 @@ def write_tasks(path: Path) -> Path:
     )
 
 
-def write_jsonl(path: Path, values: list) -> Path:
+def write_jsonl(path: Path, values: list[Any]) -> Path:
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
     return path
 
@@ -69,14 +70,14 @@ def environment() -> dict[str, str]:
 # Rewards that tests name as nano:...
 
 
-def digits(prompt: str, completion: str, task: dict) -> float:
+def digits(prompt: str, completion: str, task: dict[str, Any]) -> float:
     """The share of digits: easy to raise."""
     return sum(c.isdigit() for c in completion) / max(len(completion), 1)
 
 
-def raises(prompt: str, completion: str, task: dict) -> float:
+def raises(prompt: str, completion: str, task: dict[str, Any]) -> float:
     raise KeyError("no such thing")
 
 
-def not_a_number(prompt: str, completion: str, task: dict) -> float:
+def not_a_number(prompt: str, completion: str, task: dict[str, Any]) -> float:
     return float("nan")

@@ -114,7 +114,7 @@ def test_rows_hold_every_sample_once_per_epoch_and_no_row_overflows() -> None:
     rows = Rows(samples, 64, seed=1)
     i = 0
     for _ in range(2):
-        seen = []
+        seen: list[Any] = []
         while len(seen) < len(samples):
             assert sum(len(s.tokens) for s in rows[i]) <= 64
             seen += rows[i]

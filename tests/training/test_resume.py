@@ -97,7 +97,7 @@ def test_an_edited_reward_is_another_one(
     monkeypatch.chdir(tmp_path)
     given = [str(a) for a in arguments(runs, "grpo", tmp_path / "out")]
     given[given.index("nano:digits")] = "edited_reward:f"
-    status = []
+    status: list[Any] = []
     for body in ("0.0", "1.0"):
         (tmp_path / "edited_reward.py").write_text(f"def f(prompt, completion, task):\n    return {body}\n")
         sys.modules.pop("edited_reward", None)

@@ -23,7 +23,6 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Any:
     """In a test, not before it: pytest gives every phase a stderr of its own."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(telling, "PATIENCE", 0.01)
-    monkeypatch.setattr(telling, "TICK", 0.01)
     monkeypatch.setattr(sys, "stderr", FakeTerminal())
     return sys.stderr
 

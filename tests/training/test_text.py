@@ -103,7 +103,7 @@ def test_files_of_a_folder_that_are_not_text_are_left_out_and_counted(tmp_path: 
     (tmp_path / "a.txt").write_text("hello")
     (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     (tmp_path / "c.bin").write_bytes(bytes(range(32)))
-    said = []
+    said: list[Any] = []
     assert [d.text for d in read_documents([tmp_path], said.append)] == ["hello"]
     assert said == [f"2 files are not text and left out, such as {tmp_path / 'b.png'}"]
     (tmp_path / "a.txt").unlink()

@@ -1,0 +1,271 @@
+"""The weights of a checkpoint -> the tensors of a model.bin, streaming.
+
+    read       a million weights at a time, as they are stored
+    quantise   to INT8 groups in tiles of 16 rows; each thread its own slice, in C
+    write      in the order of the file
+
+The codes and scales of Q8_0 weights are taken over as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from _thread import start_new_thread
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from .. import format
+from .rope import inverse_frequencies
+from .source import Q8_0_BLOCK, SourceError, StoredTensor, to_float32
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .huggingface import Checkpoint
+
+SLICE_WEIGHTS = 1 << 20  # read, quantised and written at a time: source and result fit in a core's cache
+MAX_BUFFERS = 256 << 20  # bytes of all slices in flight
+MAX_WEIGHT = 127 * 65504  # more than this no fp16 scale can express
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive rows of one tensor; a vector is one slice, its numbers rows of one column."""
+
+    tensor: format.Tensor
+    row: int
+    rows: int
+
+    @property
+    def columns(self) -> int:
+        return math.prod(self.tensor.shape[1:])
+
+    @property
+    def is_last(self) -> bool:
+        return self.row + self.rows == self.tensor.shape[0]
+
+
+def slices(tensor: format.Tensor) -> Iterator[Slice]:
+    """The tensor in slices of whole tiles with at most SLICE_WEIGHTS weights, or of one tile of rows."""
+    step = tensor.shape[0]
+    if tensor.quantized:
+        step = max(SLICE_WEIGHTS // tensor.shape[1] // format.TILE_ROWS, 1) * format.TILE_ROWS
+    for row in range(0, tensor.shape[0], step):
+        yield Slice(tensor, row, min(step, tensor.shape[0] - row))
+
+
+class _Part(NamedTuple):
+    """Rows of one Hugging Face tensor that lie in a slice."""
+
+    stored: StoredTensor
+    first_row: int
+    data: memoryview
+
+    @property
+    def n(self) -> int:
+        """Weights."""
+        return len(self.data) * math.prod(self.stored.shape) // self.stored.size
+
+    def to_float32(self) -> NDArray[np.float32]:
+        """Shape (n,); exact."""
+        return to_float32(self.data, self.stored.dtype)
+
+
+class Converted(NamedTuple):
+    """A slice as it is stored, and how far that is from the source."""
+
+    data: memoryview
+    source_size: int
+    worst: float = 0.0
+    squared_error: float = 0.0
+    squared_weight: float = 0.0
+
+
+def stream(
+    checkpoint: Checkpoint,
+    writer: format.ModelWriter,
+    threads: int,
+    written: Callable[[Slice, Converted], None],
+) -> None:
+    """Workers read and quantise slices; this thread writes them in order and lets the next ones start.
+
+    `written` is called behind each slice, in this thread. SourceError, by place, for a weight that cannot be stored.
+
+    They talk through SimpleQueues, the one kind that a signal cannot leave locked: Ctrl-C raises in this thread
+    wherever it is, and inside an executor's locks that would hang it and its workers for ever, inside those of
+    threading.Thread.start break them. For the same reason nobody waits for a worker to end: with nothing left to do it
+    ends by itself.
+    """
+    work = [piece for tensor in writer.tensors for piece in slices(tensor)]
+    size = 4 * max(piece.rows * piece.columns for piece in work)
+    # slices in flight: each worker's, and two that are ready when their turn comes
+    window = max(3, min(threads + 2, MAX_BUFFERS // (2 * size)))
+    sources, targets = ([_buffer(size) for _ in range(window)] for _ in range(2))
+    jobs: SimpleQueue[int | None] = SimpleQueue()
+    results: list[SimpleQueue[Converted | BaseException]] = [SimpleQueue() for _ in range(window)]
+
+    def convert_slices() -> None:
+        while (job := jobs.get()) is not None:
+            place = job % window
+            try:
+                results[place].put(_convert(checkpoint, work[job], sources[place], targets[place]))
+            except BaseException as error:  # whoever waits must hear of it
+                results[place].put(error)
+
+    try:
+        n_workers = _start_threads(window - 2, convert_slices)
+        for i in range(min(window, len(work)) if n_workers else 0):
+            jobs.put(i)
+        for i, piece in enumerate(work):
+            converted: Converted | BaseException
+            if n_workers:
+                converted = results[i % window].get()
+            else:
+                converted = _convert(checkpoint, piece, sources[0], targets[0])
+            if isinstance(converted, BaseException):
+                raise converted
+            writer.write(converted.data)
+            if piece.is_last:
+                writer.end_tensor()
+            if i + window < len(work):
+                jobs.put(i + window)
+            written(piece, converted)
+    finally:
+        with contextlib.suppress(Empty):
+            while True:
+                jobs.get_nowait()
+        for _ in range(window - 2):
+            jobs.put(None)
+
+
+def _start_threads(n: int, target: Callable[[], None]) -> int:
+    """Start up to n threads that run `target`; how many the limits of processes and of memory let start."""
+    for started in range(n):
+        try:
+            start_new_thread(target, ())
+        except RuntimeError:
+            return started
+    return n
+
+
+def _convert(checkpoint: Checkpoint, piece: Slice, source: memoryview, target: memoryview) -> Converted:
+    """Read a slice into `source` and turn it into its stored form, in `target` if it is a matrix."""
+    if not piece.tensor.parts:
+        return Converted(_float32_bytes(inverse_frequencies(checkpoint.rope)), 0)
+    parts = _read(checkpoint, piece, source)
+    size = sum(len(part.data) for part in parts)
+    if not piece.tensor.quantized:
+        return Converted(_float32_bytes(_finite(piece, parts)), size)
+    target = target[: format.matrix_size(piece.rows, piece.columns, checkpoint.config.group_size)]
+    return Converted(target, size, *_quantize(piece, parts, checkpoint.config.group_size, target))
+
+
+def _read(checkpoint: Checkpoint, piece: Slice, buffer: memoryview) -> list[_Part]:
+    """The source bytes of a slice, in `buffer`, by the Hugging Face tensor they come from."""
+    parts = []
+    for part in piece.tensor.parts:
+        first, last = max(part.row, piece.row), min(part.row + part.rows, piece.row + piece.rows)
+        if first < last:
+            stored = checkpoint.tensors[part.name]
+            row_size = stored.size // part.rows
+            data, buffer = buffer[: (last - first) * row_size], buffer[(last - first) * row_size :]
+            stored.read((first - part.row) * row_size, data)
+            parts.append(_Part(stored, first - part.row, data))
+    return parts
+
+
+def _finite(piece: Slice, parts: list[_Part]) -> NDArray[np.float32]:
+    import numpy as np
+
+    vector = np.concatenate([part.to_float32() for part in parts])
+    finite = np.isfinite(vector)
+    if not finite.all():
+        _refuse(piece, parts, int(np.argmin(finite)))
+    return vector
+
+
+def _quantize(
+    piece: Slice, parts: list[_Part], group_size: int, out: memoryview
+) -> tuple[float, float, float]:
+    """Fill `out`; return the largest error, the sum of squared errors and of squared weights."""
+    import numpy as np
+
+    from .. import engine
+
+    sources: list[tuple[Any, str]] = [(part.data, part.stored.dtype) for part in parts]
+    dtypes = {dtype for _, dtype in sources}
+    if dtypes == {"Q8_0"}:
+        np.frombuffer(out, np.uint8)[:] = 0  # the rows that pad the last tile
+        _take_over(piece, parts, out)
+        return 0.0, 0.0, 0.0
+    if "Q8_0" in dtypes:  # zeros, until their own codes take their place
+        weights = [np.zeros(p.n, np.float32) if p.stored.dtype == "Q8_0" else p.to_float32() for p in parts]
+        sources = [(w.view("u1"), "F32") for w in weights]
+    elif len(dtypes) > 1:  # of q, k and v, or of gate and up; widening is exact
+        sources = [(part.to_float32().view("u1"), "F32") for part in parts]
+    n_tiles = -(-piece.rows // format.TILE_ROWS)
+    *errors, bad = engine.quantize_tiles(sources, piece.columns, group_size, n_tiles, out)
+    if bad >= 0:
+        _refuse(piece, parts, bad)
+    if "Q8_0" in dtypes:
+        _take_over(piece, parts, out)
+    return errors[0], errors[1], errors[2]
+
+
+def _take_over(piece: Slice, parts: list[_Part], out: memoryview) -> None:
+    """Put the codes and scales of Q8_0 parts where docs/FORMAT.md wants them, in tiles of group size 32.
+
+    A negative scale becomes positive with its codes. There is no code -128 in model.bin, nor a scale that
+    is not finite: both are refused.
+    """
+    import numpy as np
+
+    tiles = np.frombuffer(out, format.tile_fields(32)).reshape(-1, piece.columns // 32)
+    row, index = 0, 0
+    for part in parts:
+        n = part.n // piece.columns
+        if part.stored.dtype == "Q8_0":
+            blocks = np.frombuffer(part.data, Q8_0_BLOCK).reshape(n, -1)
+            scales, codes = blocks["scale"].view("<u2"), blocks["codes"]
+            bad = (scales & 0x7C00) == 0x7C00
+            if bad.any():
+                _refuse(piece, parts, index + 32 * int(np.argmax(bad)))
+            if codes.min() == -128:
+                _refuse(piece, parts, index + int(np.argmin(codes)))
+            if (scales >> 15).any():
+                codes = np.where(scales[:, :, None] >> 15, -codes, codes)
+            which, lane = np.divmod(np.arange(row, row + n), format.TILE_ROWS)
+            tiles["codes"][which, :, :, lane] = codes.reshape(n, -1, 8, 4)
+            tiles["scales"].view("<u2")[which, :, lane] = scales & 0x7FFF
+        row, index = row + n, index + part.n
+
+
+def _refuse(piece: Slice, parts: list[_Part], index: int) -> NoReturn:
+    """Raise SourceError for the weight at flat `index` of the slice."""
+    values = [part.to_float32() for part in parts]
+    which = 0
+    while index >= len(values[which]):
+        index -= len(values[which])
+        which += 1
+    stored, first_row, _ = parts[which]
+    row, column = divmod(index, piece.columns)
+    place = f"{first_row + row}, {column}" if piece.tensor.quantized else f"{first_row + row}"
+    limit = f" up to {MAX_WEIGHT:.7g}" if piece.tensor.quantized else ""
+    limit += ", and of Q8_0 no code -128," if stored.dtype == "Q8_0" else ""
+    value = f"{stored.name}[{place}] is {values[which][index]:g}"
+    raise SourceError(f"{stored.path}: {value}; only finite weights{limit} can be stored")
+
+
+def _float32_bytes(vector: NDArray[np.float32]) -> memoryview:
+    return memoryview(vector.astype("<f4").tobytes())
+
+
+def _buffer(size: int) -> memoryview:
+    """Writable bytes that take no memory until they are used."""
+    import numpy as np
+
+    return np.empty(size, np.uint8).data
