@@ -109,17 +109,17 @@ def table(config: Config, file_size: int, tokenizer_size: int, mapped: int = 0) 
 
 
 def lines(config: Config, file_size: int, tokenizer_size: int, mapped: int = 0) -> Iterator[str]:
-    """The same for people."""
+    """The same for people, on 80 columns but for the name of a limit."""
     free, limit = available(mapped), _tightest(mapped)
-    heads = "".join(f"{'KV ' + kv:>11}" for kv in KV_TYPES)
-    heads += "".join(f"{'resident ' + kv:>15}" for kv in KV_TYPES)
-    yield f"{'context':>9}{heads}   fits here"
+    verdicts = ("no", f"{KV_TYPES[0]} only", f"not {KV_TYPES[-1]}", "yes")  # by how many of the types fit
+    yield f"{'':<8}{'KV cache when full':^30}{'all that is resident then':^30}"
+    yield f"{'context':>8}" + "".join(f"{kv:>10}" for kv in KV_TYPES) * 2 + "  fits here"
     for row in table(config, file_size, tokenizer_size, mapped):
-        sizes = "".join(f"{gib(row[f'kv_{kv}_bytes']):>11}" for kv in KV_TYPES)
-        sizes += "".join(f"{gib(row[f'resident_{kv}_bytes']):>15}" for kv in KV_TYPES)
-        fits = [kv for kv in KV_TYPES if row[f"fits_{kv}"]]
-        verdict = {0: "no", len(KV_TYPES): "yes"}.get(len(fits), ", ".join(fits) + " only")
-        yield f"{row['context']:>9}{sizes}   {'' if free is None else verdict}"
+        sizes = "".join(
+            f"{gib(row[f'{what}_{kv}_bytes']):>10}" for what in ("kv", "resident") for kv in KV_TYPES
+        )
+        verdict = verdicts[sum(bool(row[f"fits_{kv}"]) for kv in KV_TYPES)]
+        yield f"{row['context']:>8}{sizes}  {'' if free is None else verdict}".rstrip()
     if free is not None:
         within = f"; {limit.name} allows {gib(limit.size)}" if limit and limit.left <= free else ""
         yield f"available: {gib(free)}{within}" + ("" if file_size <= free else _too_large(file_size))

@@ -131,7 +131,12 @@ def test_the_tree_of_the_readme_is_that_of_the_folders() -> None:
 def test_what_a_newcomer_is_told_to_change_is_there() -> None:
     """CONTRIBUTING's "How to add": each name stands in the file that it is said to stand in."""
     told = re.findall(r"`(\w+)` in `([\w/.]+)`", (ROOT / "CONTRIBUTING.md").read_text())
-    assert {path for _, path in told} >= {"format.py", "drivers/sampler.py", "cli/options.py", "kernels/dispatch.c"}
+    assert {path for _, path in told} >= {
+        "format.py",
+        "drivers/sampler.py",
+        "cli/options.py",
+        "kernels/dispatch.c",
+    }
     for name, path in told:
         assert re.search(rf"\b{name}\b", (ROOT / "qwen3c" / path).read_text()), f"{name} in {path}"
 

@@ -130,7 +130,7 @@ def test_the_tightest_limit_on_the_way_up_from_this_processs_group_counts(
         assert memory.available() == expected
     in_group(monkeypatch, service | where)
     told = list(memory.lines(config(40960), 626 << 20, 11 << 20))
-    assert all(line.endswith("   no") for line in told[1:-1])
+    assert len(told) > 4 and all(line.endswith("  no") for line in told[2:-1])
     directory = PARENTS[version] / "a.slice/b.service"
     assert told[-1].startswith(f"available: 2.0 MiB; control group {directory} allows 2.9 MiB; the file")
 
@@ -204,8 +204,9 @@ def test_the_table_says_what_fits_by_context_and_type(monkeypatch: pytest.Monkey
         ["int8"],
         [],
     ]
-    verdicts = [line.split("  ")[-1].strip() for line in memory.lines(config(40960), 626 << 20, 11 << 20)]
-    assert verdicts[1:4] == ["yes", "int8 only", "no"]
+    told = list(memory.lines(config(40960), 626 << 20, 11 << 20))
+    assert [line.split("  ")[-1].strip() for line in told[2:5]] == ["yes", "int8 only", "no"]
+    assert all(len(line) < 80 for line in told)
     monkeypatch.setattr(memory, "available", lambda mapped=0: None)
     assert memory.table(config(40960), 1, 1)[0]["fits_f16"] is None
     assert "available" not in "".join(memory.lines(config(40960), 1, 1))

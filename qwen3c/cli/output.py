@@ -10,9 +10,10 @@ from typing import Any
 
 from ..drivers.generate import Generation
 from ..drivers.reply import Event, Stats
-from ..system.terminal import DIM, RESET, Progress, columns, escaped, has_colour, note
+from ..system.terminal import DIM, RESET, Progress, StatusLine, columns, escaped, has_colour, note
 from .signals import interruptible
 
+WAIT = 1.0  # seconds after which a reply that is shown when it has ended says how long it is by now
 PREDICTED_FROM = 0.1  # of a prompt: with less of it read, how long the rest takes would be a guess
 
 
@@ -68,13 +69,18 @@ class JsonWriter:
     def __init__(self, token_text: Callable[[list[int]], str]) -> None:
         self._token_text = token_text
         self._tokens: list[dict[str, Any]] = []
+        self._status = StatusLine(WAIT)
+        self._n_events = 0
 
     def add(self, event: Event) -> None:
+        self._n_events += 1
+        self._status.show(lambda: f"replying  {self._n_events} tok")
         if event.logprob is not None and event.token is not None:
             top = [self._token(id, logprob) for id, logprob in event.top_logprobs or ()]
             self._tokens.append(self._token(event.token, event.logprob) | {"top_logprobs": top})
 
     def end(self, generation: Generation) -> None:
+        self._status.clear()
         line = dataclasses.asdict(generation.reply)
         line |= line.pop("stats")
         if self._tokens:

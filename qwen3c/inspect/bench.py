@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from ..drivers.sampler import RECOMMENDED, Sampler, Sampling
 from ..format import Config, ModelFile, Tensor, tensors
 from ..memory import ROWS, available, gib
 from ..system.machine import cpu_name
-from ..system.terminal import escaped
+from ..system.terminal import escaped, wrapped
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -41,7 +40,6 @@ QUICK = (
     ("tg", 64, "{n} tokens one after the other, the engine alone"),
     ("loop", 64, "{n} tokens as a chat gets them: sampled and turned into text"),
 )
-WIDTH = 79  # columns of what run.py -m bench prints: a terminal of 80 keeps the last one free
 QUICK_SECONDS, QUICK_RUNS = 5.0, (2, 5)  # of each: until so long, at least and at most so often
 CHAT: dict[str, Any] = {**RECOMMENDED[False], "seed": 1}
 
@@ -390,15 +388,15 @@ def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) ->
 
 
 def quick(model: Model, doing: Callable[[str], None] = lambda _: None) -> Iterator[str]:
-    """Lines of at most WIDTH columns: the short benchmark, about 20 seconds for 0.6 billion parameters.
+    """Lines that fit 80 columns: the short benchmark, about 20 seconds for 0.6 billion parameters.
 
     doing: told what is done next, in words, each time.
     """
     threads = "thread" if model.threads == 1 else "threads"
-    yield from _wrapped(", ".join(model_cells(model.file)) + " parameters")
-    yield from _wrapped(f"{cpu_name()}, {model.threads} {threads}, {engine.isa()}, KV {model.kv}")
+    yield from wrapped(", ".join(model_cells(model.file)) + " parameters")
+    yield from wrapped(f"{cpu_name()}, {model.threads} {threads}, {engine.isa()}, KV {model.kv}")
     doing("comparing a few tokens with the scalar kernels")
-    yield from _wrapped(check_bits(model))
+    yield from wrapped(check_bits(model))
     player, machine, results, legend = Player(model), Machine(model.threads), [], []
     for kind, n, words in QUICK:
         test = Test(kind, min(n, model.config.context - 2))
@@ -408,13 +406,9 @@ def quick(model: Model, doing: Callable[[str], None] = lambda _: None) -> Iterat
     yield from markdown(COLUMNS, (series.cells() for series in results))
     yield ""
     for name, words in [*legend, *zip(COLUMNS[1:], COLUMN_WORDS, strict=True)]:
-        yield from _wrapped(f"{name:<11} {words}", indent=12)
+        yield from wrapped(f"{name:<11} {words}", indent=12)
     yield ""
-    yield from _wrapped(verdict(machine.bandwidth, machine.peak))
-
-
-def _wrapped(text: str, indent: int = 0) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
+    yield from wrapped(verdict(machine.bandwidth, machine.peak))
 
 
 def _repeat(player: Player, machine: Machine, test: Test, doing: Callable[[str], None]) -> Series:

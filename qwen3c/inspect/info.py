@@ -1,14 +1,21 @@
-"""What is in a model.bin: the header, the metadata, every tensor, and the memory it takes to run."""
+"""What is in a model.bin: what it is, the memory it takes to run, the metadata, every tensor, the header."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from .. import memory
 from ..format import ModelFile
-from ..system.terminal import escaped
+from ..memory import gib
+from ..system.terminal import escaped, wrapped
+
+LAYER = re.compile(r"model\.layers\.\d+")
+THINKING = {
+    "hybrid": "on, unless it is switched off (--no-think)", "always": "always on", "none": "none",
+}  # fmt: skip
 
 
 def describe(file: ModelFile) -> dict[str, Any]:
@@ -33,25 +40,77 @@ def describe(file: ModelFile) -> dict[str, Any]:
 
 
 def lines(file: ModelFile) -> Iterator[str]:
-    """The same for people."""
+    """The same for people, on 80 columns and what is asked for most often first; offsets are in the data alone."""
     info = describe(file)
-    name = f"{file.path}: {file.metadata['name']}"
-    yield f"{escaped(name)}, {file.config.n_parameters / 1e6:,.1f} M parameters"
+    source = file.metadata.get("source", {})
+    yield from _section("", _summary(file))
+    yield ""
+    for line in memory.lines(file.config, file.file_size, len(file.tokenizer), file.file_size):
+        yield from wrapped(line)
+    yield from _section("metadata", {key: value for key, value in file.metadata.items() if key != "source"})
+    yield ""
+    yield from _tensor_lines(info["tensors"])
     yield from _section("header", info["header"])
-    metadata = {key: value for key, value in info["metadata"].items() if key != "source"}
-    yield from _section("metadata", metadata | info["metadata"].get("source", {}))
-    yield ""
-    yield f"{'offset':>14} {'bytes':>13}  {'type':<9} {'shape':<15} tensor"
-    for tensor in _folded(info["tensors"]):
-        shape = " x ".join(map(str, tensor["shape"]))
-        place = f"{tensor['offset']:>14} {tensor['bytes']:>13}"
-        yield f"{place}  {tensor['type']:<9} {shape:<15} {tensor['name']}"
-    yield ""
-    yield from memory.lines(file.config, file.file_size, len(file.tokenizer), file.file_size)
+    yield from _section("source", {key: value for key, value in source.items() if key != "config"})
+    if "config" in source:
+        yield from _section("config of the source", _flat(source["config"]))
+
+
+def _summary(file: ModelFile) -> dict[str, Any]:
+    """What a person asks first."""
+    c = file.config
+    experts = f", {c.n_experts_per_token} of {c.n_experts} experts a token" if c.n_experts else ""
+    return {
+        "name": file.metadata["name"],
+        "file": file.path,
+        "size": f"{gib(file.file_size)}, INT8 in groups of {c.group_size}",
+        "parameters": f"{c.n_parameters / 1e6:,.1f} M",
+        "context": f"{c.context:,} tokens",
+        "thinking": THINKING[file.metadata["thinking"]],
+        "chat": "yes" if file.template else "no: without a chat template it completes text",
+        "vocabulary": f"{c.n_tokens:,} tokens",
+        "layers": f"{c.n_layers} of width {c.dim}; {c.n_heads} heads of {c.head_dim}, "
+        f"{c.n_kv_heads} for keys and values{experts}",
+    }
+
+
+def _tensor_lines(tensors: list[dict[str, Any]]) -> Iterator[str]:
+    """Layers that are like the one before them share a line."""
+    yield f"{'tensors':<37} {'type':<9} {'shape':<17} {'bytes':>13}"
+    like: list[Any] = []
+    same: list[str] = []
+    for layer, members in itertools.groupby(_folded(tensors), lambda tensor: layer_of(tensor["name"])):
+        told = [_tensor_line(tensor, layer) for tensor in members]
+        if layer and told == like:
+            same.append(layer)
+            continue
+        yield from (f"  {line}" for line in likewise(same))
+        like, same = told if layer else [], []
+        yield from [f"  {layer}"] if layer else []
+        yield from told
+    yield from (f"  {line}" for line in likewise(same))
+
+
+def _tensor_line(tensor: dict[str, Any], layer: str) -> str:
+    shape = " x ".join(map(str, tensor["shape"]))
+    name = "  " * bool(layer) + tensor["name"].removeprefix(f"{layer}.")
+    return f"  {name:<35} {tensor['type']:<9} {shape:<17} {tensor['bytes']:>13,}"
+
+
+def likewise(layers: list[str]) -> Iterator[str]:
+    """The line that stands for layers that are like the one shown before them; nothing for none."""
+    if layers:
+        yield f"{layers[0]}{f' to {layers[-1]}' if len(layers) > 1 else ''}: likewise"
+
+
+def layer_of(name: str) -> str:
+    """The layer that a tensor or an activation belongs to, such as model.layers.0; "" for none."""
+    match = LAYER.match(name)
+    return match[0] if match else ""
 
 
 def _folded(tensors: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The experts of a layer as one line: the place of the first, the bytes and the shape of all."""
+    """The experts of a layer as one line: the bytes and the shape of all."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for tensor in tensors:
         groups.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.*.", tensor["name"]), []).append(tensor)
@@ -61,8 +120,32 @@ def _folded(tensors: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _section(title: str, values: dict[str, Any]) -> Iterator[str]:
-    yield ""
-    yield title
+    if title:
+        yield ""
+        yield title
     width = max(map(len, values), default=0)
     for name, value in values.items():
-        yield f"  {escaped(name):<{width}}  {escaped(str(value))}"
+        line = f"  {escaped(name):<{width}}  {escaped(_shown(value))}"
+        # a path too long for the line still stands behind its name
+        yield from wrapped(line, indent=width + 4) if " " in line[width + 4 :] else [line.rstrip()]
+
+
+def _shown(value: Any) -> str:
+    """A value on one line; a list of one thing as how often it has it."""
+    if isinstance(value, list) and len(value) > 3 and all(item == value[0] for item in value):
+        return f"{len(value)} x {value[0]}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return (
+        ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
+    )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their path, such as rope_parameters.rope_theta."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+        )
+    return flat

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +23,12 @@ from .. import engine, memory
 from ..engine.probes import PROBES
 from ..format import TILE_ROWS, ModelFile, Role, Tensor, tile_fields
 from ..model import Model
+from ..system.terminal import REPORT_WIDTH, wrapped
+from .info import LAYER, layer_of, likewise
 
 LEVELS = ("input_flow", "compact", "verbose")
 ALTERNATIVES = 10  # tokens shown in place of each one
-LAYER = re.compile(r"model\.layers\.\d+")
+LEAST_WORDS = 24  # columns that words beside figures need to be read there
 SLICE_WEIGHTS = 1 << 22  # weights dequantised at a time for their statistics
 
 Array = NDArray[np.float32]
@@ -215,6 +216,7 @@ def _stored_statistics(file: ModelFile, tensor: Tensor) -> tuple[Statistics, flo
 
 
 def lines(model: Model, text: Text, level: str) -> Iterator[str]:
+    """The trace of a text for people, on 80 columns."""
     verbose = level == "verbose"
     trace = model.trace(text.ids)
     yield from _token_lines(model, text, trace["lm_head"])
@@ -228,7 +230,8 @@ def lines(model: Model, text: Text, level: str) -> Iterator[str]:
         yield ""
         yield from _weight_lines(model.file)
         yield ""
-        yield from memory.lines(model.config, model.file.file_size, len(model.file.tokenizer))
+        for line in memory.lines(model.config, model.file.file_size, len(model.file.tokenizer)):
+            yield from wrapped(line)
 
 
 def describe(model: Model, text: Text, level: str) -> dict[str, Any]:
@@ -261,19 +264,38 @@ def describe(model: Model, text: Text, level: str) -> dict[str, Any]:
 def _token_lines(model: Model, text: Text, logits: Array) -> Iterator[str]:
     """The prompt; then every token after it, its probability, and what else might have come."""
     tokens = [token_text(model, id) for id in text.ids]
-    yield f"{text.n_prompt} tokens: " + "|".join(tokens[: text.n_prompt])
+    prompt = [f"{token}|" for token in tokens[: text.n_prompt]]
+    prompt[-1] = prompt[-1][:-1]
+    yield from _listed(f"{text.n_prompt} tokens: ", prompt, "")
     for i, place in list(enumerate(alternatives(model, text, logits), 1))[text.n_prompt - 1 :]:
         best = zip(place.tokens, place.probabilities, strict=True)
         others = [f"{token_text(model, id)} {p:.1%}" for id, p in best if id != text.ids[i]]
-        yield f"  {tokens[i]:<14} {place.chance or 0:>6.1%}   else {'  '.join(others[:4])}"
+        yield from _listed(f"  {tokens[i]:<14} {place.chance or 0:>6.1%}   else ", others[:4], "  ")
     place = predict(model, logits[-1], 5)
     best = zip(place.tokens, place.probabilities, strict=True)
-    yield "next: " + "  ".join(f"{token_text(model, id)} {p:.1%}" for id, p in best)
+    yield from _listed("next: ", [f"{token_text(model, id)} {p:.1%}" for id, p in best], "  ")
+
+
+def _listed(head: str, items: Sequence[str], between: str) -> Iterator[str]:
+    """Items on as many lines as they need, each item whole."""
+    line, is_first = head, True
+    for item in items:
+        longer = line + ("" if is_first else between) + item
+        if len(longer) > REPORT_WIDTH and not is_first:
+            yield line
+            longer = " " * min(len(head), REPORT_WIDTH // 2) + item
+        line, is_first = longer, False
+    yield line
 
 
 def _flow_lines(found: list[Row]) -> Iterator[str]:
     """Layers that are like the one before them share a line."""
-    yield f"{'module':<30} {'in':<14}    {'out':<14}  what"
+    widths = [
+        max(len(_label(row)) for row in found),
+        max(len(_shape(row.source)) for row in found),
+        max(len(_shape(row.shape)) for row in found),
+    ]
+    yield from _flow_line(widths, "module", "in", "  ", "out", "what")
     like: list[Any] = []
     same: list[str] = []
     for layer, members in itertools.groupby(found, lambda row: row.layer):
@@ -282,47 +304,68 @@ def _flow_lines(found: list[Row]) -> Iterator[str]:
         if layer and pattern == like:
             same.append(layer)
             continue
-        yield from _likewise(same)
+        yield from likewise(same)
         like, same = pattern, []
         yield from [layer] if layer else []
         for row in layer_rows:
-            label = f"  {row.module}" if layer else row.name
-            yield f"{label:<30} {_shape(row.source):<14} -> {_shape(row.shape):<14}  {row.what}"
+            yield from _flow_line(widths, _label(row), _shape(row.source), "->", _shape(row.shape), row.what)
 
 
-def _likewise(layers: list[str]) -> Iterator[str]:
-    if layers:
-        yield f"{layers[0]}{f' to {layers[-1]}' if len(layers) > 1 else ''}: likewise"
+def _flow_line(widths: list[int], *cells: str) -> list[str]:
+    """Cells: module, what goes in, an arrow, what comes out, and words, which go below where they have no room."""
+    module, source, arrow, shape, what = cells
+    start = f"{module:<{widths[0]}} {source:<{widths[1]}} {arrow} {shape:<{widths[2]}}  "
+    if len(start) + LEAST_WORDS > REPORT_WIDTH:
+        return [start.rstrip(), *wrapped(f"      {what}", indent=6)]
+    return wrapped(start + what, indent=len(start))
+
+
+def _label(row: Row) -> str:
+    return f"  {row.module}" if row.layer else row.name
 
 
 def _activation_lines(found: list[Row], verbose: bool) -> Iterator[str]:
-    head = f"{'activation':<40} {'shape':<14} {'min':>9} {'max':>9} {'rms':>9}"
-    yield head + (f" {'mean':>9} {'std':>9} {'type':>8} {'bytes':>10} {'int8 error':>11}" if verbose else "")
-    for row in found:
-        s = row.statistics
-        line = f"{row.name:<40} {_shape(row.shape):<14} {s.minimum:>9.3g} {s.maximum:>9.3g} {s.rms:>9.3g}"
-        if verbose:
-            line += f" {s.mean:>9.2g} {s.std:>9.3g}  float32 {row.bytes:>10} {row.error:>11.3%}"
-        yield line
+    """A line for each, or two; those of a layer below its name."""
+    cells = [_shape(row.shape) for row in found] + [f"float32 {row.bytes}" for row in found] * verbose
+    width = max(map(len, cells))
+    yield f"{'activation':<29} {'shape':<{width}} {'min':>9} {'max':>9} {'rms':>9}"
+    if verbose:
+        yield f"{'':<29} {'type, bytes':<{width}} {'mean':>9} {'std':>9} {'error':>9}"
+    for layer, members in itertools.groupby(found, lambda row: row.layer):
+        yield from [layer] if layer else []
+        for row in members:
+            s, shape = row.statistics, _shape(row.shape)
+            yield f"{_label(row):<29} {shape:<{width}} {s.minimum:>9.3g} {s.maximum:>9.3g} {s.rms:>9.3g}"
+            if verbose:
+                size = f"float32 {row.bytes}"
+                yield f"{'':<29} {size:<{width}} {s.mean:>9.2g} {s.std:>9.3g} {row.error:>9.3%}"
 
 
 def _routing_lines(counts: dict[str, NDArray[np.int64]]) -> Iterator[str]:
     """A histogram for each layer, a bar for each expert."""
-    yield f"{'routing':<18} {'idle':>6} {'busiest':>16}  tokens of each expert, the highest bar is the busiest"
+    head = f"{'routing':<17} {'idle':>6} {'busiest':>12}  "
+    yield from wrapped(head + "tokens of each expert, the highest bar is the busiest", indent=len(head))
+    in_line = REPORT_WIDTH - len(head)
     for layer, tokens in counts.items():
         best = int(tokens.argmax())
         bars = "".join(BARS[-(-int(n) * (len(BARS) - 1) // int(tokens[best]))] for n in tokens)
-        yield f"{layer:<18} {int((tokens == 0).sum()):>6} {f'{best}: {tokens[best]}':>16}  {bars}"
+        start = f"{layer:<17} {int((tokens == 0).sum()):>6} {f'{best}: {tokens[best]}':>12}  "
+        for first in range(0, len(bars), in_line):
+            yield (" " * len(head) if first else start) + bars[first : first + in_line]
 
 
 def _weight_lines(file: ModelFile) -> Iterator[str]:
-    yield f"{'weight':<46} {'type':<9} {'bytes':>11} {'min':>9} {'max':>9} {'mean':>9} {'std':>9} {'rounding':>9}"
-    for weight in weights(file):
-        s = weight.statistics
-        yield (
-            f"{weight.name:<46} {weight.type:<9} {weight.bytes:>11} {s.minimum:>9.3g} {s.maximum:>9.3g} "
-            f"{s.mean:>9.2g} {s.std:>9.3g} {weight.error:>9.3%}"
-        )
+    """Two lines for each weight; those of a layer below its name."""
+    yield f"{'weight':<40} {'type':<9} {'bytes':>13}"
+    yield f"{'':<29} {'min':>9} {'max':>9} {'mean':>9} {'std':>9} {'rounding':>9}"
+    for layer, members in itertools.groupby(weights(file), lambda weight: layer_of(weight.name)):
+        yield from [layer] if layer else []
+        for weight in members:
+            s, name = weight.statistics, "  " * bool(layer) + weight.name.removeprefix(f"{layer}.")
+            yield f"{name:<40} {weight.type:<9} {weight.bytes:>13}"
+            yield (
+                f"{'':<29} {s.minimum:>9.3g} {s.maximum:>9.3g} {s.mean:>9.2g} {s.std:>9.3g} {weight.error:>9.3%}"
+            )
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -21,6 +21,7 @@ DIM, RESET, CLEAR_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 # C0, DEL and C1: a terminal acts on them instead of showing them
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 BAR_WIDTH = 24
+REPORT_WIDTH = 79  # columns of what is printed as a page: a terminal of 80 keeps the last one free
 DRAWN_EVERY = 0.1  # seconds between two drawings of a line
 
 
@@ -86,16 +87,24 @@ def note(text: str) -> None:
     """What the program does, on stderr; on a terminal its lines break between words."""
     text = escaped(text, keep="\n\t")
     if sys.stderr.isatty():
-        text = _wrapped(text, max(columns(sys.stderr) - 1, 1))
+        text = "\n".join(wrapped(text, max(columns(sys.stderr) - 1, 1)))
     print(f"{DIM}{text}{RESET}" if has_colour(sys.stderr) else text, file=sys.stderr, flush=True)
 
 
-def _wrapped(text: str, width: int) -> str:
-    """A word longer than `width`, such as a path, stays whole, so that it can be copied."""
+def wrapped(text: str, width: int = REPORT_WIDTH, indent: int = 0) -> list[str]:
+    """`text` as lines of at most `width` columns; where one goes on in the next, that is indented.
+
+    A word longer than `width`, such as a path, stays whole, so that it can be copied.
+    """
     wrapper = textwrap.TextWrapper(
-        width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False, expand_tabs=False
+        width,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+        expand_tabs=False,
     )
-    return "\n".join(wrapper.fill(line) for line in text.split("\n"))
+    return [part for line in text.split("\n") for part in wrapper.wrap(line) or [""]]
 
 
 def can_redraw(stream: TextIO) -> bool:

@@ -223,6 +223,17 @@ def test_routing_counts_the_tokens_of_each_expert(tmp_path: Path) -> None:
     list(trace.lines(model, text, "verbose"))
 
 
+@pytest.mark.parametrize("level", trace.LEVELS)
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
+def test_every_level_fits_80_columns_whatever_the_text(level: str, architecture: str, tmp_path: Path) -> None:
+    model = Model(str(export_small_model(tmp_path, architecture=architecture)), threads=1)
+    long = model.tokenizer.encode("a prompt much longer than a line of any terminal. " * 4)
+    for prompt in (long[:2], long):
+        shown = list(trace.lines(model, trace.continue_text(model, prompt, 4, seed=1), level))
+        assert not [line for line in shown if len(line) > 79]
+        assert "".join(trace.token_text(model, id) for id in prompt) in re.sub(r"[|\s]", "", "".join(shown))
+
+
 def test_what_cannot_be_seen_is_written_out(small: Model) -> None:
     assert [trace.token_text(small, id) for id in small.tokenizer.encode("漢")] == ["\\xe6", "\\xbc", "\\xa2"]
     assert trace.visible(" a\tb\n") == "·a⇥b↵"
