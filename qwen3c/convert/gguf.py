@@ -122,7 +122,7 @@ class GGUF:
             file.close()
 
     def config(self) -> Keys:
-        """Two keys have defaults, those the specification gives them."""
+        """The keys of config.json. head_count_kv and key_length have the defaults that the specification gives them."""
         keys, own = self._keys, f"{self.architecture}."
         expert_keys = _EXPERT_KEYS if self.architecture == "qwen3moe" else {}
         self._check_keys({*_KNOWN_KEYS, *expert_keys.values()})
@@ -155,7 +155,7 @@ class GGUF:
         return Keys(self.location, {"head_dim": head_dim}).integer("head_dim")
 
     def _check_keys(self, known: set[str]) -> None:
-        """Every key of the architecture's is known, and says nothing that this engine would not do."""
+        """Raise SourceError if a key of this architecture is not in `known`, or asks for what this engine does not do."""
         keys, own = self._keys, f"{self.architecture}."
         for key in keys.values:
             if key.startswith(own) and key.removeprefix(own) not in known:
@@ -261,7 +261,7 @@ class _PairedRows(StoredTensor):
 
 
 def _check_kind(keys: Keys) -> str:
-    """The architecture, if the file is one whole model of a supported one."""
+    """Return the architecture; SourceError unless the file holds one whole model of a supported architecture."""
     kind = keys.values.get("general.type", "model")
     if kind != "model":
         raise SourceError(f"{keys.path}: general.type is {shown(kind)}, expected 'model'")

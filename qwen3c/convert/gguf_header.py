@@ -64,7 +64,7 @@ class Info:
 
 
 class Skipped:
-    """Stands for an array that nothing here needs; a message that shows it says what it is."""
+    """Stands for an array that nothing here needs. In a message it reads "an array of n items"."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -147,7 +147,7 @@ class Header:
         return self.scalars(kind, key, 1)[0]
 
     def array(self, kind: int, key: str, n: int) -> list[Any] | Skipped:
-        """The items of an array that is needed or short. Of any other no more is kept than how many there are."""
+        """The items of an array that is needed or short; of any other array only the number of items is kept."""
         name, is_read = shown(key), key in _READ or n <= SHORT
         if is_read or kind == _TEXT:
             self.items += n

@@ -155,7 +155,7 @@ class GGUFVocabulary:
         return found
 
     def _special_tokens(self) -> dict[str, str]:
-        """bos_token and the like. One that is never put is none: Qwen's files name <|endoftext|>."""
+        """bos_token and the like. A bos_token that is never put before a text is left out: Qwen's files name one."""
         ids = {
             name: self._id(name)
             for name in ("bos", "eos", "padding", "unknown")

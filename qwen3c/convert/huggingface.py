@@ -20,7 +20,6 @@ from .. import format
 from ..text import tokenizer_json
 from .rope import Rope, read_rope, stretched
 from .source import (
-    MAX_NAME,
     TAKE_UNQUANTIZED,
     Keys,
     Source,
@@ -82,6 +81,8 @@ _GENERATION_KEYS = (
     "presence_penalty",
     "frequency_penalty",
 )
+
+MAX_NAME = 200  # characters of a model's name, and of its licence
 
 
 class Checkpoint:
@@ -237,7 +238,7 @@ def _is_sound(config: format.Config) -> bool:
 
 
 def _read_experts(keys: Keys) -> dict[str, Any]:
-    """The fields of format.Config that a mixture of experts has."""
+    """The fields of format.Config that only a mixture of experts has."""
     names = [name for name in ("num_experts", "num_local_experts") if keys.values.get(name) is not None]
     counts = {keys.integer(name) for name in names or ["num_experts"]}
     if len(counts) > 1:
@@ -282,7 +283,7 @@ def _longer(keys: Keys, config: format.Config, rope: Rope) -> format.Config:
 
 
 def _read_tokenizer(source: Source, vocab_size: int) -> tuple[bytes, int]:
-    """tokenizer.json and the number of tokens: the highest id + 1."""
+    """The bytes of tokenizer.json and the number of tokens, which is the highest id + 1."""
     path, data = source.tokenizer()
     try:
         vocabulary = tokenizer_json.load(data).get_vocab(with_added_tokens=True)

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_DEPTH = 100  # of lists and objects in JSON
-MAX_NAME = 200  # characters of what a source calls the model, and of its licence
 MAX_INTEGER = 1 << 127  # what is larger is no count of anything
 
 # dtype -> weights and bytes of its smallest unit; Q8_0 (GGUF alone) is an fp16 scale and 32 codes
@@ -67,9 +66,10 @@ def cut(text: object, length: int = 120) -> str:
 
 
 class Source(Protocol):
-    """A model as it is found, open until the `with` block ends. What it says is in transformers' words.
+    """A model as it is found, with its files open until the `with` block ends.
 
-    Every method raises SourceError where its part of the source is damaged.
+    Keys and tensors have the names that transformers gives them. A method raises SourceError where what it reads
+    is damaged.
     """
 
     @property
@@ -78,24 +78,24 @@ class Source(Protocol):
 
     @property
     def group_size(self) -> int:
-        """Of the stored weights, where the caller has no wish."""
+        """The group size to store its weights with, unless the caller asks for another."""
 
     @property
     def opened(self) -> list[FileIO]:
-        """The files that are open: none of them may be the target."""
+        """The files that are open; an export must not write over any of them."""
 
     @property
     def template_places(self) -> str:
-        """Where a chat template would be, for people."""
+        """Where a chat template is looked for, in words for people."""
 
     def config(self) -> Keys:
-        """Of config.json: the numbers of the forward pass."""
+        """The keys of config.json: the numbers of the forward pass."""
 
     def generation(self) -> Keys:
-        """Of generation_config.json: sampling defaults, and where a text ends."""
+        """The keys of generation_config.json: sampling defaults, and the tokens that end a text; may be empty."""
 
     def tokenizer(self) -> tuple[Path, bytes]:
-        """tokenizer.json, and the file to name if it is wrong."""
+        """The file that messages about the tokenizer name, and the bytes of tokenizer.json."""
 
     def template(self) -> str:
         """The chat template, "" if there is none."""
@@ -104,7 +104,7 @@ class Source(Protocol):
         """bos_token, eos_token, pad_token, unk_token: those there are, for templates that print them."""
 
     def licence(self) -> str | None:
-        """As the source calls it."""
+        """The licence by the name that the source gives it, None if it gives none."""
 
     def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor there is, by its Hugging Face name."""
@@ -186,7 +186,7 @@ def parse_json(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _check_values(path: Path, values: dict[str, Any]) -> None:
-    """Everything in the JSON object can be written as JSON again."""
+    """Raise SourceError unless everything in the JSON object can be written as JSON again."""
     # the keys that lead to a value, and the value
     waiting: list[tuple[tuple[Any, ...], Any]] = [((), values)]
     while waiting:
@@ -258,7 +258,7 @@ class StoredTensor:
 
 
 def to_float32(data: memoryview, dtype: str) -> NDArray[np.float32]:
-    """The numbers of whole units (BLOCKS) of a tensor, shape (n,); exact."""
+    """The weights in `data`, which holds whole units (BLOCKS) of a tensor, as float32, shape (n,); exact."""
     import numpy as np
 
     if dtype == "BF16":  # the upper half of a float32

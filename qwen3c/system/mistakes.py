@@ -92,9 +92,11 @@ def _advice(path: str, start: bytes) -> tuple[str, str]:
 
 def is_model_file(path: Path) -> bool:
     """Whether a file is a model.bin, as far as its first bytes say."""
+    if not path.is_file():  # opening a FIFO would block
+        return False
     try:
         with open(path, "rb") as file:
-            return path.is_file() and file.read(len(MODEL_BIN)) == MODEL_BIN
+            return file.read(len(MODEL_BIN)) == MODEL_BIN
     except OSError:
         return False
 

@@ -5,6 +5,7 @@ python -m pytest tests/test_mistakes.py
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def test_a_name_on_the_hub_is_fetched_by_a_command_and_a_path_is_not(
 def test_a_folder_names_what_in_it_can_be_run_or_converted(tmp_path: Path) -> None:
     folder = tmp_path / "a folder"
     folder.mkdir()
+    os.mkfifo(folder / "a.bin")  # would be waited for, if it were opened
     said = []
     for name, content in (
         ("m.gguf", b"GGUF"),
