@@ -27,7 +27,7 @@ import pytest
 from small_models import TINY_QWEN3, export_small_model, write_small_model
 
 from qwen3c import MODEL_IN_THE_BOX, Model, engine
-from qwen3c.cli import run
+from qwen3c.cli import options as run_options, run
 from qwen3c.cli.options import USED_BY, new_parser
 from qwen3c.cli.repl import parse_command
 from qwen3c.format import ModelFile, ModelFileError, ModelWriter
@@ -78,7 +78,7 @@ def in_process(capsys: pytest.CaptureFixture[str], *args: str) -> Result:
 
 def command(*args: str, **options: Any) -> Result:
     """run.py as a process of its own, stdin empty unless given."""
-    options = {"input": b"", "timeout": 60, "capture_output": True} | options
+    options = {"input": b"", "timeout": 60, "capture_output": True, **options}
     done = subprocess.run([*RUN, *args], **options)
     return Result(done.returncode, (done.stdout or b"").decode(), (done.stderr or b"").decode())
 
@@ -309,7 +309,7 @@ OPTIONS = [  # and the modes that use them
 def test_a_mode_refuses_in_one_line_every_option_that_it_does_not_use(
     mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "MODES", dict.fromkeys(run.MODES, lambda args: 0))
+    monkeypatch.setattr(run, "MODES", dict.fromkeys(run_options.MODES, lambda args: 0))
     for option, modes in [(option, modes) for options, modes in OPTIONS for option in options]:
         text = ["text"] * (mode == "perplexity" and "--file" not in option)
         done = in_process(capsys, TINY, *text, "-m", mode, *option.split())
@@ -339,7 +339,7 @@ def test_without_a_mode_the_options_tell_which_it_is(
         chosen.append(args.mode)
         return 0
 
-    monkeypatch.setattr(run, "MODES", dict.fromkeys(run.MODES, note))
+    monkeypatch.setattr(run, "MODES", dict.fromkeys(run_options.MODES, note))
     for at_terminal in (True, False):
         monkeypatch.setattr(sys, "stdin", FakeStdin(at_terminal))
         for options, expected in [
@@ -609,7 +609,7 @@ def test_an_error_is_one_line_that_says_what_was_short(
     def fail(args: Any) -> int:
         raise error
 
-    monkeypatch.setattr(run, "MODES", run.MODES | {"info": fail})
+    monkeypatch.setattr(run, "MODES", {"info": fail})
     monkeypatch.setattr(os, "dup2", lambda *_: None)  # or this test's own stdout were gone
     done = in_process(capfd, "-m", "info")
     assert done.status == status and done.err.count("\n") == 1
@@ -773,9 +773,8 @@ def test_verify_names_every_damaged_tensor(
     (tmp_path / "bad.bin").write_bytes(data)
     done = in_process(capsys, str(tmp_path / "bad.bin"), "-m", "info", "--verify")
     assert done.status == 2
-    assert [re.search(r"tensor (\S+) is damaged", line)[1] for line in done.err.splitlines()] == [
-        t.name for t in hit
-    ]  # type: ignore[index]
+    damaged = [re.search(r"tensor (\S+) is damaged", line) for line in done.err.splitlines()]
+    assert [match and match[1] for match in damaged] == [tensor.name for tensor in hit]
     told = json.loads(in_process(capsys, str(tmp_path / "bad.bin"), "--verify", "--json").out)
     assert told["damaged"] == [t.name for t in hit]
 

@@ -685,7 +685,7 @@ def test_where_threads_cannot_start_the_export_does_with_those_there_are(
 ) -> None:
     """As under `ulimit -u`, or with no memory for another stack."""
     export(source, tmp_path / "expected.bin")
-    real, started = quantise.start_new_thread, 0
+    real, started = quantise.start_new_thread, 0  # type: ignore[attr-defined]
 
     def start_some(*arguments: Any) -> int:
         nonlocal started

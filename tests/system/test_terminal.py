@@ -87,7 +87,12 @@ def test_a_status_line_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_time_left_is_what_the_caller_predicts(monkeypatch: pytest.MonkeyPatch) -> None:
     for seconds, expected in ((7.0, " 50%  1 of 2  0.25/s  7 s left"), (None, " 50%  1 of 2  0.25/s")):
         line = terminal.progress_line(
-            1, 2, 4.0, describe, 0, predict=lambda done, total, so_far, s=seconds: s
+            1,
+            2,
+            4.0,
+            describe,
+            0,
+            predict=lambda done, total, so_far, s=seconds: s,  # type: ignore[misc]
         )
         assert line == expected
 

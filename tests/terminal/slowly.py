@@ -57,7 +57,7 @@ def show_status_lines_at_once() -> None:
     def begin_at_once(self: terminal.StatusLine, delay: float = 0.0, **options: float) -> None:
         begin(self, 0.0, **options)
 
-    terminal.StatusLine.__init__ = begin_at_once  # type: ignore[method-assign]
+    terminal.StatusLine.__init__ = begin_at_once  # type: ignore[assignment, method-assign]
 
 
 def slow_down() -> None:

@@ -16,7 +16,7 @@ import pytest
 from modes import MODES
 from screen import ROOT
 
-from qwen3c.cli import run, train_options
+from qwen3c.cli import options, train_options
 
 HERE = Path(__file__).parent
 PAGE = (ROOT / "docs" / "TERMINAL.md").read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def test_the_circumstances_are_those_of_a_terminal() -> None:
 
 
 def test_everything_that_can_be_typed_has_a_row_and_nothing_else_has() -> None:
-    modes = {f"run.py -m {mode}" for mode in {*run.MODES, *MODES}}
+    modes = {f"run.py -m {mode}" for mode in {*options.MODES, *MODES}}
     stages = next(
         a for a in train_options.new_parser()._actions if isinstance(a, argparse._SubParsersAction)
     ).choices
