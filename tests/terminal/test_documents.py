@@ -83,7 +83,6 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "python export.py Qwen3-0.6B-Q8_0.gguf model.bin": Typed(leaves="model.bin"),
     "python export.py final model.bin": Typed(leaves="model.bin"),
     "python export.py": NotHere("a script's name, not a command"),
-    "export.py run.py train.py": NotHere("the names of scripts, not a command"),
     "python run.py model.bin": Typed("-n 8", keys=CHAT),
     "python -m qwen3c": Typed("-n 8", keys=CHAT),
     'python run.py model.bin -i "Why is the sky blue?"': Typed("-n 8", shows="tok/s"),
@@ -129,8 +128,8 @@ COMMANDS: dict[str, Typed | NotHere] = {
 
 
 def commands(text: str) -> list[str]:
-    """The commands of a document: lines of indented and fenced blocks (but Python's and transcripts), and `commands` in the text."""
-    text = re.sub(r"^```(?:python|text)$.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    """The commands of a document: lines of indented and fenced blocks (but Python's), and `commands` in the text."""
+    text = re.sub(r"^```python$.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     lines = re.findall(r"^(?: {4}|\t)(.*)$", text, re.MULTILINE)
     for language, block in re.findall(r"^```(\w*)$(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         # `text` is what a terminal showed: only what stands behind its prompt was typed
