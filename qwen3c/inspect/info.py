@@ -52,8 +52,11 @@ def lines(file: ModelFile) -> Iterator[str]:
     yield from _tensor_lines(info["tensors"])
     yield from _section("header", info["header"])
     yield from _section("source", {key: value for key, value in source.items() if key != "config"})
-    if "config" in source:
-        yield from _section("config of the source", _flat(source["config"]))
+    config = source.get("config")  # as the exporter found it; another writer may put anything there
+    if config is not None:
+        yield from _section(
+            "config of the source", _flat(config) if isinstance(config, dict) else {"": config}
+        )
 
 
 def _summary(file: ModelFile) -> dict[str, Any]:

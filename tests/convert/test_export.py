@@ -920,8 +920,8 @@ def test_an_estimate_is_what_the_export_then_takes(
     out = capsys.readouterr().out
     assert f"({estimate.file_size:,} bytes), INT8 in groups of 64" in out
     # the memory is what `info` then says of the file
-    said = lines(ModelFile(tmp_path / "model.bin"))
-    assert out.splitlines()[-3:-1] == list(said)[-3:-1]
+    rows = [line for line in out.splitlines() if line.endswith(("yes", "no", "only"))]
+    assert rows and set(rows) <= set(lines(ModelFile(tmp_path / "model.bin")))
 
 
 def test_an_estimate_says_what_does_not_fit(
@@ -932,7 +932,7 @@ def test_an_estimate_says_what_does_not_fit(
     assert main([str(source), "--estimate"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"disk: 0\.0 MiB free in .*: does not fit", out)
-    assert re.search(r"256 .* MiB   no\n", out) and "would be read from disk again and again" in out
+    assert re.search(r"256 .* MiB  no\n", out) and "would be read from disk again and again" in out
 
 
 def test_an_estimate_refuses_what_an_export_refuses(source: Path, capfd: pytest.CaptureFixture[str]) -> None:

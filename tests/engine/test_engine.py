@@ -286,7 +286,7 @@ def test_one_damaged_number_makes_every_logit_of_its_tokens_not_finite(
     for tensor in ModelFile(path).tensors:
         weights = damage(path, tensor, bad)
         monkeypatch.setattr(
-            engine, "in_huge_pages", lambda _, weights=weights: weights
+            "qwen3c.engine.engine.in_huge_pages", lambda _, weights=weights: weights
         )  # past every check of a file
         for kv in KV_TYPES:
             for activations in ("int8", "float32"):
@@ -469,7 +469,7 @@ def test_threads_and_isa_can_be_asked_for(path: Path) -> None:
 WITHOUT_THREADS = """
 import resource, sys, threading
 import numpy as np
-from qwen3c import engine, memory, probes
+from qwen3c import engine
 
 path, ids, limited, results = sys.argv[1], np.arange(200), threading.Event(), []
 usual = engine.Model(path, threads=2)
@@ -559,7 +559,7 @@ def test_a_closed_model_gives_its_memory_back_and_refuses_every_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, huge_pages: bool
 ) -> None:
     path = export_small_model(tmp_path)
-    monkeypatch.setattr(engine, "in_huge_pages", lambda weights: memoryview(bytes(weights)))
+    monkeypatch.setattr("qwen3c.engine.engine.in_huge_pages", lambda weights: memoryview(bytes(weights)))
     model = Model(path, threads=2, huge_pages=huge_pages)
     session = model.session()
     session.forward([1, 2, 3])

@@ -110,7 +110,7 @@ def test_what_cannot_be_traced_is_refused_with_the_numbers(
         model.trace([512])
     with pytest.raises(ValueError, match=r"x must have shape \(n, 64\), n >= 1, got \(1, 65\)"):
         model.logit_lens(np.zeros((1, 65)))
-    monkeypatch.setattr(engine, "available", lambda: 1000)
+    monkeypatch.setattr("qwen3c.engine.engine.available", lambda: 1000)
     with pytest.raises(ValueError, match=r"the trace of 4 tokens takes [\d,]+ bytes, 1,000 are available"):
         model.trace([1, 2, 3, 4])
     model.session().forward([1, 2, 3])
