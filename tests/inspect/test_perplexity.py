@@ -1,4 +1,4 @@
-"""What an int8 KV cache costs a trained model; tests/test_run.py holds the figure itself to the logits.
+"""What an int8 KV cache costs a trained model; tests/cli/test_run.py holds the figure itself to the logits.
 
 python -m pytest tests/inspect/test_perplexity.py
 """
@@ -9,8 +9,7 @@ from pathlib import Path
 
 from small_models import TINY_QWEN3
 
-from qwen3c import Model
-from qwen3c.convert import export
+from qwen3c import Model, format
 from qwen3c.inspect.perplexity import measure
 
 
@@ -19,7 +18,7 @@ def test_an_int8_cache_costs_at_most_one_percent_of_perplexity() -> None:
     for kv in ("f16", "int8"):
         model = Model(str(TINY_QWEN3), kv=kv)
         # Python source, which is what it was trained on
-        ids = model.tokenizer.encode(Path(export.__file__).read_text())[:5000]
+        ids = model.tokenizer.encode(Path(format.__file__).read_text())[:5000]
         found[kv] = measure(model, ids, window=2048).perplexity
     assert len(ids) == 5000
     assert found["int8"] != found["f16"]
