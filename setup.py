@@ -148,7 +148,8 @@ def modules():
             libraries=["m"],
         )
 
-    kernels = sorted(str(path) for path in KERNELS.glob("*.c"))
+    # C beside a .pyx of its name is what Cython left there before it wrote to build/
+    kernels = sorted(str(path) for path in KERNELS.glob("*.c") if not path.with_suffix(".pyx").exists())
     return cythonize(
         [
             extension("kernels.table", kernels),

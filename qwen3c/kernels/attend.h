@@ -1,8 +1,9 @@
 /* Attention: softmax(q . k) v over the blocks of the cache, at absolute positions, merged in order
    (FlashAttention, https://arxiv.org/abs/2205.14135). */
 
-/* p = exp(score - max) in place for the first `seen` positions of a block, 0 beyond them up to a whole vector. Returns the
-   sum of p; NaN if a score is NaN or infinite: one of -infinity is a damaged key, and must not pass for a weight of 0. */
+/* p = exp(score - max) in place for the first `seen` positions of a block, 0 beyond them up to a whole
+   vector. Returns the sum of p; NaN if a score is NaN or infinite. (A score of -infinity comes from a damaged
+   key, and must not pass for a weight of 0.) */
 static float exponentiate(float *p, size_t seen, float *max) {
     size_t end = PADDED(seen);
     for (size_t j = seen; j < end; j++) p[j] = -FLT_MAX;
@@ -31,7 +32,8 @@ static void normalize_weights(float *weights, size_t n, float max, float inverse
 }
 
 /* Merge a block's (max, sum, o) into the running ones of a row. */
-static void merge(float *max, float *sum, float *out, float block_max, float block_sum, const float *o, size_t n) {
+static void merge(float *max, float *sum, float *out, float block_max, float block_sum, const float *o,
+                  size_t n) {
     float larger = block_max > *max ? block_max : *max;
     float exponent[LANES] = {*max - larger, block_max - larger}, factor[LANES];
     f32_store(factor, f32_exp(f32_load(exponent)));
@@ -40,13 +42,13 @@ static void merge(float *max, float *sum, float *out, float block_max, float blo
     for (size_t d = 0; d < n; d++) out[d] = fmaf(out[d], factor[0], o[d] * factor[1]);
 }
 
-/* How many positions of the block that begins at `start` a token at `position` sees: itself and those before it. */
+/* How many positions of the block that begins at `start` a token at `position` sees: all up to its own. */
 INLINE size_t seen_in_block(size_t position, size_t start) {
     return position < start ? 0 : position + 1 - start < KV_BLOCK ? position + 1 - start : KV_BLOCK;
 }
 
-/* Block `index` of the task's keys and values. The next one is prefetched meanwhile, unless so many rows use this one that
-   memory has time enough. */
+/* Block `index` of the task's keys and values. The next block is prefetched meanwhile, unless so many rows
+   use this one that memory has time enough. */
 INLINE Block block_at(const Attention *a, size_t index, int last, KVType type) {
     int ahead = !last && (type == KV_I8 || a->n_tokens * a->group <= 2 * ATTEND_QUERIES);
     return (Block){.keys = a->blocks[index] + a->k_offset, .values = a->blocks[index] + a->v_offset,

@@ -1,5 +1,5 @@
-/* AVX2 with FMA and F16C (Haswell, Zen and later). vpmaddubsw takes one operand unsigned and saturates at 16 bits:
-   |w| * (x with w's sign) is the same product, and 2 * 128 * 127 = 32,512 fits, so nothing is ever cut. */
+/* AVX2 with FMA and F16C (Haswell, Zen and later). vpmaddubsw takes one operand unsigned and saturates at 16
+   bits: |w| * (x with w's sign) is the same product; 2 * 128 * 127 = 32,512 fits, so nothing is ever cut. */
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

@@ -62,7 +62,8 @@ static inline i8x4 activations_load(const int8_t *p) { int32_t x; memcpy(&x, p, 
 #define OPAQUE(x) __asm__("" : "+v"(x))
 static inline i32x16 dot_start(int32_t sum) { return _mm512_set1_epi32(-sum); }
 static inline i32x16 dot_add(i32x16 a, i32x16 b) { return _mm512_add_epi32(a, b); }
-/* As text: gcc (up to 14 at least) copies the accumulator before and after each of its own _mm512_dpbusd_epi32. */
+/* As text: gcc (up to 14 at least) copies the accumulator before and after each of its own
+   _mm512_dpbusd_epi32. */
 static inline i32x16 dot_4(i32x16 dot, i8x64 w, i8x4 x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(dot) : "v"(w), "v"(x));
     return dot;

@@ -1,6 +1,6 @@
-/* AVX-VNNI (Alder Lake, N100, Zen 5 and later): vpdpbusd on 256-bit registers; the sign is handled as in avx512vnni.c.
-   Built with QWEN3C_EMULATE_AVXVNNI the same code uses the AVX-512VL encoding of the instruction, which lets a
-   machine with AVX-512 test everything here but the encoding. */
+/* AVX-VNNI (Alder Lake, N100, Zen 5 and later): vpdpbusd on 256-bit registers; the sign is handled as in
+   avx512vnni.c. Built with QWEN3C_EMULATE_AVXVNNI the same code uses the AVX-512VL encoding of the
+   instruction, which lets a machine with AVX-512 test everything here but the encoding. */
 #if defined(__x86_64__)
 #if defined(QWEN3C_EMULATE_AVXVNNI)
 #define TARGET "avx2,fma,f16c,avx512f,avx512vl,avx512vnni"

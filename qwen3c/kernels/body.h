@@ -1,8 +1,9 @@
-/* Every kernel, once, over the LANES lanes that the including <isa>.c file defines (contract: kernels.h), one idea a file.
+/* Every kernel, once, over the LANES lanes that the including <isa>.c file defines; kernels.h is the
+   contract.
 
-   An ISA file defines ISA, the types f32x16, i32x16, i8x64, i8x4, their operations, and how many
-   accumulators fit its registers: MATMUL_TILES x MATMUL_TOKENS, ATTEND_QUERIES x ATTEND_VECTORS, PEAK_DOTS (enough to
-   hide the latency of a dot product); OPAQUE(x) makes the compiler forget what it knows of activations x. */
+   An ISA file defines ISA, the types f32x16, i32x16, i8x64, i8x4, their operations, and how many accumulators
+   fit its registers: MATMUL_TILES x MATMUL_TOKENS, ATTEND_QUERIES x ATTEND_VECTORS, PEAK_DOTS (enough to hide
+   the latency of a dot product); OPAQUE(x) makes the compiler forget what it knows of activations x. */
 #include "vector.h"
 #include "rows.h"
 #include "rope.h"

@@ -1,6 +1,7 @@
 /* int8 codes whose scale is stored in fp16: those of weights, keys and values. */
 
-/* fp16 of the scales of LANES rows, and back; none so small that max would lie more than half a step beyond 127 */
+/* The scales of LANES rows as fp16, and what that gives back. A scale so small that the row's max would lie
+   more than half a step beyond code 127 becomes the next fp16 up. */
 static void round_scales(uint16_t *halves, float *back, const float *scales, const float *max) {
     f32_store_f16(halves, f32_load(scales));
     f32_store(back, f32_load_f16(halves));
@@ -21,6 +22,7 @@ static uint16_t quantize_head(int8_t *codes, const float *x, size_t n) {
     uint16_t halves[LANES];
     if (!(max[0] < INFINITY)) max[0] = 0, scales[0] = NAN;
     round_scales(halves, back, scales, max);
-    for (size_t i = 0; i < n; i += LANES) f32_store_i8(codes + i, codes_of(load_left(x + i, n - i, 0), back[0]));
+    for (size_t i = 0; i < n; i += LANES)
+        f32_store_i8(codes + i, codes_of(load_left(x + i, n - i, 0), back[0]));
     return halves[0];
 }

@@ -1,7 +1,8 @@
 /* The contract of the kernels: what is computed, on which shapes, in which order.
 
-   Every instruction set fills one Kernels table with the same functions. They are written once, in the headers that
-   body.h lists, over a vector of 16 lanes; an <isa>.c file says what the lanes are made of. scalar.c is the spec.
+   Every instruction set fills one Kernels table with the same functions. They are written once, in the
+   headers that body.h lists, over a vector of 16 lanes; an <isa>.c file says what the lanes are made of.
+   scalar.c is the spec.
 
    The same inputs give the same bits in every table. Three rules make it so:
      - a lane is an output (a row, a position, a column): no sum is ever split between lanes,
@@ -9,8 +10,8 @@
      - float operations are single IEEE operations or one fmaf, in the order written here;
      - int8 dot products are exact in int32, and as floats: |sum| <= MAX_HEAD_DIM * 127 * 128 < 2^24.
 
-   A NaN or an infinity is never lost on the way: what is computed from one is not finite, in every table, so damaged
-   weights end in logits that say so. (Which NaN it is, its sign and payload, is the instruction set's business.)
+   A NaN or an infinity is never lost: what is computed from one is not finite, in every table, so damaged
+   weights end in logits that say so. (Which NaN it is, its sign and payload, differs between tables.)
 
    All arrays are row-major; (a, b) is a rows of b. Pointers need no alignment. A kernel cannot fail. */
 #ifndef QWEN3C_KERNELS_H
@@ -52,35 +53,40 @@ typedef struct {
 
 /* The queries of one KV head for some consecutive tokens of one sequence, and where its KV lies.
    In a block, keys from k_offset and values from v_offset on:
-     KV_F32, KV_F16:  keys    (KV_BLOCK / LANES, head_dim, LANES)   position LANES s + i, dimension d at [s][d][i]
+     KV_F32, KV_F16:  keys    (KV_BLOCK / LANES, head_dim, LANES)   position LANES s + i, dimension d
+                                                                    at [s][d][i]
                       values  (KV_BLOCK, PADDED(head_dim))
-     KV_I8:           keys    a matrix as above of (KV_BLOCK, PADDED(head_dim)) in one group: rows are positions
+     KV_I8:           keys    a matrix as above, (KV_BLOCK, PADDED(head_dim)), one group: rows are positions
                       values  int8 codes   (PADDED(head_dim) / LANES, KV_BLOCK / 4, LANES, 4)
                                              position 4 c + j, dimension LANES d + i at [d][c][i][j]
                               fp16 scales  (KV_BLOCK)   value = scale[position] * code */
 typedef struct {
-    const float *q;             /* (n_tokens, group, head_dim), tokens q_stride floats apart, scaled by 1 / sqrt(head_dim) */
-    float *out;                 /* (n_tokens, group, head_dim), tokens out_stride floats apart */
+    const float *q;             /* (n_tokens, group, head_dim) / sqrt(head_dim), tokens are q_stride apart */
+    float *out;                 /* (n_tokens, group, head_dim), tokens are out_stride floats apart */
     size_t q_stride, out_stride, n_tokens, group, head_dim;
     size_t position;            /* of the first token; token t sees positions 0..position + t */
     char *const *blocks;        /* the sequence's KV blocks */
     size_t k_offset, v_offset;  /* bytes */
     float *scratch;             /* ATTENTION_SCRATCH(head_dim) floats */
-    float *weights;             /* NULL, or where softmax(q . k) is wanted: (n_tokens, group, positions), */
-    size_t weights_token, weights_head;  /* tokens and heads so many floats apart */
+    float *weights;             /* NULL, or where softmax(q . k) is wanted: (n_tokens, group, positions) */
+    size_t weights_token, weights_head;  /* floats from a token's to the next token's, from head to head */
 } Attention;
 
 #define PADDED(n) (((size_t)(n) + LANES - 1) / LANES * LANES)  /* n values in whole vectors */
-#define INT8_FLOATS(columns, group_size) ((columns) / 4 + 2 * ((columns) / (group_size)))  /* as large as one of Int8Rows */
+/* A row of Int8Rows, in floats. */
+#define INT8_FLOATS(columns, group_size) ((columns) / 4 + 2 * ((columns) / (group_size)))
 #define ATTENTION_SCRATCH(head_dim) \
-    (ATTENTION_ROWS * (KV_BLOCK + PADDED(head_dim) + 2 + INT8_FLOATS(KV_BLOCK, VALUE_GROUP) + INT8_FLOATS(PADDED(head_dim), PADDED(head_dim))))
+    (ATTENTION_ROWS * (KV_BLOCK + PADDED(head_dim) + 2 + INT8_FLOATS(KV_BLOCK, VALUE_GROUP) + \
+                       INT8_FLOATS(PADDED(head_dim), PADDED(head_dim))))
 
 /* Bytes of the keys of one KV head in a block, and of its values. */
 static inline size_t key_bytes(KVType type, size_t head_dim) {
-    return type == KV_I8 ? KV_BLOCK / LANES * TILE_BYTES(PADDED(head_dim)) : KV_BLOCK * head_dim * (type == KV_F16 ? 2 : 4);
+    if (type == KV_I8) return KV_BLOCK / LANES * TILE_BYTES(PADDED(head_dim));
+    return KV_BLOCK * head_dim * (type == KV_F16 ? 2 : 4);
 }
 static inline size_t value_bytes(KVType type, size_t head_dim) {
-    return type == KV_I8 ? KV_BLOCK * (PADDED(head_dim) + 2) : KV_BLOCK * PADDED(head_dim) * (type == KV_F16 ? 2 : 4);
+    if (type == KV_I8) return KV_BLOCK * (PADDED(head_dim) + 2);
+    return KV_BLOCK * PADDED(head_dim) * (type == KV_F16 ? 2 : 4);
 }
 
 /* How far the stored weights are from the source (quantize_tiles). */
@@ -94,36 +100,41 @@ typedef struct {
 typedef struct {
     const char *name;
 
-    /* y[i] = (x[i] * (1 / sqrt(mean(x^2) + eps))) * weight[i]; the sum of squares runs in 16 lanes, then the tree. */
+    /* y[i] = (x[i] * (1 / sqrt(mean(x^2) + eps))) * weight[i]; the sum: 16 lanes, then the tree. */
     void (*rmsnorm)(float *y, const float *x, const float *weight, size_t n, float eps);
 
-    /* Per group: scale = max|x| / 127, code = round to nearest even(x * (127 / max|x|)); all zero below 1e-30.
-       A group that holds a NaN or an infinity has the scale NaN and codes of zero. */
+    /* Per group: scale = max|x| / 127, code = round to nearest even(x * (127 / max|x|)); all zero below
+       1e-30. A group that holds a NaN or an infinity has the scale NaN and codes of zero. */
     void (*quantize)(Int8Rows *row, const float *x, size_t n, size_t group_size);
 
     /* y[t][r] = sum over groups, in order, of fmaf((float)dot, weight scale * activation scale, sum)
        for rows 0..n_rows of consecutive tile rows; y rows are `stride` floats apart. */
-    void (*matmul_int8[N_ENCODINGS])(float *y, size_t stride, const Int8Rows *x, size_t n_tokens, const uint8_t *tiles,
-                        size_t n_rows, size_t columns, size_t group_size);
+    void (*matmul_int8[N_ENCODINGS])(float *y, size_t stride, const Int8Rows *x, size_t n_tokens,
+                                     const uint8_t *tiles, size_t n_rows, size_t columns, size_t group_size);
 
-    /* The same product with float activations x (n_tokens, columns): per group part = fmaf(code, x, part) over columns in
-       order, then y = fmaf(scale, part, y). */
-    void (*matmul_float32[N_ENCODINGS])(float *y, size_t stride, const float *x, size_t n_tokens, const uint8_t *tiles,
-                           size_t n_rows, size_t columns, size_t group_size);
+    /* The same product with float activations x (n_tokens, columns): per group part = fmaf(code, x, part)
+       over columns in order, then y = fmaf(scale, part, y). */
+    void (*matmul_float32[N_ENCODINGS])(float *y, size_t stride, const float *x, size_t n_tokens,
+                                        const uint8_t *tiles, size_t n_rows, size_t columns,
+                                        size_t group_size);
 
     /* y[c] = scale * code of one row of a matrix (exact: 11 + 7 bits fit in a float). */
-    void (*dequantize_row[N_ENCODINGS])(float *y, const uint8_t *matrix, size_t row, size_t columns, size_t group_size);
+    void (*dequantize_row[N_ENCODINGS])(float *y, const uint8_t *matrix, size_t row, size_t columns,
+                                        size_t group_size);
 
     /* cosine[i], sine[i] of the float32 product position * frequency[i], times scale; argument reduced and
        evaluated in double, so that no libm decides a bit. */
-    void (*rope_angles)(float *cosine, float *sine, const float *frequency, size_t n, size_t position, float scale);
+    void (*rope_angles)(float *cosine, float *sine, const float *frequency, size_t n, size_t position,
+                        float scale);
 
-    /* In place, rotate-half: x0' = fmaf(x0, cos, -(x1 * sin)), x1' = fmaf(x1, cos, x0 * sin), then * scale. */
+    /* In place, rotate-half: x0' = fmaf(x0, cos, -(x1 * sin)), x1' = fmaf(x1, cos, x0 * sin); * scale. */
     void (*rope)(float *x, const float *cosine, const float *sine, size_t head_dim, float scale);
 
-    /* Put k and v (head_dim) of position `index` of a block in their places, rounded to nearest even in fp16; as int8
-       with the first of quantize_tiles' scales and codes, one scale for k and one for v, NaN if a value is not finite. */
-    void (*store_kv[3])(char *keys, char *values, size_t index, const float *k, const float *v, size_t head_dim);
+    /* Put k and v (head_dim) of position `index` of a block in their places. fp16 is rounded to nearest even.
+       int8 has the scale and codes that quantize_tiles tries first, one scale for k and one for v; the scale
+       is NaN if a value is not finite. */
+    void (*store_kv[3])(char *keys, char *values, size_t index, const float *k, const float *v,
+                        size_t head_dim);
 
     /* out = softmax(q . k) v, by KVType. Per block, from absolute position 0:
          score = fmaf chain over dimensions in order;  m_b = max;  p = exp(score - m_b);
@@ -132,9 +143,10 @@ typedef struct {
          l = fmaf(l, a, l_b * b), o = fmaf(o, a, o_b * b);  at the end out = o * (1 / l).
        l_b is NaN if a score is not finite, and so is all of out then.
        Where weights are wanted: weight = exp(score - m) * (1 / l) of every position seen.
-       KV_I8 differs in its two products. Scores are those of matmul_int8 after quantize made one group of q, with
-       zeros up to PADDED(head_dim). And p times the scale of its position's value, zero if not seen, is quantized in
-       groups of VALUE_GROUP positions: o_b = fmaf((float)dot, scale, o_b) over groups in order. */
+       KV_I8 differs in its two products. Scores are those of matmul_int8 after quantize made one group of q,
+       with zeros up to PADDED(head_dim). And p times the scale of its position's value, zero if the position
+       is not seen, is quantised in groups of VALUE_GROUP positions: o_b = fmaf((float)dot, scale, o_b), over
+       groups in order. */
     void (*attend[3])(const Attention *task);
 
     /* y[i] = (gate[i] / (1 + exp(-gate[i]))) * up[i] */
@@ -152,19 +164,19 @@ typedef struct {
     /* y[i] = exp((x[i] - max x) * inverse_temperature); returns the sum of y (16 lanes, then the tree). */
     float (*exponentials)(float *y, const float *x, size_t n, float inverse_temperature);
 
-    /* Ids of the k largest of x, largest first, equal ones by lower id; k <= n. Returns 0, or 1 if x holds a NaN. */
+    /* Ids of the k largest of x, largest first, equal ones by lower id; k <= n. 1 if x holds a NaN. */
     int (*top_k)(int32_t *ids, const float *x, size_t n, size_t k);
 
     /* Stored form of one tile row (16 rows) from rows of `type`, NULL for padding. Per group:
          scale = fp16(max|w| / 127), the next fp16 up if max|w| > 127.5 scale;
          code = w / scale rounded to nearest even, clamped to -127..127;
-       then once more from scale = fp16(sum w code / sum code^2), which is kept if sum (w - scale code)^2 is less. */
+       then once more from scale = fp16(sum w code / sum code^2), kept if sum (w - scale code)^2 is less. */
     void (*quantize_tiles)(uint8_t *tiles, const void *const rows[LANES], SourceType type, size_t columns,
                            size_t group_size, QuantizationError *error);
 
-    /* The int8 dot products of this table on registers alone, nothing read and nothing stored: the most that a product
-       of matrices could reach. Every factor is 1, so the sum counts the multiply-adds, which are returned.
-       rounds <= 2^20. */
+    /* The int8 dot products of this table on registers alone, nothing read and nothing stored: the most that
+       a product of matrices could reach. Every factor is 1, so the sum counts the multiply-adds, which are
+       returned. rounds <= 2^20. */
     size_t (*int8_peak)(size_t rounds);
 } Kernels;
 

@@ -1,5 +1,5 @@
-/* NEON with the dot product extension of ARMv8.2 (Raspberry Pi 5, Apple M1, Graviton 2 and later): sdot multiplies
-   4 x 4 signed bytes and adds. */
+/* NEON with the dot product extension of ARMv8.2 (Raspberry Pi 5, Apple M1, Graviton 2 and later): sdot
+   multiplies 4 x 4 signed bytes and adds. */
 #if defined(__aarch64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)

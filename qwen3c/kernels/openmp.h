@@ -15,9 +15,10 @@ static void *wait_at_gate(void *gate) {
     return NULL;
 }
 
-/* How many threads, at most `wanted`, a parallel region begun by the calling thread can have. OpenMP ends the whole
-   process when it cannot start one, so they are started here first: all at once, because limits count those alive.
-   OpenMP keeps the threads of its last team, for each thread that calls it: those are not tried again. */
+/* How many threads, at most `wanted`, a parallel region of the calling thread can have. OpenMP ends the whole
+   process when it cannot start a thread, so as many are started here first: all at once, because limits count
+   threads that are alive. OpenMP keeps the threads of its last team, for each thread that calls it; those are
+   not tried again. */
 static int startable_team(int wanted) {
     static _Thread_local int kept = 1;
     pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;

@@ -1,12 +1,12 @@
-/* Products of int8 activations with int8 matrices: those of the weights, and those of attention with an int8 cache. */
+/* Products of int8 activations with int8 matrices: of weights, and of keys and values in an int8 cache. */
 
 /* A matrix of codes in tiles of LANES rows x group_size columns, (group_size / 4, LANES, 4). */
 typedef struct {
     const uint8_t *tiles;
     size_t next_rows, next_group;  /* bytes from a tile to the tile below it, and to the tile on its right */
     size_t n_rows, n_groups, group_size;
-    const uint8_t *ahead;  /* memory that is read after this matrix: ahead_bytes are prefetched for each tile row used */
-    size_t ahead_bytes;
+    const uint8_t *ahead;  /* memory that is read after this matrix, to be prefetched */
+    size_t ahead_bytes;    /* of it for each tile row of this matrix */
 } Tiles;
 
 /* y (n_tokens, w.n_rows) = x w^T */
@@ -23,22 +23,24 @@ typedef struct {
     size_t bytes;  /* for each group */
 } Ahead;
 
-/* A product with so few tokens waits for memory, which is fastest where it is read in order: one tile row at a time. */
+/* A product with at most FEW_TOKENS waits for memory, fastest read in order: one tile row at a time. */
 #define FEW_TOKENS (2 * MATMUL_TOKENS)
 
-/* A dot product of R x T at once runs in PARTS accumulators, to hide the latency of the dot instruction. */
+/* Each dot product of a block of R x T runs in PARTS accumulators, to hide the latency of the dot
+   instruction. */
 #define ACCUMULATORS (MATMUL_TILES * MATMUL_TOKENS > 4 ? MATMUL_TILES * MATMUL_TOKENS : 4)
 #define PARTS(R, T) (4 * (R) * (T) <= ACCUMULATORS ? 4 : 2 * (R) * (T) <= ACCUMULATORS ? 2 : 1)
 
-/* R tile rows from `row` on times T tokens from `token` on.
-   scaled: fp16 scales of the rows lie behind the codes of each tile; otherwise all are 1.
-   few: the loop waits for memory. Each group prefetches ahead.bytes: all at its start, or, when few, one line for each
-   line of codes it reads, because a CPU drops prefetches that pile up. */
+/* R tile rows from `row` on times T tokens from `token` on. scaled: fp16 scales of the rows lie behind the
+   codes of each tile; otherwise all are 1. few: there are few tokens, so the loop waits for memory. Each
+   group prefetches ahead.bytes: all at its start; when few, one line for each line of codes it reads, because
+   a CPU drops prefetches that pile up. */
 INLINE void matmul_int8_block(const size_t R, const size_t T, const int few, const int scaled,
                               const Product *p, size_t row, size_t token, Ahead ahead) {
     const size_t J = PARTS(R, T);  /* integer sums may be split */
     const Tiles *w = &p->w;
-    size_t columns = p->columns, x_groups = columns / w->group_size, stride = p->stride, n_rows = w->n_rows - row;
+    size_t columns = p->columns, x_groups = columns / w->group_size;
+    size_t stride = p->stride, n_rows = w->n_rows - row;
     const uint8_t *tiles = w->tiles + row / LANES * w->next_rows;
     const int8_t *codes = p->x->codes + token * columns;
     float *y = p->y + token * stride + row;
@@ -47,31 +49,35 @@ INLINE void matmul_int8_block(const size_t R, const size_t T, const int few, con
         sum[r][t] = f32_set(0);
         __builtin_prefetch(y + t * stride + r * LANES, 1);  /* results of different tokens lie far apart */
     }
-    for (size_t g = 0; g < w->n_groups; g++, tiles += w->next_group, codes += w->group_size, ahead.at += ahead.bytes) {
+    for (size_t g = 0; g < w->n_groups;
+         g++, tiles += w->next_group, codes += w->group_size, ahead.at += ahead.bytes) {
         for (size_t at = 0; !few && at < ahead.bytes; at += 64) __builtin_prefetch(ahead.at + at);
         const float *scales = p->x->scales + token * x_groups + g;
         i32x16 dot[4][MATMUL_TILES][MATMUL_TOKENS];
         UNROLL for (size_t t = 0; t < T; t++)
             UNROLL for (size_t r = 0; r < R; r++)
-                UNROLL for (size_t j = 0; j < J; j++) dot[j][r][t] = dot_start(j ? 0 : p->x->sums[(token + t) * x_groups + g]);
+                UNROLL for (size_t j = 0; j < J; j++)
+                    dot[j][r][t] = dot_start(j ? 0 : p->x->sums[(token + t) * x_groups + g]);
         for (size_t c = 0; c < w->group_size; c += 4 * J)
             UNROLL for (size_t j = 0; j < J; j++) {
                 size_t at = (c + 4 * j) * LANES;
                 if (few && at < ahead.bytes) __builtin_prefetch(ahead.at + at);
                 i8x64 part[MATMUL_TILES];
-                UNROLL for (size_t r = 0; r < R; r++) part[r] = codes_load((const int8_t *)tiles + r * w->next_rows + at);
+                UNROLL for (size_t r = 0; r < R; r++)
+                    part[r] = codes_load((const int8_t *)tiles + r * w->next_rows + at);
                 UNROLL for (size_t t = 0; t < T; t++) {
                     i8x4 a = activations_load(codes + t * columns + c + 4 * j);
                     UNROLL for (size_t r = 0; r < R; r++) dot[j][r][t] = dot_4(dot[j][r][t], part[r], a);
                 }
             }
         UNROLL for (size_t r = 0; r < R; r++) {
-            f32x16 scale = f32_set(1);
-            if (scaled) scale = f32_load_f16((const uint16_t *)(tiles + r * w->next_rows + LANES * w->group_size));
+            const uint8_t *scales_of_rows = tiles + r * w->next_rows + LANES * w->group_size;
+            f32x16 scale = scaled ? f32_load_f16((const uint16_t *)scales_of_rows) : f32_set(1);
             UNROLL for (size_t t = 0; t < T; t++) {
                 UNROLL for (size_t j = 1; j < J; j++) dot[0][r][t] = dot_add(dot[0][r][t], dot[j][r][t]);
                 f32x16 factor = f32_set(scales[t * x_groups]);
-                sum[r][t] = f32_fma(f32_from_i32(dot[0][r][t]), scaled ? f32_mul(scale, factor) : factor, sum[r][t]);
+                if (scaled) factor = f32_mul(scale, factor);
+                sum[r][t] = f32_fma(f32_from_i32(dot[0][r][t]), factor, sum[r][t]);
             }
         }
     }
@@ -116,6 +122,7 @@ static void matmul_int8(float *y, size_t stride, const Int8Rows *x, size_t n_tok
     Product p = {.y = y, .stride = stride, .x = x, .columns = columns, .n_tokens = n_tokens,
                  .w = {.tiles = tiles, .next_rows = next_rows, .next_group = TILE_BYTES(group_size),
                        .n_rows = n_rows, .n_groups = n_groups, .group_size = group_size,
-                       .ahead = tiles + (n_tokens > FEW_TOKENS ? MATMUL_TILES : 1) * next_rows, .ahead_bytes = next_rows}};
+                       .ahead = tiles + (n_tokens > FEW_TOKENS ? MATMUL_TILES : 1) * next_rows,
+                       .ahead_bytes = next_rows}};
     matmul_int8_tiles(&p, 1);
 }

@@ -25,12 +25,14 @@ INLINE float largest_magnitude(const float *x, size_t n) {
 }
 
 static void quantize(Int8Rows *row, const float *x, size_t n, size_t group_size) {
-    for (size_t g = 0; g < n / group_size; g += LANES) {  /* as many groups at a time as can be divided at once */
+    for (size_t g = 0; g < n / group_size; g += LANES) {  /* LANES groups at a time: one division for all */
         size_t n_groups = n / group_size - g < LANES ? n / group_size - g : LANES;
         float max[LANES] = {0}, inverse[LANES];
-        for (size_t i = 0; i < n_groups; i++) max[i] = largest_magnitude(x + (g + i) * group_size, group_size);
+        for (size_t i = 0; i < n_groups; i++)
+            max[i] = largest_magnitude(x + (g + i) * group_size, group_size);
         for (size_t i = 0; i < LANES; i++) inverse[i] = 127.0f / (max[i] < 1e-30f ? INFINITY : max[i]);
-        for (size_t i = 0; i < LANES; i++) max[i] = (max[i] < 1e-30f ? 0.0f : max[i] < INFINITY ? max[i] : NAN) / 127.0f;
+        for (size_t i = 0; i < LANES; i++)
+            max[i] = (max[i] < 1e-30f ? 0.0f : max[i] < INFINITY ? max[i] : NAN) / 127.0f;
         memcpy(row->scales + g, max, n_groups * sizeof *max);
         for (size_t i = 0; i < n_groups; i++) {
             size_t first = (g + i) * group_size;

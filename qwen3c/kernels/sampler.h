@@ -14,9 +14,11 @@ static float exponentials(float *y, const float *x, size_t n, float inverse_temp
     return f32_sum_lanes(sum);
 }
 
-INLINE int ranks_before(const float *x, int32_t a, int32_t b) { return x[a] > x[b] || (x[a] == x[b] && a < b); }
+INLINE int ranks_before(const float *x, int32_t a, int32_t b) {
+    return x[a] > x[b] || (x[a] == x[b] && a < b);
+}
 
-/* heap[0] is the worst of the best; restore that below `parent` */
+/* The heap holds the best ids so far, the worst of them at the top. Restore that order below `parent`. */
 static void sift_down(int32_t *heap, size_t n, size_t parent, const float *x) {
     for (size_t child; (child = 2 * parent + 1) < n; parent = child) {
         if (child + 1 < n && ranks_before(x, heap[child], heap[child + 1])) child++;

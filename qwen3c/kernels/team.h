@@ -1,13 +1,14 @@
 /* How the threads of one forward pass share its work.
 
-   A pass is a line of stages, the same for every thread. A stage has n tasks, in equal consecutive shares, one for each
-   thread; a thread takes those of its own share in order, a long stream of memory, and then what is left of the others'.
-   It leaves the stage when all tasks are done.
+   A pass is a line of stages, the same for every thread. The n tasks of a stage are divided into equal
+   consecutive shares, one for each thread. A thread takes the tasks of its own share in order, which is a
+   long stream of memory, then tasks that are left of other shares. It leaves the stage when all tasks are
+   done.
 
-   So a thread that the operating system has put aside costs nothing but its help: its share is taken by the others, and
-   when it comes back it passes through the stages that were finished without it. The others wait only where it was put
-   aside in the middle of a task. Therefore: what a stage writes may be read in a task of a later stage, not between
-   tasks, where a late thread would see what was written since. */
+   So a thread that the operating system has put aside costs nothing but its help: the others take its share,
+   and when it comes back it walks through the stages that were finished without it. The others wait only
+   where it was put aside in the middle of a task. Therefore: what a stage writes may be read in a task of a
+   later stage, but not between tasks, where a late thread would see what later stages have written since. */
 #ifndef QWEN3C_TEAM_H
 #define QWEN3C_TEAM_H
 
@@ -17,10 +18,11 @@
 #include <string.h>
 #include <time.h>
 
-/* Counters of all stages of a pass, `stride` of them a stage: tasks done, then tasks taken from each share. */
+/* Counters of all stages of a pass. Those of a stage: tasks done, then for each share the tasks taken. */
 typedef struct {
     uint32_t *counters;
-    size_t stride, capacity;  /* in counters, in stages */
+    size_t stride;    /* counters of a stage */
+    size_t capacity;  /* stages there is room for */
     size_t threads;           /* of this pass */
     int stopped;              /* the pass is given up: nobody takes a task or waits any more */
 } Team;
@@ -29,14 +31,14 @@ typedef struct {
 typedef struct {
     Team *team;
     size_t index;          /* of the thread */
-    size_t stages;         /* it has begun; the rest is about the last of them */
+    size_t stages;         /* that it has begun; the fields below are about the last of them */
     uint32_t *counters;
     size_t n;              /* tasks */
-    size_t share, taken;   /* shares it has found empty; tasks it took */
+    size_t share, taken;   /* shares that it found empty, tasks that it took */
 } Worker;
 
-#define TEAM_SPINS 1000        /* some 10 microseconds: longer than any stage lasts once the tasks are taken */
-#define TEAM_SLEEP_NS 20000    /* then the thread waited for needs a core, perhaps this one */
+#define TEAM_SPINS 1000      /* some 10 microseconds: longer than a stage lasts once its tasks are taken */
+#define TEAM_SLEEP_NS 20000  /* after them: the thread that is waited for needs a core, perhaps this one */
 
 #if defined(__x86_64__)
 #define TEAM_PAUSE() __builtin_ia32_pause()
@@ -58,22 +60,23 @@ static inline int team_reserve(Team *team, size_t max_threads, size_t stages) {
     return 0;
 }
 
-/* Before a pass, while no thread is in one. */
+/* Make the team ready for a pass of `threads` threads; no thread may be in one. */
 static inline void team_begin(Team *team, size_t threads) {
     team->threads = threads;
     team->stopped = 0;
     memset(team->counters, 0, team->stride * team->capacity * sizeof *team->counters);
 }
 
-/* Give the pass up: every thread finishes the task it has and walks through the remaining stages. Called before a pass it
-   makes that a dry run: no task is handed out, and Worker.stages ends as the number of stages to reserve. */
+/* Give the pass up: every thread finishes its task and walks through the remaining stages. Called before a
+   pass, it makes the pass a dry run: no task is handed out, and Worker.stages ends as the number of stages to
+   reserve. */
 static inline void team_stop(Team *team) { __atomic_store_n(&team->stopped, 1, __ATOMIC_RELAXED); }
 
 static inline Worker team_worker(Team *team, size_t index) {
     return (Worker){.team = team, .index = index};
 }
 
-/* The worker's next stage, of n tasks; returns the task before the first, for `take`. */
+/* Begin the worker's next stage, of n tasks. Returns -1, a task for `take` to replace. */
 static inline ptrdiff_t stage(Worker *w, ptrdiff_t n) {
     w->counters = w->team->counters + w->team->stride * w->stages++;
     w->n = (size_t)n;
@@ -90,14 +93,15 @@ static inline void stage_wait(const Worker *w) {
     }
 }
 
-/* Another task of the stage, in *task; 0 when all are done, by whomever. */
+/* Put another task of the stage into *task. 0 when every task is done, whoever did it. */
 static inline int take(Worker *w, ptrdiff_t *task) {
     size_t threads = w->team->threads;
     if (__atomic_load_n(&w->team->stopped, __ATOMIC_RELAXED)) return 0;
     for (; w->share < threads; w->share++) {
         size_t owner = (w->index + w->share) % threads;
         size_t first = owner * w->n / threads, end = (owner + 1) * w->n / threads;
-        size_t i = first + (first < end ? __atomic_fetch_add(w->counters + 1 + owner, 1, __ATOMIC_RELAXED) : 0);
+        size_t i = first;
+        if (first < end) i += __atomic_fetch_add(w->counters + 1 + owner, 1, __ATOMIC_RELAXED);
         if (i < end) {
             w->taken++;
             *task = (ptrdiff_t)i;

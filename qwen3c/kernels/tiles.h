@@ -4,7 +4,8 @@ static void load_source(float *w, const void *row, SourceType type, size_t offse
     if (row == NULL) memset(w, 0, n * sizeof *w);
     else if (type == SOURCE_F32) memcpy(w, (const float *)row + offset, n * sizeof *w);
     else if (type == SOURCE_F16)
-        for (size_t i = 0; i < n; i += LANES) f32_store(w + i, f32_load_f16((const uint16_t *)row + offset + i));
+        for (size_t i = 0; i < n; i += LANES)
+            f32_store(w + i, f32_load_f16((const uint16_t *)row + offset + i));
     else
         for (size_t i = 0; i < n; i++) {
             uint16_t half;
@@ -52,7 +53,8 @@ static Rounded round_group(int8_t *codes, const float *w, float scale, size_t n)
         squares = f32_add(f32_mul(code, code), squares);  /* exact: at most 16 * 127^2 a lane */
     }
     float square = f32_sum_lanes(squares);
-    return (Rounded){f32_max_lanes(largest), f32_sum_lanes(lost), square > 0 ? f32_sum_lanes(products) / square : 0.0f};
+    float fitted = square > 0 ? f32_sum_lanes(products) / square : 0.0f;
+    return (Rounded){f32_max_lanes(largest), f32_sum_lanes(lost), fitted};
 }
 
 static void quantize_tiles(uint8_t *tiles, const void *const rows[LANES], SourceType type, size_t columns,
@@ -68,7 +70,8 @@ static void quantize_tiles(uint8_t *tiles, const void *const rows[LANES], Source
             max[r] = largest_magnitude(w[r], group_size);
             square[r] = sum_of_squares(w[r], group_size);
             if (!(max[r] <= MAX_WEIGHT)) {
-                if (error->bad < 0) error->bad = (int64_t)(r * columns + g * group_size) + first_bad(w[r], group_size);
+                int64_t at = (int64_t)(r * columns + g * group_size);
+                if (error->bad < 0) error->bad = at + first_bad(w[r], group_size);
                 max[r] = square[r] = 0;
             }
             scales[r] = max[r] / 127.0f;
@@ -80,7 +83,8 @@ static void quantize_tiles(uint8_t *tiles, const void *const rows[LANES], Source
         }
         round_scales(refitted_halves, second, scales, max);
         for (size_t r = 0; r < LANES; r++) {
-            Rounded again = second[r] == first[r] ? rounded[r] : round_group(refitted, w[r], second[r], group_size);
+            Rounded again = rounded[r];
+            if (second[r] != first[r]) again = round_group(refitted, w[r], second[r], group_size);
             if (again.lost < rounded[r].lost) {
                 rounded[r] = again;
                 halves[r] = refitted_halves[r];

@@ -16,19 +16,22 @@ static void store_part(float *y, f32x16 a, size_t n) {
     memcpy(y, lane, n * sizeof *y);
 }
 
-/* The next vector of a row of which `left` values are left; lanes beyond its end are `fill`, and are not read. */
-INLINE f32x16 load_left(const float *x, size_t left, float fill) { return left < LANES ? load_part(x, left, fill) : f32_load(x); }
+/* The next vector of a row that has `left` values left. Lanes beyond its end are `fill`; no memory there is
+   read. */
+INLINE f32x16 load_left(const float *x, size_t left, float fill) {
+    return left < LANES ? load_part(x, left, fill) : f32_load(x);
+}
 
-/* Store a vector where a row has `left` values left; nothing is written beyond its end. */
+/* Store the next vector of a row that has `left` values left; nothing is written beyond its end. */
 INLINE void store_left(float *y, f32x16 a, size_t left) {
     if (left >= LANES) f32_store(y, a);
     else store_part(y, a, left);
 }
 
-/* exp x = 2^n exp r, n = round(x / ln 2), |r| <= ln 2 / 2: Taylor to degree 7, error below 1e-8 of the result.
+/* exp x = 2^n exp r, n = round(x / ln 2), |r| <= ln 2 / 2: Taylor to degree 7, relative error below 1e-8.
    Below -87.7 the power of 2 has no normal exponent left and the result is exactly 0; a NaN stays one. */
 INLINE f32x16 f32_exp(f32x16 x) {
-    x = f32_min(f32_set(88.0f), f32_max(f32_set(-88.0f), x));  /* in this order a NaN passes: both give the second */
+    x = f32_min(f32_set(88.0f), f32_max(f32_set(-88.0f), x));  /* in this order a NaN passes */
     f32x16 n = f32_round(f32_mul(x, f32_set(1.44269504f)));
     f32x16 r = f32_fma(n, f32_set(-0.693145752f), x);  /* ln 2 in two parts; n times the first is exact */
     r = f32_fma(n, f32_set(-1.42860677e-6f), r);
