@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py environment.py $(wildcard qwen3c/*.pyx qwen3c/*.pxd qwen3c/kernels/*)
+SOURCES := pyproject.toml setup.py environment.py $(wildcard qwen3c/*/*.pyx qwen3c/*/*.pxd qwen3c/kernels/*.[ch])
 
 .PHONY: help run test oracles model test-arm bench lint sanitize serial clean
 
@@ -73,7 +73,7 @@ lint: $(VENV)/ready
 	@for folder in $(TYPED); do echo "mypy $$folder" && $(BIN)/mypy $$folder*.py || exit 1; done
 
 # a build of its own, in a copy: build/NAME/ has the sources, and the engine compiled by what $(1) sets
-apart = mkdir -p build/$@ && rm -rf build/$@/tests && tar -c --exclude '*.so' --exclude __pycache__ \
+apart = mkdir -p build/$@ && rm -rf build/$@/qwen3c build/$@/tests && tar -c --exclude '*.so' --exclude __pycache__ \
     qwen3c tests docs *.py *.toml *.md Makefile | tar -x -C build/$@ && $(PIP) $(call extra,build) \
     && cd build/$@ && $(1) $(abspath $(BIN))/python setup.py -q build_ext --inplace
 
@@ -97,7 +97,7 @@ serial: $(VENV)/ready
 
 ## make clean      remove everything that was built
 clean:
-	rm -rf $(VENV) build dist *.egg-info qwen3c/*.so qwen3c/kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info qwen3c/*/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/ready: $(SOURCES)
