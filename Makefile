@@ -85,7 +85,7 @@ sanitize: $(VENV)/ready
 	@case "$(ASAN)" in /*) ;; *) echo "make sanitize needs gcc with its libasan, $(CC) has none (CC=gcc-12 names another)" >&2; exit 1;; esac
 	@$(call apart,QWEN3C_CFLAGS="$(SANITIZE)")
 	cd build/$@ && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD=$(ASAN) \
-	    $(abspath $(BIN))/python -m pytest tests/test_engine.py tests/test_format.py tests/test_reference.py
+	    $(abspath $(BIN))/python -m pytest tests/engine/test_engine.py tests/test_format.py tests/test_reference.py
 	cd build/$@ && $(CC) $(SANITIZE) -std=c11 -Iqwen3c/kernels tests/kernels/kernels.c \
 	    $$(ls build/temp*/qwen3c/kernels/*.o | grep -v /table.o) -lm -o kernels && ./kernels > kernels.txt && tail -n 1 kernels.txt
 	cd build/$@ && $(CC) $(SANITIZE) -std=c11 -D_POSIX_C_SOURCE=200809L -pthread -Iqwen3c/kernels tests/kernels/team.c -o team \
@@ -93,7 +93,7 @@ sanitize: $(VENV)/ready
 
 ## make serial     engine and kernel tests of a build without OpenMP, in build/serial
 serial: $(VENV)/ready
-	@$(call apart,QWEN3C_OPENMP=0) && $(abspath $(BIN))/python -m pytest tests/test_engine.py tests/test_reference.py tests/kernels
+	@$(call apart,QWEN3C_OPENMP=0) && $(abspath $(BIN))/python -m pytest tests/engine/test_engine.py tests/test_reference.py tests/kernels
 
 ## make clean      remove everything that was built
 clean:
