@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py environment.py $(wildcard qwen3c/*.pyx qwen3c/*.pxd qwen3c/kernels/*)
+SOURCES := pyproject.toml setup.py environment.py $(wildcard qwen3c/*/*.pyx qwen3c/*/*.pxd qwen3c/kernels/*.[ch])
 
 .PHONY: help run test oracles model test-arm bench lint sanitize serial clean
 
@@ -73,7 +73,7 @@ lint: $(VENV)/ready
 	@for folder in $(TYPED); do echo "mypy $$folder" && $(BIN)/mypy $$folder*.py || exit 1; done
 
 # a build of its own, in a copy: build/NAME/ has the sources, and the engine compiled by what $(1) sets
-apart = mkdir -p build/$@ && rm -rf build/$@/tests && tar -c --exclude '*.so' --exclude __pycache__ \
+apart = mkdir -p build/$@ && rm -rf build/$@/qwen3c build/$@/tests && tar -c --exclude '*.so' --exclude __pycache__ \
     qwen3c tests docs *.py *.toml *.md Makefile | tar -x -C build/$@ && $(PIP) $(call extra,build) \
     && cd build/$@ && $(1) $(abspath $(BIN))/python setup.py -q build_ext --inplace
 
@@ -85,7 +85,7 @@ sanitize: $(VENV)/ready
 	@case "$(ASAN)" in /*) ;; *) echo "make sanitize needs gcc with its libasan, $(CC) has none (CC=gcc-12 names another)" >&2; exit 1;; esac
 	@$(call apart,QWEN3C_CFLAGS="$(SANITIZE)")
 	cd build/$@ && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD=$(ASAN) \
-	    $(abspath $(BIN))/python -m pytest tests/test_engine.py tests/test_format.py tests/test_reference.py
+	    $(abspath $(BIN))/python -m pytest tests/engine/test_engine.py tests/test_format.py tests/test_reference.py
 	cd build/$@ && $(CC) $(SANITIZE) -std=c11 -Iqwen3c/kernels tests/kernels/kernels.c \
 	    $$(ls build/temp*/qwen3c/kernels/*.o | grep -v /table.o) -lm -o kernels && ./kernels > kernels.txt && tail -n 1 kernels.txt
 	cd build/$@ && $(CC) $(SANITIZE) -std=c11 -D_POSIX_C_SOURCE=200809L -pthread -Iqwen3c/kernels tests/kernels/team.c -o team \
@@ -93,11 +93,11 @@ sanitize: $(VENV)/ready
 
 ## make serial     engine and kernel tests of a build without OpenMP, in build/serial
 serial: $(VENV)/ready
-	@$(call apart,QWEN3C_OPENMP=0) && $(abspath $(BIN))/python -m pytest tests/test_engine.py tests/test_reference.py tests/kernels
+	@$(call apart,QWEN3C_OPENMP=0) && $(abspath $(BIN))/python -m pytest tests/engine/test_engine.py tests/test_reference.py tests/kernels
 
 ## make clean      remove everything that was built
 clean:
-	rm -rf $(VENV) build dist *.egg-info qwen3c/*.so qwen3c/kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info qwen3c/*/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/ready: $(SOURCES)

@@ -173,3 +173,17 @@ def test_ci_runs_what_contributing_promises() -> None:
     parts = re.findall(r"^part make (.*)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     assert parts == ["oracles", "lint", "test", "sanitize", "serial", "test-arm"]
     assert "make test" in indented(README)[1]
+
+
+def test_every_test_that_is_named_is_there() -> None:
+    """In documents, in the Makefile, in what tests and sources say themselves."""
+    folders = ("tests", "qwen3c", "benchmarks", "recipe", "examples")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    pages = [path for path in PAGES if path.name not in OF_THEIR_TIME]
+    missing = {
+        f"{path.relative_to(ROOT)} names {name}"
+        for path in [*sources, *pages, ROOT / "Makefile"]
+        for name in re.findall(r"(?<![\w/])tests/[\w/]+\.(?:py|c|bin)\b", path.read_text())
+        if not (ROOT / name).exists()
+    }
+    assert not missing

@@ -1,6 +1,6 @@
 """Sequences that share passes: the same bits as alone, common beginnings once, never more at once than allowed.
 
-python -m pytest tests/test_batch.py
+python -m pytest tests/drivers/test_batch.py
 """
 
 from __future__ import annotations

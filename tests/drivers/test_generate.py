@@ -1,6 +1,6 @@
 """The token loop: the same text however it is reached, every reason to stop, nothing lost.
 
-python -m pytest tests/test_generate.py
+python -m pytest tests/drivers/test_generate.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A reply is a function of its prompt, settings and seed, however its logits were computed.
 
-python -m pytest tests/test_reply.py
+python -m pytest tests/drivers/test_reply.py
 """
 
 from __future__ import annotations

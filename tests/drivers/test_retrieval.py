@@ -1,6 +1,6 @@
 """Texts as vectors and documents by score, against transformers doing what the model cards show.
 
-python -m pytest tests/test_retrieval.py
+python -m pytest tests/drivers/test_retrieval.py
 """
 
 from __future__ import annotations

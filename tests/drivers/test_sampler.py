@@ -1,6 +1,6 @@
 """Logits -> token: the filters against a float64 oracle, the draw against its distribution.
 
-python -m pytest tests/test_sampler.py
+python -m pytest tests/drivers/test_sampler.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Weights stay in the file: what is not in memory is read again, and of the experts only those that are chosen.
 
-python -m pytest tests/test_page_cache.py
+python -m pytest tests/engine/test_page_cache.py
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an int8 KV cache costs a trained model; tests/test_run.py holds the figure itself to the logits.
+"""What an int8 KV cache costs a trained model; tests/cli/test_run.py holds the figure itself to the logits.
 
 python -m pytest tests/inspect/test_perplexity.py
 """
@@ -9,8 +9,7 @@ from pathlib import Path
 
 from small_models import TINY_QWEN3
 
-from qwen3c import Model
-from qwen3c.convert import export
+from qwen3c import Model, format
 from qwen3c.inspect.perplexity import measure
 
 

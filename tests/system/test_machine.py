@@ -1,6 +1,6 @@
 """The default thread count respects the environment, affinity, cgroup quotas and hyper-threads.
 
-python -m pytest tests/test_machine.py
+python -m pytest tests/system/test_machine.py
 """
 
 from __future__ import annotations

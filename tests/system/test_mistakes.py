@@ -1,6 +1,6 @@
 """What was given in place of a model is called the same by whoever meets it, and the advice can be typed.
 
-python -m pytest tests/test_mistakes.py
+python -m pytest tests/system/test_mistakes.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """At a terminal and elsewhere: messages read, notes and progress shown.
 
-python -m pytest tests/test_terminal.py
+python -m pytest tests/system/test_terminal.py
 """
 
 from __future__ import annotations
