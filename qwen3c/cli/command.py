@@ -156,7 +156,10 @@ def _missing(error: ImportError) -> str:
 
 
 def _is_built() -> bool:
-    return all(importlib.util.find_spec(f"{PACKAGE}.{name}") for name in COMPILED)
+    try:
+        return all(importlib.util.find_spec(f"{PACKAGE}.{name}") for name in COMPILED)
+    except ImportError:
+        return False  # to look into a package imports it, and it imports what is not there
 
 
 # ----------------------------------------------------------------------------
