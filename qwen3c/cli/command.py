@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib.machinery
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -156,13 +156,10 @@ def _missing(error: ImportError) -> str:
 
 
 def _is_built() -> bool:
-    """Whether the compiled modules are there; looked for as files, since their packages import them."""
-    found = []
-    for name in COMPILED:
-        folder, _, module = name.rpartition(".")
-        place = str(Path(__file__).parents[1] / folder)
-        found.append(importlib.machinery.PathFinder.find_spec(module, [place]))
-    return all(found)
+    try:
+        return all(importlib.util.find_spec(f"{PACKAGE}.{name}") for name in COMPILED)
+    except ImportError:
+        return False  # to look into a package imports it, and it imports what is not there
 
 
 # ----------------------------------------------------------------------------
