@@ -225,6 +225,7 @@ def test_a_command_of_the_documents_works_as_it_stands(command: str, desk: Path)
         "PYTHONPATH": str(ROOT),  # as if qwen3c were installed
         "XDG_STATE_HOME": str(desk / "state"),
         "PS1": "$ ",
+        "OMP_NUM_THREADS": "1",  # two on a busy machine wait for each other
     }
     with Terminal(SHELL, cwd=desk, env=env) as shell:
         shell.wait_for("$")

@@ -5,6 +5,7 @@ python -m pytest tests/terminal/test_examples.py
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -17,13 +18,8 @@ from screen import ROOT, SHELL, Terminal
 from small_models import TINY_QWEN3
 
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
-FOUND = {"PYTHONPATH": str(ROOT)}
-KINDS: dict[str, dict[str, str | None]] = {
-    "usual": {},
-    "dumb": {"TERM": "dumb"},
-    "NO_COLOR": {"NO_COLOR": "1"},
-    "LANG=C": {"LANG": "C"},
-}
+FOUND: dict[str, str | None] = {"PYTHONPATH": str(ROOT)}
+PLAIN: dict[str, str | None] = {"TERM": "dumb", "NO_COLOR": "1", "LANG": "C"}
 
 every_example = pytest.mark.parametrize("name", EXAMPLES)
 
@@ -39,26 +35,37 @@ def words(text: str) -> str:
 
 @every_example
 def test_an_example_says_the_same_on_every_terminal_and_in_every_width(name: str, tmp_path: Path) -> None:
-    screens = []
-    for columns, kind in ((80, "usual"), (20, "usual"), (80, "dumb"), (80, "NO_COLOR"), (80, "LANG=C")):
-        with Terminal(command(name), columns=columns, env=FOUND | KINDS[kind], cwd=tmp_path) as terminal:
-            assert terminal.finish() == 0, terminal.text
-            terminal.assert_left_as_found()
-            assert "Traceback" not in terminal.text and b"\x1b" not in terminal.raw
-            screens.append(words(terminal.text))
+    screens = [usual_screen(name)]
+    kinds: list[tuple[int, dict[str, str | None]]] = [(20, {}), (80, PLAIN)]
+    for columns, kind in kinds:
+        with Terminal(command(name), columns=columns, env=FOUND | kind, cwd=tmp_path) as terminal:
+            screens.append(screen_at_end(terminal))
     assert len(screens[0]) > 50 and set(screens) == {screens[0]}
     assert not list(tmp_path.iterdir())
 
 
 @every_example
 def test_an_example_in_a_pipe_prints_what_it_prints_on_a_terminal(name: str, tmp_path: Path) -> None:
-    screens = []
-    for redirection in ("", "< /dev/null", "| cat", "2> err"):
+    for redirection in ("| cat", "< /dev/null 2> err"):
         shell = ["sh", "-c", f"{shlex.join(command(name))} {redirection}"]
         with Terminal(shell, env=FOUND, cwd=tmp_path) as terminal:
-            assert terminal.finish() == 0, terminal.text
-            screens.append(words(terminal.text))
-    assert set(screens) == {screens[0]} and (tmp_path / "err").read_text() == ""
+            assert screen_at_end(terminal) == usual_screen(name)
+    assert (tmp_path / "err").read_text() == ""
+
+
+@functools.cache
+def usual_screen(name: str) -> str:
+    """What an example leaves on a usual terminal."""
+    with Terminal(command(name), env=FOUND) as terminal:
+        return screen_at_end(terminal)
+
+
+def screen_at_end(terminal: Terminal) -> str:
+    """The words of an example that ends well and draws nothing."""
+    assert terminal.finish() == 0, terminal.text
+    terminal.assert_left_as_found()
+    assert "Traceback" not in terminal.text and b"\x1b" not in terminal.raw
+    return words(terminal.text)
 
 
 @every_example

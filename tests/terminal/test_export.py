@@ -51,7 +51,7 @@ def target(tmp_path: Path) -> Path:
     return tmp_path / "model.bin"
 
 
-def slow(source: Path, target: Path, seconds: float = 0.15) -> list[str]:
+def slow(source: Path, target: Path, seconds: float = 0.1) -> list[str]:
     return [sys.executable, "-c", SLOW, str(seconds), str(source), str(target), "--threads", "1"]
 
 
@@ -297,8 +297,8 @@ def test_a_precious_file_is_kept_unless_forced(source: Path, target: Path) -> No
 # One process for all, since most of an export of a small model is starting Python
 MANY = """
 import functools, sys
-from qwen3c import terminal
 from qwen3c.cli import export
+from qwen3c.system import terminal
 export.Progress = functools.partial(export.Progress, delay=0)
 terminal.StatusLine = functools.partial(terminal.StatusLine, interval=0)
 for source in sys.argv[2:]:

@@ -6,12 +6,14 @@ python -m pytest tests/terminal/test_modes.py
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ DRAWN_LONG = {"generate": ["--file", "text.txt"], "trace --html": ["-n", "40"]}
 PACE = {"bench": "quick"}  # where what it measures for seconds is not what is tested: its figures are made up
 SPEED = re.compile(r"(?:promptN|replyN).*$")  # in words(): the last line of a reply
 
+Usual = Callable[[str], tuple[str, bytes]]
 every_mode = pytest.mark.parametrize("mode", MODES)
 every_slow_mode = pytest.mark.parametrize("mode", SLOW)
 
@@ -48,6 +51,19 @@ def type_mode(desk: Desk, mode: str, *, columns: int = 80, **options: Any) -> tu
         return t.text, t.raw
 
 
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Usual:
+    """type_mode() of a mode on a usual terminal, typed once for all tests."""
+
+    @functools.cache
+    def typed(mode: str) -> tuple[str, bytes]:
+        desk = Desk(tmp_path_factory.mktemp("usual"))
+        (desk.folder / "text.txt").write_text(TEXT)
+        return type_mode(desk, mode)
+
+    return typed
+
+
 def words(text: str) -> str:
     """What stands on a screen whatever its width and whatever the clock said: no blanks nor rules, every number N."""
     return re.sub(r"\d[\d.,]*", "N", re.sub(r"[\s:-]+", "", text))
@@ -64,9 +80,11 @@ def said_and_speed(words: str) -> tuple[str, list[str]]:
 
 
 @every_mode
-def test_every_mode_ends_well_at_80_and_at_20_columns_and_says_the_same(desk: Desk, mode: str) -> None:
-    usual, narrow = (words(type_mode(desk, mode, columns=columns)[0]) for columns in (80, 20))
-    (said, parts), (said_narrow, parts_narrow) = map(said_and_speed, (usual, narrow))
+def test_every_mode_ends_well_at_80_and_at_20_columns_and_says_the_same(
+    desk: Desk, mode: str, usual: Usual
+) -> None:
+    said, parts = said_and_speed(words(usual(mode)[0]))
+    said_narrow, parts_narrow = said_and_speed(words(type_mode(desk, mode, columns=20)[0]))
     assert len(said) > 20 and said_narrow == said
     assert bool(parts) == (mode == "generate")
     assert parts_narrow == [part for part in parts if part in parts_narrow]
@@ -76,16 +94,16 @@ def test_every_mode_ends_well_at_80_and_at_20_columns_and_says_the_same(desk: De
 
 
 @every_mode
-def test_a_dumb_terminal_gets_no_escape_code(desk: Desk, mode: str) -> None:
+def test_a_dumb_terminal_gets_no_escape_code(desk: Desk, mode: str, usual: Usual) -> None:
     text, raw = type_mode(desk, mode, env={"TERM": "dumb"})
     assert b"\x1b" not in raw and "\r" not in raw.decode().replace("\r\n", "")
-    assert words(text) == words(type_mode(desk, mode)[0])
+    assert words(text) == words(usual(mode)[0])
 
 
 @every_mode
-def test_no_color_is_no_colour_and_nothing_else(desk: Desk, mode: str) -> None:
+def test_no_color_is_no_colour_and_nothing_else(desk: Desk, mode: str, usual: Usual) -> None:
     _, plain = type_mode(desk, mode, env={"NO_COLOR": "1"})
-    _, coloured = type_mode(desk, mode)
+    _, coloured = usual(mode)
     assert not SGR.search(plain)
     assert words(SGR.sub(b"", coloured).decode()) == words(plain.decode())
 
