@@ -85,6 +85,7 @@ cdef class KVBlock:
         return block
 
 
+@cython.no_gc_clear  # __dealloc__ needs the model
 cdef class Session:
     """One sequence: its position and its KV cache. Made by Model.session().
 
@@ -113,7 +114,7 @@ cdef class Session:
         cdef KVBlock block
         if self.blocks is not None:
             for block in self.blocks:
-                block.owners -= 1
+                self._release(block)
         free(self.pointers)
 
     def __repr__(self):
@@ -143,6 +144,13 @@ cdef class Session:
     def kv_bytes(self):
         """Bytes of KV cache allocated so far (blocks shared after fork() count in each session)."""
         return len(self.blocks) * self._model.m.block_bytes
+
+    def growth(self, n):
+        """Bytes of KV cache that forward() of n more ids will allocate: new blocks, and copies of shared ones."""
+        cdef Py_ssize_t i, blocks = 0, count = _integer("n", n)
+        for i in range(self._position // KV_BLOCK, ceil_div(self._position + count, KV_BLOCK)):
+            blocks += i >= len(self.blocks) or (<KVBlock>self.blocks[i]).owners > 1
+        return blocks * self._model.m.block_bytes
 
     def forward(self, ids, logits="last"):
         """Append token ids; return (vocab_size,) logits of the last one, or (len(ids), vocab_size) of all.
@@ -180,7 +188,18 @@ cdef class Session:
         cdef KVBlock block
         while len(self.blocks) > keep:
             block = self.blocks.pop()
-            block.owners -= 1
+            self._release(block)
+
+    cdef _release(self, KVBlock block):
+        """This session no longer holds `block`, whose memory goes with its last owner."""
+        block.owners -= 1
+        if block.owners == 0:
+            self._model._kv_bytes -= block.size
+
+    cdef KVBlock _own(self, KVBlock block):
+        """`block`, just made for this session, counted."""
+        self._model._kv_bytes += block.size
+        return block
 
     cdef _make_room(self, Py_ssize_t n):
         """Blocks for n more positions; of those that will be written none is shared with another session."""
@@ -188,10 +207,10 @@ cdef class Session:
         cdef KVBlock block
         for i in range(self._position // KV_BLOCK, ceil_div(self._position + n, KV_BLOCK)):
             if i == len(self.blocks):
-                self.blocks.append(KVBlock(self._model.m.block_bytes))
+                self.blocks.append(self._own(KVBlock(self._model.m.block_bytes)))
             elif (<KVBlock>self.blocks[i]).owners > 1:
-                block = (<KVBlock>self.blocks[i]).copy()
-                (<KVBlock>self.blocks[i]).owners -= 1
+                block = self._own((<KVBlock>self.blocks[i]).copy())
+                self._release(self.blocks[i])
                 self.blocks[i] = block
             self.pointers[i] = (<KVBlock>self.blocks[i]).data
 
@@ -211,6 +230,7 @@ cdef class Model:
     cdef object _file
     cdef str _path, _kv, _activations
     cdef bint _closed
+    cdef Py_ssize_t _kv_bytes  # of all blocks that sessions hold, each counted once
     cdef object lock
     cdef Engine m
 
@@ -289,6 +309,24 @@ cdef class Model:
     def kv(self):
         """The type of the KV cache: "f16", "f32" or "int8"."""
         return self._kv
+
+    @property
+    def kv_bytes(self):
+        """Bytes of KV cache that the sessions of this model hold; a block that several share counts once."""
+        return self._kv_bytes
+
+    def kv_bytes_of(self, sessions):
+        """Bytes of KV cache that some sessions of this model hold; a block that several share counts once."""
+        cdef Session session
+        cdef set blocks = set()
+        for session in sessions:
+            blocks.update(session.blocks)
+        return len(blocks) * self.m.block_bytes
+
+    @property
+    def kv_block_bytes(self):
+        """Bytes of the smallest piece of KV cache, a block of 256 positions."""
+        return self.m.block_bytes
 
     @property
     def activations(self):

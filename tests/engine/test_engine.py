@@ -677,3 +677,21 @@ def test_top_k_orders_by_value_then_id() -> None:
         order = np.lexsort((np.arange(n), -logits))
         for k in {1, min(20, n), min(64, n)}:
             assert np.array_equal(engine.top_k(logits, k), order[:k])
+
+
+def test_kv_bytes_counts_a_shared_block_once_and_growth_foretells_it(path: Path, kv: Any) -> None:
+    model = Model(path, kv=kv)
+    block, session = model.kv_block_bytes, model.session()
+    assert model.kv_bytes == 0 and session.growth(1) == block
+    session.forward([1] * 10)
+    assert model.kv_bytes == block and session.growth(256 - 10) == 0 and session.growth(257 - 10) == block
+    other = session.fork()
+    assert model.kv_bytes == model.kv_bytes_of([session, other]) == block
+    assert session.growth(1) == other.growth(1) == block  # the shared block would be copied
+    other.forward([2])
+    assert model.kv_bytes == model.kv_bytes_of([session, other]) == 2 * block
+    assert session.growth(1) == 0 and model.kv_bytes_of([other]) == block
+    other.rewind(0)
+    assert model.kv_bytes == block
+    del session
+    assert model.kv_bytes == 0
