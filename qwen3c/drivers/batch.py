@@ -32,7 +32,9 @@ PIECE_SECONDS = (
     0.5  # about how long a pass with a piece of a prompt takes: how soon a cancel or a progress line comes
 )
 LARGEST_PIECE = 256  # tokens; the engine computes no more at once
-LARGEST_ALL = 64  # tokens of a sequence that wants the logits of all: each row of them is as long as the vocabulary
+LARGEST_ALL = (
+    64  # tokens of a sequence that wants the logits of all: each row of them is as long as the vocabulary
+)
 RUNNING = 16  # sequences at once, where the caller has no wish
 KEPT = 4  # sessions of sequences that ended, kept for what later prompts have in common with them
 KINDS: tuple[Logits, ...] = ("last", "hidden", "all")

@@ -31,7 +31,11 @@ class PromptScores:
         self._sampler = Sampler(Sampling(), (), vocabulary.n_tokens, vocabulary.undefined)
         self._prompt = prompt
         self._top = top
-        self.values = [TokenScore(prompt[0], None, [])]
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all rows: the prompt is read again."""
+        self.values = [TokenScore(self._prompt[0], None, [])]
 
     def add(self, rows: NDArray[np.float32]) -> None:
         """Score the tokens that come after those whose logits these are."""

@@ -1,8 +1,8 @@
 """What a request comes down to, whichever surface it came by, and its result while it comes.
 
-    Ask       prompts of token ids and what is wanted of them
-    Update    what a pass of the engine brought one of its sequences
-    Stream    the updates of all its sequences, for the event loop
+Ask       prompts of token ids and what is wanted of them
+Update    what a pass of the engine brought one of its sequences
+Stream    the updates of all its sequences, for the event loop
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..drivers.reply import Event, Stats
+from ..drivers.sampler import SamplingOptions
 from ..drivers.score import TokenScore
 from .errors import ApiError
 
 if TYPE_CHECKING:
+    from ..drivers.grammar import Grammar
+    from ..text.tools import ToolSet
     from .scheduler import Job
 
 Stage = Literal["queued", "reading"]
@@ -30,18 +33,26 @@ Stage = Literal["queued", "reading"]
 class Ask:
     """Sequences that share a key, a priority and the way their tokens are chosen.
 
-    prompts: token ids, one list a sequence. options: keyword arguments of Model.reply_state, which says what they are.
-    seeds: one for each sequence; None: the seed of the options. echo: None, or how many of the most likely tokens to
-    give with the log-probability of each token of the prompts. vectors: the final hidden state of each prompt is wanted,
-    and no reply. namespace: of the prefix cache, the name of the key. priority: lower comes sooner.
+    prompts: token ids, one list a sequence; a prompt that is wanted n times is there n times. max_tokens, sampling,
+    stop, logprobs, thinking_budget: see Model.generate. seeds: one for each sequence, in place of the sampling's.
+    grammar: what each reply must follow. tools: whose calls are looked for in each reply. echo: None, or how many of
+    the most likely tokens to give with the log-probability of each token of the prompts. vectors: the final hidden
+    state of each prompt is wanted; rows: the logits after each prompt; either way there is no reply. namespace: of the
+    prefix cache, the name of the key. priority: lower comes sooner.
     """
 
     prompts: Sequence[list[int]]
     max_tokens: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
     seeds: Sequence[int] | None = None
+    stop: Sequence[str] = ()
+    logprobs: int | None = None
+    grammar: Grammar | None = None
+    tools: ToolSet | None = None
+    thinking_budget: int | None = None
     echo: int | None = None
     vectors: bool = False
+    rows: bool = False
     namespace: str = ""
     priority: int = 0
 
@@ -66,7 +77,7 @@ class Progress:
 class Update:
     """What came of one sequence. index: which. The last update of a sequence has `last`.
 
-    event: a token of a reply. row: with Ask.vectors, (dim,); for a prompt whose logits alone are wanted (vocab_size,).
+    event: a token of a reply. row: with Ask.vectors (dim,), with Ask.rows (vocab_size,).
     scores: with Ask.echo, before the first event. error: the engine failed.
     """
 

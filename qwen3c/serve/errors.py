@@ -54,7 +54,9 @@ class ApiError(Exception):
 
     def anthropic(self) -> dict[str, Any]:
         """The body as Anthropic's ErrorResponse."""
-        type = ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        type = ANTHROPIC_TYPES.get(
+            self.status, "api_error" if self.status >= 500 else "invalid_request_error"
+        )
         return {"type": "error", "error": {"type": type, "message": self.message} | self.extra}
 
     def headers(self) -> dict[str, str]:

@@ -15,7 +15,10 @@ from collections.abc import Sequence
 
 FEWEST, MOST, STEP = 16, 256, 16  # rows of prompts in a pass; MOST is what the engine computes at once
 ALONE = 0.5  # seconds of a pass when nobody waits for a next token: how soon a cancel comes
-SHORTEST, QUIET_STEPS = 0.1, 4  # without --max-gap: the target is so many quiet passes, at least SHORTEST seconds
+SHORTEST, QUIET_STEPS = (
+    0.1,
+    4,
+)  # without --max-gap: the target is so many quiet passes, at least SHORTEST seconds
 MARGIN = 0.9  # of the target that is planned for; the rest is for what passes cost more than foreseen
 MEMORY = 0.3  # weight of the newest pass in the averages
 
@@ -36,6 +39,10 @@ class Pace:
             return self._max_gap * MARGIN
         quiet = self._quiet if self._quiet is not None else SHORTEST / QUIET_STEPS
         return min(max(QUIET_STEPS * quiet, SHORTEST), ALONE)
+
+    def shares(self, left: Sequence[int], n_decoding: int) -> Sequence[int]:
+        """Rows for each prompt in the next pass; left: tokens that each has still to read, the oldest first."""
+        return shares(left, self.rows(n_decoding))
 
     def rows(self, n_decoding: int) -> int:
         """How many rows of prompts the next pass takes."""
