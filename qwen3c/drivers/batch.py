@@ -133,9 +133,11 @@ OutcomeT_co = TypeVar("OutcomeT_co", bound=Outcome, covariant=True)
 
 
 class State(Protocol[OutcomeT_co]):
-    """What a sequence does with its logits. max_tokens: how many rows it will take at most."""
+    """What a sequence does with its logits."""
 
-    max_tokens: int
+    @property
+    def max_tokens(self) -> int:
+        """How many rows it will take at most."""
 
     def prepare(self) -> None:
         """A pass begins that will end in take(): what can be computed beside it may start now."""
