@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from .reply import FinishReason, Stats
 
 if TYPE_CHECKING:
-    from ..engine import Logits, Model, Session
+    from ..engine import Engine, Logits, Session
 
 FIRST_PIECE = 64  # tokens of prompts forwarded in the first pass
 PIECE_SECONDS = (
@@ -52,7 +52,7 @@ class CachedSession:
     goes on in it, the newest: an older one that is asked for more is a ValueError.
     """
 
-    def __init__(self, model: Model, context: int | None = None, *, session: Session | None = None) -> None:
+    def __init__(self, model: Engine, context: int | None = None, *, session: Session | None = None) -> None:
         self.model = model
         self.session = model.session(context) if session is None else session
         self.context = self.session.context
@@ -96,7 +96,7 @@ class CachedSession:
 
 
 def forward(
-    model: Model, rows: Sequence[tuple[CachedSession, list[int]]], kind: Logits = "last"
+    model: Engine, rows: Sequence[tuple[CachedSession, list[int]]], kind: Logits = "last"
 ) -> Sequence[NDArray[np.float32]]:
     """One pass that appends tokens to each session; of each its row `kind` (see Session.forward)."""
     outputs = model.forward([(cached.session, ids) for cached, ids in rows], kind)
@@ -215,7 +215,7 @@ class Batch(Generic[OutcomeT]):
     driven by step(); or by plan() and run(), for a caller who has to make room for a pass first.
     """
 
-    def __init__(self, model: Model, pace: Pace | None = None) -> None:
+    def __init__(self, model: Engine, pace: Pace | None = None) -> None:
         self._model = model
         self._pace = Pieces() if pace is None else pace
         self.running: list[Member[OutcomeT]] = []
@@ -309,7 +309,7 @@ class Batch(Generic[OutcomeT]):
 
 
 def drive(
-    model: Model,
+    model: Engine,
     sequences: Iterable[tuple[list[int], State[OutcomeT]]],
     running: int,
     kind: Logits = "last",
@@ -344,7 +344,7 @@ def drive(
 
 
 def session_for(
-    prompt: list[int], model: Model, running: Iterable[Member[Any]], others: Iterable[CachedSession]
+    prompt: list[int], model: Engine, running: Iterable[Member[Any]], others: Iterable[CachedSession]
 ) -> CachedSession | None:
     """A session that holds as much of `prompt` as any session does; None if a running one will soon hold more."""
     n_useful = len(prompt) - 1  # the last token's logits are wanted
@@ -389,7 +389,7 @@ class LastRow:
         return self
 
 
-def last_rows(model: Model, prompts: Sequence[list[int]], kind: Logits) -> list[NDArray[np.float32]]:
+def last_rows(model: Engine, prompts: Sequence[list[int]], kind: Logits) -> list[NDArray[np.float32]]:
     """What Session.forward returns of each prompt: its last token's logits, or final hidden state."""
     states = [LastRow() for _ in prompts]
     for _ in drive(model, zip(prompts, states, strict=True), LARGEST_PIECE, kind):
