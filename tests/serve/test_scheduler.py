@@ -253,7 +253,7 @@ def test_a_cancelled_sequence_leaves_in_any_state(path: Path, when: str) -> None
         async with serving(path, running=1) as served:
             blocker = await served.submit(Ask([[5]], max_tokens=2000)) if when == "queued" else None
             prompt = [5] * (1900 if when == "reading" else 3)
-            stream = await served.submit(Ask([prompt], max_tokens=100))
+            stream = await served.submit(Ask([prompt], max_tokens=2000))
             async for update in stream:
                 if update.event is not None or (update.progress and update.progress.stage == when):
                     break
