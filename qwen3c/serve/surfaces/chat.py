@@ -172,6 +172,13 @@ def messages_of(fields: Fields, name: str) -> list[dict[str, Any]]:
         if role == "assistant":
             known |= calls_of(message)
         messages.append(known)
+    return joined(system, messages, fields, name)
+
+
+def joined(
+    system: list[str], messages: list[dict[str, Any]], fields: Fields, name: str
+) -> list[dict[str, Any]]:
+    """The messages after one that says what all system messages say; ApiError 400 if there is nothing to answer."""
     if not messages:
         raise fields.error(name, "holds system messages alone: there is nothing to answer")
     first = [{"role": "system", "content": "\n\n".join(system)}] if system else []
@@ -265,13 +272,8 @@ def thinking_of(fields: Fields, served: Served) -> tuple[bool | None, int | None
 
     chat_template_kwargs.enable_thinking is an order, which a model that cannot obey refuses; reasoning_effort is a wish.
     """
-    thinking = None
     kind = served.model.metadata["thinking"]
-    effort = fields.text(
-        "reasoning_effort", choices=("none", "minimal", "low", "medium", "high", "xhigh", "max")
-    )
-    if effort is not None and kind == "hybrid":
-        thinking = effort not in ("none", "minimal")
+    thinking = thinking_wish(fields, "reasoning_effort", served)
     options = fields.object("chat_template_kwargs")
     if options is not None:
         ordered = options.flag("enable_thinking")
@@ -286,6 +288,14 @@ def thinking_of(fields: Fields, served: Served) -> tuple[bool | None, int | None
                 thinking = None
     budget = fields.whole("thinking_budget", 0, LARGEST)
     return thinking, budget
+
+
+def thinking_wish(fields: Fields, name: str, served: Served) -> bool | None:
+    """Whether a hybrid model should think, by how much effort is wished for; None where nothing can be chosen."""
+    effort = fields.text(name, choices=("none", "minimal", "low", "medium", "high", "xhigh", "max"))
+    if effort is None or served.model.metadata["thinking"] != "hybrid":
+        return None
+    return effort not in ("none", "minimal")
 
 
 def format_of(fields: Fields) -> Format | None:
