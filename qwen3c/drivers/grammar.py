@@ -16,7 +16,6 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -28,6 +27,8 @@ from .call_rules import CallRules, GrammarError, named, one_of
 from .reply import Mask, Vocabulary
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
     from llguidance import LLMatcher, LLTokenizer
 
 T = TypeVar("T")
@@ -392,6 +393,8 @@ def _derived(vocabulary: Vocabulary, name: str, make: Callable[[], T]) -> T:
 
 @functools.cache
 def _worker() -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor  # slow to import, as is logging with it
+
     return ThreadPoolExecutor(1, "qwen3c-masks")
 
 
