@@ -199,6 +199,11 @@ class ReplyState:
         return self._sampler.seed
 
     @property
+    def stop_string(self) -> str | None:
+        """The text of `stop` that has ended the reply, if one has."""
+        return self._stream.stop_string if self._stream else None
+
+    @property
     def sampled_logprob(self) -> float:
         """Of the last token, in nats, under the distribution it was drawn from (see Sampler)."""
         return self._sampler.logprob

@@ -181,7 +181,7 @@ def last_control_token(tokenizer: Tokenizer, prompt: Sequence[int]) -> int | Non
 
 
 class StopStrings:
-    """Text in, text out up to the first stop string; what may be the start of one waits.
+    """Text in, text out up to the first stop string, which is then `found`; what may be the start of one waits.
 
     Of several, the one complete first counts (of those the longest), so that the result does not
     depend on how the text was cut into pieces.
@@ -192,6 +192,7 @@ class StopStrings:
         if not all(isinstance(s, str) and s for s in self._strings):
             raise ValueError(f"stop = {self._strings!r} holds something other than non-empty strings")
         self._held = ""
+        self.found: str | None = None
 
     def push(self, text: str) -> tuple[str, bool]:
         """(the text that can go out, whether a stop string follows it)."""
@@ -199,7 +200,9 @@ class StopStrings:
         found = [(at + len(s), at) for s in self._strings if (at := text.find(s)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)[1]], True
+            end, at = min(found)
+            self.found = text[at:end]
+            return text[:at], True
         start = len(text) - self._may_start(text)
         self._held = text[start:]
         return text[:start], False
@@ -241,6 +244,11 @@ class ReplyStream:
         self._after_tag = False
         self._newlines = ""  # the end of the text so far: goes out with more text, not with a tag
         self.stopped = False
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has come, if one has."""
+        return self._stops.found
 
     @property
     def in_call(self) -> bool:

@@ -56,7 +56,7 @@ def routes(api: Api) -> list[Route]:
         wanted = read(fields, served)
         client = api.client(request)
         ask = await wanted.talk.ask(served, client.name, api.priority(request, fields))
-        headers = api.headers(served, fields.finish())
+        headers = api.headers(served, fields.finish(), ask)
         stream = await served.submit(ask, client.limits)
         chat = Chat(f"chatcmpl-{api.request_id(request)}", served, wanted, stream)
         if wanted.streams:
@@ -420,9 +420,8 @@ class Chat:
         if event.text or (logprobs and logprobs["content"]):
             name = "reasoning_content" if event.thinking else "content"
             texts.append(self._chunk(index, {name: event.text}, logprobs=logprobs))
-        if event.tool_call is not None:
-            i = len(answer.reply.tool_calls) - 1
-            call = call_object(self.id, index, i, event.tool_call)
+        for i, called in enumerate(event.tool_calls, len(answer.reply.tool_calls) - len(event.tool_calls)):
+            call = call_object(self.id, index, i, called)
             texts.append(self._chunk(index, {"tool_calls": [{"index": i} | call]}))
         if event.finish_reason is not None:
             texts.append(self._chunk(index, {}, finish=answer.finish))

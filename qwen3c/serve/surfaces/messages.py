@@ -47,7 +47,7 @@ def routes(api: Api) -> list[Route]:
         streams = fields.flag("stream", False)
         client = api.client(request)
         ask = await talk.ask(served, client.name, api.priority(request, fields))
-        headers = api.headers(served, fields.finish())
+        headers = api.headers(served, fields.finish(), ask)
         stream = await served.submit(ask, client.limits)
         message = Message(f"msg_{api.request_id(request)}", served, stream)
         if streams:
@@ -291,7 +291,12 @@ class Message:
     async def events(self) -> AsyncGenerator[str, None]:
         """The answer as events: the message, its blocks, why it ended."""
         answer = Answer()
-        begun = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": self._usage(answer)}
+        begun: dict[str, Any] = {
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": self._usage(answer),
+        }
         start = self._head() | begun
         yield event("message_start", {"type": "message_start", "message": start})
         async for first in self.stream:
@@ -353,8 +358,8 @@ class Message:
                 texts += [self._close(), self._start({"type": kind} | empty)]
                 self._open = kind
             texts.append(self._delta({"type": f"{kind}_delta", kind: came.text}))
-        if came.tool_call is not None:
-            block = self._tool_use(len(answer.reply.tool_calls) - 1, came.tool_call)
+        for i, call in enumerate(came.tool_calls, len(answer.reply.tool_calls) - len(came.tool_calls)):
+            block = self._tool_use(i, call)
             arguments = json.dumps(block["input"], ensure_ascii=False)
             texts += [self._close(), self._start(block | {"input": {}})]
             self._open = "tool_use"

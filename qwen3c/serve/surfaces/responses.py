@@ -54,7 +54,7 @@ def routes(api: Api) -> list[Route]:
         streams = fields.flag("stream", False)
         client = api.client(request)
         ask = await talk.ask(served, client.name, api.priority(request, fields))
-        headers = api.headers(served, fields.finish())
+        headers = api.headers(served, fields.finish(), ask)
         stream = await served.submit(ask, client.limits)
         made = Made(api.request_id(request), served, talk, stream, echoed(fields))
         if streams:
@@ -431,8 +431,8 @@ class Made:
                 texts.append(
                     self._event("response.output_text.delta", **place, delta=came.text, logprobs=logprobs)
                 )
-        if came.tool_call is not None:
-            texts += [self._close("completed"), self._whole_call(came.tool_call)]
+        for call in came.tool_calls:
+            texts += [self._close("completed"), self._whole_call(call)]
         return texts
 
     def _begin(self, kind: str) -> str:
