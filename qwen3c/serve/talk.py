@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..drivers.reply import Event, Reply, Vocabulary
 from ..drivers.sampler import SamplingOptions
+from ..text.chat import TOOL_CALL
 from .ask import Ask, Stream, Update
 from .errors import ApiError
 from .fields import Fields
@@ -119,8 +120,8 @@ class Talk:
             raise ApiError(
                 400, f"{wanted.path}: {error}", param=wanted.path, code="unsupported_schema"
             ) from None
-        if tools is None:
-            return answer
+        if tools is None or (self.tool_choice == "auto" and vocabulary.control_id(TOOL_CALL) is None):
+            return answer  # a model without that token cannot call, and need not
         named = self.tool_choice if self.tool_choice not in ("auto", "required", "none") else None
         choice: Any = "auto" if named is not None else self.tool_choice
         try:
