@@ -58,7 +58,8 @@ class Clock:
 
 
 def settings(url: str, **options: Any) -> Settings:
-    return Settings(url, "M", **{"key": KEY, "first_delta": 5.0, "silence": 5.0} | options)
+    chosen: dict[str, Any] = {"key": KEY, "first_delta": 5.0, "silence": 5.0} | options
+    return Settings(url, "M", **chosen)
 
 
 def new_upstream(url: str, clock: Clock, **options: Any) -> Upstream:
@@ -161,7 +162,7 @@ def test_the_usage_chunk_is_the_last_and_only_where_it_was_asked_for(asked: bool
         assert isinstance(answer, Answer)
         return [c async for c in answer]
 
-    counted = {"usage": {"prompt_tokens": 1, "completion_tokens": 2}}
+    counted: dict[str, Any] = {"usage": {"prompt_tokens": 1, "completion_tokens": 2}}
     script = [head(), ROLE, chunk({"content": "a"}, **counted), chunk({}, "stop"), USAGE, DONE]
     with Provider(script) as provider:
         chunks = talk(provider.url, work)
@@ -538,7 +539,7 @@ def test_requests_under_way_do_not_shorten_the_wait() -> None:
         breaker.fail(failure)
         assert breaker.opened and breaker.opened.until == clock() + 300
     breaker.fail(Failure("http_429", seconds=1e9))
-    assert breaker.opened.until == clock() + 86_400  # nobody is believed for longer
+    assert breaker.opened and breaker.opened.until == clock() + 86_400  # nobody is believed for longer
 
 
 def test_an_open_breaker_is_probed_in_the_background_and_never_by_a_request() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_provider import ROLE, Provider, chunk, error, head, stream
+from fake_provider import ROLE, Provider, Script, chunk, error, head, stream
 from screen import ROOT, Terminal
 from small_models import TINY_QWEN3
 
@@ -100,7 +100,7 @@ def test_a_reply_that_breaks_off_stays_and_can_be_asked_for_again(chat: Chat) ->
 
 
 def test_ctrl_c_ends_the_cloud_at_once_and_what_came_stays(chat: Chat) -> None:
-    slow = [head(), ROLE, chunk({"content": "Hel"}), "silence"]
+    slow: Script = [head(), ROLE, chunk({"content": "Hel"}), "silence"]
     with Provider(slow, ["silence"], stream("ok")) as provider, chat(provider) as t:
         t.wait_until(lambda: t.current_line == ">", "the prompt")
         t.type("hi\r")
