@@ -318,10 +318,9 @@ class Upstream:
         self.breaker = Breaker(clock, random)
         self._clock, self._now, self._sleep = clock, now, sleep
         self._budget = Budget(settings.requests, settings.tokens, now)
-        self._client: httpx2.AsyncClient | None = None
         self._probing: asyncio.Task[None] | None = None
-        if not settings.offline:
-            _import_client()
+        # made here: to read the certificates takes long enough to be felt in a request
+        self._client = None if settings.offline else self._new_client()
 
     def state(self) -> dict[str, Any]:
         """For /health and /props. until: seconds since 1970 when it will be asked again, None if that is now or never."""
@@ -443,9 +442,8 @@ class Upstream:
         return json.dumps(sent).encode(), bool(asked.get("include_usage"))
 
     async def _send(self, method: str, path: str, content: bytes | None = None) -> httpx2.Response:
+        assert self._client  # offline nothing is sent
         try:
-            if self._client is None:
-                self._client = self._new_client()
             request = self._client.build_request(method, self.settings.url + path, content=content)
             return await self._client.send(request, stream=True)
         except Exception as error:

@@ -6,6 +6,7 @@ python -m pytest tests/serve/test_upstream.py
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpcore2
 import pytest
 from fake_provider import DONE, ROLE, USAGE, Provider, Script, chunk, chunked, error, event, head, stream
 
@@ -125,6 +127,14 @@ def no_key_in_logs() -> Iterator[None]:
     root.removeHandler(kept)
     root.setLevel(level)
     assert not [line for line in kept.lines if KEY in line]
+
+
+@pytest.fixture(autouse=True)
+def certificates_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(httpcore2, "default_ssl_context", _ssl_context)
+
+
+_ssl_context = functools.cache(httpcore2.default_ssl_context)
 
 
 # ----------------------------------------------------------------------------
