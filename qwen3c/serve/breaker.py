@@ -15,21 +15,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .failures import Failure
+
 FAILURES, WINDOW = 3, 60.0  # this many in this many seconds open the breaker
 SHORTEST, LONGEST, JITTER = 10.0, 300.0, 0.2  # seconds, seconds, share
-MISCONFIGURED = 300.0  # seconds: nobody expects a wrong key to become right by itself
 LATEST = 86_400.0  # seconds of a Retry-After that are believed
-
-
-class Failure(Exception):
-    """What went wrong at a provider. reason: a word for x-qwen3c-fallback and for logs.
-
-    opens: this failure opens the breaker by itself, for `seconds` if they are given. Others count.
-    """
-
-    def __init__(self, reason: str, *, opens: bool = False, seconds: float | None = None) -> None:
-        super().__init__(reason)
-        self.reason, self.opens, self.seconds = reason, opens, seconds
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from .breaker import Failure
+from .failures import Failure
 
 LONGEST_LINE = 4 << 20  # bytes of an event
 LONGEST_ANSWER = 64 << 20  # bytes of a whole answer

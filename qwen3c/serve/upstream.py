@@ -20,21 +20,20 @@ import contextlib
 import ipaddress
 import json
 import logging
-import math
 import os
 import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
-from email.utils import parsedate_to_datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from .breaker import MISCONFIGURED, Breaker, Failure, Opened
+from .breaker import Breaker, Opened
 from .errors import ApiError
+from .failures import OURS, Failure, failure_of, failure_of_status, import_client, is_mistaken
 from .provider import Chunk, Events, Shape, Whole, joined, parsed
 
 if TYPE_CHECKING:
@@ -58,8 +57,6 @@ LOCAL_ONLY = (
     "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "json_schema",
 )  # fmt: skip
 FORMATS = ("text", "json_object", "json_schema")
-OURS = (400, 413, 422)  # the request is wrong, and would be anywhere
-MISTAKEN = (401, 402, 403, 404)  # key, account or address are wrong
 log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())  # a chat on a terminal says it in its own words
 
@@ -330,7 +327,7 @@ class Upstream:
             state, reason = "offline", "offline"
         elif opened:
             reason = opened.reason
-            state = "misconfigured" if _is_mistaken(reason) else "open"
+            state = "misconfigured" if is_mistaken(reason) else "open"
             until = round(self._now().timestamp() + max(opened.until - self._clock(), 0))
         elif self._budget.is_spent:
             state, reason, until = "budget", "budget", round(self._budget.until().timestamp())
@@ -368,7 +365,7 @@ class Upstream:
             except Failure as error:
                 failure = error
                 self._note(failure)
-        reason = "misconfigured" if _is_mistaken(failure.reason) else failure.reason
+        reason = "misconfigured" if is_mistaken(failure.reason) else failure.reason
         if route == "cloud":
             raise self._unavailable(failure.reason, body)
         return Declined(reason)
@@ -394,7 +391,7 @@ class Upstream:
         if _local_field(body):
             return "local_field"
         if self.breaker.opened:
-            return "misconfigured" if _is_mistaken(self.breaker.opened.reason) else "breaker_open"
+            return "misconfigured" if is_mistaken(self.breaker.opened.reason) else "breaker_open"
         return "budget" if self._budget.is_spent else None
 
     async def _ask(self, body: dict[str, Any], stream: bool) -> Answer:
@@ -503,7 +500,7 @@ class Upstream:
     def _new_client(self) -> httpx2.AsyncClient:
         from http.cookiejar import CookieJar, DefaultCookiePolicy
 
-        httpx2 = _import_client()
+        httpx2 = import_client()
         headers = {"accept": "text/event-stream, application/json", "accept-encoding": "identity"}
         headers |= {"content-type": "application/json", "user-agent": "qwen3c"}
         if self.settings.key:
@@ -534,7 +531,7 @@ class Upstream:
 
     def _say(self, opened: Opened) -> None:
         seconds = max(opened.until - self._clock(), 0)
-        if _is_mistaken(opened.reason):
+        if is_mistaken(opened.reason):
             cure = "check the key" if opened.reason != "http_404" else "check --upstream and --upstream-model"
             log.warning("upstream %s misconfigured: %s: %s", self.settings.host, opened.reason, cure)
         else:
@@ -577,83 +574,6 @@ class Upstream:
             raise Failure("probe_timeout")
 
 
-# ----------------------------------------------------------------------------
-# What went wrong
-
-
-def failure_of_status(status: int, retry_after: str | None, now: Callable[[], datetime]) -> Failure | None:
-    """The failure that an HTTP status is; None for 200 and for those that are the request's own fault."""
-    if status == 200 or status in OURS:
-        return None
-    reason = f"http_{status}"
-    if status == 429:
-        return Failure(reason, seconds=_seconds(retry_after, now))
-    if status >= 500 or status == 408:
-        return Failure(reason)
-    if status >= 400:
-        return Failure(reason, opens=True, seconds=MISCONFIGURED)
-    return Failure("captive", opens=True)  # a redirect or an empty page: no provider
-
-
-def _is_mistaken(reason: str) -> bool:
-    """Whether a failure will last until somebody changes the settings."""
-    return reason.startswith("http_4") and reason not in ("http_408", "http_429")
-
-
-def failure_of(error: Exception) -> Failure:
-    """The failure that an exception of the HTTP client is. Other exceptions are mistakes of this program."""
-    import socket
-    import ssl
-
-    import anyio
-
-    httpx2 = _import_client()
-    if isinstance(error, httpx2.ConnectTimeout):
-        return Failure("connect_timeout", opens=True)
-    if isinstance(error, (httpx2.ConnectError, httpx2.ProxyError)):
-        for cause in _causes(error):
-            # a connection that ends before a request is sent ended in the handshake
-            if isinstance(cause, (ssl.SSLError, anyio.EndOfStream, anyio.BrokenResourceError)):
-                return Failure("tls", opens=True)
-            if isinstance(cause, socket.gaierror):
-                return Failure("dns", opens=True)
-            if isinstance(cause, ConnectionRefusedError):
-                return Failure("connect_refused", opens=True)
-        return Failure("unreachable", opens=True)
-    if isinstance(error, (httpx2.TransportError, httpx2.StreamError)):
-        return Failure("cut")
-    raise error
-
-
-def _causes(error: BaseException | None) -> list[BaseException]:
-    """An exception and all that led to it, of groups the members."""
-    causes: list[BaseException] = []
-    waiting = [error]
-    while waiting:
-        cause = waiting.pop()
-        if cause is None or cause in causes:
-            continue
-        causes.append(cause)
-        waiting += [cause.__cause__, cause.__context__, *getattr(cause, "exceptions", ())]
-    return causes
-
-
-def _seconds(retry_after: str | None, now: Callable[[], datetime]) -> float | None:
-    """A Retry-After in seconds, which may be a number or a date; None if it is neither, or over."""
-    if retry_after is None:
-        return None
-    try:
-        seconds = float(retry_after)
-    except ValueError:
-        try:
-            date = parsedate_to_datetime(retry_after)
-        except ValueError:
-            return None
-        date = date if date.tzinfo else date.replace(tzinfo=timezone.utc)
-        seconds = date.timestamp() - now().timestamp()
-    return seconds if seconds > 0 and math.isfinite(seconds) else None
-
-
 def _local_field(body: dict[str, Any]) -> str | None:
     """The field of a request that binds its reply to what only the local model can keep, None if there is none."""
     for name in LOCAL_ONLY:
@@ -686,11 +606,3 @@ async def _bytes(response: httpx2.Response, most: int = 16 << 20) -> bytes:
     except Exception as error:
         raise failure_of(error) from None
     return bytes(body[:most])
-
-
-def _import_client() -> Any:
-    try:
-        import httpx2
-    except ImportError:
-        raise ImportError("an upstream needs httpx2: pip install 'qwen3c[serve]'") from None
-    return httpx2

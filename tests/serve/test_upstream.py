@@ -25,8 +25,9 @@ import httpcore2
 import pytest
 from fake_provider import DONE, ROLE, USAGE, Provider, Script, chunk, chunked, error, event, head, stream
 
-from qwen3c.serve.breaker import FAILURES, Breaker, Failure
+from qwen3c.serve.breaker import FAILURES, Breaker
 from qwen3c.serve.errors import ApiError
+from qwen3c.serve.failures import Failure
 from qwen3c.serve.upstream import Answer, Declined, Route, Settings, Upstream, read_key
 
 KEY = "sk-canary-4f1d"
