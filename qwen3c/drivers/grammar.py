@@ -15,7 +15,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from ..text.chat import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
 from ..text.tools import Tool, ToolSet
-from .call_rules import CallRules, GrammarError, named, one_of
+from .call_rules import CallRules, one_of
 from .reply import Mask, Vocabulary
+from .schema import GrammarError, Part, enforceable, named, parsed
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,22 +35,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Choice = Literal["auto", "required", "none"]
 
-MAX_SCHEMA = 1 << 18  # characters of JSON
 MAX_LARK = 1 << 16  # characters
-MAX_RULES = 1000  # definitions in a Lark grammar, references in a schema: llguidance follows them recursively
+MAX_RULES = 1000  # definitions in a Lark grammar: llguidance follows them recursively
 MAX_PATTERN = 1 << 13  # characters
 MAX_CHOICES = 4096
+MAX_OPERATORS = 64  # & and ~ in a Lark grammar
+COMPILE_SECONDS = 10.0
+COMPILING = 2  # grammars at once
 STACK = 256 << 20  # bytes of address space for the thread that compiles
 SENTENCE = 300  # characters of what llguidance says
 
 NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 ANY_OBJECT = {"type": "object"}
-
-# keywords whose value is a schema, a list of schemas, or schemas by name
-_ONE = ("items", "additionalItems", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else",
-        "unevaluatedItems", "unevaluatedProperties", "contentSchema")  # fmt: skip
-_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
-_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
 # ----------------------------------------------------------------------------
@@ -64,9 +61,7 @@ class Grammar:
     GrammarError, one line, if it cannot be enforced or passes a limit. ImportError if llguidance is absent.
     """
 
-    def __init__(
-        self, vocabulary: Vocabulary, parts: list[dict[str, Any]], dropped: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary, parts: list[Part], dropped: Sequence[str] = ()) -> None:
         """parts: llguidance's grammars, the first of which may name the others."""
         self.vocabulary = vocabulary
         self.parts = parts
@@ -82,7 +77,7 @@ class Grammar:
     @classmethod
     def json_schema(cls, vocabulary: Vocabulary, schema: Any, strict: bool = True) -> Grammar:
         """JSON that a schema (a dict, or its text) allows. strict: refuse, not drop, what cannot be enforced."""
-        checked, dropped = _enforceable(vocabulary, _parsed(schema), strict)
+        checked, dropped = _enforced(vocabulary, schema, strict)
         return cls(
             vocabulary, [{"lark_grammar": f"start: @schema{NO_FORCING}"}, named("schema", checked)], dropped
         )
@@ -108,6 +103,8 @@ class Grammar:
         _check_text("grammar", text, MAX_LARK)
         if len(re.findall(r"^[ \t]*[?!]?\w+[^\n:]*:", text, re.MULTILINE)) > MAX_RULES:
             raise GrammarError(f"grammar has more than {MAX_RULES} rules")
+        if text.count("&") + text.count("~") > MAX_OPERATORS:
+            raise GrammarError(f"grammar has more than {MAX_OPERATORS} & and ~")
         return cls(vocabulary, [{"lark_grammar": text + NO_FORCING}])
 
     @classmethod
@@ -186,7 +183,7 @@ class _FreeUntilCall(Grammar):
     def __init__(
         self,
         vocabulary: Vocabulary,
-        parts: list[dict[str, Any]],
+        parts: list[Part],
         dropped: list[str],
         begin: int,
         parallel: bool,
@@ -441,7 +438,7 @@ def _new_tokens(vocabulary: Vocabulary) -> LLTokenizer:
     return LLTokenizer(TokenizerWrapper(Wrapped()), n_vocab=n_tokens, eos_token=ends)
 
 
-def _compiled(vocabulary: Vocabulary, parts: list[dict[str, Any]]) -> LLMatcher:
+def _compiled(vocabulary: Vocabulary, parts: list[Part]) -> LLMatcher:
     """GrammarError if llguidance refuses."""
     tokens = _tokens(vocabulary)
     from llguidance import LLMatcher, LLParserLimits
@@ -460,10 +457,15 @@ def _compiled(vocabulary: Vocabulary, parts: list[dict[str, Any]]) -> LLMatcher:
 
 
 _stack_size = threading.Lock()  # of the threads that start: a setting of the whole process
+_compiling = threading.Semaphore(COMPILING)
 
 
 def _with_large_stack(function: Callable[[], T]) -> T:
-    """The result of `function`, run in a thread whose stack llguidance's recursion over a chain of rules fits in."""
+    """The result of `function`, run in a thread whose stack llguidance's recursion over a chain of rules fits in.
+
+    GrammarError if it takes longer than COMPILE_SECONDS. Nothing can stop it then, but no more than COMPILING of its
+    kind run at once.
+    """
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -472,21 +474,27 @@ def _with_large_stack(function: Callable[[], T]) -> T:
             results.append(function())
         except BaseException as error:  # raised again where it belongs
             errors.append(error)
+        finally:
+            _compiling.release()
 
-    thread = threading.Thread(target=run, name="qwen3c-grammar")
+    if not _compiling.acquire(timeout=COMPILE_SECONDS):
+        raise GrammarError("other grammars are being compiled and take too long: try again later")
+    thread = threading.Thread(target=run, name="qwen3c-grammar", daemon=True)
     with _stack_size:
         before = threading.stack_size(STACK)
         try:
             thread.start()
         except RuntimeError:
-            raise MemoryError(
-                f"no room for the {STACK >> 20} MiB of stack that a grammar is compiled in"
-            ) from None
+            _compiling.release()
+            size = f"{STACK >> 20} MiB of stack"
+            raise MemoryError(f"no room for the {size} that a grammar is compiled with") from None
         finally:
             threading.stack_size(before)
-    thread.join()
+    thread.join(COMPILE_SECONDS)
     if errors:
         raise errors[0]
+    if not results:
+        raise GrammarError(f"grammar is too complex: it takes longer than {COMPILE_SECONDS:g} s to compile")
     return results[0]
 
 
@@ -520,7 +528,7 @@ def _regex(pattern: str) -> str:
 _LARK = {"/": r"\/", "\n": r"\n", "\r": r"\r", "\\\n": r"\n", "\\\r": r"\r"}
 
 
-def _renamed(parts: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+def _renamed(parts: list[Part], name: str) -> list[Part]:
     """The parts under names that begin with `name`, the first under `name` itself."""
     names = {part["name"]: f"{name}_{part['name']}" for part in parts[1:]}
     renamed = [{**part, "name": names.get(part.get("name", ""), name)} for part in parts]
@@ -533,103 +541,23 @@ def _renamed(parts: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 # Schemas
 
 
+def _enforced(vocabulary: Vocabulary, schema: Any, strict: bool) -> tuple[dict[str, Any], list[str]]:
+    """(a schema, or what of it can be enforced if it is not strict, the places of what was dropped)."""
+
+    def refusal(schema: dict[str, Any]) -> str | None:
+        try:
+            _compiled(vocabulary, [named("schema", schema)])
+        except GrammarError as error:
+            return str(error)
+        return None
+
+    return enforceable(parsed(schema), None if strict else refusal)
+
+
 def _tool_schema(
     vocabulary: Vocabulary, tool: Tool, schema: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """What can be enforced of a schema of a tool's, and what was dropped."""
     try:
-        return _enforceable(vocabulary, _parsed(schema), tool.strict)
+        return _enforced(vocabulary, schema, tool.strict)
     except GrammarError as error:
         raise GrammarError(f"tool {tool.name}: {error}") from None
-
-
-def _parsed(schema: Any) -> dict[str, Any]:
-    """A schema as plain JSON, within the limits."""
-    try:
-        text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
-        found = json.loads(text, parse_constant=_no_number)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise GrammarError(f"schema is not JSON: {_sentence(str(error))}") from None
-    if found is True:
-        found = {}
-    if not isinstance(found, dict):
-        raise GrammarError(f"schema is {text[:40]}, not an object")
-    if len(text) > MAX_SCHEMA:
-        raise GrammarError(f"schema has {len(text)} characters, at most {MAX_SCHEMA} are accepted")
-    if text.count('"$ref"') + text.count('"$dynamicRef"') > MAX_RULES:
-        raise GrammarError(f"schema has more than {MAX_RULES} references")
-    return found
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _enforceable(
-    vocabulary: Vocabulary, schema: dict[str, Any], strict: bool
-) -> tuple[dict[str, Any], list[str]]:
-    """(the schema, or what is left of it when it is not strict, the places of what was dropped)."""
-    dropped: list[str] = []
-    if "x-guidance" in schema:
-        if strict:
-            raise GrammarError("schema: x-guidance is not accepted")
-        schema = {name: value for name, value in schema.items() if name != "x-guidance"}
-        dropped.append("x-guidance")
-    if strict:
-        return schema, dropped
-    while (refused := _refusal(vocabulary, schema)) is not None:
-        if refused.startswith("recursion limit"):  # there is no way down to a keyword
-            raise GrammarError(refused)
-        culprit = next((c for c in _subschemas(schema) if _isnamed(vocabulary, refused, c)), None)
-        if culprit is None:
-            raise GrammarError(refused)
-        place, holder, keyword = culprit
-        dropped.append(place)
-        del holder[keyword]
-    return schema, dropped
-
-
-def _refusal(vocabulary: Vocabulary, schema: dict[str, Any]) -> str | None:
-    """What llguidance says against a schema; None if it takes it."""
-    try:
-        _compiled(vocabulary, [named("schema", schema)])
-    except GrammarError as error:
-        return str(error)
-    return None
-
-
-def _isnamed(vocabulary: Vocabulary, refused: str, culprit: tuple[str, dict[str, Any], str]) -> bool:
-    """Whether a refusal is about a keyword, (its place, the schema it is in, its name)."""
-    _, holder, keyword = culprit
-    if refused.startswith("Unimplemented keys"):
-        return json.dumps(keyword) in refused
-    if refused.startswith("Unknown format"):
-        return keyword == "format" and refused.endswith(f": {holder['format']}")
-    if refused.startswith(("Resource ", "Pointer ", "Failed to resolve")):
-        return keyword == "$ref" and not _is_local(holder["$ref"])
-    if keyword in ("pattern", "patternProperties"):
-        patterns = [holder[keyword]] if keyword == "pattern" else list(holder[keyword])
-        alone = ({"type": "string", "pattern": pattern} for pattern in patterns)
-        return any(_refusal(vocabulary, each) is not None for each in alone)
-    return False
-
-
-def _is_local(reference: Any) -> bool:
-    return isinstance(reference, str) and reference.startswith("#")
-
-
-def _subschemas(schema: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Every keyword within a schema: (its place, the schema it is in, its name). Names of properties are none."""
-    if not isinstance(schema, dict):
-        return
-    for keyword, value in list(schema.items()):
-        place = f"{where}.{keyword}".lstrip(".")
-        yield place, schema, keyword
-        if keyword in _NAMED and isinstance(value, dict):
-            for name, each in value.items():
-                yield from _subschemas(each, f"{place}.{name}")
-        if keyword in _LISTS and isinstance(value, list):
-            for i, each in enumerate(value):
-                yield from _subschemas(each, f"{place}[{i}]")
-        if keyword in _ONE:
-            yield from _subschemas(value, place)
