@@ -80,7 +80,7 @@ class CallRules:
 
     def _json(self, tool: Tool, name: str, schema: dict[str, Any], where: str = "") -> str:
         checked, dropped = self._enforceable(tool, schema)
-        self.parts.append(named(name, checked))
+        self.parts.append(named(name, checked, tool.strict))
         self.dropped += [".".join(filter(None, (tool.name, where, place))) for place in dropped]
         return f"@{name}"
 

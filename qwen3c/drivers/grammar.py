@@ -79,7 +79,9 @@ class Grammar:
         """JSON that a schema (a dict, or its text) allows. strict: refuse, not drop, what cannot be enforced."""
         checked, dropped = _enforced(vocabulary, schema, strict)
         return cls(
-            vocabulary, [{"lark_grammar": f"start: @schema{NO_FORCING}"}, named("schema", checked)], dropped
+            vocabulary,
+            [{"lark_grammar": f"start: @schema{NO_FORCING}"}, named("schema", checked, strict)],
+            dropped,
         )
 
     @classmethod
@@ -546,7 +548,7 @@ def _enforced(vocabulary: Vocabulary, schema: Any, strict: bool) -> tuple[dict[s
 
     def refusal(schema: dict[str, Any]) -> str | None:
         try:
-            _compiled(vocabulary, [named("schema", schema)])
+            _compiled(vocabulary, [named("schema", schema, strict)])
         except GrammarError as error:
             return str(error)
         return None

@@ -12,7 +12,6 @@ Part = dict[str, Any]
 """One of llguidance's grammars, {"name", "json_schema"} or {"lark_grammar"}; rules refer to it as @name."""
 
 SPACE = r"[ \n\r\t]{1,64}"  # between the tokens of JSON: bounded, or a weak model would never end it
-OPTIONS = {"coerce_one_of": True, "lenient": False, "whitespace_pattern": SPACE}
 MAX_SCHEMA = 1 << 18  # characters of JSON
 MAX_REFERENCES = 1000  # llguidance follows them recursively
 MAX_MEETING = 8  # patterns that one text has to meet: what llguidance takes to combine them doubles with each
@@ -30,9 +29,10 @@ class GrammarError(ValueError):
     """A grammar cannot be enforced, or became too complex in the middle of a reply. One line."""
 
 
-def named(name: str, schema: dict[str, Any]) -> Part:
-    """The grammar of JSON that a schema allows."""
-    return {"name": name, "json_schema": {**schema, "x-guidance": OPTIONS}}
+def named(name: str, schema: dict[str, Any], strict: bool) -> Part:
+    """The grammar of JSON that a schema allows. strict: refuse a oneOf whose schemas may overlap, not read it as anyOf."""
+    options = {"coerce_one_of": not strict, "lenient": False, "whitespace_pattern": SPACE}
+    return {"name": name, "json_schema": {**schema, "x-guidance": options}}
 
 
 def parsed(schema: Any) -> dict[str, Any]:
