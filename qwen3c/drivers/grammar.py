@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Choice = Literal["auto", "required", "none"]
 
+NEWLINES = 2  # that belong to </think>
 MAX_LARK = 1 << 16  # characters
 MAX_RULES = 1000  # definitions in a Lark grammar: llguidance follows them recursively
 MAX_PATTERN = 1 << 13  # characters
@@ -66,8 +67,8 @@ class Grammar:
         self.vocabulary = vocabulary
         self.parts = parts
         self.dropped = list(dropped)
-        self._matcher = _compiled(vocabulary, parts)
-        self.warnings: list[str] = self._matcher.get_grammar_warnings()
+        self._compiled = _Compiled(vocabulary, parts)
+        self.warnings = self._compiled.warnings
 
     @classmethod
     def json_object(cls, vocabulary: Vocabulary) -> Grammar:
@@ -176,7 +177,7 @@ class Grammar:
 
     def mask(self, prompt: Sequence[int]) -> Mask:
         """The state of one reply, the one to `prompt` (token ids)."""
-        return _AnswerMask(self.vocabulary, self._matcher, self.vocabulary.beginning(prompt))
+        return _AnswerMask(self.vocabulary, self._compiled, self.vocabulary.beginning(prompt))
 
 
 class _FreeUntilCall(Grammar):
@@ -195,7 +196,7 @@ class _FreeUntilCall(Grammar):
         self._parallel = parallel
 
     def mask(self, prompt: Sequence[int]) -> Mask:
-        return _CallMask(self.vocabulary, self._matcher, self._begin, self._parallel)
+        return _CallMask(self.vocabulary, self._compiled, self._begin, self._parallel)
 
 
 class _WithoutCalls(Grammar):
@@ -219,12 +220,39 @@ class _WithoutCalls(Grammar):
 # The state of one reply
 
 
-class _Matched:
-    """A matcher whose masks are computed in another thread, if asked for in time."""
+class _Compiled:
+    """A grammar that any number of replies may go through.
 
-    def __init__(self, vocabulary: Vocabulary, matcher: LLMatcher) -> None:
+    The matchers of one compilation share what their lexer has worked out, and the limit on that: a reply could fail
+    for what others said. So a matcher that fails is made again, by a compilation of its own.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, parts: list[Part]) -> None:
+        self._vocabulary = vocabulary
+        self._parts = parts
+        self._first = _compiled(vocabulary, parts)
+        self.warnings: list[str] = self._first.get_grammar_warnings()
+
+    def matcher(self) -> LLMatcher:
+        """At the beginning of the text."""
+        return self._first.deep_copy()
+
+    def matcher_after(self, tokens: list[int]) -> LLMatcher:
+        """After `tokens`, of a new compilation, which others go on from."""
+        self._first = _compiled(self._vocabulary, self._parts)
+        matcher = self._first.deep_copy()
+        matcher.consume_tokens(tokens)
+        return matcher
+
+
+class _Matched:
+    """The place of one text in a grammar. Its masks are computed in another thread, if asked for in time."""
+
+    def __init__(self, vocabulary: Vocabulary, compiled: _Compiled) -> None:
         self._n_tokens = vocabulary.n_tokens
-        self._matcher = matcher.deep_copy()
+        self._compiled = compiled
+        self._matcher = compiled.matcher()
+        self._tokens: list[int] = []
         self._coming: Future[bytes] | None = None
 
     @property
@@ -251,11 +279,17 @@ class _Matched:
         if self._coming is not None:  # a matcher does one thing at a time
             self._coming.result()
             self._coming = None
+        self._tokens.append(token)
         if not self._matcher.consume_token(token):
-            raise GrammarError(f"grammar: token {token} is not allowed here")
+            self._matcher = self._compiled.matcher_after(self._tokens)
+            if self._matcher.is_error():
+                raise GrammarError(f"grammar: token {token} cannot follow here")
 
     def _compute(self) -> bytes:
         bits = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            self._matcher = self._compiled.matcher_after(self._tokens)
+            bits = self._matcher.compute_bitmask()
         if self._matcher.is_error():
             raise GrammarError(f"grammar: too complex to go on: {_sentence(self._matcher.get_error())}")
         return bits
@@ -264,16 +298,17 @@ class _Matched:
 class _AnswerMask:
     """The mask of an answer that is held to a grammar, and of the thought before it.
 
-    Thought is free but for what would end the reply in it: end tokens and other tags. The newline that models write
-    after </think> belongs to the tag.
+    Thought is free but for what would end the reply in it: end tokens and other tags. Up to two newlines after
+    </think>, which models write there, belong to the tag.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, matcher: LLMatcher, beginning: Literal["thought", "answer", "either"]
+        self, vocabulary: Vocabulary, compiled: _Compiled, beginning: Literal["thought", "answer", "either"]
     ) -> None:
-        self._matched = _Matched(vocabulary, matcher)
+        self._matched = _Matched(vocabulary, compiled)
         self._vocabulary = vocabulary
-        self._state: Literal["thought", "answer", "either", "newline"] = beginning
+        self._state = beginning
+        self._newlines = 0  # how many may come before the answer
 
     def prepare(self) -> None:
         if self._state != "thought":
@@ -286,29 +321,35 @@ class _AnswerMask:
         allowed = self._matched.allowed()
         if self._state == "either":
             allowed[self._vocabulary.control_id(THINK)] = True
-        elif self._state == "newline":
-            allowed[_newlines(self._vocabulary)] = True
+        for n, token in _newlines(self._vocabulary):
+            if n <= self._newlines:
+                allowed[token] = True
         return allowed
 
     def accept(self, token: int) -> None:
         """See Mask."""
         if self._state == "thought":
-            self._state = "newline" if token == self._vocabulary.control_id(END_THINK) else "thought"
-        elif self._state == "either" and token == self._vocabulary.control_id(THINK):
+            if token == self._vocabulary.control_id(END_THINK):
+                self._state, self._newlines = "answer", NEWLINES
+            return
+        if self._state == "either" and token == self._vocabulary.control_id(THINK):
             self._state = "thought"
-        elif self._state == "newline" and token in _newlines(self._vocabulary):
-            self._state = "answer"
+            return
+        self._state = "answer"
+        n = next((n for n, newlines in _newlines(self._vocabulary) if newlines == token), NEWLINES + 1)
+        if n <= self._newlines:
+            self._newlines -= n
         else:
-            self._state = "answer"
+            self._newlines = 0
             self._matched.accept(token)
 
 
 class _CallMask:
     """The mask of free text with calls in it. parallel: whether anything but an end may follow a call."""
 
-    def __init__(self, vocabulary: Vocabulary, matcher: LLMatcher, begin: int, parallel: bool) -> None:
+    def __init__(self, vocabulary: Vocabulary, compiled: _Compiled, begin: int, parallel: bool) -> None:
         self._vocabulary = vocabulary
-        self._matcher = matcher
+        self._compiled = compiled
         self._begin = begin
         self._parallel = parallel
         self._call: _Matched | None = None
@@ -332,7 +373,7 @@ class _CallMask:
                 self._call = None
                 self._ended = not self._parallel
         elif token == self._begin:
-            self._call = _Matched(self._vocabulary, self._matcher)
+            self._call = _Matched(self._vocabulary, self._compiled)
 
 
 class _Without:
@@ -371,15 +412,15 @@ def _thought(vocabulary: Vocabulary) -> NDArray[np.bool_]:
     return _derived(vocabulary, "thought", mask)
 
 
-def _newlines(vocabulary: Vocabulary) -> list[int]:
-    """The tokens of one newline, and of two."""
+def _newlines(vocabulary: Vocabulary) -> list[tuple[int, int]]:
+    """(how many newlines, the token that stands for them) where there is one."""
 
-    def ids() -> list[int]:
+    def found() -> list[tuple[int, int]]:
         assert vocabulary.tokenizer is not None
-        found = [vocabulary.tokenizer.encode(text) for text in ("\n", "\n\n")]
-        return [ids[0] for ids in found if len(ids) == 1]
+        cut = [(n, vocabulary.tokenizer.encode("\n" * n)) for n in range(1, NEWLINES + 1)]
+        return [(n, ids[0]) for n, ids in cut if len(ids) == 1]
 
-    return _derived(vocabulary, "newlines", ids)
+    return _derived(vocabulary, "newlines", found)
 
 
 def _derived(vocabulary: Vocabulary, name: str, make: Callable[[], T]) -> T:
@@ -502,7 +543,7 @@ def _with_large_stack(function: Callable[[], T]) -> T:
 
 def _sentence(message: str) -> str:
     """What llguidance says, in one line."""
-    text = " ".join(re.split(r"\n\s*<state>", message)[0].split())
+    text = " ".join(re.split(r"\n\s*<state>|<non-verbose/>", message)[0].split())
     return text if len(text) <= SENTENCE else text[: SENTENCE - 1] + "…"
 
 
@@ -559,7 +600,10 @@ def _enforced(vocabulary: Vocabulary, schema: Any, strict: bool) -> tuple[dict[s
 def _tool_schema(
     vocabulary: Vocabulary, tool: Tool, schema: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
+    """See _enforced; a refusal names the tool."""
     try:
-        return _enforced(vocabulary, schema, tool.strict)
+        checked, dropped = _enforced(vocabulary, schema, tool.strict)
+        _compiled(vocabulary, [named("schema", checked, tool.strict)])
+        return checked, dropped
     except GrammarError as error:
         raise GrammarError(f"tool {tool.name}: {error}") from None

@@ -227,9 +227,7 @@ PARIS = call("get_weather", city="Paris")
         ('<tool_call>\n{"name": "ping", "arguments": {}}\n</tool_call>', Piece("", False, (call("ping"),))),
     ],
 )  # fmt: skip
-def test_coder_calls_are_read_with_tags_and_without(
-    tokenizer: Tokenizer, text: str, expected: Piece
-) -> None:
+def test_coder_calls_are_read_with_tags_and_without(tokenizer: Tokenizer, text: str, expected: Piece) -> None:
     assert reply(tokenizer, text, CODER) == expected
 
 
