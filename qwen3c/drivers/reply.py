@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..text.chat import THINK, Piece, ReplyStream, last_control_token
+from ..text.chat import TAGS, THINK, Piece, ReplyStream, last_control_token
 from ..text.tokenizer import Tokenizer
 from .sampler import Sampler, Sampling
 
@@ -121,13 +121,14 @@ class Vocabulary:
     """What a reply must know of a model's tokens.
 
     n_tokens: only ids below it exist. end_tokens: ids that end a reply. undefined: ids below n_tokens that stand for
-    no token. tokenizer: None for events without text.
+    no token. tokenizer: None for events without text. bare: replies are text alone, in which no tag means anything.
     """
 
     n_tokens: int
     end_tokens: frozenset[int]
     undefined: Sequence[int] = ()
     tokenizer: Tokenizer | None = None
+    bare: bool = False
 
 
 class ReplyState:
@@ -157,8 +158,9 @@ class ReplyState:
         self._stream: ReplyStream | None = None
         if tokenizer is not None:
             think = tokenizer.control_id(THINK)
-            in_thought = think is not None and last_control_token(tokenizer, prompt) == think
-            self._stream = ReplyStream(tokenizer, in_thought, _stops(stop))
+            opened = think is not None and last_control_token(tokenizer, prompt) == think
+            in_thought, tags = opened and not vocabulary.bare, () if vocabulary.bare else TAGS
+            self._stream = ReplyStream(tokenizer, in_thought, _stops(stop), tags=tags)
         self._end_tokens = vocabulary.end_tokens
         self._logprobs = logprobs
         self._mask = mask

@@ -9,7 +9,7 @@ Tags are recognised by token id, never by their text: a model that writes about 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,11 +218,18 @@ class ReplyStream:
     """Tokens of a reply in, pieces of text out: no tag and no stop string shows, nothing else is lost.
 
     thinking: whether the reply starts inside <think>. `stopped` is set once a stop string has come.
+    tags: those that mean something in the reply; others are text.
     Newlines next to a tag belong to the tag, as they do in the template.
     """
 
-    def __init__(self, tokenizer: Tokenizer, thinking: bool = False, stop: Iterable[str] = ()) -> None:
-        self._tags = {tokenizer.control_id(tag): tag for tag in TAGS}
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        thinking: bool = False,
+        stop: Iterable[str] = (),
+        tags: Collection[str] = TAGS,
+    ) -> None:
+        self._tags = {tokenizer.control_id(tag): tag for tag in tags}
         self._decoder = tokenizer.stream()
         self._stops = StopStrings(stop)
         self._thinking = thinking
