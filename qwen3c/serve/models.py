@@ -124,11 +124,15 @@ class Served:
             own["seed"] = ask.seeds[i]
         sampling = self.model.sampling(self.model.may_think(ids), **own)
         mask = ask.grammar.mask(ids) if ask.grammar is not None else None
-        vocabulary = self._bare_vocabulary if ask.bare else self.model.vocabulary
-        return ReplyState(vocabulary, ids, sampling, budget, stop=ask.stop, logprobs=ask.logprobs, mask=mask)
+        vocabulary = self.bare_vocabulary if ask.bare else self.model.vocabulary
+        return ReplyState(
+            vocabulary, ids, sampling, budget, stop=ask.stop, logprobs=ask.logprobs, mask=mask,
+            tools=ask.tools, thinking_budget=ask.thinking_budget,
+        )  # fmt: skip
 
     @cached_property
-    def _bare_vocabulary(self) -> Vocabulary:
+    def bare_vocabulary(self) -> Vocabulary:
+        """For replies that are text alone."""
         return replace(self.model.vocabulary, bare=True)
 
     async def rows(

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..drivers.reply import ContextFullError, Event, Reply, Stats
+from ..drivers.reply import ContextFullError, Event, Reply, Stats, Vocabulary
 from ..drivers.sampler import SamplingOptions
 from ..drivers.score import TokenScore
-from ..model import Model
 from .ask import Ask, Progress, Stream
 from .errors import ApiError
 from .fields import Fields
@@ -39,18 +38,12 @@ class Format:
     strict: bool = True
     path: str = "response_format"  # of the field that asks for it
 
-    def grammar(self, model: Model) -> Grammar:
-        """What a reply must follow to look like it. ApiError 400 says what of it is not supported."""
-        from ..drivers.grammar import Grammar
-
+    def grammar(self, vocabulary: Vocabulary) -> Grammar:
+        """What a reply must follow to look like it. ApiError 400 if it cannot be enforced."""
         try:
-            return Grammar.of(model, self.kind, self.value, strict=self.strict)
+            return _grammar_of(vocabulary, self)
         except ValueError as error:
-            raise _unsupported(self.path, error) from None
-
-
-def _unsupported(path: str, error: ValueError) -> ApiError:
-    return ApiError(400, f"{path}: {error}", param=path, code="unsupported_schema")
+            raise ApiError(400, f"{self.path}: {error}", param=self.path, code="unsupported_schema") from None
 
 
 @dataclass
@@ -123,24 +116,38 @@ class Talk:
             raise self._error("tools", str(error)) from None
 
     def _grammar(self, served: Served, tools: ToolSet | None) -> Grammar | None:
-        """What the reply must follow, as the format or the tools have it."""
+        """What the reply must follow, as the format and the tools have it."""
         from ..drivers.grammar import Grammar
 
-        forced = tools is not None and self.tool_choice not in ("auto", "none")
-        if self.format is not None:
-            if forced:
-                raise self._error("tool_choice", "asks for a call, and the format for something else")
-            return self.format.grammar(served.model)
+        vocabulary = served.model.vocabulary
+        answer = None if self.format is None else self.format.grammar(vocabulary)
         if tools is None:
-            return None
+            return answer
+        named = self.tool_choice if self.tool_choice not in ("auto", "required", "none") else None
+        choice: Any = "auto" if named is not None else self.tool_choice
         try:
-            return Grammar.tools(served.model, tools, self.tool_choice, self.parallel)
+            return Grammar.tools(vocabulary, tools, choice, name=named, parallel=self.parallel, answer=answer)
         except ValueError as error:
-            raise _unsupported(self.paths.get("tools", "tools"), error) from None
+            raise self._error("tools", str(error)) from None
 
     def _error(self, name: str, reason: str) -> ApiError:
         path = self.paths.get(name, name)
         return ApiError(400, f"{path}: {reason}", param=path)
+
+
+def _grammar_of(vocabulary: Vocabulary, wanted: Format) -> Grammar:
+    """The grammar of a format. ValueError if it cannot be enforced."""
+    from ..drivers.grammar import Grammar
+
+    if wanted.kind == "json_object":
+        return Grammar.json_object(vocabulary)
+    if wanted.kind == "json_schema":
+        return Grammar.json_schema(vocabulary, wanted.value, wanted.strict)
+    if wanted.kind == "regex":
+        return Grammar.regex(vocabulary, wanted.value)
+    if wanted.kind == "choice":
+        return Grammar.choice(vocabulary, wanted.value)
+    return Grammar.lark(vocabulary, wanted.value)
 
 
 # ----------------------------------------------------------------------------

@@ -136,6 +136,9 @@ class Script:
     def accept(self, token: int) -> None:
         self.accepted.append(token)
 
+    def prepare(self) -> None:
+        """Nothing to do ahead of time."""
+
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_mask_decides_what_may_come(flat: Model, temperature: float) -> None:
@@ -156,6 +159,9 @@ def test_a_mask_that_allows_nothing_is_an_error(flat: Model) -> None:
             return np.zeros(flat.config.n_tokens, np.bool_)
 
         def accept(self, token: int) -> None:
+            raise AssertionError
+
+        def prepare(self) -> None:
             raise AssertionError
 
     with pytest.raises(ValueError, match="no token"):

@@ -63,9 +63,10 @@ def routes(api: Api) -> list[Route]:
         wanted = read(fields, served)
         client = api.client(request)
         priority = api.priority(request, fields)
-        headers = api.headers(served, fields.finish())
+        ignored = fields.finish()
         prompts = await served.work(wanted.tokenized, served.model.tokenizer)
         ask = await served.work(wanted.ask, served, prompts, client.name, priority)
+        headers = api.headers(served, ignored, ask)
         stream = await served.submit(ask, client.limits)
         completion = Completion(f"cmpl-{api.request_id(request)}", served, wanted, prompts, stream)
         if wanted.streams:
@@ -158,7 +159,7 @@ class Wanted:
             seeds=None if seeds is None else seeds * len(prompts),
             stop=self.stop,
             logprobs=self.logprobs,
-            grammar=self.format.grammar(served.model) if self.format is not None else None,
+            grammar=self.format.grammar(served.bare_vocabulary) if self.format is not None else None,
             bare=True,
             echo=self.logprobs if self.scores else None,
             namespace=namespace,
