@@ -144,8 +144,9 @@ class Served:
         """
         rows: list[NDArray[np.float32]] = []
         streams: list[Stream] = []
+        at_once = min(ROWS_AT_ONCE, self.scheduler.most(limits or KeyLimits()))
         while len(rows) < len(ask.prompts):
-            some = replace(ask, prompts=ask.prompts[len(rows) : len(rows) + ROWS_AT_ONCE])
+            some = replace(ask, prompts=ask.prompts[len(rows) : len(rows) + at_once])
             try:
                 stream = await self.submit(some, limits)
             except ApiError as error:

@@ -194,6 +194,11 @@ class Scheduler:
         """Sequences in the queue."""
         return len(self._queue) + len(self._inbox)
 
+    def most(self, limits: KeyLimits) -> int:
+        """How many sequences a key can have at once, running and waiting."""
+        most = self.limits.running + self.limits.queue
+        return most if limits.queue is None else min(most, limits.queue + (limits.running or 0))
+
     def is_alive(self, bound: float) -> bool:
         """Whether the engine thread lives and, while there is work, has ended a step within `bound` seconds."""
         with self._changed:
@@ -210,9 +215,7 @@ class Scheduler:
                 down = ApiError(503, "the server is shutting down", type="server_error", retry_after=5)
                 raise self._failed or down
             namespace, own = jobs[0].namespace, jobs[0].limits.queue
-            most = self.limits.running + self.limits.queue
-            if own is not None:
-                most = min(most, own + (jobs[0].limits.running or 0))
+            most = self.most(jobs[0].limits)
             if len(jobs) > most:
                 raise ApiError(
                     400,
