@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..drivers.reply import ContextFullError, Event, Reply, Stats, Vocabulary
 from ..drivers.sampler import SamplingOptions
 from ..drivers.score import TokenScore
+from ..text.chat import TOOL_CALL
 from .ask import Ask, Progress, Stream
 from .errors import ApiError
 from .fields import Fields
@@ -121,8 +122,8 @@ class Talk:
 
         vocabulary = served.model.vocabulary
         answer = None if self.format is None else self.format.grammar(vocabulary)
-        if tools is None:
-            return answer
+        if tools is None or (self.tool_choice == "auto" and vocabulary.control_id(TOOL_CALL) is None):
+            return answer  # a model without that token cannot call, and need not
         named = self.tool_choice if self.tool_choice not in ("auto", "required", "none") else None
         choice: Any = "auto" if named is not None else self.tool_choice
         try:

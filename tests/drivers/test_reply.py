@@ -162,7 +162,7 @@ def test_a_mask_that_allows_nothing_is_an_error(flat: Model) -> None:
             raise AssertionError
 
         def prepare(self) -> None:
-            raise AssertionError
+            pass
 
     with pytest.raises(ValueError, match="no token"):
         list(flat.generate([1, 2], 6, mask=Nothing()))

@@ -85,17 +85,23 @@ def test_choices_are_listed_prompt_by_prompt_and_each_prompt_has_the_same_seeds(
     body = client.ok(PATH, prompt=["import", "def"], n=3, seed=7, **fields)
     assert [choice["index"] for choice in body["choices"]] == list(range(6))
     alone = [
-        texts(client.ok(PATH, prompt=prompt, seed=7 + i, **fields))[0] for prompt in ("import", "def") for i in range(3)
+        texts(client.ok(PATH, prompt=prompt, seed=7 + i, **fields))[0]
+        for prompt in ("import", "def")
+        for i in range(3)
     ]
     assert texts(body) == alone
     assert len(set(alone)) > 2
     assert body["usage"]["prompt_tokens"] == 2, "each prompt counts once"
 
 
-def test_control_tokens_in_a_text_are_such_unless_it_is_asked_to_be_text_alone(client: Client, box: Server) -> None:
+def test_control_tokens_in_a_text_are_such_unless_it_is_asked_to_be_text_alone(
+    client: Client, box: Server
+) -> None:
     tokenizer = box.model.tokenizer
     for special in (True, False):
-        body = client.ok(PATH, prompt="<|im_start|>user", max_tokens=1, return_token_ids=True, parse_special=special)
+        body = client.ok(
+            PATH, prompt="<|im_start|>user", max_tokens=1, return_token_ids=True, parse_special=special
+        )
         assert body["choices"][0]["prompt_token_ids"] == tokenizer.encode("<|im_start|>user", special=special)
 
 
@@ -103,7 +109,9 @@ def test_control_tokens_in_a_text_are_such_unless_it_is_asked_to_be_text_alone(c
     ("prompt", "param"),
     [("", "prompt"), ([], "prompt"), ([[]], "prompt"), (["a", ""], "prompt[1]"), ([[1], []], "prompt[1]")],
 )
-def test_an_empty_prompt_is_an_error_where_no_token_begins_a_text(client: Client, prompt: Any, param: str) -> None:
+def test_an_empty_prompt_is_an_error_where_no_token_begins_a_text(
+    client: Client, prompt: Any, param: str
+) -> None:
     answer = client.post(PATH, prompt=prompt)
     assert (answer.status, answer.error["param"]) == (400, param)
 
@@ -187,7 +195,13 @@ def test_is_greedy_can_be_told_by_exact_equality(client: Client, box: Server) ->
 @pytest.mark.parametrize("prompt", ["a né\u20ac of 日本語 x", "tabs\t\n\nand lines", "😀 face"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_text_offsets_say_where_tokens_begin(client: Client, prompt: str, stream: bool) -> None:
-    fields: dict[str, Any] = {"prompt": prompt, "max_tokens": 8, "echo": True, "logprobs": 2, "temperature": 0}
+    fields: dict[str, Any] = {
+        "prompt": prompt,
+        "max_tokens": 8,
+        "echo": True,
+        "logprobs": 2,
+        "temperature": 0,
+    }
     choices = gathered(client.events(PATH, **fields)) if stream else client.ok(PATH, **fields)["choices"]
     (choice,) = choices
     logprobs, text = choice["logprobs"], choice["text"]
@@ -203,7 +217,9 @@ def test_tokens_that_read_alike_do_not_hide_each_other(client: Client) -> None:
     body = client.ok(PATH, prompt="日本語", max_tokens=1, echo=True, logprobs=20)
     for top in body["choices"][0]["logprobs"]["top_logprobs"][1:]:
         assert len(top) >= 20
-    body = client.ok(PATH, prompt=[5, 6], max_tokens=1, echo=True, logprobs=0, return_tokens_as_token_ids=True)
+    body = client.ok(
+        PATH, prompt=[5, 6], max_tokens=1, echo=True, logprobs=0, return_tokens_as_token_ids=True
+    )
     logprobs = body["choices"][0]["logprobs"]
     assert logprobs["tokens"][:2] == ["token_id:5", "token_id:6"]
     assert list(logprobs["top_logprobs"][1]) == ["token_id:6"]
@@ -277,7 +293,9 @@ def test_tags_are_text_and_nothing_is_taken_out(thinker: Client, tiny: Server) -
     for stream in (False, True):
         fields: dict[str, Any] = {"prompt": "<think>\n", "max_tokens": 12, "logit_bias": bias, "seed": 1, "temperature": 2,
                                   "return_token_ids": True}  # fmt: skip
-        choices = gathered(thinker.events(PATH, **fields)) if stream else thinker.ok(PATH, **fields)["choices"]
+        choices = (
+            gathered(thinker.events(PATH, **fields)) if stream else thinker.ok(PATH, **fields)["choices"]
+        )
         assert choices[0]["text"] == tokenizer.decode(choices[0]["token_ids"])
         assert "think>" in choices[0]["text"]
 

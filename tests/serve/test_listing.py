@@ -18,7 +18,9 @@ from qwen3c.serve.surfaces import listing
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
 
-def test_models_are_listed_whether_they_are_loaded_or_not_and_none_is_loaded_for_it(python: openai.OpenAI) -> None:
+def test_models_are_listed_whether_they_are_loaded_or_not_and_none_is_loaded_for_it(
+    python: openai.OpenAI,
+) -> None:
     with running({"first": BOX, "second": TINY_QWEN3}, context=1000) as server:
         client = Client(server.address)
         first, second = client.get("/v1/models").body["data"]
@@ -80,7 +82,9 @@ def test_an_engine_that_dies_says_so_to_those_who_wait_to_newcomers_and_to_healt
         assert answer.json()["models"] == {"m": "failed"}
 
 
-def test_an_engine_that_hangs_is_bad_health_and_one_that_idles_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_hangs_is_bad_health_and_one_that_idles_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with running({"m": BOX}) as server:
         client, scheduler = Client(server.address), server.served.scheduler
         monkeypatch.setattr(listing, "STUCK", 0.05)

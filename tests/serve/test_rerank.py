@@ -26,7 +26,12 @@ def test_scores_are_those_of_the_model_the_best_first(ranker: Client, judge: Ser
 
 
 def test_documents_may_be_objects_and_come_back_if_they_are_asked_for(ranker: Client, judge: Server) -> None:
-    fields: dict[str, Any] = {"query": QUERY, "top_n": 2, "return_documents": True, "instruction": "find facts"}
+    fields: dict[str, Any] = {
+        "query": QUERY,
+        "top_n": 2,
+        "return_documents": True,
+        "instruction": "find facts",
+    }
     body = ranker.ok("/v1/rerank", documents=[{"text": text} for text in DOCUMENTS], **fields)
     expected = judge.model.rerank(QUERY, DOCUMENTS, "find facts")
     best = np.argsort(-expected, kind="stable")[:2]

@@ -24,7 +24,8 @@ def test_tokens_may_come_with_their_texts(client: Client, box: Server) -> None:
     tokenizer = box.model.tokenizer
     body = client.ok("/tokenize", content=TEXT, with_pieces=True, return_token_strs=True)
     raw = b"".join(
-        one["piece"].encode() if isinstance(one["piece"], str) else bytes(one["piece"]) for one in body["tokens"]
+        one["piece"].encode() if isinstance(one["piece"], str) else bytes(one["piece"])
+        for one in body["tokens"]
     )
     assert raw.decode() == TEXT
     assert [one["id"] for one in body["tokens"]] == tokenizer.encode(TEXT, special=True)
@@ -58,7 +59,9 @@ def test_tokens_become_their_text_again(client: Client) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_what_cannot_be_done_names_the_field(client: Client, path: str, fields: dict[str, Any], param: str) -> None:
+def test_what_cannot_be_done_names_the_field(
+    client: Client, path: str, fields: dict[str, Any], param: str
+) -> None:
     answer = client.post(path, fields)
     assert (answer.status, answer.error["param"]) == (400, param)
 
@@ -66,7 +69,11 @@ def test_what_cannot_be_done_names_the_field(client: Client, path: str, fields: 
 def test_the_tokenizer_says_what_lm_eval_asks_of_it(thinker: Client, tiny: Server) -> None:
     """Its remote tokenizer reads these names, and encodes the end token's text to know its id."""
     info = thinker.get("/tokenizer_info").body
-    assert info["eos_token"] == "<|im_end|>" and info["pad_token"] == "<|endoftext|>" and info["bos_token"] is None
+    assert (
+        info["eos_token"] == "<|im_end|>"
+        and info["pad_token"] == "<|endoftext|>"
+        and info["bos_token"] is None
+    )
     assert info["chat_template"] == tiny.model.chat_template.source
     assert info["model_max_length"] == tiny.served.context
     end = thinker.ok("/tokenize", prompt=info["eos_token"], add_special_tokens=False)["tokens"]
