@@ -113,20 +113,37 @@ class Conversation:
 
         ValueError if the conversation does not fit the context any more; then nothing was said.
         """
-        return self._reply([*self.messages, {"role": "user", "content": text}], options)
+        return self.answer(self.question(text), **options)
 
     def regenerate(self, **options: Any) -> Generation:
         """Another reply in place of the last one. ValueError if there is none."""
+        return self.answer(self.last_question(), **options)
+
+    def question(self, text: str) -> list[dict[str, Any]]:
+        """The messages with which `text` is said; nothing is said yet."""
+        return [*self.messages, {"role": "user", "content": text}]
+
+    def last_question(self) -> list[dict[str, Any]]:
+        """The messages before the last reply. ValueError if there is none."""
         messages = self.messages
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError("there is no reply yet to make again")
-        return self._reply(messages[:-1], options)
+        return messages[:-1]
+
+    def with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """`messages` after the system prompt, if there is one."""
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *messages]
+
+    def take(self, asked: list[dict[str, Any]], reply: dict[str, Any]) -> None:
+        """Go on from a reply that came from elsewhere: the messages it answers, and its own."""
+        self._before, self._generation = [*asked, reply], None
 
     def clear(self) -> None:
         """Forget what was said, but not the system prompt."""
         self._before, self._generation, self.forgotten = [], None, 0
 
-    def _reply(self, asked: list[dict[str, Any]], options: dict[str, Any]) -> Generation:
+    def answer(self, asked: list[dict[str, Any]], **options: Any) -> Generation:
+        """The model's reply to question() or last_question(); see ask()."""
         forgotten, prompt = self._fitting(asked)
         settings = {
             name: value for name, value in self.settings.items() if name not in ("context", "overflow")
@@ -162,9 +179,8 @@ class Conversation:
         return forgotten, prompt
 
     def _prompt(self, asked: list[dict[str, Any]], forgotten: int) -> list[int]:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        system += [message for message in asked[:forgotten] if message["role"] == "system"]
-        return self.model.chat_prompt([*system, *asked[forgotten:]], self.thinking)
+        kept = [message for message in asked[:forgotten] if message["role"] == "system"]
+        return self.model.chat_prompt(self.with_system([*kept, *asked[forgotten:]]), self.thinking)
 
     def save(self, path: str) -> None:
         """Write the conversation to a file: the whole of it or nothing. ~ is the home directory."""

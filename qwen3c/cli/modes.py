@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..format import ModelFile
     from ..inspect.trace import Text
     from ..model import Model
+    from .cloud import Cloud
 
 
 def hold_chat(args: argparse.Namespace) -> int:
@@ -27,6 +28,7 @@ def hold_chat(args: argparse.Namespace) -> int:
     from ..conversation import Conversation
     from .repl import Repl
 
+    cloud = _cloud(args)
     model = open_model(args, chats=True)
     conversation = Conversation(
         model,
@@ -39,9 +41,24 @@ def hold_chat(args: argparse.Namespace) -> int:
         **sampling(args),
     )
     say_what_was_chosen(args, model, conversation.session.context, args.thinking is not False)
+    if cloud:
+        terminal.note(cloud.describe())
     if sys.stdin.isatty():
         terminal.note("/help lists the commands, Ctrl-D leaves")
-    return Repl(conversation, lambda: new_writer(args, model), logprobs=args.logprobs).run()
+    try:
+        return Repl(conversation, lambda: new_writer(args, model), cloud, logprobs=args.logprobs).run()
+    finally:
+        if cloud:
+            cloud.close()
+
+
+def _cloud(args: argparse.Namespace) -> Cloud | None:
+    """Who is asked before the model, checked before the model is read; None if the options name nobody."""
+    if args.upstream is None:
+        return None
+    from .cloud import Cloud, upstream_settings
+
+    return Cloud(upstream_settings(args))
 
 
 def write_reply(args: argparse.Namespace) -> int:

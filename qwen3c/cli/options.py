@@ -29,6 +29,7 @@ SAMPLING = {
 TALKING = ("chat", "generate", "trace")
 COMPUTING = (*TALKING, "perplexity", "bench")
 MODES = (*TALKING, "info", "perplexity", "bench")
+CLOUD_FIRST = ("chat",)  # modes that may ask a provider before the model
 # option -> the modes that use it; any other mode refuses it. --mode alone is every mode's
 USED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("prompt", "chat_template", "raw"), ("generate", "trace")),
@@ -45,6 +46,18 @@ USED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("level", "html"), ("trace",)),
     "verify": ("info",),
     "overflow": ("chat",),
+    **dict.fromkeys(
+        (
+            "upstream",
+            "upstream_model",
+            "upstream_requests",
+            "upstream_tokens",
+            "upstream_insecure",
+            "upstream_env_proxy",
+            "offline",
+        ),
+        CLOUD_FIRST,
+    ),
 }
 
 
@@ -111,6 +124,12 @@ def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--logprobs needs --json, where they are shown")
     if args.system is not None and args.system_file is not None:
         parser.error("--system and --system-file are two system prompts")
+    if (args.upstream is None) != (args.upstream_model is None):
+        parser.error("--upstream URL and --upstream-model M belong together")
+    if args.upstream is None and (args.upstream_requests is not None or args.upstream_tokens is not None):
+        parser.error("--upstream-requests and --upstream-tokens limit an --upstream")
+    if args.upstream is not None and args.logprobs is not None:
+        parser.error("--logprobs are the model's own; a provider (--upstream) counts in other tokens")
     if args.raw and (args.system is not None or args.system_file is not None):
         parser.error("--raw completes text, which has no system prompt (-y, --system-file)")
     if args.raw and (args.think or args.no_think or args.reasoning is not None):
@@ -158,6 +177,7 @@ def new_parser() -> Parser:
     _add_sampling(parser.add_argument_group("sampling"))
     _add_machine(parser.add_argument_group("machine"))
     _add_output(parser.add_argument_group("output"))
+    _add_cloud(parser.add_argument_group("cloud first, the model if it does not answer"))
     return parser
 
 
@@ -236,6 +256,18 @@ def _add_output(group: Any) -> None:
     add("--html", metavar="FILE", help="trace: write one page to look at: norms, attention, the predictions "
         f"after each layer, and what else the next tokens might have been (-n, default {TRACED_TOKENS})")  # fmt: skip
     add("--verify", action="store_true", help="info: read every tensor and compare its checksum")
+
+
+def _add_cloud(group: Any) -> None:
+    add = group.add_argument
+    add("--upstream", metavar="URL", help="ask a provider first: its URL without /chat/completions. Its key comes from "
+        "QWEN3C_UPSTREAM_KEY or the systemd credential upstream-key")  # fmt: skip
+    add("--upstream-model", metavar="M", help="the model it is asked for")
+    add("--upstream-requests", type=at_least(1), metavar="N", help="ask it at most N times a day")
+    add("--upstream-tokens", type=at_least(1), metavar="N", help="spend at most about N tokens a day")
+    add("--upstream-insecure", action="store_true", help="http:// to another machine, for all to read")
+    add("--upstream-env-proxy", action="store_true", help="heed HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE")
+    add("--offline", action="store_true", help="never ask the provider: no connection is opened")
 
 
 def _version() -> str:

@@ -6,15 +6,21 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from ..drivers.generate import Generation
-from ..drivers.reply import Event, Stats
+from ..drivers.reply import Event, Reply, Stats
 from ..system.terminal import DIM, RESET, Progress, StatusLine, columns, escaped, has_colour, note
 from .signals import interruptible
 
 WAIT = 1.0  # seconds after which a reply that is shown when it has ended says how long it is by now
 PREDICTED_FROM = 0.1  # of a prompt: with less of it read, how long the rest takes would be a guess
+
+
+class Replied(Protocol):
+    """What a writer asks of a reply that has ended, whoever spoke."""
+
+    reply: Reply
 
 
 class ReplyWriter:
@@ -39,7 +45,7 @@ class ReplyWriter:
         for call in event.tool_calls:
             self._put_models(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>\n")
 
-    def end(self, generation: Generation) -> None:
+    def end(self, replied: Replied, speaker: str = "") -> None:
         """Leave the terminal as it was, at the start of a line. Call this however the reply ended."""
         if self._thinking:
             self._switch()
@@ -78,10 +84,12 @@ class JsonWriter:
             top = [self._token(id, logprob) for id, logprob in event.top_logprobs or ()]
             self._tokens.append(self._token(event.token, event.logprob) | {"top_logprobs": top})
 
-    def end(self, generation: Generation) -> None:
+    def end(self, replied: Replied, speaker: str = "") -> None:
         self._status.clear()
-        line = dataclasses.asdict(generation.reply)
+        line = dataclasses.asdict(replied.reply)
         line |= line.pop("stats")
+        if speaker:
+            line["backend"] = speaker
         if self._tokens:
             line["logprobs"] = self._tokens
         text = json.dumps(line, ensure_ascii=False)
@@ -140,14 +148,16 @@ def cost_by_depth(pieces: list[tuple[float, float, float]]) -> tuple[float, floa
     return mean_cost - slope * mean_depth, slope
 
 
-def speed_line(generation: Generation, width: int = sys.maxsize) -> str:
+def speed_line(generation: Generation, width: int = sys.maxsize, speaker: str = "") -> str:
     """Counts and rates of a reply, and why it ended if not by itself.
 
-    Why it ended and the reply itself always stand there; of the rest only what fits into `width`.
+    speaker: who replied, where it could have been another. Speaker, reply and why it ended always stand there; of the
+    rest only what fits into `width`.
     """
     stats, session = generation.stats, generation.session
     parts = {
-        "prompt": _prompt_part(stats),
+        "speaker": speaker,
+        "prompt": f" | {_prompt_part(stats)}",
         "cached": f" ({stats.cached_tokens} cached)" if stats.cached_tokens else "",
         "reply": f" | reply {stats.generated_tokens} tok{_rate(stats.decode_rate)}",
         "context": f" | context {len(session.tokens)}/{session.context}",
@@ -158,7 +168,7 @@ def speed_line(generation: Generation, width: int = sys.maxsize) -> str:
         parts["reply"] = (
             ""  # the prompt is all there was: it takes the reply's place as what always stands there
         )
-    chosen = {"end", "reply" if parts["reply"] else "prompt"}
+    chosen = {"speaker", "end", "reply" if parts["reply"] else "prompt"}
     line = ""
     for name in ("", "prompt", "context", "cached", "seed"):
         longer = "".join(text for key, text in parts.items() if key in chosen | {name}).removeprefix(" | ")
@@ -191,10 +201,11 @@ def _rate(tokens_per_second: float) -> str:
     return f" {tokens_per_second:.{digits}f} tok/s" if tokens_per_second else ""
 
 
-def show(ask: Callable[..., Generation], writer: ReplyWriter | JsonWriter) -> Generation:
+def show(ask: Callable[..., Generation], writer: ReplyWriter | JsonWriter, speaker: str = "") -> Generation:
     """Show the reply that `ask`, called with cancel and progress, begins. Ctrl-C ends it early.
 
     stdout gets what `writer` makes of it, stderr progress through a long prompt and the speed line.
+    speaker: who replies, where it could have been another.
     """
     reading = Reading()
     with interruptible() as interrupted:
@@ -208,6 +219,7 @@ def show(ask: Callable[..., Generation], writer: ReplyWriter | JsonWriter) -> Ge
                 writer.add(event)
         finally:
             reading.clear()
-            writer.end(generation)
-    note(speed_line(generation, columns(sys.stderr) - 1 if sys.stderr.isatty() else sys.maxsize))
+            writer.end(generation, speaker)
+    width = columns(sys.stderr) - 1 if sys.stderr.isatty() else sys.maxsize
+    note(speed_line(generation, width, speaker))
     return generation

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
-import functools
 import glob
 import json
 import os
@@ -19,17 +18,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..conversation import OVERFLOW, SETTINGS, Conversation
 from ..drivers.generate import Generation
 from ..drivers.reply import ContextFullError
-from ..system.terminal import abandon_closed_streams, note
+from ..system.terminal import abandon_closed_streams, escaped, note
 from .command import one_line
 from .options import SMALLER_CONTEXT
 from .output import JsonWriter, ReplyWriter, show
 from .reader import MessageReader, history_path, state_directory
 from .signals import answering, endable
+
+if TYPE_CHECKING:
+    from .cloud import Cloud
 
 HELP = """\
 /help               this; also /?
@@ -49,19 +51,25 @@ NO_ARGUMENT = ("clear", "think", "nothink", "regen")
 WAYS_OUT = (
     "/clear forgets what was said, /set overflow drop lets the oldest turns go, /set context N makes room"
 )
+BACKEND = "backend"  # the setting that is not the conversation's: who is asked
 KEPT = 9  # interrupted conversations: the older ones go
 
 
 class Repl:
-    """Reads messages until there are no more. writer: makes what shows a reply. options: Model.generate."""
+    """Reads messages until there are no more. writer: makes what shows a reply. options: Model.generate.
+
+    cloud: who is asked before the model.
+    """
 
     def __init__(
         self,
         conversation: Conversation,
         writer: Callable[[], ReplyWriter | JsonWriter],
+        cloud: Cloud | None = None,
         **options: Any,
     ) -> None:
         self._conversation = conversation
+        self._cloud = cloud
         self._writer = writer
         self._options = options
         self._failed = False
@@ -74,7 +82,7 @@ class Repl:
             "set": self._set,
             "think": lambda _: self._switch_thinking(True),
             "nothink": lambda _: self._switch_thinking(False),
-            "regen": lambda _: self._answer(conversation.regenerate),
+            "regen": lambda _: self._answer(conversation.last_question()),
             "save": self._save,
             "load": self._load,
             "exit": lambda _: None,
@@ -115,7 +123,7 @@ class Repl:
             if command:
                 self._run_command(*command)
             elif text.strip():
-                self._answer(functools.partial(self._conversation.ask, text))
+                self._answer(self._conversation.question(text))
         except EOFError:
             if self._typed:
                 print(file=sys.stderr)
@@ -146,21 +154,41 @@ class Repl:
             raise ValueError(f"/{name} takes nothing after it")
         self._commands[name](argument)
 
-    def _answer(self, ask: Callable[..., Generation]) -> None:
+    def _answer(self, asked: list[dict[str, Any]]) -> None:
+        """Show a reply to the messages and take it into the conversation: the cloud's, else the model's."""
+        speaker = ""
+        if self._cloud:
+            got = self._cloud.reply(self._conversation, asked, self._writer())
+            if not isinstance(got, str):
+                said = got.reply.text or got.reply.thinking
+                if said:
+                    self._conversation.take(asked, got.reply.message())
+                self._end(bool(said), got.reply.finish_reason)
+                return
+            name = escaped(str(self._conversation.model.metadata["name"]))
+            speaker = f"local: {name}"
+            if got != "route_local":
+                speaker += f" (fallback: {got})"
+        generation = self._answer_locally(asked, speaker)
+        self._end(bool(generation.tokens), generation.reply.finish_reason)
+
+    def _end(self, said: bool, finish_reason: str | None) -> None:
+        if not said:
+            note("(nothing was said; the question is not kept)")
+        if finish_reason == "cancelled" and not self._typed:
+            raise KeyboardInterrupt  # nobody is there to go on
+
+    def _answer_locally(self, asked: list[dict[str, Any]], speaker: str) -> Generation:
         def told(**options: Any) -> Generation:
             before = self._conversation.forgotten
-            generation = ask(**options, **self._options)
+            generation = self._conversation.answer(asked, **options, **self._options)
             if self._conversation.forgotten > before:
                 note(
                     f"({self._conversation.forgotten - before} oldest messages are no longer told to the model)"
                 )
             return generation
 
-        generation = show(told, self._writer())
-        if not generation.tokens:
-            note("(nothing was said; the question is not kept)")
-        if generation.reply.finish_reason == "cancelled" and not self._typed:
-            raise KeyboardInterrupt  # nobody is there to go on
+        return show(told, self._writer(), speaker)
 
     def _clear(self, _: str) -> None:
         self._conversation.clear()
@@ -185,15 +213,23 @@ class Repl:
 
     def _set(self, argument: str) -> None:
         name, _, text = argument.partition(" ")
-        if text.strip():
+        if name and name not in self._settings:
+            raise ValueError(f"there is no setting {name!r}; there are {', '.join(self._settings)}")
+        if text.strip() and self._cloud and name == BACKEND:
+            self._cloud.set_route(text.strip())
+        elif text.strip():
             self._conversation.set(name, _value(name, text.strip()))
-        elif name and name not in SETTINGS:
-            raise ValueError(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}")
-        for each in (name,) if name else SETTINGS:
+        for each in (name,) if name else self._settings:
             note(self._setting(each))
+
+    @property
+    def _settings(self) -> tuple[str, ...]:
+        return (*SETTINGS, BACKEND) if self._cloud else SETTINGS
 
     def _setting(self, name: str) -> str:
         """A setting and its value, as a person reads them."""
+        if self._cloud and name == BACKEND:
+            return f"{name} {self._cloud.route}{' (default)' * (self._cloud.route == self._cloud.routes[0])}"
         conversation = self._conversation
         value = conversation.effective_settings()[name]
         if name == "seed" and value is None:
@@ -220,8 +256,9 @@ class Repl:
             return []
         name, space, value = argument.partition(" ")
         if not space:
-            return [f"/set {each} " for each in SETTINGS if each.startswith(name)]
-        values = ("default", *(OVERFLOW if name == "overflow" else ()))
+            return [f"/set {each} " for each in self._settings if each.startswith(name)]
+        choices = {"overflow": OVERFLOW, BACKEND: self._cloud.routes if self._cloud else ()}
+        values = ("default", *choices.get(name, ()))
         return [f"/set {name} {each}" for each in values if each.startswith(value)]
 
     def _keep(self) -> None:
