@@ -92,6 +92,7 @@ class Guard:
         visit = _visit(scope)
         record = visit.record
         answer = _Answer(send, visit, self._cors(visit))
+        complete = visit.length == 0
         try:
             if self._preflight(visit):
                 await answer.send_preflight(visit)
@@ -101,9 +102,10 @@ class Guard:
             state["record"], state["request_id"] = record, record.request_id
             record.key = key.name
             body = await self._body(visit, receive)
+            complete = True
             await self._app(scope, _replaying(body, receive), answer.send)
         except ApiError as error:
-            await answer.send_error(error)
+            await answer.send_error(error, closes=not complete)
         except _Left:
             record.status = scope["state"].get("refused", 0)
         except asyncio.CancelledError:
@@ -344,11 +346,13 @@ class _Answer:
             message = {**message, "headers": own}
         await self._send(message)
 
-    async def send_error(self, error: ApiError) -> None:
-        """An error in the shape of the surface; nothing if an answer has begun."""
+    async def send_error(self, error: ApiError, closes: bool = False) -> None:
+        """An error in the shape of the surface; nothing if an answer has begun. closes: it is the connection's last."""
         if self._begun:
             return
         headers = {"content-type": "application/json", **error.headers()}
+        if closes:
+            headers["connection"] = "close"
         if error.status == 401:
             headers["www-authenticate"] = "Bearer"
         await self._whole(

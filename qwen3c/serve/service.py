@@ -371,8 +371,12 @@ def _in_turn(act: Callable[[], None]) -> None:
 @contextlib.contextmanager
 def _uvicorn_says(hear: Callable[[logging.LogRecord], None]) -> Iterator[None]:
     """Within, the warnings of uvicorn and asyncio go to `hear` alone."""
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = hear  # type: ignore[method-assign]
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            hear(record)
+
+    handler = Handler(logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("uvicorn", "asyncio")]
     before = [(logger, logger.propagate) for logger in loggers]
     for logger in loggers:
