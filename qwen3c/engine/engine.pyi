@@ -1,7 +1,7 @@
 """The types of the compiled engine. What its names mean is said where they are defined, in engine.pyx."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ KV = Literal["int8", "f16", "f32"]
 
 def run_state_bytes(config: Config, rows: int = 256, threads: int = 1) -> int: ...
 
-class Model:
+class Engine:
     path: str
     file: ModelFile
     config: Config
@@ -24,6 +24,8 @@ class Model:
     kv: KV
     activations: Activations
     closed: bool
+    kv_bytes: int
+    kv_block_bytes: int
 
     def __init__(
         self,
@@ -36,6 +38,7 @@ class Model:
     def _check_open(self) -> None: ...
     def close(self) -> None: ...
     def session(self, context: int | None = None) -> Session: ...
+    def kv_bytes_of(self, sessions: Iterable[Session]) -> int: ...
     def forward(
         self, batch: Sequence[tuple[Session, ArrayLike]], logits: Logits = "last"
     ) -> list[NDArray[np.float32]]: ...
@@ -44,12 +47,13 @@ class Model:
     def weight(self, name: str) -> NDArray[np.float32]: ...
 
 class Session:
-    model: Model
+    model: Engine
     position: int
     context: int
 
     @property
     def kv_bytes(self) -> int: ...
+    def growth(self, n: int) -> int: ...
     def forward(self, ids: ArrayLike, logits: Logits = "last") -> NDArray[np.float32]: ...
     def rewind(self, position: int) -> None: ...
     def fork(self) -> Session: ...

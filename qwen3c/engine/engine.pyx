@@ -31,7 +31,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from .forward cimport (
-    N_ARRAYS, Engine, Layer, Matrix, Pass, RunState, Span, Weights,
+    N_ARRAYS, Network, Layer, Matrix, Pass, RunState, Span, Weights,
     ceil_div, forward, lay_out, raise_pending, read_out, team_begin, team_reserve, team_stop,
 )
 from ..kernels.table cimport (
@@ -85,19 +85,20 @@ cdef class KVBlock:
         return block
 
 
+@cython.no_gc_clear  # __dealloc__ needs the model
 cdef class Session:
     """One sequence: its position and its KV cache. Made by Model.session().
 
     Sessions of one model are independent; a batch (Model.forward) takes any number of them forward at once.
     """
 
-    cdef Model _model
+    cdef Engine _model
     cdef Py_ssize_t _position, _context
     cdef list blocks
     cdef char **pointers  # data of each block, for nogil code
 
     def __cinit__(self, model=None, context=None):
-        if not isinstance(model, Model):
+        if not isinstance(model, Engine):
             raise TypeError("a Session is made by Model.session()")
         limit = model.config.context
         self._context = limit if context is None else _integer("context", context)
@@ -113,7 +114,7 @@ cdef class Session:
         cdef KVBlock block
         if self.blocks is not None:
             for block in self.blocks:
-                block.owners -= 1
+                self._release(block)
         free(self.pointers)
 
     def __repr__(self):
@@ -143,6 +144,13 @@ cdef class Session:
     def kv_bytes(self):
         """Bytes of KV cache allocated so far (blocks shared after fork() count in each session)."""
         return len(self.blocks) * self._model.m.block_bytes
+
+    def growth(self, n):
+        """Bytes of KV cache that forward() of n more ids will allocate: new blocks, and copies of shared ones."""
+        cdef Py_ssize_t i, blocks = 0, count = _integer("n", n)
+        for i in range(self._position // KV_BLOCK, ceil_div(self._position + count, KV_BLOCK)):
+            blocks += i >= len(self.blocks) or (<KVBlock>self.blocks[i]).owners > 1
+        return blocks * self._model.m.block_bytes
 
     def forward(self, ids, logits="last"):
         """Append token ids; return (vocab_size,) logits of the last one, or (len(ids), vocab_size) of all.
@@ -180,7 +188,18 @@ cdef class Session:
         cdef KVBlock block
         while len(self.blocks) > keep:
             block = self.blocks.pop()
-            block.owners -= 1
+            self._release(block)
+
+    cdef _release(self, KVBlock block):
+        """This session no longer holds `block`, whose memory goes with its last owner."""
+        block.owners -= 1
+        if block.owners == 0:
+            self._model._kv_bytes -= block.size
+
+    cdef KVBlock _own(self, KVBlock block):
+        """`block`, just made for this session, counted."""
+        self._model._kv_bytes += block.size
+        return block
 
     cdef _make_room(self, Py_ssize_t n):
         """Blocks for n more positions; of those that will be written none is shared with another session."""
@@ -188,18 +207,18 @@ cdef class Session:
         cdef KVBlock block
         for i in range(self._position // KV_BLOCK, ceil_div(self._position + n, KV_BLOCK)):
             if i == len(self.blocks):
-                self.blocks.append(KVBlock(self._model.m.block_bytes))
+                self.blocks.append(self._own(KVBlock(self._model.m.block_bytes)))
             elif (<KVBlock>self.blocks[i]).owners > 1:
-                block = (<KVBlock>self.blocks[i]).copy()
-                (<KVBlock>self.blocks[i]).owners -= 1
+                block = self._own((<KVBlock>self.blocks[i]).copy())
+                self._release(self.blocks[i])
                 self.blocks[i] = block
             self.pointers[i] = (<KVBlock>self.blocks[i]).data
 
 
 # ----------------------------------------------------------------------------
-# Model: the mapped file and its engine
+# Engine: a mapped file, its network and its buffers
 
-cdef class Model:
+cdef class Engine:
     """A mapped model.bin and the buffers of its forward pass; threads may share it (calls take turns).
 
     path: the file. threads: None for as many as this machine can feed. kv: "f16", "f32" or "int8", the KV
@@ -211,8 +230,9 @@ cdef class Model:
     cdef object _file
     cdef str _path, _kv, _activations
     cdef bint _closed
+    cdef Py_ssize_t _kv_bytes  # of all blocks that sessions hold, each counted once
     cdef object lock
-    cdef Engine m
+    cdef Network m
 
     def __cinit__(self, *arguments, **options):
         if not arguments and "path" not in options:
@@ -257,7 +277,7 @@ cdef class Model:
         self._free_buffers()
 
     def __reduce__(self):
-        raise TypeError("an engine.Model cannot be pickled or copied: open its path again; "
+        raise TypeError("an Engine cannot be pickled or copied: open its path again; "
                         "a qwen3c.Model does that by itself")
 
     @property
@@ -289,6 +309,24 @@ cdef class Model:
     def kv(self):
         """The type of the KV cache: "f16", "f32" or "int8"."""
         return self._kv
+
+    @property
+    def kv_bytes(self):
+        """Bytes of KV cache that the sessions of this model hold; a block that several share counts once."""
+        return self._kv_bytes
+
+    def kv_bytes_of(self, sessions):
+        """Bytes of KV cache that some sessions of this model hold; a block that several share counts once."""
+        cdef Session session
+        cdef set blocks = set()
+        for session in sessions:
+            blocks.update(session.blocks)
+        return len(blocks) * self.m.block_bytes
+
+    @property
+    def kv_block_bytes(self):
+        """Bytes of the smallest piece of KV cache, a block of 256 positions."""
+        return self.m.block_bytes
 
     @property
     def activations(self):
@@ -391,7 +429,7 @@ cdef class Model:
         cdef Py_ssize_t tokens_per_span = max(1, ATTENTION_ROWS // (self.m.n_heads // self.m.n_kv_heads))
         cdef int i, threads = self._begin_pass(n)
         cdef bint parallel = threads > 1
-        cdef Engine *m = &self.m
+        cdef Network *m = &self.m
         cdef Session session
         cdef Pass p
         cdef Span *spans = <Span *>malloc(n * sizeof(Span))
@@ -610,7 +648,7 @@ cdef class Model:
             raise ValueError(f"x must have shape (n, {self.m.dim}), n >= 1, got {shape}")
         logits = np.empty((rows.shape[0], self.m.vocab_size), dtype=np.float32)
         cdef float[:, ::1] out = logits
-        cdef Engine *m = &self.m
+        cdef Network *m = &self.m
         cdef Py_ssize_t start, n
         cdef int i, threads
         cdef bint parallel
@@ -631,7 +669,7 @@ cdef class Model:
 # ----------------------------------------------------------------------------
 # The numbers of an engine
 
-cdef void set_numbers(Engine *m, c):
+cdef void set_numbers(Network *m, c):
     """The numbers of the model from its format.Config; m.kv_type is set already."""
     m.n_layers, m.n_heads, m.n_kv_heads, m.head_dim = c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim
     m.dim, m.hidden_dim, m.q_dim, m.kv_dim = c.dim, c.hidden_dim, c.q_dim, c.kv_dim
@@ -647,8 +685,8 @@ cdef void set_numbers(Engine *m, c):
 
 def run_state_bytes(config, Py_ssize_t rows=MAX_ROWS, int threads=1):
     """Bytes of the buffers of passes of `rows` rows: what memory.run_state_bytes estimates by a formula."""
-    cdef Engine m
-    memset(&m, 0, sizeof(Engine))
+    cdef Network m
+    memset(&m, 0, sizeof(Network))
     m.threads = threads
     set_numbers(&m, config)
     return lay_out(&m, rows, NULL)
