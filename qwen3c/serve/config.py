@@ -5,7 +5,7 @@
     cache_memory = "2 GiB"
     [models]
     small = "qwen3-0.6b.bin"
-    large = { path = "qwen3-8b.bin", context = 16384 }
+    large = { path = "qwen3-8b.bin", kv = "int8" }
 
 Every value is checked where it comes in; an error names the file or the flag, the key, and what was expected. A file has no secrets:
 keys are in files of their own.
@@ -141,10 +141,9 @@ def _setting(default: Any, check: Check) -> Any:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """One model. What is None is what the server's own settings say."""
+    """One model. kv: the type of its KV cache, None for the server's own setting."""
 
     path: str = _setting("", text(what="the path of a model.bin"))
-    context: int | None = _setting(None, whole(0, 1 << 24))
     kv: str | None = _setting(None, choice("int8", "f16", "f32"))
 
 
@@ -240,6 +239,11 @@ def settings(file: str | None, flags: Mapping[str, Any], names: Mapping[str, str
     credential = Path(os.environ.get("CREDENTIALS_DIRECTORY", ""), CREDENTIAL)
     if "api_keys_file" not in values and "CREDENTIALS_DIRECTORY" in os.environ and credential.is_file():
         values["api_keys_file"] = str(credential)
+    for name in PATHS:
+        if name in values:
+            values[name] = os.path.abspath(values[name])
+    for alias, model in values.get("models", {}).items():
+        values["models"][alias] = dataclasses.replace(model, path=os.path.abspath(model.path))
     made = Settings(**values)
     _check_together(made)
     return made

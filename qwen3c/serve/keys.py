@@ -19,24 +19,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import ApiError
+from .scheduler import KeyLimits
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _KEY = re.compile(r"[\x21-\x7e]+")
 _LIMIT = re.compile(r"(running|queue|priority)=(-?\d{1,6})")
 MAX_FILE = 1 << 20  # bytes
+NO_LIMITS = KeyLimits()
 
 
 @dataclass(frozen=True)
 class Key:
-    """Who asks. running and queue: requests at once, None where the server's own limits hold; priority: lower is sooner.
+    """Who asks. limits: what it may have at once; priority: lower is sooner.
 
     `name` is also the namespace of what the prefix cache remembers.
     """
 
     name: str
     digest: bytes = field(repr=False)
-    running: int | None = None
-    queue: int | None = None
+    limits: KeyLimits = NO_LIMITS
     priority: int = 0
 
 
@@ -44,11 +45,12 @@ ANONYMOUS = Key("", b"")
 
 
 class Keys:
-    """The keys of a file; without a file everybody is ANONYMOUS."""
+    """The keys of a file; without a file everybody is ANONYMOUS. limits: of keys whose line gives none."""
 
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None = None, limits: KeyLimits = NO_LIMITS) -> None:
         """ValueError or OSError, with the file and the line, if the file cannot be used."""
         self.path = None if path is None else Path(path)
+        self._limits = limits
         self._keys: tuple[Key, ...] = ()
         self.reload()
 
@@ -58,7 +60,7 @@ class Keys:
     def reload(self) -> None:
         """Read the file again. If it cannot be used, the keys stay as they are."""
         if self.path is not None:
-            self._keys = read_keys(self.path)
+            self._keys = read_keys(self.path, self._limits)
 
     def warning(self) -> str | None:
         """What is wrong with the permissions of the file."""
@@ -108,7 +110,7 @@ def _unauthorized(message: str) -> ApiError:
     return ApiError(401, message, code="invalid_api_key", type="authentication_error")
 
 
-def read_keys(path: Path) -> tuple[Key, ...]:
+def read_keys(path: Path, limits: KeyLimits = NO_LIMITS) -> tuple[Key, ...]:
     """The keys of a file; ValueError or OSError if there is none in it or a line is wrong. No message shows a key."""
     with open(path, "rb") as file:
         data = file.read(MAX_FILE + 1)
@@ -119,7 +121,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         words = line.split()
         if words and not words[0].startswith("#"):
             try:
-                keys.append(_parse(words, keys))
+                keys.append(_parse(words, keys, limits))
             except ValueError as error:
                 raise ValueError(f"{path}: line {number}: {error}") from None
     if not keys:
@@ -127,23 +129,24 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     return tuple(keys)
 
 
-def _parse(words: list[str], before: list[Key]) -> Key:
+def _parse(words: list[str], before: list[Key], usual: KeyLimits) -> Key:
     if len(words) < 2:
         raise ValueError("a line is NAME KEY [running=N] [queue=N] [priority=N]")
-    name, secret, *limits = words
+    name, secret, *settings = words
     if not _NAME.fullmatch(name):
         raise ValueError("a name has at most 64 letters, digits and . _ @ -")
     if not _KEY.fullmatch(secret):
         raise ValueError("a key is made of visible ASCII characters")
     values: dict[str, int] = {}
-    for limit in limits:
-        match = _LIMIT.fullmatch(limit)
+    for setting in settings:
+        match = _LIMIT.fullmatch(setting)
         if match is None or match[1] in values:
             raise ValueError("after the key come running=N, queue=N and priority=N, each once at most")
         values[match[1]] = int(match[2])
     if values.get("running", 1) < 1 or values.get("queue", 0) < 0:
         raise ValueError("running is at least 1 and queue at least 0")
-    key = Key(name, hashlib.sha256(secret.encode()).digest(), **values)
+    limits = KeyLimits(values.get("running", usual.running), values.get("queue", usual.queue))
+    key = Key(name, hashlib.sha256(secret.encode()).digest(), limits, values.get("priority", 0))
     if any(key.name == other.name for other in before):
         raise ValueError(f"{name} is there twice")
     if any(key.digest == other.digest for other in before):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from ..system.terminal import escaped, unheard
+from .ask import Stream
 
 LEVELS = ("debug", "info", "warning", "error")
 QUIET = ("/health", "/metrics")  # asked every few seconds, by machines
@@ -40,6 +41,19 @@ class Record:
     rate: float | None = None
     backend: str | None = None
     fallback: str | None = None
+
+    def tell(self, model: str, stream: Stream) -> None:
+        """Take in what a model's stream for this request came to."""
+        stats = stream.stats
+        self.model, self.backend = model, "local"
+        self.prompt = sum(one.prompt_tokens for one in stats)
+        self.cached = sum(one.cached_tokens for one in stats)
+        self.completion = sum(one.generated_tokens for one in stats)
+        firsts = [job.first_token for job in stream.jobs if job.first_token is not None]
+        if firsts:
+            self.ttft = min(firsts)
+            self.queue = max(self.ttft - min(one.prefill_seconds for one in stats), 0.0)
+            self.rate = sum(one.decode_rate for one in stats)
 
     def finish(self) -> None:
         self.seconds = time.monotonic() - self.started

@@ -19,6 +19,11 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from .ask import Stream
 from .models import Served
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -46,7 +51,9 @@ class Metrics:
         )  # fmt: skip
         self.queued = histogram("request_queue_time_seconds", "From arrival to the first pass", FIRST_TOKEN)
         self.first = histogram("time_to_first_token_seconds", "From arrival to the first token", FIRST_TOKEN)
-        self.between = histogram("inter_token_latency_seconds", "Between two tokens of a reply", INTER_TOKEN)
+        self.between = histogram(
+            "inter_token_latency_seconds", "Between two tokens, the mean of a reply", INTER_TOKEN
+        )
         self.whole = histogram("e2e_request_latency_seconds", "From arrival to the end", WHOLE)
         self._started = time.monotonic()
         self._worked = 0.0
@@ -66,6 +73,14 @@ class Metrics:
         self._worked += seconds
         self._worker.inc(seconds)
 
+    def routes(self) -> list[Route]:
+        """GET /metrics."""
+
+        async def answer(request: Request) -> Response:
+            return Response(self.render(), media_type=CONTENT_TYPE)
+
+        return [Route("/metrics", answer, methods=["GET"])]
+
     def render(self) -> bytes:
         """The answer of /metrics, of type CONTENT_TYPE."""
         return generate_latest(self._registry)
@@ -81,20 +96,19 @@ class ModelMetrics:
         self._whole = metrics.whole.labels(model)
         self._success = {reason: metrics.success.labels(model, reason) for reason in REASONS}
 
-    def queued(self, seconds: float) -> None:
-        """How long a request waited for its first pass."""
-        self._queued.observe(seconds)
-
-    def first_token(self, seconds: float) -> None:
-        """From arrival to the first token of a reply."""
-        self._first.observe(seconds)
-
-    def next_token(self, seconds: float) -> None:
-        """Between two tokens of a reply."""
-        self._between.observe(seconds)
+    def ended(self, stream: Stream) -> None:
+        """A stream has ended; each of its sequences counts."""
+        for job in stream.jobs:
+            stats, whole = job.stats, job.ended or 0.0
+            self.finished(stats.finish_reason or ("stop" if job.ended else "cancelled"), whole)
+            if job.first_token is not None:
+                self._first.observe(job.first_token)
+                self._queued.observe(max(job.first_token - stats.prefill_seconds, 0.0))
+            if stats.generated_tokens > 1:
+                self._between.observe(stats.decode_seconds / (stats.generated_tokens - 1))
 
     def finished(self, reason: str, seconds: float) -> None:
-        """A request ended, so long after its arrival. reason: one of REASONS."""
+        """A sequence ended, so long after its arrival. reason: one of REASONS."""
         self._success[reason].inc()
         self._whole.observe(seconds)
 
