@@ -38,7 +38,7 @@ CORS_HEADERS = frozenset(
     "x-qwen3c-route mcp-session-id mcp-protocol-version mcp-method mcp-name last-event-id".split()
 )
 EXPOSED = b"x-request-id, x-qwen3c-backend, x-qwen3c-fallback, retry-after, x-should-retry, mcp-session-id"
-_PATH = re.compile(rb"/[A-Za-z0-9._~:@+=,-]*(?:/[A-Za-z0-9._~:@+=,-]+)*/?")
+_PATH = re.compile(rb"/(?:[A-Za-z0-9._~:@+=,-]+/)*[A-Za-z0-9._~:@+=,-]*")
 _MODEL_PATH = re.compile(rb"/v1/models/(?:[A-Za-z0-9._~:@+=,/-]|%[0-9A-Fa-f]{2})+")
 _MODEL_NAME = re.compile(rb"[^\x00-\x1f\x7f\\]+")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")

@@ -74,37 +74,39 @@ class _Connection(h11.Connection):
         in_header = self.their_state is h11.IDLE
         try:
             event = super().next_event()
-            if isinstance(event, h11.Request):
-                _check_request(event)
         except h11.RemoteProtocolError as error:
             status = error.error_status_hint
             if status == 431 and not in_header:
                 status = 400  # a chunk without an end
             elif status == 431 and b"\n" not in self.trailing_data[0]:
                 status = 414
-            self.refusal = ApiError(status, _NOT_HTTP.get(status, _NOT_HTTP[400]), code="bad_http")
+            self._refuse(status)
             raise
+        if isinstance(event, h11.Request) and (status := _refused(event)):
+            self._refuse(status)
+            raise h11.RemoteProtocolError(self.refusal.message)
         self.pipelined = self.pipelined or event is h11.PAUSED
         return event
 
+    def _refuse(self, status: int) -> None:
+        self.refusal = ApiError(status, _NOT_HTTP.get(status, _NOT_HTTP[400]), code="bad_http")
 
-def _check_request(request: h11.Request) -> None:
-    """h11.RemoteProtocolError, with the status to answer, if a request is larger or stranger than need be."""
+
+def _refused(request: h11.Request) -> int:
+    """The status that answers a request which is larger or stranger than need be; 0 if it is neither."""
     names = [name for name, _ in request.headers]
     size = sum(len(name) + len(value) + 4 for name, value in request.headers)
-    status = 0
     if request.http_version not in (b"1.0", b"1.1"):
-        status = 505
-    elif request.method == b"CONNECT":
-        status = 405
-    elif len(request.target) > MAX_TARGET:
-        status = 414
-    elif len(names) > MAX_HEADERS or size > MAX_HEADER_BYTES:
-        status = 431
-    elif b"transfer-encoding" in names and (b"content-length" in names or request.http_version == b"1.0"):
-        status = 400  # two lengths: what stands between us and the client may believe the other one
-    if status:
-        raise h11.RemoteProtocolError(_NOT_HTTP[status], error_status_hint=status)
+        return 505
+    if request.method == b"CONNECT":
+        return 405
+    if len(request.target) > MAX_TARGET:
+        return 414
+    if len(names) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+        return 431
+    if b"transfer-encoding" in names and (b"content-length" in names or request.http_version == b"1.0"):
+        return 400  # two lengths: what stands between us and the client may believe the other one
+    return 0
 
 
 class _Closing:

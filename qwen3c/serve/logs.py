@@ -93,7 +93,7 @@ class Record:
                 parts.append(word)
         if self.key:
             parts.append(f"key {self.key}")
-        return " | ".join([*parts, self.request_id])
+        return " | ".join(filter(None, [*parts, self.request_id]))
 
 
 def _ms(seconds: float | None) -> int | None:

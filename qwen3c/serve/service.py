@@ -112,14 +112,14 @@ class Service:
         )
 
     def _log_refusal(self, error: ApiError) -> None:
-        record = Record("-", "-", status=error.status)
+        record = Record("-", "(no HTTP)", status=error.status)
         record.finish()
         self.log.request(record)
 
     def _hear(self, record: logging.LogRecord) -> None:
         """A warning of uvicorn or asyncio becomes one line. What the guard has told already, or run() raises, is dropped."""
         message = record.getMessage().split("\n")[0]
-        if not self._server.started or message.startswith("ASGI callable returned"):
+        if not self._server.started or message.startswith(("ASGI callable returned", "Invalid HTTP request")):
             return
         error = record.exc_info[1] if record.exc_info else None
         cause = f" ({type(error).__name__})" if error is not None else ""
