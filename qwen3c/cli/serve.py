@@ -99,12 +99,15 @@ def _alias(path: str) -> str:
 
 def _application(settings: Settings) -> tuple[Any, Models]:
     """The ASGI app over the models of the settings, the default one first, and those models."""
+    from .. import engine
     from ..format import ModelFile
     from ..serve.api import Api
     from ..serve.app import create_app
     from ..serve.metrics import Metrics
     from ..serve.models import Models, ServeOptions
 
+    if settings.isa:
+        engine.set_isa(settings.isa)
     openers: dict[str, Callable[[], Model]] = {}
     sizes: dict[str, int] = {}
     for alias in sorted(settings.models, key=lambda alias: alias != settings.default_model):
@@ -125,12 +128,9 @@ def _application(settings: Settings) -> tuple[Any, Models]:
 
 
 def _open(settings: Settings, path: str, kv: Any) -> Model:
-    from .. import engine
     from ..model import Model
     from ..system.machine import default_threads
 
-    if settings.isa:
-        engine.set_isa(settings.isa)
     with terminal.waiting(f"loading {path}" + " into huge pages" * settings.huge_pages):
         return Model(path, settings.threads or default_threads(), kv, "int8", settings.huge_pages)
 

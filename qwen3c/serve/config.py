@@ -118,9 +118,9 @@ def _url(value: Any) -> str:
         sound = False
     if not sound:
         raise ValueError("a URL such as https://api.example.com/v1")
-    if parts.username is not None or parts.password is not None:
+    if parts.username is not None or parts.password is not None or parts.query:
         raise ValueError(
-            "a URL without a name and a password; a key comes from the environment or a credential"
+            "a URL without a password or a query; a key comes from the environment or a credential"
         )
     return str(value)
 

@@ -18,7 +18,6 @@ from prometheus_client.metrics_core import (
     SummaryMetricFamily,
 )
 from prometheus_client.registry import Collector
-
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route

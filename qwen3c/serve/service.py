@@ -79,7 +79,7 @@ class Service:
             try:
                 self._server.run(self._sockets)
             except SystemExit:  # uvicorn's word for an application that did not start
-                raise self._guard.failure or RuntimeError("the server did not start") from None
+                raise _cause(self._guard.failure) from None
             finally:
                 notify("STOPPING=1")
                 for listener in self._sockets:
@@ -172,6 +172,13 @@ class Service:
             self.log.say("error", f"the API keys stay as they were: {error}")
         else:
             self.log.say("info", f"API keys read again: {len(self.keys)}")
+
+
+def _cause(failure: Exception | None) -> BaseException:
+    """Why an application did not start, for a person at its terminal, who may know more than a client."""
+    if isinstance(failure, ApiError):
+        return failure.__cause__ or RuntimeError(failure.message)
+    return failure or RuntimeError("the server did not start")
 
 
 class _Server(uvicorn.Server):

@@ -123,7 +123,7 @@ def test_random_bytes_end_in_a_refusal_or_in_silence(server: Running) -> None:
             for _ in range(random_.randrange(1, 5)):
                 noise[random_.randrange(len(noise))] = random_.randrange(256)
         raw = server.exchange(bytes(noise) + b"\r\n\r\n")
-        assert not raw or 200 <= int(raw.split()[1]) < 506 and int(raw.split()[1]) != 500, raw
+        assert not raw or (200 <= int(raw.split()[1]) < 506 and int(raw.split()[1]) != 500), raw
     assert server.get("/health").status == 200
 
 
