@@ -22,7 +22,7 @@ from typing import Any
 import uvicorn
 
 from ..system.files import reason
-from ..system.terminal import note
+from ..system.terminal import CLEAR_LINE, can_redraw, note, unheard
 from .config import Settings, is_loopback
 from .errors import ApiError
 from .guard import OPEN, App, Guard, Rules
@@ -147,9 +147,15 @@ class Service:
         on_terminal = any(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
         return {
             "SIGTERM": self._stop_by_signal,
-            "SIGINT": self._stop_by_signal,
+            "SIGINT": self._interrupt,
             "SIGHUP": self._hang_up if on_terminal else self._reload,
         }
+
+    def _interrupt(self) -> None:
+        if sys.stderr.isatty():  # what comes next stands in place of the ^C, or below it
+            with unheard():
+                print(end=CLEAR_LINE if can_redraw(sys.stderr) else "\n", file=sys.stderr, flush=True)
+        self._stop_by_signal()
 
     def _stop_by_signal(self) -> None:
         busy = self._server.busy

@@ -117,7 +117,7 @@ def test_what_is_no_request_is_refused_in_json(server: Running, request_: bytes,
 def test_random_bytes_end_in_a_refusal_or_in_silence(server: Running) -> None:
     random_ = random.Random(1)
     for i in range(200):
-        noise = random_.randbytes(random_.randrange(1, 600))
+        noise = bytearray(random_.randbytes(random_.randrange(1, 600)))
         if i % 2:  # something like a request, broken somewhere
             noise = bytearray(POST + b"Content-Length: 2\r\n\r\n{}")
             for _ in range(random_.randrange(1, 5)):

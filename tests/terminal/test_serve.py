@@ -27,10 +27,10 @@ def port(terminal: Terminal) -> int:
     return int(found[1])
 
 
-def ask(terminal: Terminal, **fields: object) -> dict[str, object]:
-    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, **fields}
+def ask(port: int) -> dict[str, object]:
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port(terminal)}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
     )  # fmt: skip
     with urllib.request.urlopen(request, timeout=60) as answer:
         found: dict[str, object] = json.load(answer)
@@ -39,7 +39,7 @@ def ask(terminal: Terminal, **fields: object) -> dict[str, object]:
 
 def test_it_says_what_it_serves_answers_and_ends_on_ctrl_c() -> None:
     with Terminal(SERVE, columns=200) as t:
-        assert ask(t)["object"] == "chat.completion"
+        assert ask(port(t))["object"] == "chat.completion"
         t.wait_for("POST /v1/chat/completions 200 ")
         first, *log = t.lines
         assert re.fullmatch(
@@ -76,13 +76,13 @@ def test_it_serves_on_while_the_window_changes_and_after_it_was_suspended() -> N
         t.type("PS1='$ '; clear\r")
         t.wait_for("$ ")
         t.type(" ".join(f"'{word}'" for word in SERVE) + "\r")
-        port(t)
+        where = port(t)
         t.resize(60, 20)
-        assert ask(t)["object"] == "chat.completion"
+        assert ask(where)["object"] == "chat.completion"
         t.press("ctrl-z")
         t.wait_for("Stopped")
         t.type("fg\r")
-        assert ask(t)["object"] == "chat.completion"
+        assert ask(where)["object"] == "chat.completion"
         t.press("ctrl-c")
         t.wait_until(lambda: t.current_line == "$", "the prompt of the shell")
         t.type("echo status $?\r")
@@ -108,7 +108,7 @@ def test_nohup_and_an_ampersand_leave_it_running(tmp_path: Path) -> None:
 def test_stdout_stays_empty_and_any_stream_may_be_a_pipe(tmp_path: Path) -> None:
     command = " ".join(f"'{word}'" for word in SERVE)
     with Terminal(["bash", "-c", f"exec {command} < /dev/null | tee out"], cwd=tmp_path) as t:
-        assert ask(t)["object"] == "chat.completion"
+        assert ask(port(t))["object"] == "chat.completion"
         t.press("ctrl-c")
         t.finish()
         assert (tmp_path / "out").read_text() == "" and "Traceback" not in t.text
