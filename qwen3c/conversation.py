@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Conversation:
         self.session = CachedSession(model, context)
         self.system = system
         self.thinking = thinking
+        self.tools: Sequence[dict[str, Any]] | None = None  # what replies may call: see Model.chat_prompt
         self.settings: dict[str, Any] = {}
         self.forgotten = 0
         self._context = self.session.context  # the default of the setting
@@ -115,6 +117,11 @@ class Conversation:
         """
         return self._reply([*self.messages, {"role": "user", "content": text}], options)
 
+    def answer_calls(self, results: Sequence[str], **options: Any) -> Generation:
+        """Tell what the calls of the last reply came to, in their order; the reply to that. options: see ask."""
+        told = [{"role": "tool", "content": text} for text in results]
+        return self._reply([*self.messages, *told], options)
+
     def regenerate(self, **options: Any) -> Generation:
         """Another reply in place of the last one. ValueError if there is none."""
         messages = self.messages
@@ -164,7 +171,7 @@ class Conversation:
     def _prompt(self, asked: list[dict[str, Any]], forgotten: int) -> list[int]:
         system = [{"role": "system", "content": self.system}] if self.system else []
         system += [message for message in asked[:forgotten] if message["role"] == "system"]
-        return self.model.chat_prompt([*system, *asked[forgotten:]], self.thinking)
+        return self.model.chat_prompt([*system, *asked[forgotten:]], self.thinking, self.tools)
 
     def save(self, path: str) -> None:
         """Write the conversation to a file: the whole of it or nothing. ~ is the home directory."""

@@ -25,6 +25,7 @@ def hold_chat(args: argparse.Namespace) -> int:
     """Messages in, replies out, until there are no more messages."""
     from ..conversation import Conversation
     from .repl import Repl
+    from .tools import opened_tools
 
     model = open_model(args, chats=True)
     conversation = Conversation(
@@ -38,9 +39,11 @@ def hold_chat(args: argparse.Namespace) -> int:
         **sampling(args),
     )
     say_what_was_chosen(args, model, conversation.session.context, args.thinking is not False)
-    if sys.stdin.isatty():
-        terminal.note("/help lists the commands, Ctrl-D leaves")
-    return Repl(conversation, lambda: new_writer(args, model), logprobs=args.logprobs).run()
+    with opened_tools(args.mcp, model) as tools:
+        conversation.tools = tools.functions if tools else None
+        if sys.stdin.isatty():
+            terminal.note("/help lists the commands, Ctrl-D leaves")
+        return Repl(conversation, lambda: new_writer(args, model), tools, logprobs=args.logprobs).run()
 
 
 def write_reply(args: argparse.Namespace) -> int:
@@ -194,6 +197,13 @@ def measure_speed(args: argparse.Namespace) -> int:
     return 0
 
 
+def serve_tools(args: argparse.Namespace) -> int:
+    """The model as tools of an MCP host."""
+    from .mcp import serve_over_stdio
+
+    return serve_over_stdio(args)
+
+
 MODES: dict[str, Callable[[argparse.Namespace], int]] = {
     "chat": hold_chat,
     "generate": write_reply,
@@ -201,4 +211,5 @@ MODES: dict[str, Callable[[argparse.Namespace], int]] = {
     "info": describe_file,
     "perplexity": measure_perplexity,
     "bench": measure_speed,
+    "mcp": serve_tools,
 }

@@ -27,8 +27,8 @@ SAMPLING = {
     "seed": "the same seed gives the same text on every machine",
 }
 TALKING = ("chat", "generate", "trace")
-COMPUTING = (*TALKING, "perplexity", "bench")
-MODES = (*TALKING, "info", "perplexity", "bench")
+COMPUTING = (*TALKING, "perplexity", "bench", "mcp")
+MODES = (*TALKING, "info", "perplexity", "bench", "mcp")
 # option -> the modes that use it; any other mode refuses it. --mode alone is every mode's
 USED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("prompt", "chat_template", "raw"), ("generate", "trace")),
@@ -38,13 +38,15 @@ USED_BY: dict[str, tuple[str, ...]] = {
         ("system", "system_file", "reasoning", "think", "no_think", "max_tokens", "stop"), TALKING
     ),
     **dict.fromkeys((*SAMPLING, "logit_bias"), TALKING),
-    "context": (*TALKING, "perplexity"),
+    "context": (*TALKING, "perplexity", "mcp"),
     **dict.fromkeys(("threads", "kv", "activations", "huge_pages", "isa"), COMPUTING),
     **dict.fromkeys(("hide_thinking", "logprobs"), ("chat", "generate")),
     "json": (*TALKING, "info", "perplexity"),
     **dict.fromkeys(("level", "html"), ("trace",)),
     "verify": ("info",),
     "overflow": ("chat",),
+    "mcp": ("chat",),
+    "url": ("mcp",),
 }
 
 
@@ -115,6 +117,8 @@ def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--raw completes text, which has no system prompt (-y, --system-file)")
     if args.raw and (args.think or args.no_think or args.reasoning is not None):
         parser.error("--raw completes text, which has no switch for thinking (-r, --think, --no-think)")
+    if args.url is not None and args.paths:
+        parser.error("--url serves the model of a running server; another one cannot be named")
 
 
 def _zero_or_one(text: str) -> bool:
@@ -152,12 +156,14 @@ def new_parser() -> Parser:
     )
     add("-m", "--mode", choices=MODES, help="chat; generate: one reply or completion; trace: look inside "
         "while a text flows through; info: what is in the file and the memory it takes; perplexity FILE: how well the model predicts a text; "
-        "bench: how fast it runs here, beside what the machine can do")  # fmt: skip
+        "bench: how fast it runs here, beside what the machine can do; mcp: the model as tools of an MCP host, "
+        "over stdin and stdout")  # fmt: skip
     add("--version", action="version", version=_version())
     _add_text(parser.add_argument_group("text"))
     _add_sampling(parser.add_argument_group("sampling"))
     _add_machine(parser.add_argument_group("machine"))
     _add_output(parser.add_argument_group("output"))
+    _add_mcp(parser.add_argument_group("MCP"))
     return parser
 
 
@@ -235,6 +241,14 @@ def _add_output(group: Any) -> None:
     add("--html", metavar="FILE", help="trace: write one page to look at: norms, attention, the predictions "
         f"after each layer, and what else the next tokens might have been (-n, default {TRACED_TOKENS})")  # fmt: skip
     add("--verify", action="store_true", help="info: read every tensor and compare its checksum")
+
+
+def _add_mcp(group: Any) -> None:
+    add = group.add_argument
+    add("--mcp", metavar="FILE", help="chat: let the model call the tools of the MCP servers that FILE names under "
+        "mcpServers; each call is asked about first")  # fmt: skip
+    add("--url", metavar="URL", help="mcp: serve the tools of the server that runs there, which loads nothing here; "
+        "QWEN3C_API_KEY is its key")  # fmt: skip
 
 
 def _version() -> str:

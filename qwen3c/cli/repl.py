@@ -30,6 +30,7 @@ from .options import SMALLER_CONTEXT
 from .output import JsonWriter, ReplyWriter, show
 from .reader import MessageReader, history_path, state_directory
 from .signals import answering, endable
+from .tools import Tools
 
 HELP = """\
 /help               this; also /?
@@ -38,6 +39,7 @@ HELP = """\
 /set [NAME [VALUE]] show or change settings; VALUE "default" takes it back
 /think, /nothink    switch thinking on or off
 /regen              another reply to the last question
+/tools              the tools of other servers (--mcp), and how these are
 /save FILE          write the conversation to a file
 /load FILE          go on from a saved conversation
 /exit               leave; also /quit, /bye and Ctrl-D
@@ -45,7 +47,8 @@ HELP = """\
 A space before / makes the line a message. Tab completes commands, settings and files.
 Ctrl-C stops a reply; what it said until then is kept."""
 ALIASES = {"?": "help", "quit": "exit", "bye": "exit"}
-NO_ARGUMENT = ("clear", "think", "nothink", "regen")
+NO_ARGUMENT = ("clear", "think", "nothink", "regen", "tools")
+ROUNDS = 10  # of calls in answer to one message
 WAYS_OUT = (
     "/clear forgets what was said, /set overflow drop lets the oldest turns go, /set context N makes room"
 )
@@ -53,15 +56,21 @@ KEPT = 9  # interrupted conversations: the older ones go
 
 
 class Repl:
-    """Reads messages until there are no more. writer: makes what shows a reply. options: Model.generate."""
+    """Reads messages until there are no more.
+
+    writer: makes what shows a reply. tools: those that replies may call. options: Model.generate.
+    """
 
     def __init__(
         self,
         conversation: Conversation,
         writer: Callable[[], ReplyWriter | JsonWriter],
+        tools: Tools | None = None,
         **options: Any,
     ) -> None:
         self._conversation = conversation
+        self._tools = tools
+        self._reader = MessageReader(self._completions)
         self._writer = writer
         self._options = options
         self._failed = False
@@ -77,6 +86,7 @@ class Repl:
             "regen": lambda _: self._answer(conversation.regenerate),
             "save": self._save,
             "load": self._load,
+            "tools": self._list_tools,
             "exit": lambda _: None,
         }
 
@@ -100,15 +110,14 @@ class Repl:
                 return 128 + number
 
     def _take_all(self) -> None:
-        reader = MessageReader(self._completions)
-        while self._take(reader):
+        while self._take():
             if self._ended():
                 raise KeyboardInterrupt
 
-    def _take(self, reader: MessageReader) -> bool:
+    def _take(self) -> bool:
         """One message or command; False when there are no more."""
         try:
-            text = reader.read()
+            text = self._reader.read()
             command = parse_command(text)
             if command and command[0] == "exit":
                 return False
@@ -147,6 +156,26 @@ class Repl:
         self._commands[name](argument)
 
     def _answer(self, ask: Callable[..., Generation]) -> None:
+        """The reply to what `ask` says, and to what the tools that it calls come to."""
+        reply = self._show(ask).reply
+        for _ in range(ROUNDS):
+            if self._tools is None or not reply.tool_calls or reply.finish_reason == "cancelled":
+                return
+            confirm = self._reader.ask if self._typed and sys.stderr.isatty() else None
+            try:
+                results = [self._tools.run(call, confirm) for call in reply.tool_calls]
+            except KeyboardInterrupt:
+                if not self._typed or self._ended():
+                    raise
+                print(file=sys.stderr)
+                note("(cancelled; the model is not told)")
+                return
+            self._conversation.tools = self._tools.functions
+            reply = self._show(functools.partial(self._conversation.answer_calls, results)).reply
+        if reply.tool_calls:
+            note(f"({ROUNDS} rounds of calls are enough for one message)")
+
+    def _show(self, ask: Callable[..., Generation]) -> Generation:
         def told(**options: Any) -> Generation:
             before = self._conversation.forgotten
             generation = ask(**options, **self._options)
@@ -161,6 +190,14 @@ class Repl:
             note("(nothing was said; the question is not kept)")
         if generation.reply.finish_reason == "cancelled" and not self._typed:
             raise KeyboardInterrupt  # nobody is there to go on
+        return generation
+
+    def _list_tools(self, _: str) -> None:
+        if self._tools is None:
+            raise ValueError("there are no tools: --mcp FILE names servers that have some")
+        self._tools.refresh()
+        self._conversation.tools = self._tools.functions
+        note(self._tools.listed())
 
     def _clear(self, _: str) -> None:
         self._conversation.clear()
