@@ -18,7 +18,7 @@ from .drivers.batch import RUNNING, CachedSession, drive
 from .drivers.generate import Generation, ReplyOptions
 from .drivers.reply import Event, Mask, Reply, ReplyState, Vocabulary, token_budget, token_ids, whole
 from .drivers.sampler import Sampling, SamplingOptions, default_sampling
-from .engine import KV, Activations, Logits, Model as Engine, Session
+from .engine import KV, Activations, Engine, Logits, Session
 from .format import ModelFileError
 from .memory import check_space_for_model, gib
 from .text.chat import END_THINK, ChatTemplate, last_control_token, may_think

@@ -489,7 +489,7 @@ def undocumented(kind: type, names: set[str]) -> list[str]:
 
 def test_help_says_something_of_every_public_name() -> None:
     assert qwen3c.__doc__ and str(inspect.signature(Model)).startswith("(path: ")
-    engine_side = set(members(engine.Model))
+    engine_side = set(members(engine.Engine))
     faults = []
     for name in qwen3c.__all__:
         value = getattr(qwen3c, name)
@@ -510,7 +510,7 @@ def test_help_says_something_of_every_name_of_the_engine() -> None:
 
 
 def test_the_docstring_of_a_model_says_what_its_fields_are() -> None:
-    (node,) = (n for n in stub().body if isinstance(n, ast.ClassDef) and n.name == "Model")
+    (node,) = (n for n in stub().body if isinstance(n, ast.ClassDef) and n.name == "Engine")
     fields = {ast.unparse(entry.target) for entry in node.body if isinstance(entry, ast.AnnAssign)}
     assert {"config", "metadata", "path"} < fields
     assert not [name for name in fields if f"{name}:" not in str(Model.__doc__)]

@@ -176,6 +176,9 @@ class ReplyState:
         """Of the last token, in nats, under the distribution it was drawn from (see Sampler)."""
         return self._sampler.logprob
 
+    def prepare(self) -> None:
+        """A pass begins that will end in take(): the mask of the next token may be computed beside it."""
+
     def take(self, logits: NDArray[np.float32]) -> Event:
         """Sample the next token from `logits`, (vocab_size,), of the position before it.
 
