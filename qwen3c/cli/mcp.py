@@ -17,6 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..serve.mcp import Local, Provider, new_proxy, new_server, require_mcp
+from ..serve.models import Models, ServeOptions
 from ..system import terminal
 from .opening import context_of, open_model, say_what_was_chosen
 from .signals import ENDING, Ended
@@ -48,14 +49,13 @@ def serve_over_stdio(args: argparse.Namespace) -> int:
 
 async def _serve(args: argparse.Namespace, model: Model | None) -> int:
     """Serve to the end; the number of the signal that was it, 0 for the end of stdin."""
-    from ..serve.alone import Alone
-
     async with AsyncExitStack() as stack:
         provider: Provider
         if model is None:
             provider = await stack.enter_async_context(new_proxy(args.url, os.environ.get(KEY)))
         else:
-            provider = Local(Alone(model, context_of(args, model)))
+            alias, options = str(model.metadata["name"]), ServeOptions(context=context_of(args, model))
+            provider = Local(await stack.enter_async_context(Models({alias: lambda: model}, options).open()))
         terminal.note(f"MCP over stdin and stdout{f', of {args.url}' if args.url else ''}")
         return await serve(provider)
 

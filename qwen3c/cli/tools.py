@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..system.terminal import note, waiting
 
 if TYPE_CHECKING:
-    from ..serve.host import Config, HostTool
     from ..model import Model
+    from ..serve.host import Config, HostTool
 
 QUESTION = "allow once (y), always for this tool (a), no (n)? "
-ANY_TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
+ANY_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "", "parameters": {"type": "object"}},
+}
 DENIED = "The user does not allow this call."
 CHANGED = "The definition of this tool has changed since; it was not called. Look at it again."
 T = TypeVar("T")

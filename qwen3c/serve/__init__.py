@@ -1,1 +1,1 @@
-"""The server: one engine, many clients; the surfaces that they speak to it by."""
+"""The server: models behind HTTP, for chat pages, editors, agents and evaluation tools."""

@@ -6,8 +6,8 @@
     score              the log-probability of every token of a text
 
 mcp_routes serves them at /mcp (streamable HTTP, with and without the handshake of before 2026-07-28), cli/mcp.py over
-stdin and stdout. What computes is a Backend; Proxy has the same tools of a server that runs elsewhere. A call ends
-with its request: closing the stream, or `notifications/cancelled`, frees the engine within a pass.
+stdin and stdout. Local has the tools of the models here, Proxy those of a server that runs elsewhere. A call ends with
+its request: closing the stream, or `notifications/cancelled`, frees the engine after the pass under way.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from ..drivers.reply import Event, Reply, Stats
-from ..drivers.retrieval import instruct
-from ..drivers.sampler import SamplingOptions
+from ..drivers.reply import Reply
+from ..drivers.retrieval import embedding_prompts, instruct, relevance, rerank_prompts, unit_vectors
+from ..drivers.score import TokenScore
+from .ask import Ask, Progress, Stream
 from .errors import ApiError
+from .models import Models, Served
+from .scheduler import KeyLimits
 
 if TYPE_CHECKING:
     import mcp_types as types
-    from mcp.client import Client
+    from mcp.client import Client as SDKClient
     from mcp.server import Server, ServerRequestContext
-    from numpy.typing import NDArray
     from starlette.routing import BaseRoute
     from starlette.types import Message, Receive, Scope, Send
 
@@ -44,95 +46,6 @@ T = TypeVar("T")
 
 
 # ----------------------------------------------------------------------------
-# What computes
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What a request for text comes down to. sampling: keywords of Model.sampling."""
-
-    prompt: list[int]
-    max_tokens: int | None = None
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    stop: tuple[str, ...] = ()
-    namespace: str = ""
-
-
-class Progress(Protocol):
-    """How far a reply is that has not begun. position: how many are before it in the queue."""
-
-    @property
-    def stage(self) -> str: ...
-    @property
-    def position(self) -> int: ...
-    @property
-    def total(self) -> int: ...
-    @property
-    def processed(self) -> int: ...
-
-
-class Update(Protocol):
-    """What a pass brought: a token's event, or progress before the first."""
-
-    @property
-    def event(self) -> Event | None: ...
-    @property
-    def progress(self) -> Progress | None: ...
-
-
-class Stream(Protocol):
-    """A reply on its way. cancel: frees the engine, in any state, as often as one likes."""
-
-    @property
-    def stats(self) -> Sequence[Stats]: ...
-    def cancel(self) -> None: ...
-    def __aiter__(self) -> AsyncIterator[Update]: ...
-
-
-class TokenScore(Protocol):
-    """A token's log-probability in nats, and the most likely tokens in its place."""
-
-    @property
-    def logprob(self) -> float: ...
-    @property
-    def top(self) -> Sequence[tuple[int, float]]: ...
-
-
-class Backend(Protocol):
-    """One model that answers. Each coroutine stops computing when its task is cancelled."""
-
-    @property
-    def model(self) -> Model: ...
-    @property
-    def context(self) -> int: ...
-    async def work(self, function: Callable[..., T], *args: Any) -> T:
-        """function(*args), in a thread that holds nobody up."""
-
-    def submit(self, ask: Ask) -> Stream:
-        """The reply to a prompt, queued. ValueError if it cannot be asked."""
-
-    async def embed(self, texts: Sequence[str], namespace: str) -> NDArray[Any]:
-        """See Model.embed."""
-
-    async def rerank(
-        self, query: str, documents: Sequence[str], instruction: str | None, namespace: str
-    ) -> Sequence[float]:
-        """See Model.rerank."""
-
-    async def score(self, ids: list[int], top: int, namespace: str) -> Sequence[TokenScore | None]:
-        """Of every token; None for the first, which nothing comes before."""
-
-
-class Backends(Protocol):
-    """The models by name."""
-
-    @property
-    def names(self) -> Sequence[str]: ...
-    async def get(self, name: str | None) -> Backend:
-        """The model of that name, loaded; None: the one for those who do not choose."""
-
-
-# ----------------------------------------------------------------------------
 # The tools
 
 
@@ -140,9 +53,9 @@ class Backends(Protocol):
 class Call:
     """One call of a tool. told: the last progress, which may only grow."""
 
-    backend: Backend
+    served: Served
     arguments: dict[str, Any]
-    namespace: str
+    client: Client
     report: Callable[[float, float | None, str], Awaitable[None]]
     told: float = -1
 
@@ -151,6 +64,21 @@ class Call:
         if done > self.told:
             self.told = done
             await self.report(done, total, message)
+
+    async def submit(self, prompts: list[list[int]], **wanted: Any) -> Stream:
+        """What the engine brings of the prompts; wanted: fields of Ask."""
+        ask = Ask(prompts, namespace=self.client.name, priority=self.client.priority, **wanted)
+        return await self.served.submit(ask, self.client.limits)
+
+    async def rows(self, prompts: list[list[int]], doing: str, **wanted: Any) -> list[Any]:
+        """The row of each prompt (see Ask), some prompts at a time."""
+        found: list[Any] = []
+        for i in range(0, len(prompts), AT_ONCE):
+            await self.progress(i, len(prompts), f"{doing}, {i} of {len(prompts)} done")
+            some = prompts[i : i + AT_ONCE]
+            ask = Ask(some, namespace=self.client.name, priority=self.client.priority, **wanted)
+            found += (await self.served.rows(ask, self.client.limits))[0]
+        return found
 
 
 @dataclass(frozen=True)
@@ -177,23 +105,21 @@ class ToolOfOurs:
 
 
 async def _chat(call: Call) -> dict[str, Any]:
-    arguments = call.arguments
-    prompt = await call.backend.work(
-        call.backend.model.chat_prompt, arguments["messages"], arguments.get("thinking")
+    arguments, model = call.arguments, call.served.model
+    return await _reply(
+        call, await call.served.work(model.chat_prompt, arguments["messages"], arguments.get("thinking"))
     )
-    return await _reply(call, prompt)
 
 
 async def _generate(call: Call) -> dict[str, Any]:
-    prompt = await call.backend.work(call.backend.model.text_prompt, call.arguments["prompt"])
-    return await _reply(call, prompt)
+    return await _reply(call, await call.served.work(call.served.model.text_prompt, call.arguments["prompt"]))
 
 
 async def _reply(call: Call, prompt: list[int]) -> dict[str, Any]:
     arguments, max_tokens = call.arguments, call.arguments.get("max_tokens")
     sampling: Any = {name: arguments[name] for name in _SAMPLING if name in arguments}
     stop = tuple(arguments.get("stop", ()))
-    stream = call.backend.submit(Ask(prompt, max_tokens, sampling, stop, call.namespace))
+    stream = await call.submit([prompt], max_tokens=max_tokens, sampling=sampling, stop=stop)
     n_prompt, n_tokens, reply = len(prompt), 0, Reply()
     total = None if max_tokens is None else n_prompt + max_tokens
     try:
@@ -209,7 +135,7 @@ async def _reply(call: Call, prompt: list[int]) -> dict[str, Any]:
     return {
         "text": reply.text,
         "thinking": reply.thinking,
-        "finish_reason": reply.finish_reason or "cancelled",
+        "finish_reason": reply.finish_reason or "length",
         "prompt_tokens": n_prompt,
         "cached_tokens": stream.stats[0].cached_tokens,
         "completion_tokens": n_tokens,
@@ -218,69 +144,74 @@ async def _reply(call: Call, prompt: list[int]) -> dict[str, Any]:
 
 def _stage(progress: Progress, total: int | None) -> tuple[int, int | None, str]:
     if progress.stage == "queued":
-        return 0, total, f"queued, {progress.position} before it"
+        return 0, total, f"queued, number {progress.position}"
     return progress.processed, total, f"reading, {progress.processed} of {progress.total} tokens"
 
 
 async def _embed(call: Call) -> dict[str, Any]:
-    texts, instruction = call.arguments["texts"], call.arguments.get("instruction")
+    texts, instruction, model = call.arguments["texts"], call.arguments.get("instruction"), call.served.model
     if instruction is not None:
         texts = [instruct(text, instruction) for text in texts]
-    vectors: list[list[float]] = []
-    for i in range(0, len(texts), AT_ONCE):
-        await call.progress(i, len(texts), "embedding")
-        found = await call.backend.embed(texts[i : i + AT_ONCE], call.namespace)
-        vectors += found.tolist()
-    return {"embeddings": vectors, "dimensions": call.backend.model.config.dim}
+    prompts = await call.served.work(embedding_prompts, model, model.tokenizer, texts)
+    rows = await call.rows(prompts, "embedding", vectors=True)
+    vectors = unit_vectors(rows, model.config.dim)
+    return {"embeddings": vectors.tolist(), "dimensions": model.config.dim}
 
 
 async def _rerank(call: Call) -> dict[str, Any]:
-    query, documents = call.arguments["query"], call.arguments["documents"]
-    scores: list[float] = []
-    for i in range(0, len(documents), AT_ONCE):
-        await call.progress(i, len(documents), "judging documents")
-        some, instruction = documents[i : i + AT_ONCE], call.arguments.get("instruction")
-        scores += map(float, await call.backend.rerank(query, some, instruction, call.namespace))
+    arguments, model = call.arguments, call.served.model
+    prompts, answers = await call.served.work(
+        rerank_prompts,
+        model,
+        model.tokenizer,
+        arguments["query"],
+        arguments["documents"],
+        arguments.get("instruction"),
+    )
+    scores = relevance(await call.rows(prompts, "judging", rows=True), answers).tolist()
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    best = order[: call.arguments.get("top_n", len(order))]
+    best = order[: arguments.get("top_n", len(order))]
     return {"results": [{"index": i, "score": scores[i]} for i in best]}
 
 
 async def _count_tokens(call: Call) -> dict[str, Any]:
-    arguments, model = call.arguments, call.backend.model
+    arguments, model = call.arguments, call.served.model
     if ("text" in arguments) == ("messages" in arguments):
         raise ValueError("give either text or messages")
     if "text" in arguments:
-        ids = await call.backend.work(model.tokenizer.encode, arguments["text"])
+        ids = await call.served.work(model.tokenizer.encode, arguments["text"])
     else:
-        ids = await call.backend.work(model.chat_prompt, arguments["messages"], arguments.get("thinking"))
-    return {"tokens": len(ids), "context": call.backend.context}
+        ids = await call.served.work(model.chat_prompt, arguments["messages"], arguments.get("thinking"))
+    return {"tokens": len(ids), "context": call.served.context}
 
 
 async def _score(call: Call) -> dict[str, Any]:
-    arguments, tokenizer = call.arguments, call.backend.model.tokenizer
-    before = await call.backend.work(call.backend.model.text_prompt, arguments.get("context", ""))
-    ids = await call.backend.work(tokenizer.encode, arguments["text"])
-    if len(before) + len(ids) > call.backend.context:
-        raise ValueError(
-            f"text: {len(before) + len(ids)} tokens with what is before it, the context is {call.backend.context}"
-        )
-    await call.progress(0, len(ids), "scoring")
+    arguments, model = call.arguments, call.served.model
+    before = await call.served.work(model.text_prompt, arguments.get("context", ""))
+    ids = await call.served.work(model.tokenizer.encode, arguments["text"])
     top = arguments.get("top", 0)
-    scores = (await call.backend.score([*before, *ids], top, call.namespace))[len(before) :]
+    stream = await call.submit([[*before, *ids]], max_tokens=0, echo=top)
+    scores: list[TokenScore] = []
+    try:
+        async for update in stream:
+            if update.progress is not None:
+                await call.progress(*_stage(update.progress, update.progress.total))
+            scores = update.scores or scores
+    finally:
+        stream.cancel()
+    return await call.served.work(_described_scores, model, scores[len(before) :], top)
 
-    def token(id: int, score: TokenScore | None) -> dict[str, Any]:
-        found = {"id": id, "text": tokenizer.decode([id]), "logprob": score and score.logprob}
-        if top and score:
-            found["top"] = [
-                {"id": other, "text": tokenizer.decode([other]), "logprob": logprob}
-                for other, logprob in score.top
-            ]
-        return found
 
-    known = [score.logprob for score in scores if score is not None]
+def _described_scores(model: Model, scores: list[TokenScore], top: int) -> dict[str, Any]:
+    def token(id: int, logprob: float | None) -> dict[str, Any]:
+        return {"id": id, "text": model.tokenizer.decode([id]), "logprob": logprob}
+
+    known = [score.logprob for score in scores if score.logprob is not None]
     return {
-        "tokens": [token(id, score) for id, score in zip(ids, scores, strict=True)],
+        "tokens": [
+            token(score.token, score.logprob) | ({"top": [token(*each) for each in score.top]} if top else {})
+            for score in scores
+        ],
         "total_logprob": sum(known),
         "scored_tokens": len(known),
     }
@@ -418,11 +349,10 @@ class Provider(Protocol):
 
 
 class Local:
-    """The tools of the models here. namespace: of the prefix cache, by the HTTP request (None: there is none)."""
+    """The tools of the models here."""
 
-    def __init__(self, models: Backends, namespace: Callable[[Any], str] = lambda request: "") -> None:
+    def __init__(self, models: Models) -> None:
         self._models = models
-        self._namespace = namespace
         self._by_name = {tool.name: tool for tool in TOOLS}
 
     async def tools(self) -> list[types.Tool]:
@@ -466,15 +396,30 @@ class Local:
     ) -> types.CallToolResult:
         import mcp_types as types
 
-        backend = await self._models.get(arguments.get("model"))
+        served = await self._models.get(arguments.get("model"))
         defaults = {name: each["default"] for name, each in tool.properties.items() if "default" in each}
-        namespace = self._namespace(context.request)
-        call = Call(backend, defaults | arguments, namespace, context.session.report_progress)
+        client = _client(context.request)
+        call = Call(served, defaults | arguments, client, context.session.report_progress)
         found = await while_connected(context.request, tool.run(call))
         if found is None:
             return failed("cancelled")
-        text = types.TextContent(type="text", text=tool.text(found))
+        text = types.TextContent(type="text", text=await served.work(tool.text, found))
         return types.CallToolResult(content=[text], structured_content=found)
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who asks. name: of the key, a namespace of the prefix cache."""
+
+    name: str = ""
+    priority: int = 0
+    limits: KeyLimits = field(default_factory=KeyLimits)
+
+
+def _client(request: Any) -> Client:
+    """Who asks, as the guard has found; nobody in particular over stdio (None)."""
+    key = None if request is None else getattr(request.state, "key", None)
+    return Client() if key is None else Client(key.name, max(key.priority, 0), key.limits)
 
 
 def failed(text: str) -> types.CallToolResult:
@@ -531,18 +476,14 @@ def new_server(provider: Provider) -> Server[Any]:
 
 
 def mcp_routes(
-    models: Backends,
-    *,
-    hosts: Sequence[str],
-    origins: Sequence[str],
-    namespace: Callable[[Any], str] = lambda request: "",
+    models: Models, *, hosts: Sequence[str], origins: Sequence[str]
 ) -> tuple[list[BaseRoute], Callable[[], AbstractAsyncContextManager[None]]]:
     """The routes of /mcp, and the context manager that the app's lifespan has to enter around serving.
 
-    hosts, origins: which Host and Origin headers are answered, such as "127.0.0.1:8080"; ":*" at the end is any port.
-    namespace: of the prefix cache, for a request.
+    hosts, origins: which Host and Origin headers are answered, such as "127.0.0.1:8080" and "http://127.0.0.1:8080";
+    ":*" at the end is any port. Who asks is the `key` in the state of the request, if the guard has put one there.
     """
-    server = new_server(Local(models, namespace))
+    server = new_server(Local(models))
     from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
     from mcp.server.transport_security import TransportSecuritySettings
     from starlette.routing import Route
@@ -585,7 +526,7 @@ def innermost(error: BaseException) -> str:
 class Proxy:
     """The tools of the server at `url`, called there with progress and cancel. Use `new_proxy`."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: SDKClient) -> None:
         self._client = client
 
     async def tools(self) -> list[types.Tool]:
