@@ -483,7 +483,14 @@ def mcp_routes(
     hosts, origins: which Host and Origin headers are answered, such as "127.0.0.1:8080" and "http://127.0.0.1:8080";
     ":*" at the end is any port. Who asks is the `key` in the state of the request, if the guard has put one there.
     """
-    server = new_server(Local(models))
+    return routes_of(Local(models), hosts, origins)
+
+
+def routes_of(
+    provider: Provider, hosts: Sequence[str], origins: Sequence[str]
+) -> tuple[list[BaseRoute], Callable[[], AbstractAsyncContextManager[None]]]:
+    """The routes of /mcp for any tools; see mcp_routes."""
+    server = new_server(provider)
     from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
     from mcp.server.transport_security import TransportSecuritySettings
     from starlette.routing import Route
