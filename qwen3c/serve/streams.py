@@ -54,7 +54,7 @@ class EventStream(Response):
 
     events: texts of whole events, such as "data: {...}\\n\\n"; one text may hold several. An ApiError that it raises
     becomes the event that `say_error` makes of it, after which the stream is closed. cancel: called if the client
-    leaves.
+    leaves, and at the end. ended: called at the end.
     """
 
     media_type = "text/event-stream"
@@ -68,6 +68,7 @@ class EventStream(Response):
         headers: Mapping[str, str] | None = None,
         ping: float = PING,
         ping_event: str = ": ping\n\n",
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(headers={**HEADERS, **(headers or {})}, media_type=self.media_type)
         del self.headers["content-length"]
@@ -76,6 +77,7 @@ class EventStream(Response):
         self._cancel = cancel
         self._ping = ping
         self._ping_event = ping_event
+        self._ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -86,8 +88,7 @@ class EventStream(Response):
         finally:
             self._cancel()
             await self._events.aclose()
-        if self.background is not None:
-            await self.background()
+            self._ended()
 
     async def _send_all(self, send: Send) -> None:
         async def write(text: str, more: bool = True) -> None:
