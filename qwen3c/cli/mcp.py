@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import queue
@@ -151,8 +152,6 @@ async def _streams(received: int, sent: int) -> AsyncIterator[tuple[Any, Any]]:
 
 def _message(line: bytes) -> SessionMessage | str | None:
     """What a line says: a message, the error that answers it, or None for nothing."""
-    import json
-
     from mcp.shared.message import SessionMessage
     from mcp_types import jsonrpc_message_adapter
 
@@ -165,14 +164,15 @@ def _message(line: bytes) -> SessionMessage | str | None:
     except ValueError:
         pass
     try:
-        json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError):
         return _refusal(PARSE_ERROR, "not JSON")
-    return _refusal(INVALID_REQUEST, "not a JSON-RPC message")
+    id = value.get("id") if isinstance(value, dict) else None
+    return _refusal(INVALID_REQUEST, "not a JSON-RPC message", id if isinstance(id, (int, str)) else None)
 
 
-def _refusal(code: int, message: str) -> str:
-    return f'{{"jsonrpc":"2.0","id":null,"error":{{"code":{code},"message":"{message}"}}}}'
+def _refusal(code: int, message: str, id: int | str | None = None) -> str:
+    return json.dumps({"jsonrpc": "2.0", "id": id, "error": {"code": code, "message": message}})
 
 
 async def _lines(descriptor: int) -> AsyncIterator[bytes]:

@@ -332,8 +332,8 @@ def require_mcp() -> None:
     """ImportError, with what to install, where the SDK is missing."""
     try:
         import mcp  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ImportError(NEEDED) from error
+    except ModuleNotFoundError:
+        raise ImportError(NEEDED) from None
 
 
 class Provider(Protocol):

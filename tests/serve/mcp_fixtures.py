@@ -126,7 +126,7 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def serving(application: Starlette, port: int = 0) -> AsyncIterator[str]:
+async def serving(application: Any, port: int = 0) -> AsyncIterator[str]:
     """Within, an app is served on 127.0.0.1; its URL."""
     config = uvicorn.Config(application, port=port, log_level="error", timeout_graceful_shutdown=1)
     server = _Server(config)
