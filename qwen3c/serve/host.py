@@ -23,10 +23,10 @@ import signal
 import sys
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from .errors import ApiError
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.routing import BaseRoute
 
-T = TypeVar("T")
 KEYS = ("type", "command", "args", "env", "cwd", "timeout_ms", "url", "headers")
 TYPES = {"stdio": "command", "http": "url", "streamable-http": "url", "streamableHttp": "url"}
 INHERITED = ("PATH", "HOME", "LANG")  # what a server gets of our environment
@@ -520,6 +519,9 @@ async def child(config: Config, tail: Tail, ended: asyncio.Event) -> AsyncIterat
                 task.cancel()
             for stream in (to_client, reading, writing, from_client):
                 stream.close()
+            transport = getattr(process, "_transport", None)  # nothing public closes it while a pipe is open
+            if transport is not None:
+                transport.close()
 
 
 async def _line(stream: asyncio.StreamReader, tail: Tail) -> bytes:
@@ -651,13 +653,18 @@ class Host:
 
 
 def host_routes(host: Host) -> list[BaseRoute]:
-    """GET /page/tools and POST /page/tools/call, for our page: requests of other origins get 403."""
-    from starlette.responses import JSONResponse
+    """GET /page/tools and POST /page/tools/call, for our page: requests of other origins get 403.
+
+    The app answers an ApiError, and a client that has left (see app.py).
+    """
     from starlette.routing import Route
+
+    from .api import json_answer
+    from .streams import unless_left
 
     async def tools(request: Request) -> Response:
         _check_origin(request)
-        return JSONResponse(await while_open(request, host.tools()))
+        return json_answer(await unless_left(request.receive, host.tools(), lambda: None))
 
     async def call(request: Request) -> Response:
         _check_origin(request)
@@ -672,20 +679,12 @@ def host_routes(host: Host) -> list[BaseRoute]:
         if not isinstance(arguments, dict):
             raise fields.error("arguments", "is not an object")
         fields.finish()
-        return JSONResponse(await while_open(request, host.call(name or "", arguments, digest or "")))
-
-    def answering(endpoint: Any) -> Any:
-        async def answer(request: Request) -> Response:
-            try:
-                return await endpoint(request)
-            except ApiError as error:
-                return JSONResponse(error.openai(), error.status, error.headers())
-
-        return answer
+        work = host.call(name or "", arguments, digest or "")
+        return json_answer(await unless_left(request.receive, work, lambda: None))
 
     return [
-        Route("/page/tools", answering(tools), methods=["GET"]),
-        Route("/page/tools/call", answering(call), methods=["POST"]),
+        Route("/page/tools", tools, methods=["GET"]),
+        Route("/page/tools/call", call, methods=["POST"]),
     ]
 
 
@@ -699,23 +698,3 @@ def _check_origin(request: Request) -> None:
         ours = site == "same-origin"
     if not ours:
         raise ApiError(403, "these tools are for the page of this server", code="forbidden_origin")
-
-
-async def while_open(request: Request, work: Awaitable[T]) -> T:
-    """What `work` comes to. It is cancelled when the client closes the connection."""
-    working = asyncio.ensure_future(work)
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    watching = asyncio.ensure_future(watch())
-    try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ApiError(499, "the client has gone")
-        return working.result()
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.wait({working, watching})

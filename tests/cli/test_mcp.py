@@ -77,7 +77,7 @@ def test_over_stdio_the_tools_are_the_same(era: str) -> None:
                 "generate", {"prompt": "def add(", "max_tokens": 5, "temperature": 0}
             )
             model = Model(MODEL_IN_THE_BOX, threads=1)
-            assert found.content[0].text == model.complete("def add(", 5, temperature=0).text
+            assert found.structured_content["text"] == model.complete("def add(", 5, temperature=0).text
 
     asyncio.run(run())
 

@@ -84,7 +84,7 @@ class Fixtures:
     """The tools that the suite calls, as a Provider."""
 
     async def tools(self) -> list[types.Tool]:
-        schemas = {"json_schema_2020_12_tool": SCHEMA_2020, "test_region": IN_A_HEADER}
+        schemas: dict[str, Any] = {"json_schema_2020_12_tool": SCHEMA_2020, "test_region": IN_A_HEADER}
         return [
             types.Tool(
                 name=name, description="of the suite", input_schema=schemas.get(name, {"type": "object"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -163,10 +164,16 @@ def endless() -> None:
 
 
 def silent() -> None:
-    """It never says anything, and does not end when it is asked to."""
-    import signal
+    """It never says anything."""
+    time.sleep(600)
 
+
+def stubborn() -> None:
+    """It does not end when it is asked to."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pid = {"content": [{"type": "text", "text": str(os.getpid())}]}
+    tools = {"tools": [tool("pid")]}
+    answer(lambda method, params: {"initialize": INITIALIZED, "tools/list": tools, "tools/call": pid}[method])
     time.sleep(600)
 
 
@@ -177,6 +184,7 @@ def broken() -> None:
 
 def ours(path: str) -> None:
     """A host of ours in a process that the test can kill: it connects, and says what runs."""
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     from qwen3c.serve.host import Host, read_servers
 
     async def run() -> None:
