@@ -10,7 +10,7 @@ from typing import Any
 
 from ..drivers.generate import Generation
 from ..drivers.reply import Event, Stats
-from ..system.terminal import DIM, RESET, Progress, StatusLine, columns, escaped, has_colour, note
+from ..system.terminal import DIM, RESET, Progress, StatusLine, columns, escaped, has_colour, note, visible
 from .signals import interruptible
 
 WAIT = 1.0  # seconds after which a reply that is shown when it has ended says how long it is by now
@@ -38,7 +38,7 @@ class ReplyWriter:
             self._put_models(event.text)
         if event.tool_call:
             call = json.dumps(event.tool_call, ensure_ascii=False)
-            self._put_models(f"<tool_call>\n{call}\n</tool_call>\n")
+            self._put_models(f"<tool_call>\n{visible(call) if self._is_terminal else call}\n</tool_call>\n")
 
     def end(self, generation: Generation) -> None:
         """Leave the terminal as it was, at the start of a line. Call this however the reply ended."""

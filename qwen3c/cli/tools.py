@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..system.terminal import note, waiting
+from ..system.terminal import note, visible, waiting
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -162,6 +162,4 @@ class Tools:
 
 
 def _shown(text: str) -> str:
-    from ..serve.host import visible
-
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")

@@ -22,13 +22,13 @@ import shutil
 import signal
 import sys
 import time
-import unicodedata
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from ..system.terminal import visible
 from .errors import ApiError
 from .fields import Fields, parse_json
 from .mcp import innermost, require_mcp
@@ -71,16 +71,6 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
 
 # ----------------------------------------------------------------------------
 # Untrusted text
-
-
-def visible(text: str) -> str:
-    """`text` with whatever a screen acts on, or does not show, as \\uXXXX, but for newlines and tabs."""
-    return "".join(
-        letter
-        if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
-        else f"\\u{ord(letter):04x}"
-        for letter in text
-    )
 
 
 def described(text: str) -> str:

@@ -36,9 +36,9 @@ from qwen3c.serve.host import (
     cut,
     host_routes,
     read_servers,
-    visible,
 )
 from qwen3c.serve.mcp import Local
+from qwen3c.system.terminal import visible
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups")
 
