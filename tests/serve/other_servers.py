@@ -111,7 +111,7 @@ def tool(name: str, description: str = "", **schema: Any) -> dict[str, Any]:
 def quick() -> None:
     """A few of the tools of `friendly`, by hand: it starts at once."""
     numbers = {name: {"type": "integer"} for name in ("a", "b")}
-    tools = {
+    tools: dict[str, Any] = {
         "add": tool("add", "Add two numbers.", properties=numbers),
         "slow": tool("slow"),
         "change": tool("change"),
@@ -130,7 +130,8 @@ def quick() -> None:
 
     for line in sys.stdin:
         message = json.loads(line)
-        params, result = message.get("params") or {}, None
+        params = message.get("params") or {}
+        result: Any = None
         if message["method"] == "notifications/cancelled":
             Path(waiting.pop(params["requestId"])).write_text("cancelled")
         elif message["method"] == "initialize":

@@ -6,6 +6,7 @@ python -m pytest tests/terminal/test_tools.py
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -121,7 +122,7 @@ def test_a_call_is_shown_asked_about_and_its_result_told(chat: Chat, tmp_path: P
     assert "<tool_call>" in told(tmp_path)[1] and "quick__add" in (tmp_path / "script.json.told").read_text()
 
 
-@pytest.mark.parametrize("answer", ["n\r", "\r", "maybe\r", "\x04"])
+@pytest.mark.parametrize("answer", ["maybe\r", "\x04"])
 def test_without_a_yes_nothing_is_called(chat: Chat, tmp_path: Path, answer: str) -> None:
     path = tmp_path / "state.txt"
     with chat([call("quick__slow", path=str(path)), "As you wish."]) as t:
@@ -189,18 +190,15 @@ def test_ctrl_c_ends_a_call_and_the_chat_goes_on(chat: Chat, tmp_path: Path) -> 
         leave(t)
 
 
-@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGHUP"])
-def test_a_signal_in_a_call_ends_the_chat(chat: Chat, tmp_path: Path, signal_name: str) -> None:
-    import signal
-
-    path, number = tmp_path / "state.txt", getattr(signal, signal_name)
+def test_a_signal_in_a_call_ends_the_chat(chat: Chat, tmp_path: Path) -> None:
+    path = tmp_path / "state.txt"
     with chat([call("quick__slow", path=str(path))]) as t:
         say(t, "wait")
         wait_for_question(t)
         t.type("y\r")
         t.wait_until(path.exists, "the call")
-        t.send_signal(number)
-        assert t.finish() == 128 + number
+        t.send_signal(signal.SIGTERM)
+        assert t.finish() == 128 + signal.SIGTERM
         assert "Traceback" not in t.text
 
 
@@ -252,25 +250,16 @@ def test_after_ten_rounds_it_is_enough(chat: Chat) -> None:
         leave(t)
 
 
-@pytest.mark.parametrize(
-    ("reply", "result"),
-    [
-        (call("quick__shell"), "There is no tool quick__shell."),
-        (
-            '<tool_call>\n{"name": "quick__add", "arguments": 5}\n</tool_call>',
-            "The arguments are not an object.",
-        ),
-    ],
-)
-def test_a_call_that_cannot_be_meant_is_told_to_the_model(
-    chat: Chat, tmp_path: Path, reply: str, result: str
-) -> None:
-    with chat([reply, "Sorry."]) as t:
+def test_calls_that_cannot_be_meant_are_told_to_the_model(chat: Chat, tmp_path: Path) -> None:
+    wrong = '<tool_call>\n{"name": "quick__add", "arguments": 5}\n</tool_call>'
+    with chat([call("quick__shell") + wrong, "Sorry."]) as t:
         say(t, "go")
         t.wait_for("Sorry.")
         assert QUESTION not in t.text
         leave(t)
-    assert f"<|im_start|>tool\n{result}<|im_end|>" in told(tmp_path)[1]
+    results = told(tmp_path)[1].partition("</tool_call><|im_end|>\n")[2]
+    assert "tool\nThere is no tool quick__shell.<|im_end|>" in results
+    assert "tool\nThe arguments are not an object.<|im_end|>" in results
 
 
 def test_tools_lists_servers_and_what_is_wrong_with_them(chat: Chat) -> None:
