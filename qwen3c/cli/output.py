@@ -36,8 +36,8 @@ class ReplyWriter:
             self._switch()
         if event.text and not (event.thinking and self._hide):
             self._put_models(event.text)
-        if event.tool_call:
-            call = json.dumps(event.tool_call, ensure_ascii=False)
+        for tool_call in event.tool_calls:
+            call = json.dumps(tool_call, ensure_ascii=False)
             self._put_models(f"<tool_call>\n{visible(call) if self._is_terminal else call}\n</tool_call>\n")
 
     def end(self, generation: Generation) -> None:

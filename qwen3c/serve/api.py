@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from .. import __version__
-from .ask import Stream
+from .ask import Ask, Stream
 from .errors import ApiError, server_error
 from .fields import Fields, parse_json
 from .models import Models, Served
@@ -74,11 +74,13 @@ class Api:
         found: str = getattr(request.state, "request_id", None) or secrets.token_hex(12)
         return found
 
-    def headers(self, served: Served, ignored: list[str]) -> dict[str, str]:
+    def headers(self, served: Served, ignored: list[str], ask: Ask | None = None) -> dict[str, str]:
         """Headers of an answer of `served`. ignored: fields of the request that nobody knows."""
         headers = {"x-qwen3c-backend": "local", "x-qwen3c-model": header_text(served.name)}
         if ignored:
             headers["x-qwen3c-ignored"] = header_text(", ".join(ignored))
+        if ask is not None and ask.grammar is not None and ask.grammar.dropped:
+            headers["x-qwen3c-dropped"] = header_text(", ".join(ask.grammar.dropped))
         return headers
 
     def priority(self, request: Request, fields: Fields) -> int:

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from .api import Api, say_api_error, say_failure, say_http_error
 from .errors import ApiError
 from .streams import ClientLeftError
-from .surfaces import chat
+from .surfaces import chat, messages, responses
 
 
 def create_app(api: Api) -> Starlette:
@@ -25,7 +25,7 @@ def create_app(api: Api) -> Starlette:
         async with api.models.open():
             yield
 
-    routes: list[Route] = [*chat.routes(api)]
+    routes: list[Route] = [*chat.routes(api), *responses.routes(api), *messages.routes(api)]
     return Starlette(
         routes=routes,
         lifespan=lifespan,

@@ -106,8 +106,9 @@ class Served:
         sampling = self.model.sampling(self.model.may_think(ids), **own)
         mask = ask.grammar.mask(ids) if ask.grammar is not None else None
         return ReplyState(
-            self.model.vocabulary, ids, sampling, budget, stop=ask.stop, logprobs=ask.logprobs, mask=mask
-        )
+            self.model.vocabulary, ids, sampling, budget, stop=ask.stop, logprobs=ask.logprobs, mask=mask,
+            tools=ask.tools, thinking_budget=ask.thinking_budget,
+        )  # fmt: skip
 
     async def rows(
         self, ask: Ask, limits: KeyLimits | None = None

@@ -117,6 +117,11 @@ class Job:
         """How many rows its state will take at most."""
         return self.state.max_tokens
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended the reply, if one has."""
+        return self.state.stop_string if isinstance(self.state, ReplyState) else None
+
     def cancel(self) -> None:
         """End it after the pass under way. From any thread."""
         self.cancelled = True

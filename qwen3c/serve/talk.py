@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..drivers.reply import Event, Reply
+from ..drivers.reply import Event, Reply, Vocabulary
 from ..drivers.sampler import SamplingOptions
+from ..text.chat import TOOL_CALL
 from .ask import Ask, Stream, Update
 from .errors import ApiError
 from .fields import Fields
@@ -108,26 +109,44 @@ class Talk:
             raise self._error("tools", str(error)) from None
 
     def _grammar(self, served: Served, tools: ToolSet | None) -> Grammar | None:
-        """What the reply must follow, as the format or the tools have it."""
+        """What the reply must follow, as the format and the tools have it."""
         from ..drivers.grammar import Grammar
 
-        model, wanted = served.model, self.format
-        forced = tools is not None and self.tool_choice not in ("auto", "none")
-        if wanted is not None and forced:
-            raise self._error("tool_choice", "asks for a call, and the format for something else")
+        vocabulary, wanted = served.model.vocabulary, self.format
         try:
-            if wanted is not None:
-                return Grammar.of(model, wanted.kind, wanted.value, strict=wanted.strict)
-            if tools is not None:
-                return Grammar.tools(model, tools, self.tool_choice, self.parallel)
+            answer = None if wanted is None else _grammar_of(vocabulary, wanted)
         except ValueError as error:
-            where = wanted.path if wanted is not None else self.paths.get("tools", "tools")
-            raise ApiError(400, f"{where}: {error}", param=where, code="unsupported_schema") from None
-        return None
+            assert wanted is not None
+            raise ApiError(
+                400, f"{wanted.path}: {error}", param=wanted.path, code="unsupported_schema"
+            ) from None
+        if tools is None or (self.tool_choice == "auto" and vocabulary.control_id(TOOL_CALL) is None):
+            return answer  # a model without that token cannot call, and need not
+        named = self.tool_choice if self.tool_choice not in ("auto", "required", "none") else None
+        choice: Any = "auto" if named is not None else self.tool_choice
+        try:
+            return Grammar.tools(vocabulary, tools, choice, name=named, parallel=self.parallel, answer=answer)
+        except ValueError as error:
+            raise self._error("tools", str(error)) from None
 
     def _error(self, name: str, reason: str) -> ApiError:
         path = self.paths.get(name, name)
         return ApiError(400, f"{path}: {reason}", param=path)
+
+
+def _grammar_of(vocabulary: Vocabulary, wanted: Format) -> Grammar:
+    """The grammar of a format. ValueError if it cannot be enforced."""
+    from ..drivers.grammar import Grammar
+
+    if wanted.kind == "json_object":
+        return Grammar.json_object(vocabulary)
+    if wanted.kind == "json_schema":
+        return Grammar.json_schema(vocabulary, wanted.value, wanted.strict)
+    if wanted.kind == "regex":
+        return Grammar.regex(vocabulary, wanted.value)
+    if wanted.kind == "choice":
+        return Grammar.choice(vocabulary, wanted.value)
+    return Grammar.lark(vocabulary, wanted.value)
 
 
 # ----------------------------------------------------------------------------

@@ -22,6 +22,7 @@ SUITE = "@modelcontextprotocol/conformance@0.2.0-alpha.12"
 INSPECTOR = "@modelcontextprotocol/inspector@2.12.0"
 NODE = "node@22"  # both need it
 FIXTURES = [sys.executable, str(Path(__file__).with_name("mcp_fixtures.py"))]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 # We serve tools. The scenarios of what else the protocol has cannot pass, nor can those of tools that log or ask.
 NO_RESOURCES = ["resources-list", "resources-read-text", "resources-read-binary", "resources-templates-read"]
 NO_PROMPTS = [
@@ -122,7 +123,7 @@ def install(root: Path) -> dict[str, str]:
             ["npm", "install-scripts", "approve", "node"], cwd=root, capture_output=True, check=False
         )
         subprocess.run(["npm", "rebuild", "node"], cwd=root, check=True, stdout=subprocess.DEVNULL)
-    return {**os.environ, "PATH": f"{node}{os.pathsep}{os.environ['PATH']}"}
+    return {**ENVIRONMENT, "PATH": f"{node}{os.pathsep}{os.environ['PATH']}"}
 
 
 class Runner:
@@ -152,7 +153,7 @@ def serving(what: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen([*FIXTURES, what, str(port)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*FIXTURES, what, str(port)], stderr=subprocess.DEVNULL, env=ENVIRONMENT)
     try:
         deadline = time.monotonic() + 60
         while True:

@@ -56,7 +56,7 @@ def routes(api: Api) -> list[Route]:
         wanted = read(fields, served)
         client = api.client(request)
         ask = await wanted.talk.ask(served, client.name, api.priority(request, fields))
-        headers = api.headers(served, fields.finish())
+        headers = api.headers(served, fields.finish(), ask)
         stream = await served.submit(ask, client.limits)
         chat = Chat(f"chatcmpl-{api.request_id(request)}", served, wanted, stream)
         if wanted.streams:
@@ -172,6 +172,13 @@ def messages_of(fields: Fields, name: str) -> list[dict[str, Any]]:
         if role == "assistant":
             known |= calls_of(message)
         messages.append(known)
+    return joined(system, messages, fields, name)
+
+
+def joined(
+    system: list[str], messages: list[dict[str, Any]], fields: Fields, name: str
+) -> list[dict[str, Any]]:
+    """The messages after one that says what all system messages say; ApiError 400 if there is nothing to answer."""
     if not messages:
         raise fields.error(name, "holds system messages alone: there is nothing to answer")
     first = [{"role": "system", "content": "\n\n".join(system)}] if system else []
@@ -265,13 +272,8 @@ def thinking_of(fields: Fields, served: Served) -> tuple[bool | None, int | None
 
     chat_template_kwargs.enable_thinking is an order, which a model that cannot obey refuses; reasoning_effort is a wish.
     """
-    thinking = None
     kind = served.model.metadata["thinking"]
-    effort = fields.text(
-        "reasoning_effort", choices=("none", "minimal", "low", "medium", "high", "xhigh", "max")
-    )
-    if effort is not None and kind == "hybrid":
-        thinking = effort not in ("none", "minimal")
+    thinking = thinking_wish(fields, "reasoning_effort", served)
     options = fields.object("chat_template_kwargs")
     if options is not None:
         ordered = options.flag("enable_thinking")
@@ -286,6 +288,14 @@ def thinking_of(fields: Fields, served: Served) -> tuple[bool | None, int | None
                 thinking = None
     budget = fields.whole("thinking_budget", 0, LARGEST)
     return thinking, budget
+
+
+def thinking_wish(fields: Fields, name: str, served: Served) -> bool | None:
+    """Whether a hybrid model should think, by how much effort is wished for; None where nothing can be chosen."""
+    effort = fields.text(name, choices=("none", "minimal", "low", "medium", "high", "xhigh", "max"))
+    if effort is None or served.model.metadata["thinking"] != "hybrid":
+        return None
+    return effort not in ("none", "minimal")
 
 
 def format_of(fields: Fields) -> Format | None:
@@ -410,9 +420,8 @@ class Chat:
         if event.text or (logprobs and logprobs["content"]):
             name = "reasoning_content" if event.thinking else "content"
             texts.append(self._chunk(index, {name: event.text}, logprobs=logprobs))
-        if event.tool_call is not None:
-            i = len(answer.reply.tool_calls) - 1
-            call = call_object(self.id, index, i, event.tool_call)
+        for i, called in enumerate(event.tool_calls, len(answer.reply.tool_calls) - len(event.tool_calls)):
+            call = call_object(self.id, index, i, called)
             texts.append(self._chunk(index, {"tool_calls": [{"index": i} | call]}))
         if event.finish_reason is not None:
             texts.append(self._chunk(index, {}, finish=answer.finish))
