@@ -19,6 +19,7 @@ from .drivers.sampler import Sampling
 from .model import Model
 from .system.files import write_whole
 from .text.chat import StopStrings, may_think, normalized
+from .text.tools import ToolSet, format_of
 
 SETTINGS = ("max_tokens", *(f.name for f in fields(Sampling)), "context", "overflow", "stop")
 OVERFLOW = ("stop", "drop")
@@ -141,6 +142,9 @@ class Conversation:
         if settings.get("seed") is not None:
             settings["seed"] += self._n_replies  # else asking again would bring the same again
         settings["stop"] = settings.get("stop") or ()
+        format = format_of(self.model.chat_template.source)
+        if self.tools and format != "hermes":
+            options["toolset"] = ToolSet(self.tools, format)
         generation = self.model.generate(prompt, session=self.session, **settings, **options)
         self._before, self._asked, self._generation = self.messages, asked, generation
         self.forgotten = forgotten
