@@ -64,27 +64,28 @@ async def _serve(args: argparse.Namespace, model: Model | None) -> int:
 async def serve(provider: Provider) -> int:
     """Serve these tools until stdin ends, or a signal comes: its number, else 0."""
     server = new_server(provider)
-    heard = asyncio.get_running_loop().create_future()
-    with wire() as (received, sent), _signals(heard):
-        async with _streams(received, sent) as (reading, writing):
+    ended = asyncio.get_running_loop().create_future()
+    with wire() as (received, sent), _signals(ended):
+        async with _streams(received, sent, ended) as (reading, writing):
             options = server.create_initialization_options()
             serving = asyncio.ensure_future(server.run(reading, writing, options))
-            await asyncio.wait({serving, heard}, return_when=asyncio.FIRST_COMPLETED)
-            serving.cancel()
-            await asyncio.wait({serving})
-            if not serving.cancelled():
+            await asyncio.wait({serving, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
                 serving.result()
-    return heard.result() if heard.done() else 0
+                return 0
+            serving.cancel()
+            await asyncio.wait({serving})  # what it says of being cancelled in the middle is nobody's business
+    return ended.result()
 
 
 @contextmanager
-def _signals(heard: asyncio.Future[int]) -> Iterator[None]:
-    """Within, the first signal that asks the program to end is the result of `heard`, and does nothing else."""
+def _signals(ended: asyncio.Future[int]) -> Iterator[None]:
+    """Within, the first signal that asks the program to end is the result of `ended`, and does nothing else."""
     loop = asyncio.get_running_loop()
 
     def hear(number: int) -> None:
-        if not heard.done():
-            heard.set_result(number)
+        if not ended.done():
+            ended.set_result(number)
 
     numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
     previous = {n: handler for n in numbers if (handler := signal.getsignal(n)) is not signal.SIG_IGN}
@@ -114,8 +115,11 @@ def wire() -> Iterator[tuple[int, int]]:
 
 
 @asynccontextmanager
-async def _streams(received: int, sent: int) -> AsyncIterator[tuple[Any, Any]]:
-    """The two streams that a server of the SDK runs on. Threads that may wait for ever are daemons: see Writer."""
+async def _streams(received: int, sent: int, ended: asyncio.Future[int]) -> AsyncIterator[tuple[Any, Any]]:
+    """The two streams that a server of the SDK runs on. `ended` is 0 once nobody reads stdout any more.
+
+    Threads that may wait for ever are daemons: see Writer.
+    """
     import anyio
     from mcp.shared.message import SessionMessage
 
@@ -128,7 +132,8 @@ async def _streams(received: int, sent: int) -> AsyncIterator[tuple[Any, Any]]:
             async for message in from_server:
                 await writer.write(message.message.model_dump_json(by_alias=True, exclude_unset=True))
         except OSError:
-            to_server.close()  # nobody reads stdout any more: that is the end, as that of stdin is
+            if not ended.done():
+                ended.set_result(0)
 
     async def read() -> None:
         async with to_server:

@@ -198,6 +198,22 @@ def test_a_proxy_over_stdio_loads_nothing_and_sends_its_key() -> None:
     assert seen and set(seen) == {b"Bearer secret"}
 
 
+def test_what_anybody_else_prints_goes_to_stderr() -> None:
+    code = """
+import os, sys
+from qwen3c.cli.mcp import wire
+with wire() as (received, sent):
+    print("stray", flush=True)
+    os.system("echo of a child; cat")
+    os.write(sent, os.read(received, 100))
+print("after", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, input=b"wire\n", capture_output=True, timeout=60
+    )
+    assert done.stdout == b"wire\nafter\n" and done.stderr == b"stray\nof a child\n"
+
+
 def test_a_proxy_of_nothing_is_one_line() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

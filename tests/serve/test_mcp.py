@@ -23,14 +23,15 @@ from mcp_fixtures import app, box_models, serving
 from small_models import export_small_model
 
 from qwen3c import Model
-from qwen3c.serve.mcp import Local, fault_in, new_proxy, new_server, routes_of
+from qwen3c.serve.mcp import Call, Client as Client_, Local, fault_in, new_proxy, new_server, routes_of
 from qwen3c.serve.models import Models
 from qwen3c.system.files import MODEL_IN_THE_BOX
 
 ERAS = ("legacy", "2026-07-28")
 NAMES = ["chat", "generate", "embed", "rerank", "count_tokens", "score"]
 HELLO = [{"role": "user", "content": "hello"}]
-LONG = {"prompt": "def f(", "max_tokens": 400, "temperature": 0}
+LONG = {"prompt": "abc", "max_tokens": 3000, "temperature": 0}  # with endless_models
+FEW = 500  # passes of some 3,000
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +45,24 @@ async def served(models: Models) -> AsyncIterator[tuple[str, Models]]:
         yield f"{url}/mcp", models
 
 
-def with_box(check: Callable[[str, Models], Awaitable[None]]) -> None:
+@pytest.fixture(scope="module")
+def endless_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Models]:
+    """A model with random weights, which repeats itself and does not end a reply."""
+    path = export_small_model(tmp_path_factory.mktemp("endless"), context=4096)
+    assert Model(path, threads=1).complete("abc", 3000, temperature=0).finish_reason == "length"
+    return lambda: Models({"endless": lambda: Model(path, threads=1)})
+
+
+def with_models(models: Models, check: Callable[[str, Models], Awaitable[None]]) -> None:
     async def run() -> None:
-        async with served(box_models()) as (url, models):
+        async with served(models) as (url, _):
             await check(url, models)
 
     asyncio.run(run())
+
+
+def with_box(check: Callable[[str, Models], Awaitable[None]]) -> None:
+    with_models(box_models(), check)
 
 
 async def passes_until_idle(models: Models) -> int:
@@ -285,21 +298,23 @@ def test_progress_comes_with_every_pass_and_only_grows(era: str) -> None:
 
 
 @pytest.mark.parametrize("era", ERAS)
-def test_a_cancelled_call_frees_the_engine(era: str) -> None:
+def test_a_cancelled_call_frees_the_engine(era: str, endless_models: Callable[[], Models]) -> None:
     async def check(url: str, models: Models) -> None:
         async with Client(url, mode=era) as client:
             calling = asyncio.ensure_future(client.call_tool("generate", LONG))
             await until_begun(models)
             calling.cancel()
             await asyncio.wait({calling})
-            assert await passes_until_idle(models) < 100  # of some 400; how many, the sockets decide
+            assert await passes_until_idle(models) < FEW  # how many, the sockets decide
             assert not (await client.call_tool("count_tokens", {"text": "a"})).is_error
 
-    with_box(check)
+    with_models(endless_models(), check)
 
 
 @pytest.mark.parametrize("version", ["2025-11-25", "2026-07-28"])
-def test_a_connection_that_closes_in_the_middle_frees_the_engine(version: str) -> None:
+def test_a_connection_that_closes_in_the_middle_frees_the_engine(
+    version: str, endless_models: Callable[[], Models]
+) -> None:
     """As an httpx client does it, which says nothing before it leaves."""
     meta = {
         "io.modelcontextprotocol/protocolVersion": version,
@@ -329,12 +344,12 @@ def test_a_connection_that_closes_in_the_middle_frees_the_engine(version: str) -
             async with http.stream("POST", url, json=message("tools/call", call)) as answer:
                 assert answer.status_code == 200
                 await until_begun(models)
-        assert await passes_until_idle(models) < 100
+        assert await passes_until_idle(models) < FEW
 
-    with_box(check)
+    with_models(endless_models(), check)
 
 
-def test_a_call_that_waits_for_its_turn_can_be_cancelled() -> None:
+def test_a_call_that_waits_for_its_turn_can_be_cancelled(endless_models: Callable[[], Models]) -> None:
     async def check(url: str, models: Models) -> None:
         async with Client(url) as client:
             calls = [
@@ -344,9 +359,26 @@ def test_a_call_that_waits_for_its_turn_can_be_cancelled() -> None:
             for call in calls:
                 call.cancel()
             await asyncio.wait(calls)
-            assert await passes_until_idle(models) < 200
+            assert await passes_until_idle(models) < FEW
 
-    with_box(check)
+    with_models(endless_models(), check)
+
+
+def test_what_is_told_of_progress_never_falls() -> None:
+    """A prompt that is read again, after a preemption, is not told of until it is further than before."""
+    told: list[float] = []
+
+    async def report(done: float, total: float | None, message: str) -> None:
+        told.append(done)
+
+    async def run() -> None:
+        model: Any = None
+        call = Call(model, {}, Client_(), report)
+        for done in (0, 0, 5, 3, 5, 6):
+            await call.progress(done, None, "")
+
+    asyncio.run(run())
+    assert told == [0, 5, 6]
 
 
 # ----------------------------------------------------------------------------
@@ -390,7 +422,7 @@ async def proxied(url: str) -> AsyncIterator[Client]:
         yield client
 
 
-def test_a_proxy_hands_on_results_progress_and_cancel() -> None:
+def test_a_proxy_hands_on_results_progress_and_cancel(endless_models: Callable[[], Models]) -> None:
     told: list[str | None] = []
 
     async def note(progress: float, total: float | None, message: str | None) -> None:
@@ -405,18 +437,18 @@ def test_a_proxy_hands_on_results_progress_and_cancel() -> None:
             refused = await client.call_tool("generate", {"prompt": 1})
             assert refused.is_error and "prompt: 1" in text_of(refused)
             large = {
-                "texts": [f"{i}" for i in range(400)]
+                "texts": [f"{i}" for i in range(1000)]
             }  # more than the megabyte that the SDK takes by itself
             vectors = (await client.call_tool("embed", large)).structured_content["embeddings"]
-            assert len(vectors) == 400 and len(json.dumps(vectors)) > 1 << 20
+            assert len(vectors) == 1000 and len(json.dumps(vectors)) > 1 << 20
             before = (await models.get()).scheduler.counters.generated_tokens
             calling = asyncio.ensure_future(client.call_tool("generate", LONG))
             await until_begun(models, before + 3)
             calling.cancel()
             await asyncio.wait({calling})
-            assert await passes_until_idle(models) < 100
+            assert await passes_until_idle(models) < FEW
 
-    with_box(check)
+    with_models(endless_models(), check)
 
 
 def test_a_server_of_tools_needs_no_model() -> None:
