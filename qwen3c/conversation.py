@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .drivers.sampler import Sampling
 from .model import Model
 from .system.files import write_whole
 from .text.chat import StopStrings, may_think, normalized
+from .text.tools import ToolSet, format_of
 
 SETTINGS = ("max_tokens", *(f.name for f in fields(Sampling)), "context", "overflow", "stop")
 OVERFLOW = ("stop", "drop")
@@ -44,6 +46,7 @@ class Conversation:
         self.session = CachedSession(model, context)
         self.system = system
         self.thinking = thinking
+        self.tools: Sequence[dict[str, Any]] | None = None  # what replies may call: see Model.chat_prompt
         self.settings: dict[str, Any] = {}
         self.forgotten = 0
         self._context = self.session.context  # the default of the setting
@@ -115,6 +118,11 @@ class Conversation:
         """
         return self.answer(self.question(text), **options)
 
+    def answer_calls(self, results: Sequence[str], **options: Any) -> Generation:
+        """Tell what the calls of the last reply came to, in their order; the reply to that. options: see ask."""
+        told = [{"role": "tool", "content": text} for text in results]
+        return self.answer([*self.messages, *told], **options)
+
     def regenerate(self, **options: Any) -> Generation:
         """Another reply in place of the last one. ValueError if there is none."""
         return self.answer(self.last_question(), **options)
@@ -151,6 +159,9 @@ class Conversation:
         if settings.get("seed") is not None:
             settings["seed"] += self._n_replies  # else asking again would bring the same again
         settings["stop"] = settings.get("stop") or ()
+        format = format_of(self.model.chat_template.source)
+        if self.tools and format != "hermes":
+            options["toolset"] = ToolSet(self.tools, format)
         generation = self.model.generate(prompt, session=self.session, **settings, **options)
         self._before, self._asked, self._generation = self.messages, asked, generation
         self.forgotten = forgotten
@@ -180,7 +191,9 @@ class Conversation:
 
     def _prompt(self, asked: list[dict[str, Any]], forgotten: int) -> list[int]:
         kept = [message for message in asked[:forgotten] if message["role"] == "system"]
-        return self.model.chat_prompt(self.with_system([*kept, *asked[forgotten:]]), self.thinking)
+        return self.model.chat_prompt(
+            self.with_system([*kept, *asked[forgotten:]]), self.thinking, self.tools
+        )
 
     def save(self, path: str) -> None:
         """Write the conversation to a file: the whole of it or nothing. ~ is the home directory."""

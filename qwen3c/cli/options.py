@@ -27,8 +27,8 @@ SAMPLING = {
     "seed": "the same seed gives the same text on every machine",
 }
 TALKING = ("chat", "generate", "trace")
-COMPUTING = (*TALKING, "perplexity", "bench", "serve")
-MODES = (*TALKING, "info", "perplexity", "bench", "serve")
+COMPUTING = (*TALKING, "perplexity", "bench", "serve", "mcp")
+MODES = (*TALKING, "info", "perplexity", "bench", "serve", "mcp")
 SERVING = (
     "host", "port", "fd", "config", "print_config", "api_keys", "max_gap", "cache_memory", "queue", "running", "cors_origin",
     "allowed_host", "drain", "log_json", "metrics", "model_alias", "idle_unload",
@@ -43,9 +43,9 @@ USED_BY: dict[str, tuple[str, ...]] = {
         ("system", "system_file", "reasoning", "think", "no_think", "max_tokens", "stop"), TALKING
     ),
     **dict.fromkeys((*SAMPLING, "logit_bias"), TALKING),
-    "context": (*TALKING, "perplexity", "serve"),
+    "context": (*TALKING, "perplexity", "serve", "mcp"),
     **dict.fromkeys(("threads", "kv", "huge_pages", "isa"), COMPUTING),
-    "activations": (*TALKING, "perplexity", "bench"),
+    "activations": (*TALKING, "perplexity", "bench", "mcp"),
     **dict.fromkeys(SERVING, ("serve",)),
     **dict.fromkeys(("hide_thinking", "logprobs"), ("chat", "generate")),
     "json": (*TALKING, "info", "perplexity"),
@@ -64,6 +64,8 @@ USED_BY: dict[str, tuple[str, ...]] = {
         ),
         CLOUD_FIRST,
     ),
+    "mcp": ("chat",),
+    "url": ("mcp",),
 }
 
 
@@ -130,6 +132,8 @@ def model_by_default() -> str:
 
 
 def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
+    if args.mcp is not None and args.upstream is not None:
+        parser.error("--mcp gives tools to the model here, --upstream asks a provider: use one of them")
     if args.echo and args.json:
         parser.error("--echo is for text; with --json the prompt is not shown")
     if args.hide_thinking and args.json:
@@ -148,6 +152,8 @@ def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--raw completes text, which has no system prompt (-y, --system-file)")
     if args.raw and (args.think or args.no_think or args.reasoning is not None):
         parser.error("--raw completes text, which has no switch for thinking (-r, --think, --no-think)")
+    if args.url is not None and args.paths:
+        parser.error("--url serves the model of a running server; another one cannot be named")
 
 
 def _zero_or_one(text: str) -> bool:
@@ -185,7 +191,8 @@ def new_parser() -> Parser:
     )
     add("-m", "--mode", choices=MODES, help="chat; generate: one reply or completion; trace: look inside "
         "while a text flows through; info: what is in the file and the memory it takes; perplexity FILE: how well the model predicts a text; "
-        "bench: how fast it runs here, beside what the machine can do; serve: a chat page and OpenAI's API over HTTP")  # fmt: skip
+        "bench: how fast it runs here, beside what the machine can do; serve: a chat page and OpenAI's API over HTTP; "
+        "mcp: the model as tools of an MCP host, over stdin and stdout")  # fmt: skip
     add("--version", action="version", version=_version())
     _add_text(parser.add_argument_group("text"))
     _add_sampling(parser.add_argument_group("sampling"))
@@ -193,6 +200,7 @@ def new_parser() -> Parser:
     _add_output(parser.add_argument_group("output"))
     _add_cloud(parser.add_argument_group("cloud first, the model if it does not answer"))
     _add_serving(parser.add_argument_group("serve"))
+    _add_mcp(parser.add_argument_group("MCP"))
     return parser
 
 
@@ -356,6 +364,14 @@ def _add_serving(group: Any) -> None:
         default=None,
         help="/metrics for Prometheus (default: yes)",
     )
+
+
+def _add_mcp(group: Any) -> None:
+    add = group.add_argument
+    add("--mcp", metavar="FILE", help="chat: let the model call the tools of the MCP servers that FILE names under "
+        "mcpServers; each call is asked about first")  # fmt: skip
+    add("--url", metavar="URL", help="mcp: serve the tools of the server that runs there, which loads nothing here; "
+        "QWEN3C_API_KEY is its key")  # fmt: skip
 
 
 def _version() -> str:

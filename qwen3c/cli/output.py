@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from ..drivers.generate import Generation
 from ..drivers.reply import Event, Reply, Stats
-from ..system.terminal import DIM, RESET, Progress, StatusLine, columns, escaped, has_colour, note
+from ..system.terminal import DIM, RESET, Progress, StatusLine, columns, escaped, has_colour, note, visible
 from .signals import interruptible
 
 WAIT = 1.0  # seconds after which a reply that is shown when it has ended says how long it is by now
@@ -42,8 +42,9 @@ class ReplyWriter:
             self._switch()
         if event.text and not (event.thinking and self._hide):
             self._put_models(event.text)
-        for call in event.tool_calls:
-            self._put_models(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>\n")
+        for tool_call in event.tool_calls:
+            call = json.dumps(tool_call, ensure_ascii=False)
+            self._put_models(f"<tool_call>\n{visible(call) if self._is_terminal else call}\n</tool_call>\n")
 
     def end(self, replied: Replied, speaker: str = "") -> None:
         """Leave the terminal as it was, at the start of a line. Call this however the reply ended."""

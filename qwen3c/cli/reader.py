@@ -55,6 +55,14 @@ class MessageReader:
             self._history.add(typed)
         return _without_fences(typed) if is_block else typed
 
+    def ask(self, question: str) -> str:
+        """One line, in answer to a question; what was typed before it was asked is no answer."""
+        if os.name == "posix" and sys.stdin.isatty():
+            import termios
+
+            termios.tcflush(sys.stdin, termios.TCIFLUSH)
+        return self._line(question)
+
     def _whole_block(self, text: str) -> str:
         while not text.strip()[len(FENCE) :].endswith(FENCE):
             try:

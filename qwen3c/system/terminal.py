@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
@@ -81,6 +82,16 @@ def escaped(text: str, keep: str = "") -> str:
     For text of a file or a model on its way to a terminal, where it must not move the cursor or worse.
     """
     return CONTROL.sub(lambda match: match[0] if match[0] in keep else f"\\u{ord(match[0]):04x}", text)
+
+
+def visible(text: str) -> str:
+    """`text` with whatever a screen acts on, or does not show, as \\uXXXX, but for newlines and tabs."""
+    return "".join(
+        letter
+        if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+        else f"\\u{ord(letter):04x}"
+        for letter in text
+    )
 
 
 def note(text: str) -> None:
