@@ -1,0 +1,1 @@
+"""The server: what the engine can do, over HTTP, for people and their programs."""
