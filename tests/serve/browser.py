@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
-from stub import Stub
+from stub import Stub, serving
 
 CHROMIUM = shutil.which("chromium")
 TIMEOUT = 10_000  # ms: for what is to happen, on a busy machine
@@ -110,3 +111,40 @@ def visit(browser: Browser, stub: Stub, **options: Any) -> Iterator[Chat]:
         yield chat
     finally:
         chat.close()
+
+
+def stored(chat: Chat, kind: str) -> list[dict[str, Any]]:
+    """Everything of a kind that the browser keeps."""
+    script = """kind => new Promise(resolve => {
+        indexedDB.open("qwen3c", 1).onsuccess = opened => {
+            const records = opened.target.result.transaction(kind).objectStore(kind).getAll();
+            records.onsuccess = () => { opened.target.result.close(); resolve(records.result); };
+        };
+    })"""
+    found: list[dict[str, Any]] = chat.page.evaluate(script, kind)
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Stub]:
+    with serving(Stub()) as stub:
+        yield stub
+
+
+@pytest.fixture
+def stub(served: Stub) -> Stub:
+    served.reset()
+    return served
+
+
+@pytest.fixture
+def chat(browser: Browser, stub: Stub) -> Iterator[Chat]:
+    with visit(browser, stub) as opened:
+        yield opened
+        opened.quiet()

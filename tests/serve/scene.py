@@ -1,6 +1,7 @@
 """A conversation to look at: what axe checks, and what docs/page-*.png show.
 
-python tests/serve/scene.py    writes the pictures (needs chromium)
+python tests/serve/scene.py             writes the pictures (needs chromium)
+python tests/serve/scene.py --measure   main-thread ms a token, and s until 500 messages are there
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
-from browser import Chat, chromium, expect, visit
+from browser import Browser, Chat, chromium, expect, visit
 from stub import Stub, serving, text, tool
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -106,8 +107,60 @@ def picture(chat: Chat, name: str) -> None:
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
+def long_talk(n: int) -> str:
+    """A file with a conversation of n messages, every second one with code and a table."""
+    messages: list[dict[str, Any]] = []
+    for i in range(n):
+        role, content = ("assistant", ANSWER) if i % 2 else ("user", f"Question number {i}, which is short.")
+        parent = messages[-1]["id"] if messages else None
+        fields = {"id": f"m{i}", "parent": parent, "role": role, "content": content, "created": i, "state": "done"}
+        messages.append({**fields, "reasoning": THINKING, "seconds": 1.5} if i % 2 else fields)
+    conversation = {"title": f"{n} messages", "created": 0, "updated": 0, "system": "", "leaf": messages[-1]["id"]}
+    return json.dumps(
+        {"format": "qwen3c-conversations", "version": 1, "conversations": [{**conversation, "messages": messages}]}
+    )
+
+
+def measure_tokens(chat: Chat, name: str, content: str) -> None:
+    """Main-thread time of a reply that comes in deltas of four characters, 2,000 or less a second."""
+    session = chat.context.new_cdp_session(chat.page)
+    session.send("Performance.enable")
+    steps = text(content, size=4)
+    paced = [part for step in steps for part in (step, 0.0005)]
+    chat.stub.script(*paced)
+
+    def busy() -> float:
+        metrics = session.send("Performance.getMetrics")["metrics"]
+        return next(float(one["value"]) for one in metrics if one["name"] == "TaskDuration")
+
+    before = busy()
+    chat.ask("go")
+    spent = 1000 * (busy() - before)
+    print(f"{name}: {len(content)} characters, {len(steps)} deltas, {spent / len(steps):.2f} ms each")
+    chat.button("New chat").click()
+
+
+def measure(browser: Browser, stub: Stub) -> None:
+    with visit(browser, stub) as chat:
+        measure_tokens(chat, "short reply", ANSWER)
+        measure_tokens(chat, "long reply", (ANSWER + "\n\n") * 18)
+        measure_tokens(chat, "one block of code", "```python\n" + "x = some_call(argument)\n" * 1500 + "```\n")
+        measure_tokens(chat, "one paragraph", "word and **bold** " * 2000)
+        import_text(chat, long_talk(500))
+        chat.page.locator("#list .open", has_text="500 messages").click()
+        expect(chat.answers).to_have_count(250)
+        for _ in range(3):
+            chat.page.reload()
+            expect(chat.answers).to_have_count(250)
+            script = "performance.getEntriesByName('shown')[0].startTime"
+            print(f"500 messages after {chat.page.evaluate(script) / 1000:.2f} s")
+
+
 def main() -> None:
     stub = Stub()
+    if "--measure" in sys.argv:
+        with serving(stub), chromium() as browser:
+            return measure(browser, stub)
     with serving(stub), chromium() as browser:
         views: dict[str, dict[str, Any]] = {
             "light": {"color_scheme": "light", "viewport": {"width": 1180, "height": 1130}},
