@@ -20,7 +20,9 @@ from starlette.responses import Response
 
 DATA = Path(__file__).parents[1] / "data"
 PAGE = DATA / "page.html"
-MARKED = DATA / "marked.js"  # lib/marked.umd.js of npm's marked 18.2.1, as it is; its licence: marked.LICENSE.md
+MARKED = (
+    DATA / "marked.js"
+)  # lib/marked.umd.js of npm's marked 18.2.1, as it is; its licence: marked.LICENSE.md
 MARKED_SHA256 = "bb95d4c15f1289f78486eaacebf3bb18688475ed58a040ef762ed49337090542"
 
 
@@ -83,7 +85,9 @@ def policy(text: str) -> str:
 def _hashes(tag: str, text: str) -> str:
     """The sources of a policy that allow the inline blocks of a tag."""
     blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(b.encode()).digest()).decode()}'" for b in blocks)
+    return " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(b.encode()).digest()).decode()}'" for b in blocks
+    )
 
 
 async def page(request: Request) -> Response:

@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
-
-from browser import Browser, Chat, chromium, expect, visit
+from browser import Chat, chromium, visit
+from playwright.sync_api import Browser, expect
 from stub import Stub, serving, text, tool
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -69,7 +68,14 @@ def earlier() -> str:
     written = []
     for i, (title, asked, days) in enumerate(EARLIER):
         now = int(1000 * (time.time() - 86400 * days)) - 60_000 * i
-        message = {"id": "a", "parent": None, "role": "user", "content": asked, "created": now, "state": "done"}
+        message = {
+            "id": "a",
+            "parent": None,
+            "role": "user",
+            "content": asked,
+            "created": now,
+            "state": "done",
+        }
         fields: dict[str, Any] = {"title": title, "created": now, "updated": now, "system": "", "leaf": "a"}
         written.append({**fields, "messages": [message]})
     return json.dumps({"format": "qwen3c-conversations", "version": 1, "conversations": written})
@@ -113,16 +119,33 @@ def long_talk(n: int) -> str:
     for i in range(n):
         role, content = ("assistant", ANSWER) if i % 2 else ("user", f"Question number {i}, which is short.")
         parent = messages[-1]["id"] if messages else None
-        fields = {"id": f"m{i}", "parent": parent, "role": role, "content": content, "created": i, "state": "done"}
+        fields = {
+            "id": f"m{i}",
+            "parent": parent,
+            "role": role,
+            "content": content,
+            "created": i,
+            "state": "done",
+        }
         messages.append({**fields, "reasoning": THINKING, "seconds": 1.5} if i % 2 else fields)
-    conversation = {"title": f"{n} messages", "created": 0, "updated": 0, "system": "", "leaf": messages[-1]["id"]}
+    conversation = {
+        "title": f"{n} messages",
+        "created": 0,
+        "updated": 0,
+        "system": "",
+        "leaf": messages[-1]["id"],
+    }
     return json.dumps(
-        {"format": "qwen3c-conversations", "version": 1, "conversations": [{**conversation, "messages": messages}]}
+        {
+            "format": "qwen3c-conversations",
+            "version": 1,
+            "conversations": [{**conversation, "messages": messages}],
+        }
     )
 
 
 def measure_tokens(chat: Chat, name: str, content: str) -> None:
-    """Main-thread time of a reply that comes in deltas of four characters, 2,000 or less a second."""
+    """Main-thread time of a reply that comes in deltas of four characters."""
     session = chat.context.new_cdp_session(chat.page)
     session.send("Performance.enable")
     steps = text(content, size=4)
@@ -144,7 +167,9 @@ def measure(browser: Browser, stub: Stub) -> None:
     with visit(browser, stub) as chat:
         measure_tokens(chat, "short reply", ANSWER)
         measure_tokens(chat, "long reply", (ANSWER + "\n\n") * 18)
-        measure_tokens(chat, "one block of code", "```python\n" + "x = some_call(argument)\n" * 1500 + "```\n")
+        measure_tokens(
+            chat, "one block of code", "```python\n" + "x = some_call(argument)\n" * 1500 + "```\n"
+        )
         measure_tokens(chat, "one paragraph", "word and **bold** " * 2000)
         import_text(chat, long_talk(500))
         chat.page.locator("#list .open", has_text="500 messages").click()
@@ -165,7 +190,11 @@ def main() -> None:
         views: dict[str, dict[str, Any]] = {
             "light": {"color_scheme": "light", "viewport": {"width": 1180, "height": 1130}},
             "dark": {"color_scheme": "dark", "viewport": {"width": 1180, "height": 1130}},
-            "phone": {"color_scheme": "light", "viewport": {"width": 390, "height": 844}, "device_scale_factor": 2},
+            "phone": {
+                "color_scheme": "light",
+                "viewport": {"width": 390, "height": 844},
+                "device_scale_factor": 2,
+            },
         }
         for name, options in views.items():
             with visit(browser, stub, **options) as chat:

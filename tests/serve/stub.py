@@ -20,7 +20,9 @@ from starlette.routing import Route
 from qwen3c.serve.page import page
 
 MODEL = "qwen3-0.6b"
-Step = dict[str, Any] | float | threading.Event | str  # a chunk, a pause in s, a wait, or "cut": close without an end
+Step = (
+    dict[str, Any] | float | threading.Event | str
+)  # a chunk, a pause in s, a wait, or "cut": close without an end
 
 
 @dataclass
@@ -48,7 +50,14 @@ def chunk(**fields: Any) -> dict[str, Any]:
 
 
 def reading(stage: str, position: int = 0, total: int = 100, processed: int = 0) -> dict[str, Any]:
-    progress = {"total": total, "cache": 0, "processed": processed, "time_ms": 1.0, "stage": stage, "position": position}
+    progress = {
+        "total": total,
+        "cache": 0,
+        "processed": processed,
+        "time_ms": 1.0,
+        "stage": stage,
+        "position": position,
+    }
     return chunk(prompt_progress=progress)
 
 
@@ -73,7 +82,9 @@ def usage(prompt: int = 40, cached: int = 24, completion: int = 12, speed: float
     )
 
 
-def text(content: str, *, thinking: str = "", size: int = 7, finish: str = "stop", **figures: Any) -> list[Step]:
+def text(
+    content: str, *, thinking: str = "", size: int = 7, finish: str = "stop", **figures: Any
+) -> list[Step]:
     """The steps of a whole reply: thinking, content in pieces of `size` characters, the end and the usage."""
     steps: list[Step] = [chunk(delta={"role": "assistant", "content": ""})]
     for name, whole in (("reasoning_content", thinking), ("content", content)):
@@ -157,13 +168,21 @@ class Stub:
 
     async def _models(self, request: Request) -> Response:
         models = [
-            {"id": name, "object": "model", "created": 1764000000, "owned_by": "qwen3c", "context_length": 40960}
+            {
+                "id": name,
+                "object": "model",
+                "created": 1764000000,
+                "owned_by": "qwen3c",
+                "context_length": 40960,
+            }
             for name in self.models
         ]
         return JSONResponse({"object": "list", "data": models})
 
     async def _tools(self, request: Request) -> Response:
-        servers = [{"name": name, "state": "ready", "error": None} for name in {t["server"] for t in self.tools}]
+        servers = [
+            {"name": name, "state": "ready", "error": None} for name in {t["server"] for t in self.tools}
+        ]
         return JSONResponse({"servers": servers, "tools": self.tools})
 
     async def _call(self, request: Request) -> Response:
@@ -183,7 +202,9 @@ class Stub:
         headers = {"x-request-id": f"r{number}", "x-qwen3c-backend": "local", **reply.headers}
         if reply.error is not None:
             return JSONResponse({"error": reply.error}, reply.status, headers)
-        return StreamingResponse(self._stream(number, reply.steps), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(
+            self._stream(number, reply.steps), media_type="text/event-stream", headers=headers
+        )
 
     async def _stream(self, number: int, steps: Sequence[Step]) -> AsyncIterator[bytes]:
         try:

@@ -18,7 +18,8 @@ from starlette.testclient import TestClient
 from qwen3c.serve import page
 
 pytest.importorskip("playwright")
-from browser import CHROMIUM, Browser, Chat, expect, stored, visit
+from browser import CHROMIUM, Chat, stored, visit
+from playwright.sync_api import Browser, expect
 from stub import MODEL, Stub, calls, chunk, reading, text, tool, usage
 
 needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
@@ -74,11 +75,15 @@ def test_the_page_travels_compressed_and_once(stub: Stub) -> None:
     plain = client.get("/", headers={"accept-encoding": "identity"})
     assert plain.content == page.document().body and "content-encoding" not in plain.headers
     packed = page.answer("", "br, gzip")
-    assert gzip.decompress(bytes(packed.body)) == plain.content and packed.headers["content-encoding"] == "gzip"
+    assert (
+        gzip.decompress(bytes(packed.body)) == plain.content and packed.headers["content-encoding"] == "gzip"
+    )
     assert "content-encoding" not in page.answer("", "gzip;q=0, br").headers
     assert packed.headers["vary"] == "accept-encoding"
     known = client.get("/", headers={"if-none-match": f'"other", {plain.headers["etag"]}'})
-    assert known.status_code == 304 and known.content == b"" and known.headers["etag"] == plain.headers["etag"]
+    assert (
+        known.status_code == 304 and known.content == b"" and known.headers["etag"] == plain.headers["etag"]
+    )
     assert client.get("/", headers={"if-none-match": '"other"'}).status_code == 200
     other = page.assemble(page.PAGE.read_text(), page.MARKED.read_text() + "//")
     assert other.etag != page.document().etag
@@ -113,7 +118,9 @@ def test_the_stage_of_a_request_is_shown(chat: Chat, stub: Stub) -> None:
                 chunk(finish_reason="stop"), usage())  # fmt: skip
     chat.say("Hi")
     foot = chat.answers.locator(".foot")
-    for gate, shown in zip(gates, ("Queued, 3rd in line", "Reading 40 %", "Thinking", "Writing"), strict=True):
+    for gate, shown in zip(
+        gates, ("Queued, 3rd in line", "Reading 40 %", "Thinking", "Writing"), strict=True
+    ):
         expect(foot).to_have_text(shown)
         gate.set()
     chat.rest()
@@ -156,7 +163,16 @@ def test_markdown_becomes_elements(chat: Chat, stub: Stub) -> None:
     expect(prose.locator("h3.depth-1")).to_have_text("Head")
     expect(prose.locator("p").first).to_have_text("A & b x<y next em gone", use_inner_text=True)
     assert prose.locator("ol").get_attribute("start") == "3"
-    for selector in ("p > code", "em", "del", "ol > li > ul > li", "blockquote", "hr", "td.to-right", ".scroll > table"):
+    for selector in (
+        "p > code",
+        "em",
+        "del",
+        "ol > li > ul > li",
+        "blockquote",
+        "hr",
+        "td.to-right",
+        ".scroll > table",
+    ):
         expect(prose.locator(selector)).to_have_count(1)
     expect(prose.locator("li.task")).to_have_text("☑ done")
     links = prose.locator("a")
@@ -235,7 +251,11 @@ def test_replies_and_questions_have_versions(chat: Chat, stub: Stub) -> None:
 
 
 def test_an_error_is_text_with_a_retry(chat: Chat, stub: Stub) -> None:
-    stub.script(status=429, error={"message": "the queue is <b>full</b>", "code": "queue_full"}, headers={"retry-after": "3"})
+    stub.script(
+        status=429,
+        error={"message": "the queue is <b>full</b>", "code": "queue_full"},
+        headers={"retry-after": "3"},
+    )
     chat.ask("Hi")
     expect(chat.answers.locator(".trouble p")).to_have_text("the queue is <b>full</b> Try again in 3.0 s.")
     stub.script(*text("Now."))
@@ -247,8 +267,26 @@ def test_an_error_is_text_with_a_retry(chat: Chat, stub: Stub) -> None:
     assert len(stored(chat, "messages")) == 2
 
 
+def test_a_server_that_is_away_is_a_message(chat: Chat, stub: Stub) -> None:
+    chat.page.route("**/v1/chat/completions", lambda route: route.abort())
+    chat.say("Hi")
+    expect(chat.answers.locator(".trouble p")).to_have_text("The server cannot be reached.")
+    chat.rest()
+    chat.page.unroute("**/v1/chat/completions")
+    stub.script(*text("Here again."))
+    chat.button("retry").click()
+    expect(chat.answers.locator(".prose")).to_have_text("Here again.")
+    expect(chat.box).to_be_focused()
+    chat.errors = [error for error in chat.errors if "ERR_FAILED" not in error]
+
+
 def test_a_conversation_that_is_too_long_is_explained_with_both_numbers(chat: Chat, stub: Stub) -> None:
-    error = {"message": "too long", "code": "context_length_exceeded", "n_prompt_tokens": 50123, "n_ctx": 40960}
+    error = {
+        "message": "too long",
+        "code": "context_length_exceeded",
+        "n_prompt_tokens": 50123,
+        "n_ctx": 40960,
+    }
     stub.script(status=400, error=error)
     chat.ask("Hi")
     expect(chat.answers.locator(".trouble")).to_contain_text("50,123 tokens long, and the model holds 40,960")
@@ -314,7 +352,9 @@ def test_who_spoke_is_shown_with_the_reason(chat: Chat, stub: Stub) -> None:
     stub.script(*text("b"), headers={"x-qwen3c-fallback": "connect_timeout"})
     chat.ask("1")
     chat.ask("2")
-    expect(chat.page.locator(".badge")).to_have_text(["cloud", "local, because the cloud failed: connect_timeout"])
+    expect(chat.page.locator(".badge")).to_have_text(
+        ["cloud", "local, because the cloud failed: connect_timeout"]
+    )
 
 
 # ---- settings
@@ -322,7 +362,16 @@ def test_who_spoke_is_shown_with_the_reason(chat: Chat, stub: Stub) -> None:
 
 def test_settings_are_sent_and_defaults_shown(chat: Chat, stub: Stub) -> None:
     chat.ask("before")
-    sent = {"temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "thinking_budget", "chat_template_kwargs"}
+    sent = {
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "max_tokens",
+        "seed",
+        "thinking_budget",
+        "chat_template_kwargs",
+    }
     assert not sent & stub.asked[0].keys()
     chat.button("Settings").click()
     field = chat.page.get_by_label
@@ -379,7 +428,10 @@ def test_a_model_is_chosen_where_there_are_several(browser: Browser, stub: Stub)
 
 
 def with_tools(chat: Chat, stub: Stub, **fields: Any) -> None:
-    stub.tools = [tool("files__list", "Lists.", **fields), tool("files__read", "<b>Reads</b> \x1b[2J files.", **fields)]
+    stub.tools = [
+        tool("files__list", "Lists.", **fields),
+        tool("files__read", "<b>Reads</b> \x1b[2J files.", **fields),
+    ]
     chat.page.reload()
     chat.button("Tools · 2").click()
 
@@ -396,7 +448,10 @@ def test_a_tool_is_called_when_it_is_allowed(chat: Chat, stub: Stub) -> None:
     card.get_by_text("What its server says of it").click()
     expect(card).to_contain_text("<b>Reads</b> ␛[2J files.")
     assert stub.called == []
-    assert [offered["function"]["name"] for offered in stub.asked[0]["tools"]] == ["files__list", "files__read"]
+    assert [offered["function"]["name"] for offered in stub.asked[0]["tools"]] == [
+        "files__list",
+        "files__read",
+    ]
     assert stub.asked[0]["tools"][0]["function"]["parameters"]["type"] == "object"
     chat.button("Allow once").click()
     expect(chat.answers.last.locator(".prose")).to_have_text("There are 42.")
@@ -413,7 +468,10 @@ def test_a_tool_is_called_when_it_is_allowed(chat: Chat, stub: Stub) -> None:
 
 def test_consent_is_for_one_tool_in_one_chat_and_as_it_was(chat: Chat, stub: Stub) -> None:
     with_tools(chat, stub)
-    ask = lambda name, id: stub.script(*calls((id, name, "{}")))  # noqa: E731
+
+    def ask(name: str, id: str) -> None:
+        stub.script(*calls((id, name, "{}")))
+
     ask("files__read", "c1")
     ask("files__read", "c2")
     ask("files__list", "c3")
@@ -527,7 +585,19 @@ def test_the_theme_follows_the_system_until_it_is_switched(chat: Chat) -> None:
 
 def test_on_a_phone_the_conversations_are_a_drawer(browser: Browser, stub: Stub) -> None:
     with visit(browser, stub, viewport={"width": 360, "height": 700}, has_touch=True, is_mobile=True) as chat:
-        stub.script(*text("| " + "wide column | " * 9 + "\n|" + "---|" * 9 + "\n\n`" + "x" * 300 + "`\n\n```\n" + "y" * 300 + "\n```"))
+        stub.script(
+            *text(
+                "| "
+                + "wide column | " * 9
+                + "\n|"
+                + "---|" * 9
+                + "\n\n`"
+                + "x" * 300
+                + "`\n\n```\n"
+                + "y" * 300
+                + "\n```"
+            )
+        )
         chat.ask("Hi")
         assert chat.page.evaluate("[document.documentElement.scrollWidth, document.querySelector('#scroll').scrollWidth]") == [360, 360]  # fmt: skip
         expect(chat.button("New chat")).to_be_hidden()

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("playwright")
-from browser import CHROMIUM, Browser, Chat, expect, stored, visit
+from browser import CHROMIUM, Chat, stored, visit
+from playwright.sync_api import Browser, expect
 from scene import import_text, long_talk
 from stub import Stub, chunk, text, usage
 
@@ -99,7 +100,15 @@ MESSAGE = {"id": "a", "parent": None, "role": "user", "content": "x", "created":
 
 
 def exported(message: Any = MESSAGE, **fields: Any) -> str:
-    conversation = {"title": "t", "created": 1, "updated": 1, "system": "", "leaf": "a", "messages": [message], **fields}
+    conversation = {
+        "title": "t",
+        "created": 1,
+        "updated": 1,
+        "system": "",
+        "leaf": "a",
+        "messages": [message],
+        **fields,
+    }
     return json.dumps({"format": "qwen3c-conversations", "version": 1, "conversations": [conversation]})
 
 
@@ -165,7 +174,9 @@ def test_two_tabs_show_the_same_conversations(chat: Chat, stub: Stub) -> None:
 
 def test_without_storage_the_page_talks_all_the_same(browser: Browser, stub: Stub) -> None:
     with visit(browser, stub) as chat:
-        chat.page.add_init_script("Object.defineProperty(window, 'indexedDB', { value: { open() { throw new Error('no'); } } })")
+        chat.page.add_init_script(
+            "Object.defineProperty(window, 'indexedDB', { value: { open() { throw new Error('no'); } } })"
+        )
         chat.page.reload()
         expect(chat.page.locator("#notice-text")).to_contain_text("keeps nothing")
         chat.ask("Hi")

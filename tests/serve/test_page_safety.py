@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("playwright")
-from browser import CHROMIUM, Browser, Chat, expect, visit
+from browser import CHROMIUM, Chat, visit
+from playwright.sync_api import Browser, expect
 from scene import talk, tools
 from stub import Stub, calls, text
 
@@ -83,7 +84,14 @@ def test_hostile_replies_do_nothing(reader: Chat, name: str) -> None:
     for link in prose.locator("a").all():
         link.dispatch_event("mouseover")
     shown = answer.inner_text()
-    assert not set(shown) & {"\x1b", "\x00", "\x07", "\x7f", "\x9b", *"\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
+    assert not set(shown) & {
+        "\x1b",
+        "\x00",
+        "\x07",
+        "\x7f",
+        "\x9b",
+        *"\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069",
+    }
     assert reader.page.evaluate("window.taken") is None
     known = {"", "v1/models", "props", "page/tools", "v1/chat/completions"}
     assert {path.removeprefix(stub.url + "/") for path in reader.paths} <= known
@@ -124,7 +132,9 @@ def test_the_browser_itself_forbids_making_elements_of_text(reader: Chat) -> Non
         assert refused, name
     assert reader.page.evaluate("window.taken") is None
     fetched = reader.page.evaluate("() => fetch('https://evil.example/').then(() => false, () => true)")
-    style = reader.page.evaluate("() => { document.body.setAttribute('style', 'color: red'); return getComputedStyle(document.body).color; }")
+    style = reader.page.evaluate(
+        "() => { document.body.setAttribute('style', 'color: red'); return getComputedStyle(document.body).color; }"
+    )
     assert fetched and style != "rgb(255, 0, 0)"
     assert reader.elsewhere == []
 
