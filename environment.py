@@ -2,8 +2,8 @@
 
     python environment.py .venv -e '.[test]'
 
-On a terminal one line is drawn again and again; elsewhere each step is a line. A second run has nothing to do, as
-make knows. What fails is said with the end of what pip had to say.
+On a terminal one line is drawn again and again; elsewhere each step is a line. A second run has nothing to
+do, as make knows. What fails is said with the end of what pip had to say.
 """
 
 from __future__ import annotations

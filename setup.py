@@ -1,11 +1,11 @@
 """Builds two Cython modules: the C kernels, and the engine that calls them (everything else is in pyproject.toml).
 
 Every instruction set is compiled in, each file names its own by a target pragma, and the widest one the CPU
-runs is chosen at run time. OpenMP is used if the compiler has it. Environment: QWEN3C_OPENMP=0 builds without it;
-QWEN3C_CFLAGS adds compiler flags (for sanitizers, say).
+runs is chosen at run time. OpenMP is used if the compiler has it. Environment: QWEN3C_OPENMP=0 builds without
+it; QWEN3C_CFLAGS adds compiler flags (for sanitizers, say).
 
-`python setup.py missing` says in one line what this machine lacks and exits with 1. Pythons that are too old read
-this file too, to say that they are: it uses nothing newer than Python 3.6 until their version is known.
+`python setup.py missing` says in one line what this machine lacks and exits with 1. Pythons that are too old
+read this file too, to say that they are: it uses nothing newer than Python 3.6 until their version is known.
 """
 
 import os

@@ -4,14 +4,15 @@
     python benchmarks/agreement.py model.gguf --text heldout.txt
     python benchmarks/agreement.py model.gguf --text heldout.txt --exact
 
-Both read the text in windows, each from an empty cache. Per token: does the likeliest next one agree? Both round
-activations, each in its own way, so near ties may fall either way. The noise of a token is the standard deviation,
-over the vocabulary, of what its logits differ by, times sqrt(2) for the difference of two logits. It is each token's
-own because of mixtures: where two experts nearly tie the engines may choose different ones, and differ by more.
-Where the gap between llama.cpp's two likeliest logits is several times the noise the tokens must agree.
+Both read the text in windows, each from an empty cache. Per token: does the likeliest next one agree? Both
+round activations, each in its own way, so near ties may fall either way. The noise of a token is the standard
+deviation, over the vocabulary, of what its logits differ by, times sqrt(2) for the difference of two logits.
+It is each token's own because of mixtures: where two experts nearly tie the engines may choose different
+ones, and differ by more. Where the gap between llama.cpp's two likeliest logits is several times the noise
+the tokens must agree.
 
---exact: neither rounds activations. qwen3c computes in float32, and llama.cpp reads the file's weights as F32.
-Needs llama-cpp-python and gguf.
+--exact: neither rounds activations. qwen3c computes in float32, and llama.cpp reads the file's weights as
+F32. Needs llama-cpp-python and gguf.
 """
 
 from __future__ import annotations

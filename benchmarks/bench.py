@@ -5,10 +5,11 @@
     python benchmarks/bench.py --size 4B --tests pp,tg --threads 1,2 --json 4B.json --pictures pictures
 
 All engines get the same weights and tokens, the same threads and the same type of KV cache. Each lives in a
-process of its own and they take turns, first one leading, then the other, so that what else happens on the machine
-happens to all: believe the ratios, which are taken pair by pair. The first round is not counted. Beside every pair the
-machine's own limits are measured, on the same threads; if they vary, the report says that it proves nothing. Before
-anything is timed our logits must be those of the scalar kernels to the bit, and those of the NumPy reference in token.
+process of its own and they take turns, first one leading, then the other, so that what else happens on the
+machine happens to all: believe the ratios, which are taken pair by pair. The first round is not counted.
+Beside every pair the machine's own limits are measured, on the same threads; if they vary, the report says
+that it proves nothing. Before anything is timed our logits must be those of the scalar kernels to the bit,
+and those of the NumPy reference in token.
 
     pp, tg        a prompt of --prompts tokens; --decode tokens one by one, and loop: sampled, as a user gets them
     depth         the same from position --depths on
@@ -20,8 +21,8 @@ anything is timed our logits must be those of the scalar kernels to the bit, and
     export        source bytes a second, the source being cached
     sampler       one token of 151,936 logits
 
-Figures are medians, ± one standard deviation. Columns as in llama-bench, and: GB/s, weights and KV cache read; G MAC/s,
-multiply-adds of matrices and attention; % of limit, see qwen3c/inspect/bench.py.
+Figures are medians, ± one standard deviation. Columns as in llama-bench, and: GB/s, weights and KV cache
+read; G MAC/s, multiply-adds of matrices and attention; % of limit, see qwen3c/inspect/bench.py.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
     Qwen2          has biases: what a projection makes of the mean input becomes one
     Qwen3-MoE      each expert has as many hidden units as the feed-forward, drawn from it with replacement
 
-They predict text a little worse than the Qwen3 does; some training makes up for it. The usual rms and the mean
-input are those of the text. Needs a model.bin of a Qwen3, whose dequantised weights are the start.
+They predict text a little worse than the Qwen3 does; some training makes up for it. The usual rms and the
+mean input are those of the text. Needs a model.bin of a Qwen3, whose dequantised weights are the start.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python benchmarks/rollouts.py build/sft            # a Hugging Face directory
 
-Both sample 16 completions of the same prompts at temperature 1, for exactly --tokens tokens each (no end token),
-on the same threads. Printed: tokens per second, medians and ranges of --pairs pairs, the first one discarded.
+Both sample 16 completions of the same prompts at temperature 1, for exactly --tokens tokens each (no end
+token), on the same threads. Printed: tokens per second, medians and ranges of --pairs pairs, the first one
+discarded.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python benchmarks/bench.py --against llama.cpp,openvino,ctranslate2 --json docs/speed/0.6B.json
     python benchmarks/tables.py            # writes both documents; --check only says whether they are up to date
 
-A document has a place for each table, between `<!-- speed NAME -->` and `<!-- end -->`; NAME is the JSON file's, or
-`line`, which is one sentence made of 0.6B.json. What stands in a place comes from the JSON that bench.py wrote and from
-nowhere else, so that two places cannot contradict each other.
+A document has a place for each table, between `<!-- speed NAME -->` and `<!-- end -->`; NAME is the JSON
+file's, or `line`, which is one sentence made of 0.6B.json. What stands in a place comes from the JSON that
+bench.py wrote and from nowhere else, so that two places cannot contradict each other.
 """
 
 from __future__ import annotations

@@ -143,9 +143,9 @@ class Conversation:
     def _fitting(self, asked: list[dict[str, Any]]) -> tuple[int, list[int]]:
         """How many of the oldest messages are not told, and the prompt of the others.
 
-        With overflow "drop" the prompt leaves room for a reply, unless the last turn alone is too long. Once turns
-        have to go, they go until half of the context is free: what remains is read again from where they stood,
-        and that should be rare.
+        With overflow "drop" the prompt leaves room for a reply, unless the last turn alone is too long. Once
+        turns have to go, they go until half of the context is free: what remains is read again from where
+        they stood, and that should be rare.
         """
         starts = [i for i, message in enumerate(asked) if message["role"] == "user"] or [0]
         forgotten = min(self.forgotten, starts[-1])

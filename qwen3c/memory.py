@@ -87,8 +87,8 @@ def _address_space(config: Config, tokenizer_size: int, threads: int) -> int:
 def table(config: Config, file_size: int, tokenizer_size: int, mapped: int = 0) -> list[dict[str, Any]]:
     """By context, in bytes: the KV cache when full, all that is resident then, and whether that is available.
 
-    Resident are the mapped file, the KV cache, the buffers, the tokenizer and the program. `fits` is None where
-    nobody says how much there is. mapped: how much of the file is mapped already.
+    Resident are the mapped file, the KV cache, the buffers, the tokenizer and the program. `fits` is None
+    where nobody says how much there is. mapped: how much of the file is mapped already.
     """
     program = file_size + run_state_bytes(config) + PROGRAM + TOKENIZER * tokenizer_size
     free, rows, space = available(mapped), [], machine.address_space()
@@ -137,8 +137,8 @@ def gib(n_bytes: float) -> str:
 def in_huge_pages(weights: memoryview) -> memoryview:
     """A copy in memory that asks the system for pages of 2 MiB.
 
-    A file is mapped in pages of 4 KiB, and looking up each of them costs bandwidth. The price of the copy is the time
-    to read the whole file, and memory that no other process shares and the system cannot take back.
+    A file is mapped in pages of 4 KiB, and looking up each of them costs bandwidth. The price of the copy is
+    the time to read the whole file, and memory that no other process shares and the system cannot take back.
     ValueError if the system has no such pages to give or not so much memory.
     """
     size, free = len(weights), available()

@@ -36,16 +36,17 @@ class Model(Engine):
 
     path: the file. threads: None for as many as this machine can feed. kv: "f16", "f32" or "int8", the KV cache.
     activations: "int8", or "float32" to compare with other implementations. huge_pages: copy the weights into
-    memory of large pages (memory.in_huge_pages says what that costs and gains). renderer: of chat templates, if
-    one has been started already; any number of models may share it.
-    ModelFileError, one line, if the file is not a model.bin that this version can run. MemoryError where `ulimit -v`
-    leaves too little address space.
+    memory of large pages (memory.in_huge_pages says what that costs and gains). renderer: of chat templates,
+    if one has been started already; any number of models may share it.
+    ModelFileError, one line, if the file is not a model.bin that this version can run. MemoryError where
+    `ulimit -v` leaves too little address space.
 
-    config: the numbers of the model, such as config.n_layers and config.context. metadata: what else the file says
-    of it, such as metadata["name"]. file: the mapped file itself. closed: whether close() was called.
+    config: the numbers of the model, such as config.n_layers and config.context. metadata: what else the file
+    says of it, such as metadata["name"]. file: the mapped file itself. closed: whether close() was called.
 
-    Threads may share a model: calls take turns. Another process gets its own by pickling, which carries the path
-    and the options and opens the file there; a copy is such a second model. `with Model(path) as model:` closes it.
+    Threads may share a model: calls take turns. Another process gets its own by pickling, which carries the
+    path and the options and opens the file there; a copy is such a second model. `with Model(path) as model:`
+    closes it.
     """
 
     def __init__(
@@ -99,8 +100,8 @@ class Model(Engine):
     def close(self) -> None:
         """Release the weights, the buffers, the tokenizer and the process that renders templates.
 
-        A call under way in another thread ends first. A closed model still has its path, config and metadata; all
-        else, its sessions included, is a ValueError. The memory of a session goes with the session.
+        A call under way in another thread ends first. A closed model still has its path, config and metadata;
+        all else, its sessions included, is a ValueError. The memory of a session goes with the session.
         """
         super().close()
         for name in ("_tokenizer", "_renderer", "chat_template", "undefined_tokens", "vocabulary"):
@@ -148,9 +149,9 @@ class Model(Engine):
     ) -> Reply:
         """The whole reply to a conversation; str() of it is the answer.
 
-        messages, thinking, tools: see chat_prompt. max_tokens, and options (session, stop, cancel, progress and
-        the fields of Sampling): see generate, which has the reply token by token. Conversation remembers what was
-        said.
+        messages, thinking, tools: see chat_prompt. max_tokens, and options (session, stop, cancel, progress
+        and the fields of Sampling): see generate, which has the reply token by token. Conversation remembers
+        what was said.
         """
         _check_keywords(Model.chat, options, ReplyOptions.__optional_keys__)
         prompt = self.chat_prompt(messages, thinking, tools)
@@ -160,8 +161,8 @@ class Model(Engine):
     def complete(self, text: str, max_tokens: int | None = 256, **options: Unpack[ReplyOptions]) -> Reply:
         """How the model goes on from a bare text: no template, no roles.
 
-        max_tokens: None for what the context holds; such text need not come to an end. options: session, stop,
-        cancel, progress and the fields of Sampling, see generate.
+        max_tokens: None for what the context holds; such text need not come to an end. options: session,
+        stop, cancel, progress and the fields of Sampling, see generate.
         """
         _check_keywords(Model.complete, options, ReplyOptions.__optional_keys__)
         if not isinstance(text, str):
@@ -247,8 +248,8 @@ class Model(Engine):
     ) -> Iterator[tuple[int, Event]]:
         """The replies to many prompts in shared passes: (index of the prompt, event) pairs as they come.
 
-        At most `running` replies are on their way at once. What prompts have in common at their beginning is computed
-        once. A reply is the same, to the bit, as generate's for its prompt alone.
+        At most `running` replies are on their way at once. What prompts have in common at their beginning is
+        computed once. A reply is the same, to the bit, as generate's for its prompt alone.
         seeds: one for each prompt, in place of `seed` for all. The other arguments are those of generate.
         ValueError, before anything is computed, if an argument is out of range or a prompt does not fit.
         """
@@ -289,8 +290,8 @@ class Model(Engine):
     ) -> list[NDArray[np.float32]]:
         """ONE ragged batch over any sessions of this model; a list of what Session.forward returns, in order.
 
-        ValueError also if the logits of a token, or the hidden state, come out NaN or infinite: every call that
-        asks the model anything comes by here. model.trace shows where such a number came from.
+        ValueError also if the logits of a token, or the hidden state, come out NaN or infinite: every call
+        that asks the model anything comes by here. model.trace shows where such a number came from.
         """
         outputs = super().forward(batch, logits)
         for output in outputs:
@@ -311,9 +312,9 @@ class Model(Engine):
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """The texts as vectors of length 1, (n, dim): products of rows are cosines. As Qwen3-Embedding's card has it.
 
-        A text ends with the vocabulary's own end, else <|endoftext|>; its vector is the final hidden state there.
-        A query goes through retrieval.instruct first. ValueError, before anything is computed, if a text is empty
-        or passes the context, or the vocabulary has no such token.
+        A text ends with the vocabulary's own end, else <|endoftext|>; its vector is the final hidden state
+        there. A query goes through retrieval.instruct first. ValueError, before anything is computed, if a
+        text is empty or passes the context, or the vocabulary has no such token.
         """
         return retrieval.embed(self, self.tokenizer, texts)
 
@@ -322,8 +323,8 @@ class Model(Engine):
     ) -> NDArray[np.float32]:
         """How likely each document meets the query, (n,) in 0..1, asked as Qwen3-Reranker's card has it.
 
-        instruction: what the search is for; None for a web search. ValueError, before anything is computed, if
-        a document passes the context or the vocabulary lacks a token of the recipe.
+        instruction: what the search is for; None for a web search. ValueError, before anything is computed,
+        if a document passes the context or the vocabulary lacks a token of the recipe.
         """
         return retrieval.rerank(self, self.tokenizer, query, documents, instruction)
 

@@ -2,9 +2,9 @@
 
     python -m qwen3c.reference model.bin "def fibonacci(n):"
 
-This is what the engine computes, without its speed: no cache, no threads, no integers. Every step is a few lines
-of array code with its shapes beside it; tests hold the engine to it. n is the number of tokens, and a weight
-matrix is (outputs, inputs), so that a linear layer is x @ w.T.
+This is what the engine computes, without its speed: no cache, no threads, no integers. Every step is a few
+lines of array code with its shapes beside it; tests hold the engine to it. n is the number of tokens, and a
+weight matrix is (outputs, inputs), so that a linear layer is x @ w.T.
 """
 
 from __future__ import annotations

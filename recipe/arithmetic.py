@@ -1,10 +1,11 @@
 """Sums for a small model: problems with one answer, asked in several ways.
 
-A problem (its operator and operands) belongs to one of three sets by a hash: those that conversations show, those
-that reinforcement learning asks, and those held out for measuring. One-digit problems are all shown.
+A problem (its operator and operands) belongs to one of three sets by a hash: those that conversations show,
+those that reinforcement learning asks, and those held out for measuring. One-digit problems are all shown.
 
-An answer works digit by digit from the right, as on paper, before it says the result: each step is a sum of one-digit
-numbers, of which there are few enough for a small model to know (https://arxiv.org/abs/2307.03381, section 5).
+An answer works digit by digit from the right, as on paper, before it says the result: each step is a sum of
+one-digit numbers, of which there are few enough for a small model to know (https://arxiv.org/abs/2307.03381,
+section 5).
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ class Problem:
 def problems(use: Use, seed: int) -> list[Problem]:
     """Problems of a set, shuffled.
 
-    Every sum and difference (not below 0) of 0 to 99, every product of 0 to 12, and LARGER sums and differences drawn
-    of numbers up to 999.
+    Every sum and difference (not below 0) of 0 to 99, every product of 0 to 12, and LARGER sums and
+    differences drawn of numbers up to 999.
     """
     random = Random(f"{seed}:problems")
     found = []

@@ -131,8 +131,8 @@ def read_library(source: Path, seed: int) -> Iterator[Document]:
 def short_functions(definitions: Iterable[Definition]) -> dict[str, list[str]]:
     """By path, the documented short functions of a module and of its classes, each at the margin.
 
-    In a module most functions are methods, indented and in the company of others; here a header at the margin is
-    followed by one body and an end, as whoever wants a single function completed writes it.
+    In a module most functions are methods, indented and in the company of others; here a header at the margin
+    is followed by one body and an end, as whoever wants a single function completed writes it.
     """
     found: dict[str, list[str]] = {}
     for d in definitions:

@@ -6,23 +6,23 @@
 A stage is a Hugging Face directory or a model.bin; replies come from the INT8 engine. The table on stdout has:
 
 functions parse (text)
-    share of 100 held-out headers with docstring whose greedy completion as plain text parses. The model reads the
-    header and writes up to 256 tokens; the completion is cut before the first line that starts at the margin (not
-    with a blank). One that ends its text earlier is taken whole, and so is one that never reaches such a line, its
-    last, perhaps unfinished line included. Header and completion together must satisfy `ast.parse` and have a
-    statement besides the docstring, so writing nothing does not count.
+    share of 100 held-out headers with docstring whose greedy completion as plain text parses. The model reads
+    the header and writes up to 256 tokens; the completion is cut before the first line that starts at the
+    margin (not with a blank). One that ends its text earlier is taken whole, and so is one that never reaches
+    such a line, its last, perhaps unfinished line included. Header and completion together must satisfy
+    `ast.parse` and have a statement besides the docstring, so writing nothing does not count.
 functions parse (chat)
-    the same headers as the message "Complete this function:"; the whole reply, nothing cut, must parse and begin
-    with a function that has a statement besides its docstring.
+    the same headers as the message "Complete this function:"; the whole reply, nothing cut, must parse and
+    begin with a function that has a statement besides its docstring.
 docstring F1
-    mean over 200 held-out questions about code of the token F1 between the reply (greedy, at most 64 tokens) and the
-    first sentence of the definition's docstring: words in lower case, counted with repetition,
-    F1 = 2 common / (words of reply + words of reference). Every stage is given the same chat prompt.
+    mean over 200 held-out questions about code of the token F1 between the reply (greedy, at most 64 tokens)
+    and the first sentence of the definition's docstring: words in lower case, counted with repetition, F1 = 2
+    common / (words of reply + words of reference). Every stage is given the same chat prompt.
     Beside it the share of replies that end their turn, and the F1 of answering with the words of the
     definition's own name, which takes no model.
 sums: reward, right
-    on 200 held-out problems: mean of rewards.arithmetic over 4 replies each, sampled at temperature 1 with fixed
-    seeds (at most 96 tokens), and share of greedy replies with reward 1.
+    on 200 held-out problems: mean of rewards.arithmetic over 4 replies each, sampled at temperature 1 with
+    fixed seeds (at most 96 tokens), and share of greedy replies with reward 1.
 functions: reward
     mean of rewards.function over 4 replies each to the 100 headers as messages, sampled likewise (at most 256 tokens).
 perplexity

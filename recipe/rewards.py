@@ -20,8 +20,9 @@ def either(prompt: object, completion: str, task: Mapping[str, Any]) -> float:
 def function(prompt: object, completion: str, task: Mapping[str, Any]) -> float:
     """1 for a turn that ends after one whole function of the asked name, whose body uses a parameter; 0.5 if it uses none.
 
-    task: a line of functions.jsonl, with "ended". Text that does not parse, other code beside the function, a body
-    that is empty or begins with the return of a bare name or constant, and a line repeated over and over have none. Whether the function is right cannot be checked.
+    task: a line of functions.jsonl, with "ended". Text that does not parse, other code beside the function, a
+    body that is empty or begins with the return of a bare name or constant, and a line repeated over and over
+    have none. Whether the function is right cannot be checked.
     """
     lines = [line.strip() for line in completion.splitlines() if line.strip()]
     if not task["ended"] or max(map(lines.count, lines), default=0) > SAME_LINE:
@@ -51,9 +52,10 @@ def function(prompt: object, completion: str, task: Mapping[str, Any]) -> float:
 def arithmetic(prompt: object, completion: str, task: Mapping[str, Any]) -> float:
     """1 for a turn that ends after the right answer, alone or as `equation = answer`; 0.2 if one digit is wrong.
 
-    task: a line of tasks.jsonl, with "ended". What stands before the last colon, the working, is the model's own
-    affair. The partial reward is for groups in which nobody is right: a slipped carry is better than nonsense, so
-    there is something to learn. It is small, so that being right now and then pays more than being nearly right always.
+    task: a line of tasks.jsonl, with "ended". What stands before the last colon, the working, is the model's
+    own affair. The partial reward is for groups in which nobody is right: a slipped carry is better than
+    nonsense, so there is something to learn. It is small, so that being right now and then pays more than
+    being nearly right always.
     """
     if not task["ended"]:
         return 0.0

@@ -343,10 +343,10 @@ def test_the_bound_notices_a_slightly_wrong_constant(wrong: dict[str, float], tm
 # ----------------------------------------------------------------------------
 # INT8 activations: what they do to the probabilities
 
-# Against the same dequantised weights, on 4096 tokens each of three modules of the standard library, measured:
-# KL divergence 3.6e-4 to 4.0e-4 nats, same top token 98.5 to 98.8 %, perplexity 1.0001 to 1.0012 times as high.
-# Its relatives of the other architectures: 3.1e-4 to 1.1e-3, 97.2 to 99.2 %, 0.998 to 1.001; of the experts' tokens
-# 6 to 8 % are routed otherwise, and with those the divergence is 4.3e-3 to 5.3e-3.
+# Against the same dequantised weights, on 4096 tokens each of three modules of the standard library,
+# measured: KL divergence 3.6e-4 to 4.0e-4 nats, same top token 98.5 to 98.8 %, perplexity 1.0001 to 1.0012
+# times as high. Its relatives of the other architectures: 3.1e-4 to 1.1e-3, 97.2 to 99.2 %, 0.998 to 1.001;
+# of the experts' tokens 6 to 8 % are routed otherwise, and with those the divergence is 4.3e-3 to 5.3e-3.
 # benchmarks/fidelity.py measures the whole loss, against the original weights.
 
 

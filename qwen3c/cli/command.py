@@ -1,7 +1,7 @@
 """What run.py, export.py and train.py have in common: how they end, what they say then, by which name.
 
-Exit statuses: 0 done, 1 stdout or stderr cannot be written to, 2 refused, 128 + N ended by signal N. Whatever goes
-wrong is one line on stderr, "NAME: error: ...", and never a traceback.
+Exit statuses: 0 done, 1 stdout or stderr cannot be written to, 2 refused, 128 + N ended by signal N. Whatever
+goes wrong is one line on stderr, "NAME: error: ...", and never a traceback.
 """
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ class JsonWriter:
 class Reading:
     """Progress through a prompt: call it with the statistics of its reply after every piece.
 
-    A token costs what the weights cost, the same for each, and attention to all before it, which grows with depth.
-    The time left follows from both: a line through the seconds per token of the pieces read so far.
+    A token costs what the weights cost, the same for each, and attention to all before it, which grows with
+    depth. The time left follows from both: a line through the seconds per token of the pieces read so far.
     """
 
     def __init__(self) -> None:

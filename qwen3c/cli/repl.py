@@ -1,7 +1,7 @@
 """Chat on a terminal: messages and slash commands in, replies out.
 
-A line that begins with / and a word is a command. What Qwen understands itself stays a message: /no_think, and
-/think with text after it; so does a path such as /usr/bin. A space before the / makes any line a message.
+A line that begins with / and a word is a command. What Qwen understands itself stays a message: /no_think,
+and /think with text after it; so does a path such as /usr/bin. A space before the / makes any line a message.
 """
 
 from __future__ import annotations

@@ -113,8 +113,8 @@ def export(
     threads: for the quantisation (default: cpu.default_threads()); the result does not depend on it.
     name: what the model calls itself (default: from config.json).
     lora: directory of a PEFT adapter, merged into the weights on their way.
-    yarn: stretch the context of a model of default rope by this factor. yarn_attn_factor: the factor on cos and
-    sin, in place of what transformers computes from the configuration.
+    yarn: stretch the context of a model of default rope by this factor. yarn_attn_factor: the factor on cos
+    and sin, in place of what transformers computes from the configuration.
     Raises SourceError or OSError; the target is then what it was before.
     """
     start = time.monotonic()

@@ -5,11 +5,13 @@
 
     W' = W + s B A,  s = alpha / r, or alpha / sqrt(r) (rsLoRA)       Hu et al. 2021; Kalajdzievski 2023
 
-as peft's merge_and_unload computes it, in float32: W (rows, columns), A (r, columns), B (rows, r). What would make
-peft compute anything else is refused by name. Nothing is kept in memory: the rows of B and A are read with those of W.
+as peft's merge_and_unload computes it, in float32: W (rows, columns), A (r, columns), B (rows, r). What would
+make peft compute anything else is refused by name. Nothing is kept in memory: the rows of B and A are read
+with those of W.
 
-transformers 5 holds the experts of a layer in two parameters, (n_experts, rows, columns), which peft adapts as
-target_parameters: A (n_experts r, columns) has r rows for each expert, B (rows, r n_experts) every n_experts-th column.
+transformers 5 holds the experts of a layer in two parameters, (n_experts, rows, columns), which peft adapts
+as target_parameters: A (n_experts r, columns) has r rows for each expert, B (rows, r n_experts) every
+n_experts-th column.
 """
 
 from __future__ import annotations

@@ -95,10 +95,10 @@ def stream(
 
     `written` is called behind each slice, in this thread. SourceError, by place, for a weight that cannot be stored.
 
-    They talk through SimpleQueues, the one kind that a signal cannot leave locked: Ctrl-C raises in this thread
-    wherever it is, and inside an executor's locks that would hang it and its workers for ever, inside those of
-    threading.Thread.start break them. For the same reason nobody waits for a worker to end: with nothing left to do it
-    ends by itself.
+    They talk through SimpleQueues, the one kind that a signal cannot leave locked: Ctrl-C raises in this
+    thread wherever it is, and inside an executor's locks that would hang it and its workers for ever, inside
+    those of threading.Thread.start break them. For the same reason nobody waits for a worker to end: with
+    nothing left to do it ends by itself.
     """
     work = [piece for tensor in writer.tensors for piece in slices(tensor)]
     size = 4 * max(piece.rows * piece.columns for piece in work)

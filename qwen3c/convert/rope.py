@@ -57,8 +57,8 @@ def _linear_frequencies(rope: Rope) -> NDArray[np.float64]:
 
 
 def _yarn_frequencies(rope: Rope) -> NDArray[np.float64]:
-    """Fast pairs keep their frequency, slow ones have it divided by `factor`; between the two limits a linear ramp
-    mixes both (YaRN, Peng et al. 2023, 3.2)."""
+    """Fast pairs keep their frequency, slow ones have it divided by `factor`; between the two limits a linear
+    ramp mixes both (YaRN, Peng et al. 2023, 3.2)."""
     import numpy as np
 
     def pair(turns: float) -> float:

@@ -68,8 +68,8 @@ def cut(text: object, length: int = 120) -> str:
 class Source(Protocol):
     """A model as it is found, with its files open until the `with` block ends.
 
-    Keys and tensors have the names that transformers gives them. A method raises SourceError where what it reads
-    is damaged.
+    Keys and tensors have the names that transformers gives them. A method raises SourceError where what it
+    reads is damaged.
     """
 
     @property

@@ -143,8 +143,8 @@ class State(Protocol[OutcomeT_co]):
 class Member(Generic[OutcomeT]):
     """A sequence in a batch: its session, the tokens that the session has still to read, and its state.
 
-    index: the caller's own number for it. reads: whether it is still in its prompt. cancelled: asked before each
-    pass. progress: told (tokens read, tokens in all) of the prompt.
+    index: the caller's own number for it. reads: whether it is still in its prompt. cancelled: asked before
+    each pass. progress: told (tokens read, tokens in all) of the prompt.
     """
 
     index: int
@@ -169,8 +169,8 @@ class Member(Generic[OutcomeT]):
 class Batch(Generic[OutcomeT]):
     """The sequences that are on their way, and the passes that take them further.
 
-    A pass takes one token of every sequence that decodes, and prompt tokens of the sequences that came first, as many
-    as the pace allows.
+    A pass takes one token of every sequence that decodes, and prompt tokens of the sequences that came first,
+    as many as the pace allows.
     """
 
     def __init__(self, model: Engine, kind: Logits = "last") -> None:
@@ -258,8 +258,8 @@ def drive(
 ) -> Iterator[tuple[int, OutcomeT]]:
     """The outcomes of many sequences as they come, each with the number of its sequence.
 
-    sequences: (prompt, state) pairs, taken in their order when there is room; at most `running` are on their way at
-    once. What a prompt has in common with another is computed once and forked.
+    sequences: (prompt, state) pairs, taken in their order when there is room; at most `running` are on their
+    way at once. What a prompt has in common with another is computed once and forked.
     """
     batch: Batch[OutcomeT] = Batch(model, kind)
     ended: deque[CachedSession] = deque(maxlen=KEPT)

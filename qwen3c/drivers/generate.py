@@ -104,8 +104,8 @@ class Generation(Iterator[Event], AsyncIterator[Event]):
     def close(self) -> None:
         """End the reply here: what has come stays, and there are no more events.
 
-        The finish_reason of a reply that had not ended is "cancelled". The memory of a session that was made for
-        this reply alone is released.
+        The finish_reason of a reply that had not ended is "cancelled". The memory of a session that was made
+        for this reply alone is released.
         """
         self._closed = True
         with self._lock:

@@ -2,9 +2,10 @@
 
     logits -> mask, Sampler -> token -> ReplyStream -> Event (text, thinking, tool call, finish reason)
 
-A ReplyState computes no logits. Whoever has a model drives it: one reply (generate.py), many in a batch (batch.py).
-The text depends on the logits, the sampling and the seed alone, for the random number of a token follows from the
-seed and the token's position. So a reply is the same alone, in a batch, and with its tokens computed again.
+A ReplyState computes no logits. Whoever has a model drives it: one reply (generate.py), many in a batch
+(batch.py). The text depends on the logits, the sampling and the seed alone, for the random number of a token
+follows from the seed and the token's position. So a reply is the same alone, in a batch, and with its tokens
+computed again.
 """
 
 from __future__ import annotations
@@ -120,8 +121,8 @@ class Mask(Protocol):
 class Vocabulary:
     """What a reply must know of a model's tokens.
 
-    n_tokens: only ids below it exist. end_tokens: ids that end a reply. undefined: ids below n_tokens that stand for
-    no token. tokenizer: None for events without text.
+    n_tokens: only ids below it exist. end_tokens: ids that end a reply. undefined: ids below n_tokens that
+    stand for no token. tokenizer: None for events without text.
     """
 
     n_tokens: int
@@ -133,9 +134,9 @@ class Vocabulary:
 class ReplyState:
     """The state of one reply: the tokens sampled so far, the text held back, why it ended.
 
-    prompt: the token ids before the reply. max_tokens: at most so many tokens are sampled; at 0, end() is all that
-    may be called. stop: texts that end the reply and are not part of it. logprobs: None, or how many of the most
-    likely tokens each event gives. mask: restricts the tokens.
+    prompt: the token ids before the reply. max_tokens: at most so many tokens are sampled; at 0, end() is all
+    that may be called. stop: texts that end the reply and are not part of it. logprobs: None, or how many of
+    the most likely tokens each event gives. mask: restricts the tokens.
     ValueError if an argument is out of range.
     """
 

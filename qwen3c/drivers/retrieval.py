@@ -3,8 +3,8 @@
     embed   text + end token -> final hidden state of the last token, at length 1
     rerank  the question "does this document meet the query?" -> softmax of the logits of "no" and "yes"
 
-Both are as the model cards have them (https://arxiv.org/abs/2506.05176), but for two things: what a text spells is
-never a control token, and no text is cut short. Model.embed and Model.rerank call them.
+Both are as the model cards have them (https://arxiv.org/abs/2506.05176), but for two things: what a text
+spells is never a control token, and no text is cut short. Model.embed and Model.rerank call them.
 """
 
 from __future__ import annotations

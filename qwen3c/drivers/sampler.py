@@ -104,8 +104,9 @@ class Sampler:
     """Chooses the tokens of one reply, one after the other.
 
     prompt: its token ids, which the repetition penalty covers. n_tokens: only ids below it exist.
-    undefined: ids below it that stand for no token. `seed` is the seed in use. `logprob` is the log-probability,
-    in nats, of the last token under the distribution it was drawn from: after penalties, temperature and filters.
+    undefined: ids below it that stand for no token. `seed` is the seed in use. `logprob` is the
+    log-probability, in nats, of the last token under the distribution it was drawn from: after penalties,
+    temperature and filters.
     """
 
     def __init__(

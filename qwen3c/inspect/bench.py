@@ -5,8 +5,9 @@
     loop64        64 tokens as a user gets them: sampled, turned into text, checked for an end
 
 Two limits hold for every test: no pass is faster than reading its weights and keys and values once, and none
-faster than its multiply-adds on registers alone. Both are measured between the tests, on the same threads; "% of limit"
-compares with the later of the two, run by run. benchmarks/bench.py sets the same figures beside other engines.
+faster than its multiply-adds on registers alone. Both are measured between the tests, on the same threads; "%
+of limit" compares with the later of the two, run by run. benchmarks/bench.py sets the same figures beside
+other engines.
 """
 
 from __future__ import annotations

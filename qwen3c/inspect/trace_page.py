@@ -1,8 +1,8 @@
 """A trace as one page to look at: `run.py -m trace --html FILE`.
 
-data/trace.html holds the page; this puts the numbers into it. The page loads nothing, and its content security
-policy lets no script run but its own. What comes from the model or the user only ever travels as JSON and is
-shown as text.
+data/trace.html holds the page; this puts the numbers into it. The page loads nothing, and its content
+security policy lets no script run but its own. What comes from the model or the user only ever travels as
+JSON and is shown as text.
 """
 
 from __future__ import annotations

@@ -65,8 +65,9 @@ class Renderer:
     def _reply(self, request: bytes) -> dict[str, Any]:
         """What the child says to a request.
 
-        Meanwhile it is not self._child: only one that has been heard to the end may be asked again. An exception
-        at any line, such as a Ctrl-C, would otherwise leave an answer that the next request takes for its own.
+        Meanwhile it is not self._child: only one that has been heard to the end may be asked again. An
+        exception at any line, such as a Ctrl-C, would otherwise leave an answer that the next request takes
+        for its own.
         """
         child = self._running_child()
         self._child = None

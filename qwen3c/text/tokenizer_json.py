@@ -1,9 +1,9 @@
 """tokenizer.json: what of it may reach the library `tokenizers`, and the library behind one kind of error.
 
-The library trusts its input: some files make it panic, and eight characters of a character map make it ask for
-8.6 GB and end the process. So a file is checked before the library reads it. It may hold the steps and models that
-the supported families have (Qwen, Llama, DeepSeek, those that train.py makes), with values of the right types;
-anything else is refused by name.
+The library trusts its input: some files make it panic, and eight characters of a character map make it ask
+for 8.6 GB and end the process. So a file is checked before the library reads it. It may hold the steps and
+models that the supported families have (Qwen, Llama, DeepSeek, those that train.py makes), with values of the
+right types; anything else is refused by name.
 
 The vocabulary and the merges, nearly all of a file, are left to the library, which refuses wrong ones itself:
 parsing the 11 MB of Qwen's in Python would take half as long as loading it.
@@ -80,8 +80,8 @@ _KINDS = bytes({**dict.fromkeys(b"{[", _OPENING), **dict.fromkeys(b"}]", _CLOSIN
 def _without_vocabulary(data: bytes) -> bytes:
     """`data` with a text in the place of each large object or list that lies where model.vocab and model.merges lie.
 
-    No check accepts such a text but that of these two places. Data that are no JSON come out as no JSON, or the
-    library will find the fault.
+    No check accepts such a text but that of these two places. Data that are no JSON come out as no JSON, or
+    the library will find the fault.
     """
     import numpy as np
 

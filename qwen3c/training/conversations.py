@@ -1,10 +1,10 @@
 """Conversations (JSONL) -> samples -> packed rows.
 
 A sample is one reply of the assistant behind everything said before it, rendered by the model's own chat
-template, thoughts and tool calls included, and cut into tokens as at run time; only the reply's tokens, its end
-included, are learned. What the template would leave out of a reply is refused, never dropped. Plain text may
-stand among the conversations, so that a model does not forget how to go on with one: it is learned whole. Rows
-hold several samples, none of which sees another.
+template, thoughts and tool calls included, and cut into tokens as at run time; only the reply's tokens, its
+end included, are learned. What the template would leave out of a reply is refused, never dropped. Plain text
+may stand among the conversations, so that a model does not forget how to go on with one: it is learned whole.
+Rows hold several samples, none of which sees another.
 """
 
 from __future__ import annotations

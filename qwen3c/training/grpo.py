@@ -1,15 +1,16 @@
 """Group Relative Policy Optimisation (https://arxiv.org/abs/2402.03300, section 4.1).
 
-For each prompt G completions are sampled; a completion's advantage is its reward, normalised within the group.
-Two losses (LOSSES) differ in what a mean is taken over, and in the standard deviation that advantages have:
+For each prompt G completions are sampled; a completion's advantage is its reward, normalised within the
+group. Two losses (LOSSES) differ in what a mean is taken over, and in the standard deviation that advantages
+have:
 
     dapo  every token of the step counts the same (DAPO, https://arxiv.org/abs/2503.14476, section 3.3), so a long
           completion weighs more than a short one; the deviation is that of the group as it is (divided by G)
     grpo  every completion counts the same, and within it every token (the paper's equation 3); the deviation is
           the sample's (divided by G - 1), as in most implementations: the paper does not say
 
-Completions come from the INT8 engine, so the policy that sampled differs a little from the one that learns: the
-ratio of their probabilities corrects for that, as it does for the updates since, and is clipped for both.
+Completions come from the INT8 engine, so the policy that sampled differs a little from the one that learns:
+the ratio of their probabilities corrects for that, as it does for the updates since, and is clipped for both.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What the three stages share: optimiser, schedule, the loop, evaluation, checkpoints, metrics, resume.
 
 A stage says which samples a step trains on, what their loss is and how a model is judged. Everything that
-decides a step is a function of (settings, step): after a kill, a resumed run gives the same losses to the bit.
+decides a step is a function of (settings, step): after a kill, a resumed run gives the same losses to the
+bit.
 
 A run is resumed with the settings (Settings.deciding) and inputs that it began with. The number of steps may
 change, and the warm-up, which follows from it: from there on the learning rate has the new schedule.

@@ -4,8 +4,8 @@
         terminal.wait_for("> ")
         terminal.type("hello\\r")
 
-pexpect owns the pseudo-terminal and the child; pyte draws what the child writes. Tests compare the screen, not
-the escape codes that made it.
+pexpect owns the pseudo-terminal and the child; pyte draws what the child writes. Tests compare the screen,
+not the escape codes that made it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every command of *.md and docs/*.md, typed in a shell on a terminal, in a folder that has the files it names.
 
-COMMANDS says of each how: as it stands, with flags that make it small, or why it cannot run here. A command that the
-documents gain fails the first test until it is added.
+COMMANDS says of each how: as it stands, with flags that make it small, or why it cannot run here. A command
+that the documents gain fails the first test until it is added.
 
 python -m pytest tests/terminal/test_documents.py
 """

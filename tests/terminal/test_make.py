@@ -2,8 +2,8 @@
 
 python -m pytest tests/terminal/test_make.py
 
-What downloads and builds is a stand-in, so that nothing here takes minutes; what make, setup.py and environment.py
-do is real, and so is the conversation at the end of the one that is set up already.
+What downloads and builds is a stand-in, so that nothing here takes minutes; what make, setup.py and
+environment.py do is real, and so is the conversation at the end of the one that is set up already.
 """
 
 from __future__ import annotations

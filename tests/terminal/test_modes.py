@@ -1,5 +1,5 @@
-"""generate, trace, info, perplexity and bench as a person types them: on any terminal, in any pipe, interrupted,
-suspended, resized, closed.
+"""generate, trace, info, perplexity and bench as a person types them: on any terminal, in any pipe,
+interrupted, suspended, resized, closed.
 
 python -m pytest tests/terminal/test_modes.py
 """

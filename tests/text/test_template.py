@@ -196,8 +196,8 @@ SOURCE = Path(template.__file__).read_text().splitlines()
 def interrupt(line: int, call: Callable[[], object]) -> bool:
     """Make call(), with a KeyboardInterrupt at the line-th line of template.py; False if there were not so many.
 
-    Lines that enter and leave a `with` do not count: the interpreter hears no signal between taking a lock and
-    the block, nor between the block and letting go of it, but a tracer is called there.
+    Lines that enter and leave a `with` do not count: the interpreter hears no signal between taking a lock
+    and the block, nor between the block and letting go of it, but a tracer is called there.
     """
     passed = 0
 
