@@ -2,10 +2,11 @@
 
     CachedSession    a session that knows its tokens
     Batch            sequences in ragged passes: pieces of prompts and single tokens, mixed freely
-    drive            many sequences, at most so many at once, what they begin with in common computed once
+    drive            many sequences, `running` of them at once; common beginnings are computed once
     last_rows        the row of logits, or the hidden state, at the end of each of many prompts
 
-What a sequence makes of its logits is not known here: a ReplyState samples a token, a LastRow keeps the row.
+This module does not know what a sequence does with its logits: a ReplyState samples a token, a LastRow keeps
+the row.
 What a sequence computes does not depend on the others, to the bit.
 """
 
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
     from ..engine import Engine, Logits, Session
 
 FIRST_PIECE = 64  # tokens of prompts forwarded in the first pass
-PIECE_SECONDS = (
-    0.5  # about how long a pass with a piece of a prompt takes: how soon a cancel or a progress line comes
-)
+# how long a pass with a piece of a prompt should take; a cancel or a progress line waits that long
+PIECE_SECONDS = 0.5
 LARGEST_PIECE = 256  # tokens; the engine computes no more at once
-RUNNING = 16  # sequences at once, where the caller has no wish
-KEPT = 4  # sessions of sequences that ended, kept for what later prompts have in common with them
-WORTH_WAITING = 32  # tokens in common with a prompt that is being read: fewer are computed twice
+RUNNING = 16  # default for how many sequences run at once
+KEPT = 4  # ended sessions that stay, because later prompts may begin as they do
+# a prompt waits for another one that is being read if they share so many tokens; fewer are computed twice
+WORTH_WAITING = 32
 
 
 # ----------------------------------------------------------------------------
@@ -43,8 +44,8 @@ WORTH_WAITING = 32  # tokens in common with a prompt that is being read: fewer a
 class CachedSession:
     """A session that knows its tokens, so that a prompt costs only what differs from what went before.
 
-    tokens: those whose keys and values the session holds. context: how many it can hold. One reply at a time
-    goes on in it, the newest: an older one that is asked for more is a ValueError.
+    tokens: those whose keys and values the session holds. context: how many it can hold. Only the newest
+    reply may go on in a session: asking an older one for more is a ValueError.
     """
 
     def __init__(self, model: Engine, context: int | None = None, *, session: Session | None = None) -> None:
@@ -72,14 +73,14 @@ class CachedSession:
     def reuse(self, prompt: Sequence[int]) -> int:
         """Keep the longest common prefix with `prompt`, but for its last token; return its length.
 
-        Only what `tokens` says is kept, whatever else the session may hold.
+        Positions of the session beyond `tokens`, left by an interrupted pass, are forgotten too.
         """
         n = min(common_prefix(self.tokens, prompt), len(prompt) - 1)  # the last token's logits are wanted
         self.rewind(n)
         return n
 
     def fork(self) -> CachedSession:
-        """A second future of the same past; it costs no memory until the two differ."""
+        """A second session with the same tokens; it takes no memory until one of the two goes on."""
         other = CachedSession(self.model, session=self.session.fork())
         other.tokens = self.tokens.copy()
         return other
@@ -93,17 +94,20 @@ class CachedSession:
 def forward(
     model: Engine, rows: Sequence[tuple[CachedSession, list[int]]], kind: Logits = "last"
 ) -> Sequence[NDArray[np.float32]]:
-    """One pass that appends tokens to each session; of each its row `kind` (see Session.forward)."""
+    """One pass that appends tokens to each session; returns each session's row, by `kind` (see
+    Session.forward).
+    """
     outputs = model.forward([(cached.session, ids) for cached, ids in rows], kind)
     for cached, ids in rows:
-        cached.tokens += ids  # an interrupt before this leaves tokens too many in the session: see reuse()
+        # an interrupt before this line leaves the session longer than `tokens`: see reuse()
+        cached.tokens += ids
     return outputs
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two lists have in common from their beginning."""
     limit = min(len(a), len(b))
-    # the first length at which they differ: slices compare at the speed of C
+    # bisect the first length at which the slices differ: slices compare at the speed of C
     return bisect_left(range(limit), True, key=lambda n: a[: n + 1] != b[: n + 1])
 
 
@@ -112,7 +116,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class Outcome(Protocol):
-    """What a sequence's logits came to: the token to go on with, or the reason why there is none."""
+    """What a State makes of one row of logits: the token to go on with, or the reason to end."""
 
     @property
     def token(self) -> int | None:
@@ -133,18 +137,18 @@ class State(Protocol[OutcomeT_co]):
     max_tokens: int
 
     def take(self, logits: NDArray[np.float32]) -> OutcomeT_co:
-        """The logits, or hidden state, after all tokens so far."""
+        """Take the row (logits or hidden state) after all tokens so far."""
 
     def end(self, reason: FinishReason) -> OutcomeT_co:
-        """The sequence is ended from outside."""
+        """End the sequence for a reason that does not come from its logits, such as a cancel."""
 
 
 @dataclass(eq=False)
 class Member(Generic[OutcomeT]):
     """A sequence in a batch: its session, the tokens that the session has still to read, and its state.
 
-    index: the caller's own number for it. reads: whether it is still in its prompt. cancelled: asked before
-    each pass. progress: told (tokens read, tokens in all) of the prompt.
+    index: the caller's number for the sequence. reads: whether its prompt is still being read. cancelled:
+    called before each pass. progress: called with (tokens read, tokens in all) of the prompt.
     """
 
     index: int
@@ -169,8 +173,8 @@ class Member(Generic[OutcomeT]):
 class Batch(Generic[OutcomeT]):
     """The sequences that are on their way, and the passes that take them further.
 
-    A pass takes one token of every sequence that decodes, and prompt tokens of the sequences that came first,
-    as many as the pace allows.
+    A pass takes one token of every sequence that decodes, then as many prompt tokens as the pace allows,
+    those of the sequences that came first.
     """
 
     def __init__(self, model: Engine, kind: Logits = "last") -> None:
@@ -180,7 +184,9 @@ class Batch(Generic[OutcomeT]):
         self.running: list[Member[OutcomeT]] = []
 
     def step(self) -> list[tuple[Member[OutcomeT], OutcomeT]]:
-        """One pass: what came of the sequences that have read all they had. Those that ended leave the batch."""
+        """One pass; returns the outcomes of the sequences whose logits it computed. Ended ones leave the
+        batch.
+        """
         outcomes = [(one, one.state.end("cancelled")) for one in self.running if one.cancelled()]
         for one, _ in outcomes:
             self.running.remove(one)
@@ -224,7 +230,7 @@ class Batch(Generic[OutcomeT]):
     def _take(
         self, one: Member[OutcomeT], row: NDArray[np.float32]
     ) -> list[tuple[Member[OutcomeT], OutcomeT]]:
-        if one.cancelled():  # while its prompt was read
+        if one.cancelled():  # cancelled while its prompt was read
             self.running.remove(one)
             return [(one, one.state.end("cancelled"))]
         begin = time.perf_counter()
@@ -239,7 +245,7 @@ class Batch(Generic[OutcomeT]):
         return [(one, outcome)]
 
     def _adapt(self, seconds: float) -> None:
-        """Pieces of prompts as large as a pass of about PIECE_SECONDS allows."""
+        """Choose the size of the next prompt piece, so that its pass takes about PIECE_SECONDS."""
         if seconds < PIECE_SECONDS / 2:
             self._piece = min(2 * self._piece, LARGEST_PIECE)
         elif seconds > 2 * PIECE_SECONDS:
@@ -258,8 +264,8 @@ def drive(
 ) -> Iterator[tuple[int, OutcomeT]]:
     """The outcomes of many sequences as they come, each with the number of its sequence.
 
-    sequences: (prompt, state) pairs, taken in their order when there is room; at most `running` are on their
-    way at once. What a prompt has in common with another is computed once and forked.
+    sequences: (prompt, state) pairs, started in order as soon as fewer than `running` are on their way. A
+    common beginning of two prompts is computed once, and its session forked.
     """
     batch: Batch[OutcomeT] = Batch(model, kind)
     ended: deque[CachedSession] = deque(maxlen=KEPT)
@@ -288,7 +294,10 @@ def drive(
 def _session_for(
     prompt: list[int], model: Engine, batch: Batch[Any], ended: Iterable[CachedSession]
 ) -> CachedSession | None:
-    """A session that holds as much of `prompt` as any session does; None if a running one will soon hold more."""
+    """The session to read `prompt` in: a fork of the one with the longest common prefix, else a new one.
+
+    None if a running sequence will soon hold a longer prefix: the prompt then waits for it.
+    """
     n_useful = len(prompt) - 1  # the last token's logits are wanted
     best, n_best, n_coming = None, 0, 0
     for one in batch.running:
@@ -322,7 +331,7 @@ class LastRow:
         return self
 
     def end(self, reason: FinishReason) -> LastRow:
-        """Nobody ends it from outside."""
+        """Never called: nothing cancels these sequences."""
         return self
 
 
