@@ -21,21 +21,24 @@ LARGER = 14_000  # problems with a number of three digits
 
 QUESTIONS = {
     "+": [
-        "What is {a} + {b}?", "{a} + {b}", "{a} + {b} =", "{a}+{b}", "What is {a}+{b}?", "Calculate {a} + {b}.",
+        "What is {a} + {b}?", "{a} + {b}", "{a} + {b} =", "{a}+{b}", "What is {a}+{b}?",
+        "Calculate {a} + {b}.",
         "How much is {a} + {b}?", "Compute {a} + {b}.", "What is {a} plus {b}?", "Add {a} and {b}.",
         "What is the sum of {a} and {b}?", "How much is {a} plus {b}?",
         "I have {a} apples and get {b} more. How many apples do I have?",
         "There are {a} red and {b} blue balls. How many balls are there?",
     ],
     "-": [
-        "What is {a} - {b}?", "{a} - {b}", "{a} - {b} =", "{a}-{b}", "What is {a}-{b}?", "Calculate {a} - {b}.",
+        "What is {a} - {b}?", "{a} - {b}", "{a} - {b} =", "{a}-{b}", "What is {a}-{b}?",
+        "Calculate {a} - {b}.",
         "How much is {a} - {b}?", "Compute {a} - {b}.", "What is {a} minus {b}?", "Subtract {b} from {a}.",
         "Take {b} away from {a}.", "How much is {a} minus {b}?",
         "I have {a} apples and give {b} away. How many apples are left?",
         "A list has {a} items and {b} are removed. How many remain?",
     ],
     "*": [
-        "What is {a} * {b}?", "{a} * {b}", "{a} * {b} =", "{a}*{b}", "Calculate {a} * {b}.", "How much is {a} * {b}?",
+        "What is {a} * {b}?", "{a} * {b}", "{a} * {b} =", "{a}*{b}", "Calculate {a} * {b}.",
+        "How much is {a} * {b}?",
         "What is {a} times {b}?", "Multiply {a} by {b}.", "What is the product of {a} and {b}?",
         "How much is {a} times {b}?",
     ],
@@ -58,7 +61,7 @@ class Problem:
 
     @property
     def solution(self) -> str:
-        """The steps, if there are any to take, and the equation: "7 + 5 = 12, 2 + 4 + 1 = 7: 27 + 45 = 72"."""
+        """The steps, if any, and the equation: "7 + 5 = 12, 2 + 4 + 1 = 7: 27 + 45 = 72"."""
         result = f"{self.equation} = {self.answer}"
         if max(self.a, self.b) < 10 or self.operator == "*":
             return result

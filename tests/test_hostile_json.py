@@ -137,8 +137,10 @@ def test_any_value_of_any_key_ends_in_a_model_or_in_one_short_line(
         ("config.json", "note", nested(500), "is nested deeper than 100"),
         ("config.json", "hidden_size", 10**400, "hidden_size is 100000000"),
         ("config.json", "_name_or_path", "\ud800", "config.json: _name_or_path is not Unicode"),
-        ("tokenizer_config.json", "chat_template", [{"name": "default"}], "chat_template is not text, nor a list"),
-        ("tokenizer_config.json", "chat_template", [{"name": "default", "template": 1}], "chat_template is not"),
+        ("tokenizer_config.json", "chat_template", [{"name": "default"}],
+         "chat_template is not text, nor a list"),
+        ("tokenizer_config.json", "chat_template", [{"name": "default", "template": 1}],
+         "chat_template is not"),
         ("generation_config.json", "temperature", 10**400, "temperature is 100000000"),
     ],
     ids=range(9),
@@ -176,7 +178,7 @@ def test_names_with_escape_sequences_reach_no_terminal(
 
 
 def test_a_sound_copy_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the cases start from: otherwise all of them could be refused for another reason."""
+    """The sources that the cases change are sound; otherwise all could be refused for another reason."""
     monkeypatch.chdir(tmp_path)
     for _, arguments in sources(tmp_path):
         assert main(arguments) == 0

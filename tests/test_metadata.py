@@ -50,7 +50,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def mutant(metadata: dict[str, Any], seed: int) -> bytes:
-    """One value of the metadata, at any depth, or a key that they lack, is another; a few are nested deeply."""
+    """The metadata with one value at any depth replaced, or one key added; some are nested deeply."""
     r = random.Random(seed)
     value: Any = json.loads(json.dumps(metadata))
     del value["room"]

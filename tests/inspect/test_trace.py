@@ -1,4 +1,5 @@
-"""Model.trace and what qwen3c/trace.py says of it; tests/test_oracle.py holds every activation to transformers.
+"""Model.trace, and the output of inspect/trace.py; tests/test_oracle.py compares activations with
+transformers.
 
 python -m pytest tests/inspect/test_trace.py
 """

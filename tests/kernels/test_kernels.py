@@ -1,4 +1,4 @@
-"""Every kernel gives the same bits on every instruction set, the spec is right, and a broken kernel is noticed.
+"""All instruction sets give the same bits, the scalar spec is right, and a broken kernel is noticed.
 
 The work is done by kernels.c, compiled here with the system's C compiler. AVX-VNNI is run through the AVX-512
 encoding of its instruction where the CPU has only that; `make test-arm` runs the NEON files under emulation.
@@ -54,37 +54,47 @@ def test_every_instruction_set_gives_the_same_bits_as_the_spec(objects: Path, tm
         assert "scalar" in by_isa and len(set(by_isa.values())) == 1, f"{kernel}: {by_isa}"
 
 
-# (kernel, file, what is right, what is wrong); a change in a header is compiled into the scalar table alone, or into one named
+# name: (kernel whose digest must change, file[:table], right text, wrong text). A changed header is compiled
+# into the scalar table, or into the table named behind the colon
 MUTATIONS = {
     "a dot product starts one off": ("products", "avx2.c", "_mm256_setzero_si256(), _mm256", "_mm256_set1_epi32(1), _mm256"),
     "AVX2 ignores the sign": ("products", "avx2.c", "_mm256_sign_epi8(x, w)", "x"),
-    "half of the rows use other weights": ("matmul", "avx2.c", "w.high, w.high_abs, x)", "w.low, w.low_abs, x)"),
+    "half of the rows use other weights": ("matmul", "avx2.c", "w.high, w.high_abs, x)",
+                                           "w.low, w.low_abs, x)"),
     "the activation scale is forgotten": ("matmul", "product.h", "f32_mul(scale, factor)", "scale"),
     "float products skip a group": ("matmul", "dequantize.h", "size_t g = 0; g < columns / group_size; g++, tiles", "size_t g = 1; g < columns / group_size; g++, tiles"),
     "the 17th group of a row has the scale of the first": ("matmul", "rows.h", "memcpy(row->scales + g, max", "memcpy(row->scales, max"),
-    "the sum of a group lacks its last codes": ("matmul", "rows.h", "sum = f32_add(sum, code);", "if (c + 16 < first + group_size) sum = f32_add(sum, code);"),
+    "the sum of a group lacks its last codes": ("matmul", "rows.h", "sum = f32_add(sum, code);",
+                                                "if (c + 16 < first + group_size) sum = f32_add(sum, code);"),
     "values are scaled as if they were weights": ("attention", "attend_int8.h", "matmul_int8_tiles(&product, 0);", "matmul_int8_tiles(&product, 1);"),
-    "a part of a dot product is left out": ("matmul", "product.h", "for (size_t j = 1; j < J; j++)", "for (size_t j = 2; j < J; j++)"),
+    "a part of a dot product is left out": ("matmul", "product.h", "for (size_t j = 1; j < J; j++)",
+                                            "for (size_t j = 2; j < J; j++)"),
     "every part starts with the sum": ("matmul", "product.h:avxvnni", "dot_start(j ? 0 : p->x->sums", "dot_start((int32_t)(0 * j) + p->x->sums"),
     "the last block of tokens is left out": ("matmul", "product.h:avxvnni", "n = (p->n_tokens - token) / blocks--", "n = p->n_tokens / blocks"),
     "whole rows of values overlap": ("attention", "attend_float.h:avxvnni", "d += 2 * LANES * ATTEND_VECTORS)", "d += LANES * ATTEND_VECTORS)"),
     "rounding cuts": ("matmul", "scalar.c", "(a.lane[i] + 12582912.0f) - 12582912.0f", "truncf(a.lane[i])"),
     "rmsnorm forgets the tail": ("rows", "rows.h", "if (whole < n) {", "if (0) {"),
-    "matvec forgets the tail": ("rows", "rows.h", "c < columns; c += LANES)", "c + 15 < columns; c += LANES)"),
+    "matvec forgets the tail": ("rows", "rows.h", "c < columns; c += LANES)",
+                                "c + 15 < columns; c += LANES)"),
     "add_scaled adds": ("rows", "rows.h", "fmaf(scale, x[i], y[i])", "x[i] + y[i]"),
     "exp lacks a term": ("rows", "vector.h", "f32_set(1.0f / 6)", "f32_set(1.0f / 7)"),
-    "rotation turns the other way": ("rope", "rope.h", "fmaf(x0, cosine[i], -(x1 * sine[i]))", "fmaf(x0, cosine[i], x1 * sine[i])"),
+    "rotation turns the other way": ("rope", "rope.h", "fmaf(x0, cosine[i], -(x1 * sine[i]))",
+                                     "fmaf(x0, cosine[i], x1 * sine[i])"),
     "angles use a short pi": ("rope", "rope.h", "1.57079632679489655800", "1.5707963267"),
-    "a token sees the next position": ("attention", "attend.h", "? position + 1 - start : KV_BLOCK;", "? position + 2 - start : KV_BLOCK;"),
+    "a token sees the next position": ("attention", "attend.h", "? position + 1 - start : KV_BLOCK;",
+                                       "? position + 2 - start : KV_BLOCK;"),
     "blocks are merged unscaled": ("attention", "attend.h", "fmaf(out[d], factor[0], o[d] * factor[1])", "out[d] + o[d]"),
     "an unseen position has a weight": ("attention", "attend_int8.h", "for (size_t j = seen; j < end; j++) p[j] = 0;", ""),
-    "int8 values change places": ("attention", "cache.h", "index / 4 * (LANES * 4) + index % 4", "index % 64 * 64 + index / 64"),
+    "int8 values change places": ("attention", "cache.h", "index / 4 * (LANES * 4) + index % 4",
+                                  "index % 64 * 64 + index / 64"),
     "int8 weights are rounded to 5 bits": ("attention", "attend_int8.h", "quantize(&row, x, n, group_size);",
         "quantize(&row, x, n, group_size); for (size_t i = 0; i < n; i++) row.codes[i] &= ~3;"),
     "fp16 rounds half up": ("halves", "scalar.c", "0xfff + (bits >> 13 & 1)", "0x1000"),
     "a read passes the end": ("attention", "cache.h", "load_left(k + d, left, 0)", "f32_load(k + d)"),
-    "top-k orders ties backwards": ("top_k", "sampler.h", "(x[a] == x[b] && a < b)", "(x[a] == x[b] && a > b)"),
-    "the peak stops a round early": ("int8_peak", "peak.h", "round < rounds; round++", "round + 1 < rounds; round++"),
+    "top-k orders ties backwards": ("top_k", "sampler.h", "(x[a] == x[b] && a < b)",
+                                    "(x[a] == x[b] && a > b)"),
+    "the peak stops a round early": ("int8_peak", "peak.h", "round < rounds; round++",
+                                     "round + 1 < rounds; round++"),
     "a group loses its NaN": ("not_finite", "rows.h", "largest = f32_max_magnitude(largest, f32_abs(f32_load(x + i)))", "largest = f32_max(largest, f32_abs(f32_load(x + i)))"),
     "AVX2 loses a NaN between its halves": ("not_finite", "lanes_avx2.h:avx2", "_mm256_max_epi32(_mm256_castps_si256(a.low), _mm256_castps_si256(a.high))", "_mm256_castps_si256(_mm256_max_ps(a.low, a.high))"),
     "AVX-512 loses a NaN in its last lanes": ("not_finite", "lanes_x86.h:avx512vnni", "_mm_max_epi32(b, _mm_srli_epi64(b, 32))", "b"),

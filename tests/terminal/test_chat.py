@@ -1,4 +1,4 @@
-"""Chat as a person types it: any terminal, keys at any time, a prompt long enough to wait for, every way to end it.
+"""Chat as a person types it: any terminal, keys at any time, long prompts, every way to end.
 
 python -m pytest tests/terminal/test_chat.py
 """
@@ -438,7 +438,8 @@ def test_the_other_names_of_commands_and_what_is_none(chat: Chat, tmp_path: Path
         for line, answer in [
             (
                 "/hlep",
-                "error: unknown command /hlep: /help? (/help lists them; a space before the / sends it as text)",
+                "error: unknown command /hlep: /help? (/help lists them; a space before the / sends it as "
+                "text)",
             ),
             ("/set-context 5", "error: unknown command /set-context: /set? "),
             ("/q", "error: unknown command /q: /quit? "),

@@ -34,7 +34,9 @@ REMARK = "  qwen3c: the compiler has no OpenMP; the engine will run on one threa
 
 
 def make(tmp_path: Path, pip: str = PIP, status: int = 0, pause: str = "0.4") -> list[str]:
-    """make with an environment whose `python -m pip` prints `pip`, pausing at each line, and whose engine only greets."""
+    """make with a stand-in environment: its pip prints the lines of `pip` with pauses, its engine only
+    greets.
+    """
     bin = tmp_path / "venv" / "bin"
     bin.mkdir(parents=True)
     (tmp_path / "pip").write_text(pip)

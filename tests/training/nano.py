@@ -57,13 +57,13 @@ def write_jsonl(path: Path, values: list[Any]) -> Path:
 
 
 def losses(directory: Path) -> list[float]:
-    """Of every step, in order."""
+    """The losses of every step, in order."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
 
 def environment() -> dict[str, str]:
-    """For a train.py in a process of its own."""
+    """The environment for a train.py in its own process."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
