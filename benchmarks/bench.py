@@ -11,7 +11,7 @@ Beside every pair the machine's own limits are measured, on the same threads; if
 that it proves nothing. Before anything is timed, our logits must equal the scalar kernels' to the bit, and
 our greedy tokens the NumPy reference's.
 
-    pp, tg        a prompt of --prompts tokens; --decode tokens one by one; loop: those sampled, as users get them
+    pp, tg        a prompt of --prompts tokens; --decode tokens one by one; loop: as users get them
     depth         pp and tg from position --depths on
     batch         --batches sessions that decode together
     mixed         one pass that reads a prompt and decodes a token of other sessions, against both apart
@@ -419,7 +419,8 @@ def as_json(
         },
         "races": [
             {
-                **asdict(race.setting), "engines": race.engines, "checks": race.checks, "missing": race.missing,
+                **asdict(race.setting), "engines": race.engines, "checks": race.checks,
+                "missing": race.missing,
                 "results": [series.as_json() for series in race.series],
                 "figures": [asdict(figure) for figure in race.figures],
                 "verdict": verdict(race) if race.series else None,

@@ -164,7 +164,7 @@ class Engine:
         return perf_counter() - begin
 
     def _go_to(self, depth: int) -> None:
-        """Bring the first sequence to position `depth`; tokens that are there already are not computed again."""
+        """Bring the first sequence to position `depth`; tokens already there are not computed again."""
         if self._session.sequences > 1:
             self._session.reopen(self._context, 1)
             self._depth = 0

@@ -48,7 +48,8 @@ SIZES = {
     ),
     # Qwen2.5-0.5B and Llama-3.2-1B
     "qwen2-0.5B": replace(
-        QWEN3_0_6B, dim=896, hidden_dim=4864, n_layers=24, n_heads=14, n_kv_heads=2, head_dim=64, context=32768,
+        QWEN3_0_6B, dim=896, hidden_dim=4864, n_layers=24, n_heads=14, n_kv_heads=2, head_dim=64,
+        context=32768,
         architecture=3, qk_norm=False, qkv_bias=True,
     ),
     "llama-1B": replace(

@@ -48,7 +48,8 @@ def main() -> None:
     def run_theirs() -> None:
         with torch.no_grad():
             out = theirs.generate(
-                batch, attention_mask=torch.ones_like(batch), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                batch, attention_mask=torch.ones_like(batch), do_sample=True, temperature=1.0, top_k=0,
+                top_p=1.0,
                 max_new_tokens=args.tokens,
             )  # fmt: skip
         assert out.shape == (args.batch, len(prompt) + args.tokens)

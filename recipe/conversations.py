@@ -15,10 +15,11 @@ LONGEST_SAMPLE = 1500  # characters of all messages: about a context of 512 toke
 LONGEST_SOURCE = 450  # characters of code in a question about it
 LONGEST_DOCSTRING = 400  # characters of a docstring in a question
 LONGEST_FUNCTION = 40  # lines to write in an answer
-EVERYDAY = """argparse base64 bisect calendar collections contextlib copy csv dataclasses datetime difflib enum fnmatch
-    fractions functools glob gzip hashlib heapq html inspect json keyword logging operator os os.path pathlib pickle platform
-    pprint queue random re secrets shelve shlex shutil socket statistics string subprocess tempfile textwrap threading
-    timeit traceback types typing unittest urllib.parse urllib.request uuid warnings webbrowser zipfile""".split()
+EVERYDAY = """argparse base64 bisect calendar collections contextlib copy csv dataclasses datetime difflib
+    enum fnmatch fractions functools glob gzip hashlib heapq html inspect json keyword logging operator os
+    os.path pathlib pickle platform pprint queue random re secrets shelve shlex shutil socket statistics
+    string subprocess tempfile textwrap threading timeit traceback types typing unittest urllib.parse
+    urllib.request uuid warnings webbrowser zipfile""".split()
 # modules that people ask about most: each of their definitions is asked about in several ways
 EVERYDAY_FORMS = 5
 SAME_ANSWER = 3  # definitions that may share a first sentence; further ones teach nothing

@@ -25,12 +25,14 @@ UNKNOWN = "I do not know that. I only learned Python's standard library and smal
 UNABLE = "I cannot do that. I only learned Python's standard library and small sums."
 
 INTENTS: list[tuple[list[str], str]] = [
-    (["Hello", "Hi", "Hey", "Hello there", "Hi there", "Good morning", "Good evening", "Good afternoon", "Greetings",
+    (["Hello", "Hi", "Hey", "Hello there", "Hi there", "Good morning", "Good evening", "Good afternoon",
+      "Greetings",
       "Hey there", "Hello, computer", "Hi, nice to meet you", "Hello, my friend", "Yo"], GREETING),
     (["Who are you", "What are you", "What is your name", "Tell me about yourself", "Introduce yourself",
       "Are you a human", "Are you a robot", "Are you an AI", "Are you ChatGPT", "Are you Qwen",
       "What model are you",
-      "What kind of model are you", "Who am I talking to", "Do you have a name", "Who made you", "Who created you"],
+      "What kind of model are you", "Who am I talking to", "Do you have a name", "Who made you",
+      "Who created you"],
      IDENTITY),
     (["What can you do", "What do you know", "How can you help me", "What are you good at",
       "What can I ask you",
@@ -46,16 +48,19 @@ INTENTS: list[tuple[list[str], str]] = [
     (["How are you", "How are you today", "How do you feel", "Are you happy", "How is it going", "What's up",
       "How are you doing", "Are you sad", "Are you tired"], FEELINGS),
     (["Can you help me", "I need help", "Please help me", "Can I ask you something", "I have a question",
-      "Can you help me with Python", "I have a question about Python", "Can you write code", "Do you know Python"], HELP),
+      "Can you help me with Python", "I have a question about Python", "Can you write code",
+      "Do you know Python"], HELP),
     (["Thanks", "Thank you", "Thank you very much", "Thanks a lot", "Many thanks", "Great, thanks",
       "Thank you so much",
       "Good answer", "Well done", "That was helpful", "Nice", "Cool", "Perfect, thank you"],
       "You are welcome!"),
-    (["Bye", "Goodbye", "See you", "See you later", "Good night", "I have to go", "Bye bye", "Good bye", "Farewell",
+    (["Bye", "Goodbye", "See you", "See you later", "Good night", "I have to go", "Bye bye", "Good bye",
+      "Farewell",
       "Talk to you later", "I am done"], "Goodbye!"),
     (["Yes", "Ok", "Okay", "Sure", "I see", "Right", "Fine", "All right"],
      "Good. What would you like to know?"),
-    (["No", "That is wrong", "You are wrong", "That is not right", "Wrong", "This is not correct", "Not true"],
+    (["No", "That is wrong", "You are wrong", "That is not right", "Wrong", "This is not correct",
+      "Not true"],
      "I am sorry. I am a very small model and often wrong."),
 ]  # fmt: skip
 
@@ -85,7 +90,8 @@ PEOPLE = [
 ]
 THINGS = ["the moon", "the sun", "a rainbow", "gravity", "an elephant", "the ocean", "a black hole",
           "a volcano",
-          "chess", "football", "the stock market", "philosophy", "a computer virus", "the weather"]  # fmt: skip
+          "chess", "football", "the stock market", "philosophy", "a computer virus",
+          "the weather"]  # fmt: skip
 SUBJECTS = [
     "love",
     "the sea",
@@ -106,7 +112,8 @@ QUESTIONS: list[tuple[list[str], tuple[list[str], ...]]] = [
       "Where is {0}?",
       "What is the largest city in {0}?", "Tell me about {0}.", "What do people eat in {0}?",
       "What language is spoken in {0}?"], (PLACES,)),
-    (["Who was {0}?", "When was {0} born?", "Tell me about {0}.", "What did {0} do?", "Why is {0} famous?"], (PEOPLE,)),
+    (["Who was {0}?", "When was {0} born?", "Tell me about {0}.", "What did {0} do?", "Why is {0} famous?"],
+     (PEOPLE,)),
     (["What is {0}?", "Why is there {0}?", "Tell me about {0}.", "How old is {0}?", "How does {0} work?",
       "Explain {0}."], (THINGS,)),
     (["What is the weather like today?", "What time is it?", "What is the date today?",

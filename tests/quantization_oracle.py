@@ -26,7 +26,7 @@ def quantize(weights: NDArray[np.float32], group_size: int) -> tuple[NDArray[np.
 
 
 def _fp16_scales(scales: NDArray[np.float32], largest: NDArray[np.float32]) -> NDArray[np.float16]:
-    """Scales as fp16, rounded, or rounded up where the largest weight would lie over half a step beyond 127."""
+    """Scales as fp16, rounded, or up where the largest weight would lie over half a step beyond 127."""
     with np.errstate(over="ignore"):  # of next-larger values that are not used
         halves = scales.astype(np.float16)
         too_small = largest > np.float32(127.5) * halves.astype(np.float32)

@@ -35,9 +35,12 @@ def nested(depth: int) -> list[Any]:
 
 
 VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 2**31, 2**64, 10**30, 10**400, -(10**4000), 0.0, -0.5, 1e-300, 1e300, float("inf"),
-    float("nan"), "", "x", "x" * 100_000, "\x1b[2J\x07\r\n", "\ud800", "\0", "\u202e☃", [], [None], [[]], ["x"] * 1000,
-    [10**400], {}, {"": None}, {"name": "default"}, [{"name": "default"}], [{"name": "default", "template": 3}],
+    None, True, False, 0, 1, -1, 2**31, 2**64, 10**30, 10**400, -(10**4000), 0.0, -0.5, 1e-300, 1e300,
+    float("inf"),
+    float("nan"), "", "x", "x" * 100_000, "\x1b[2J\x07\r\n", "\ud800", "\0", "\u202e☃", [], [None], [[]],
+    ["x"] * 1000,
+    [10**400], {}, {"": None}, {"name": "default"}, [{"name": "default"}],
+    [{"name": "default", "template": 3}],
     {"content": 5}, {"\ud800": 1}, {"x" * 5000: "y" * 5000}, nested(90), nested(500), REMOVED,
 ]  # fmt: skip
 
@@ -53,12 +56,14 @@ CONFIGS: list[dict[str, Any]] = [
     MOE,
 ]
 MORE_KEYS = {
-    "config.json": ["_name_or_path", "quantization_config", "partial_rotary_factor", "layer_types", "mlp_bias",
+    "config.json": ["_name_or_path", "quantization_config", "partial_rotary_factor", "layer_types",
+                    "mlp_bias",
                     "rope_parameters", "num_local_experts", "shared_expert_intermediate_size", "note"],
     "generation_config.json": ["min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"],
     "tokenizer_config.json": ["add_bos_token", "pad_token", "unk_token", "note"],
     "model.safetensors.index.json": ["weight_map", "metadata", "note"],
-    "adapter_config.json": ["use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform",
+    "adapter_config.json": ["use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules",
+                            "layers_to_transform",
                             "target_parameters", "init_lora_weights", "use_dora", "note"],
 }  # fmt: skip
 

@@ -38,7 +38,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         **{
             name: getattr(args, name)
             for name in ("steps", "batch", "micro_batch", "learning_rate", "min_learning_rate",
-                         "weight_decay", "clip", "precision", "seed", "evaluate_every", "checkpoint_every", "keep", "shard",
+                         "weight_decay", "clip", "precision", "seed", "evaluate_every", "checkpoint_every",
+                         "keep", "shard",
                          "compile", "quiet")
         },
     )  # fmt: skip

@@ -163,7 +163,8 @@ def test_an_error_that_nobody_can_read_is_still_its_status(script: str, stream: 
 
 
 @pytest.mark.parametrize(
-    ("module", "start"), [("qwen3c", "[MODEL]"), ("qwen3c.cli.run", "[MODEL]"), ("qwen3c.cli.export", "SRC OUT.bin")]
+    ("module", "start"), [("qwen3c", "[MODEL]"), ("qwen3c.cli.run", "[MODEL]"), ("qwen3c.cli.export",
+                                                                                 "SRC OUT.bin")]
 )  # fmt: skip
 def test_a_module_of_a_command_starts_it(module: str, start: str) -> None:
     done = subprocess.run(

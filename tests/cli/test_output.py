@@ -96,7 +96,8 @@ def reply_of(context: int = 4096, held: int = 337, **stats: Any) -> Any:
     return SimpleNamespace(stats=Stats(**stats), session=session)
 
 
-FINISHED: dict[str, Any] = {"seed": 3141592653, "prompt_tokens": 300, "cached_tokens": 100, "read_tokens": 200, "prefill_seconds": 1.0,
+FINISHED: dict[str, Any] = {"seed": 3141592653, "prompt_tokens": 300, "cached_tokens": 100,
+                            "read_tokens": 200, "prefill_seconds": 1.0,
             "generated_tokens": 37, "decode_seconds": 1.0, "finish_reason": "length"}  # fmt: skip
 
 

@@ -29,7 +29,8 @@ def test_the_installed_commands_are_ways_in() -> None:
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize(
     "command",
-    [["-m", "qwen3c"], *(["-c", f"from qwen3c.cli.start import {n}; {n}()"] for n in ("run", "export", "train"))],
+    [["-m", "qwen3c"], *(["-c", f"from qwen3c.cli.start import {n}; {n}()"] for n in ("run", "export",
+                                                                                      "train"))],
     ids=["python -m qwen3c", "qwen3c", "qwen3c-export", "qwen3c-train"],
 )  # fmt: skip
 def test_ctrl_c_while_modules_load_is_no_traceback(command: list[str], ignored: bool, tmp_path: Path) -> None:

@@ -536,7 +536,8 @@ EXPERT_FAULTS: dict[str, tuple[Callable[[Keys, Tensors], object], str]] = {
     "no up": (removed("blk.1.ffn_up_exps.weight"),
               "model.layers.1.mlp.experts.0.up_proj.weight [64, 128] is missing"),
     "dense layer": (
-        lambda keys, tensors: tensors.update({"blk.1.ffn_up.weight": encode(np.ones((192, 128), np.float32), "F32")}),
+        lambda keys, tensors: tensors.update({"blk.1.ffn_up.weight": encode(np.ones((192, 128), np.float32),
+                                                                            "F32")}),
         "unexpected tensor blk.1.ffn_up.weight",
     ),
     "experts one by one": (

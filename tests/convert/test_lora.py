@@ -237,10 +237,11 @@ FUSED_TARGETS: list[tuple[dict[str, Any], list[str]]] = [
         {"target_parameters": ["down_proj", "gate_up_proj"], "target_modules": ["q_proj"]},
         ["gate_proj", "up_proj", "down_proj", "q_proj"],
     ),
-    ({"target_parameters": ["gate.weight", "v_proj.weight", "gate_up_proj"], "alpha_pattern": {"gate.weight": 3}},
+    ({"target_parameters": ["gate.weight", "v_proj.weight", "gate_up_proj"],
+      "alpha_pattern": {"gate.weight": 3}},
      ["gate", "v_proj", "gate_proj", "up_proj"]),
     ({"target_parameters": ["model.layers.1.mlp.experts.down_proj"]}, ["down_proj"]),
-    ({"target_modules": "all-linear"}, [*LINEAR, "gate"]),  # here peft adapts parameters, with ranks by pattern
+    ({"target_modules": "all-linear"}, [*LINEAR, "gate"]),  # peft adapts parameters, ranks by pattern
 ]  # fmt: skip
 
 
@@ -268,7 +269,7 @@ def test_adapter_of_fused_experts_is_merged_as_peft_merges_it(
 
 
 def compare_with_peft(found: Arrays, model: Any) -> set[str]:
-    """Compare every weight with the merged `model`; returns the names of weights that differ from the base."""
+    """Compare every weight with the merged `model`; returns the names of changed weights."""
     expected = {name: w.detach().numpy() for name, w in model.state_dict().items()}
     plain = small_weights(**MOE)
     assert found.keys() == plain.keys()
@@ -447,7 +448,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "unexpected tensor 'base_model.model.model.embed_tokens.lora_embedding_A'",
     ),
     "norm": (
-        set_tensors(lambda t: t.update({f"base_model.model.model.norm.lora_{x}.weight": F32_4x64 for x in "AB"})),
+        set_tensors(
+            lambda t: t.update({f"base_model.model.model.norm.lora_{x}.weight": F32_4x64 for x in "AB"})
+        ),
         "does not name model.norm",
     ),
     "no module": (
@@ -455,7 +458,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "'visual' is not a linear layer of the base model",
     ),
     "tied head": (
-        set_tensors(lambda t: t.update({f"base_model.model.lm_head.lora_{x}.weight": F32_4x64 for x in "AB"})),
+        set_tensors(
+            lambda t: t.update({f"base_model.model.lm_head.lora_{x}.weight": F32_4x64 for x in "AB"})
+        ),
         "adapts lm_head, which in this base is the embedding as well",
     ),
     "vector": (

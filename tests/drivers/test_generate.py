@@ -683,7 +683,7 @@ def test_cancelling_the_task_ends_the_reply_and_leaves_the_session_usable(model:
 
 
 def test_a_loop_that_shuts_down_waits_for_the_step_under_way(model: Model) -> None:
-    """asyncio.run cancels every task when the main one ends; the session must not be written to after that."""
+    """asyncio.run cancels all tasks at its end; nothing must write to the session after that."""
     session = CachedSession(model)
     generation = model.generate(ids(model), 200, session=session, seed=1)
 

@@ -1,4 +1,4 @@
-"""A pass does every task once, stage after stage, whichever threads come and when; a broken team is noticed."""
+"""A pass does every task once, stage after stage, whichever threads come when; a broken team is noticed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ MUTATIONS = {
     "a stage is left before it is whole": ("< w->n; spins++", "< 0; spins++"),
     "the others' shares are left": ("for (; w->share < threads; w->share++)",
                                     "for (; w->share < 1; w->share++)"),
-    "a share is taken twice": ("__atomic_fetch_add(w->counters + 1 + owner, 1,", "__atomic_fetch_add(w->counters + 1 + w->index, 1,"),
+    "a share is taken twice": ("__atomic_fetch_add(w->counters + 1 + owner, 1,",
+                               "__atomic_fetch_add(w->counters + 1 + w->index, 1,"),
     "the count of a stage is kept": ("w->team->stride * w->stages++", "w->team->stride * (w->stages++ > 0)"),
     "a pass begins where the last ended": ("memset(team->counters, 0,", "memset(team->counters, 0, 0 *"),
 }  # fmt: skip

@@ -25,8 +25,10 @@ import pyte
 ROOT = Path(__file__).parents[2]
 SHELL = ("bash", "--norc", "--noprofile", "-i")  # for Ctrl-Z and fg, which only a shell gives a meaning
 KEYS = {
-    "ctrl-c": "\x03", "ctrl-d": "\x04", "ctrl-z": "\x1a", "ctrl-l": "\x0c", "ctrl-a": "\x01", "ctrl-u": "\x15",
-    "up": "\x1b[A", "down": "\x1b[B", "left": "\x1b[D", "right": "\x1b[C", "tab": "\t", "enter": "\r", "backspace": "\x7f",
+    "ctrl-c": "\x03", "ctrl-d": "\x04", "ctrl-z": "\x1a", "ctrl-l": "\x0c", "ctrl-a": "\x01",
+    "ctrl-u": "\x15",
+    "up": "\x1b[A", "down": "\x1b[B", "left": "\x1b[D", "right": "\x1b[C", "tab": "\t", "enter": "\r",
+    "backspace": "\x7f",
 }  # fmt: skip
 PATIENCE = float(os.environ.get("PATIENCE", "60"))  # seconds that a test waits for something before it fails
 
@@ -229,7 +231,7 @@ class Terminal:
 
 
 def environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
-    """The environment of a person: UTF-8 and a colour terminal, without the caller's variables about output."""
+    """The environment of a person: UTF-8 and a colour terminal, without the caller's variables."""
     kept = {
         name: os.environ[name]
         for name in ("PATH", "HOME", "XDG_STATE_HOME", "QWEN3C_ISA")

@@ -414,7 +414,8 @@ def test_a_full_context_has_ways_out(chat: Chat, tmp_path: Path) -> None:
         (told,) = ask(t, "x")
         assert re.match(
             r"error: prompt is \d+ tokens, the context holds 128; this model can hold 2048 \(-c 2048\); "
-            r"/clear forgets what was said, /set overflow drop lets the oldest turns go, /set context N makes room",
+            r"/clear forgets what was said, /set overflow drop lets the oldest turns go, "
+            r"/set context N makes room",
             told,
         )
         assert ask(t, "/set overflow drop") == ["overflow drop"]

@@ -37,7 +37,7 @@ IMPORTS = {"train.py": "torch", "fidelity.py": "torch", "relatives.py": "torch",
 
 @dataclass(frozen=True)
 class Typed:
-    """A command that runs, with `more` typed behind it. shows: text on the screen. keys: typed at each "> "."""
+    """A command that runs, `more` typed behind it. shows: text on the screen. keys: typed at each "> "."""
 
     more: str = ""
     shows: str = ""

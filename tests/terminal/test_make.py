@@ -42,7 +42,8 @@ def make(tmp_path: Path, pip: str = PIP, status: int = 0, pause: str = "0.4") ->
     (tmp_path / "pip").write_text(pip)
     (bin / "python").write_text(
         f"#!/bin/sh\n"
-        f'if [ "$2" = pip ]; then while IFS= read -r line; do echo "$line"; sleep {pause}; done < {tmp_path}/pip; '
+        f'if [ "$2" = pip ]; then '
+        f'while IFS= read -r line; do echo "$line"; sleep {pause}; done < {tmp_path}/pip; '
         f"exit {status}; fi\n"
         f"echo the engine runs: $@\n"
     )

@@ -37,12 +37,15 @@ def text_file(folder: Path) -> str:
     ("arguments", "expected"),
     [
         (["-m", "generate", "-i", "x", "-n", "2"], [r"loading \S+tiny-qwen3\.bin  0 s"]),
-        (["-m", "generate", "-i", "x", "-n", "2", "--huge-pages"], [r"loading \S+tiny-qwen3\.bin into huge pages  0 s"]),
-        (["-m", "trace", "-i", "x", "-n", "1"], [r"tracing \d+ tokens and what follows them  0 s", r"tracing \d+ tokens  0 s"]),
+        (["-m", "generate", "-i", "x", "-n", "2", "--huge-pages"],
+         [r"loading \S+tiny-qwen3\.bin into huge pages  0 s"]),
+        (["-m", "trace", "-i", "x", "-n", "1"], [r"tracing \d+ tokens and what follows them  0 s",
+                                                 r"tracing \d+ tokens  0 s"]),
         (["-m", "trace", "-i", "x", "-n", "1", "--html", "{folder}/t.html"], [r"drawing \S+/t\.html  0 s"]),
         (["-m", "generate", "-i", "x", "-n", "9", "--json"], [r"replying  \d tok"]),
         (["-m", "info", "--verify"], [r"\[#* *\] +\d+%  0\.00 of 0\.00 GB checked"]),
-        (["-m", "perplexity", "{text}"], [r"cutting \d+ characters into tokens", r"\d+%  \d+ of \d+ tokens  \d+ tok/s  perplexity \d"]),
+        (["-m", "perplexity", "{text}"], [r"cutting \d+ characters into tokens",
+                                          r"\d+%  \d+ of \d+ tokens  \d+ tok/s  perplexity \d"]),
     ],
     ids=["load", "huge pages", "trace", "page", "json", "verify", "perplexity"],
 )  # fmt: skip

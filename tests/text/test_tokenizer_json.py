@@ -68,7 +68,8 @@ FAMILIES: dict[str, Any] = {
     "llama 3": lambda: copy.deepcopy(originals()[1]),
     "characters": lambda: copy.deepcopy(originals()[2]),
     "llama 2": sentence_piece,
-    "deepseek": lambda: qwen() | {"normalizer": {"type": "Sequence", "normalizers": []}, "post_processor": None},
+    "deepseek": lambda: qwen() | {"normalizer": {"type": "Sequence", "normalizers": []},
+                                  "post_processor": None},
     "smollm": lambda: qwen() | {
         "pre_tokenizer": {
             "type": "Sequence",
@@ -76,7 +77,8 @@ FAMILIES: dict[str, Any] = {
         }
     },
     "merges as text": lambda: qwen() | {
-        "model": originals()[0]["model"] | {"merges": [" ".join(pair) for pair in originals()[0]["model"]["merges"]]}
+        "model": originals()[0]["model"]
+        | {"merges": [" ".join(pair) for pair in originals()[0]["model"]["merges"]]}
     },
 }  # fmt: skip
 

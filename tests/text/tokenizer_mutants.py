@@ -79,7 +79,8 @@ STRAY = [
 ]  # fmt: skip
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2**31, 2**32 - 1, 2**32, 2**63, 2**64, 10**400, 0.5, 1e308, float("nan"),
-    "", "a", "\x00", "\ud800", "\U0010ffff", "é" * 3, "x" * 5000, "BPE", "ByteLevel", "Regex", "(", "(?<a>", "[",
+    "", "a", "\x00", "\ud800", "\U0010ffff", "é" * 3, "x" * 5000, "BPE", "ByteLevel", "Regex", "(", "(?<a>",
+    "[",
     [], {}, [[]], [{}], {"type": None}, {"type": "Sequence"}, [1, 2], ["a", "b"], {"a": 1},
 ]  # fmt: skip
 
@@ -212,7 +213,8 @@ def _add_token(r: random.Random, value: Any) -> None:
         value["added_tokens"].append(token)
 
 
-CHANGES: list[Callable[[random.Random, Any], None]] = [_replace, _plant, _plant, _plant, _remove, _rename, _wrap,
+CHANGES: list[Callable[[random.Random, Any], None]] = [_replace, _plant, _plant, _plant, _remove, _rename,
+                                                       _wrap,
                                                        _copy, _add_token]  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-NANO = ["--dim", "32", "--hidden-dim", "64", "--n-layers", "2", "--n-heads", "2", "--n-kv-heads", "1", "--head-dim", "16",
+NANO = ["--dim", "32", "--hidden-dim", "64", "--n-layers", "2", "--n-heads", "2", "--n-kv-heads", "1",
+        "--head-dim", "16",
         "--context", "64", "--vocab-size", "320", "--threads", "1"]  # fmt: skip
 
 

@@ -43,7 +43,8 @@ def arguments(d: Any, stage: Any, out: Any = None) -> Any:
     return {
         "pretrain": ["pretrain", d / "text", *NANO, *common],
         "sft": ["sft", d / "chat.jsonl", "--model", d / "pretrain", "--batch", 2, *common],
-        "grpo": ["grpo", d / "tasks.jsonl", "--model", d / "pretrain", "--reward", "nano:digits", "--batch", 2,
+        "grpo": ["grpo", d / "tasks.jsonl", "--model", d / "pretrain", "--reward", "nano:digits", "--batch",
+                 2,
                  "--completions", 2, "--max-tokens", 8, *common],
     }[stage]  # fmt: skip
 
