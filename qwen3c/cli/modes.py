@@ -106,7 +106,7 @@ def _grammar(path: str, model: Model) -> Grammar:
 
 
 def trace_text(args: argparse.Namespace) -> int:
-    """Follow the activations of a prompt and of what the model says next."""
+    """Show the activations of a prompt and of its continuation."""
     from ..drivers.batch import CachedSession
     from ..inspect import trace, trace_page
 
@@ -164,7 +164,7 @@ def describe_file(args: argparse.Namespace) -> int:
 
 
 def _damaged_tensors(file: ModelFile) -> list[str]:
-    """Names of the tensors that do not match their checksums, found while a progress line counts bytes."""
+    """Names of the tensors that do not match their checksums; a progress line counts bytes meanwhile."""
     progress = terminal.Progress(
         lambda done, total, rate: f"{done / 1e9:.2f} of {total / 1e9:.2f} GB checked"
     )

@@ -1,7 +1,7 @@
 """Chat on a terminal: messages and slash commands in, replies out.
 
-A line that begins with / and a word is a command. What Qwen understands itself stays a message: /no_think, and
-/think with text after it; so does a path such as /usr/bin. A space before the / makes any line a message.
+A line that begins with / and a word is a command. What Qwen itself understands stays a message: /no_think,
+and /think with text after it. So does a path such as /usr/bin. A space before the / makes any line a message.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Repl:
         self._writer = writer
         self._options = options
         self._failed = False
-        self._typed = sys.stdin.isatty()  # asked once: a terminal that was closed is none any more
+        self._typed = sys.stdin.isatty()  # asked now, because a closed terminal is no longer a tty
         self._ended: Callable[[], int] = lambda: 0
         self._commands: dict[str, Callable[[str], None]] = {
             "help": lambda _: note(HELP),
@@ -98,7 +98,9 @@ class Repl:
         }
 
     def run(self) -> int:
-        """The exit status: 2 if something failed and nobody sat there to see it, 128 + N after signal N."""
+        """Run until the input ends. Returns 0, 2 if an error came up while stdin was no terminal, 128 + N
+        after signal N.
+        """
         if not self._typed:
             self._take_all()
             return 2 if self._failed else 0
@@ -143,7 +145,7 @@ class Repl:
             note("(Ctrl-D or /exit leaves)")
         except (ValueError, OSError, MemoryError) as error:
             if isinstance(error, OSError) and error.filename is None:
-                raise  # stdout is gone
+                raise  # stdout is closed
             self._failed = True
             ways_out = f"; {WAYS_OUT}" if isinstance(error, ContextFullError) else ""
             note(f"error: {one_line(error, SMALLER_CONTEXT)}{ways_out}")
@@ -213,7 +215,8 @@ class Repl:
             generation = ask(**options, **self._options)
             if self._conversation.forgotten > before:
                 note(
-                    f"({self._conversation.forgotten - before} oldest messages are no longer told to the model)"
+                    f"({self._conversation.forgotten - before} oldest messages are no longer told to the "
+                    "model)"
                 )
             return generation
 
@@ -283,7 +286,7 @@ class Repl:
         return f"{name} {value}{'' if chosen else ' (default)'}"
 
     def _completions(self, line: str) -> list[str]:
-        """What `line`, a command typed so far, may become."""
+        """The lines that `line`, a command typed so far, can be completed to."""
         command, space, argument = line.partition(" ")
         if not space:
             words = [name + " " * (name not in NO_ARGUMENT) for name in (*self._commands, *ALIASES)]
@@ -300,7 +303,7 @@ class Repl:
         return [f"/set {name} {each}" for each in values if each.startswith(value)]
 
     def _keep(self) -> None:
-        """Save the conversation that a signal ended, where the next chat tells of it."""
+        """Save the conversation that a signal ended; the next chat says where."""
         directory = state_directory()
         if directory is None or not self._conversation.messages:
             return
@@ -319,13 +322,13 @@ class Repl:
 
 
 def _interrupted() -> list[Path]:
-    """The conversations that signals ended, the last one last."""
+    """The files of conversations that signals ended, oldest first."""
     directory = state_directory()
     return sorted(directory.glob("interrupted-*.json")) if directory else []
 
 
 def _tell_of_interrupted() -> None:
-    """Say where the last interrupted conversation is, unless something was typed since then."""
+    """Say where the last interrupted conversation is, unless a message was typed after it."""
     history = history_path()
     with contextlib.suppress(OSError):
         for path in _interrupted()[-1:]:
@@ -357,7 +360,7 @@ def _unquoted(text: str) -> str:
 
 
 def _value(name: str, text: str) -> Any:
-    """The value of a setting as it was typed. stop: a text, or JSON for a text or a list of them."""
+    """The value of a setting from the text typed. stop: a text, or JSON of a text or a list of texts."""
     if text == "default":
         return None
     try:
@@ -369,12 +372,12 @@ def _value(name: str, text: str) -> Any:
     if name == "stop":
         return value if isinstance(value, list) else [value if isinstance(value, str) else text]
     if name == "logit_bias" and isinstance(value, dict):
-        return {int(id): bias for id, bias in value.items()}  # JSON has no keys but texts
+        return {int(id): bias for id, bias in value.items()}  # in JSON the keys are texts
     return value
 
 
 def _paths(start: str) -> list[str]:
-    """Files and folders whose path begins with `start`, the folders with a / at the end; ~ stays as it is."""
+    """Paths that begin with `start`; folders end in /, and a leading ~ stays as typed."""
     home = os.path.expanduser(start)
     found = sorted(glob.glob(glob.escape(home) + "*"))
     return [start + path[len(home) :] + "/" * os.path.isdir(path) for path in found]
