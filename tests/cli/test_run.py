@@ -284,7 +284,7 @@ def with_template(file: ModelFile, path: Path, template: str) -> str:
 # ----------------------------------------------------------------------------
 # Modes and options
 
-ALL = {"chat", "generate", "trace", "info", "perplexity", "bench"}
+ALL = {"chat", "generate", "trace", "info", "perplexity", "bench", "mcp"}
 MAKES_TEXT = {"chat", "generate", "trace"}
 SAMPLING = (
     "-t 1", "-p 1", "-s 1", "--top-k 1", "--min-p 0.1", "--presence-penalty 1", "--frequency-penalty 1",
@@ -296,12 +296,13 @@ OPTIONS = [  # and the modes that use them
     (("--echo",), {"generate"}),
     (("-y x", "--system-file x", "-r 1", "--think", "--no-think"), MAKES_TEXT),
     (("-n 1", "--stop x", *SAMPLING), MAKES_TEXT),
-    (("-c 0",), MAKES_TEXT | {"perplexity"}),
+    (("-c 0",), MAKES_TEXT | {"perplexity", "mcp"}),
     (("-j 1", "--kv f16", "--activations int8", "--huge-pages", "--isa scalar"), ALL - {"info"}),
     (("--hide-thinking", "--json --logprobs 1"), {"chat", "generate"}),
-    (("--json",), ALL - {"bench"}),
+    (("--json",), ALL - {"bench", "mcp"}),
     (("--level compact", "--html x"), {"trace"}),
     (("--verify",), {"info"}),
+    (("--mcp x",), {"chat"}),
 ]
 
 
