@@ -287,7 +287,7 @@ def with_template(file: ModelFile, path: Path, template: str) -> str:
 # ----------------------------------------------------------------------------
 # Modes and options
 
-ALL = {"chat", "generate", "trace", "info", "perplexity", "bench", "serve"}
+ALL = {"chat", "generate", "trace", "info", "perplexity", "bench", "serve", "mcp"}
 MAKES_TEXT = {"chat", "generate", "trace"}
 SAMPLING = (
     "-t 1", "-p 1", "-s 1", "--top-k 1", "--min-p 0.1", "--presence-penalty 1", "--frequency-penalty 1",
@@ -299,7 +299,7 @@ OPTIONS = [  # and the modes that use them
     (("--echo",), {"generate"}),
     (("-y x", "--system-file x", "-r 1", "--think", "--no-think"), MAKES_TEXT),
     (("-n 1", "--stop x", *SAMPLING), MAKES_TEXT),
-    (("-c 0",), MAKES_TEXT | {"perplexity", "serve"}),
+    (("-c 0",), MAKES_TEXT | {"perplexity", "serve", "mcp"}),
     (("-j 1", "--kv f16", "--huge-pages", "--isa scalar"), ALL - {"info"}),
     (("--activations int8",), ALL - {"info", "serve"}),
     (
@@ -326,9 +326,10 @@ OPTIONS = [  # and the modes that use them
         {"serve"},
     ),
     (("--hide-thinking", "--json --logprobs 1"), {"chat", "generate"}),
-    (("--json",), ALL - {"bench", "serve"}),
+    (("--json",), ALL - {"bench", "serve", "mcp"}),
     (("--level compact", "--html x"), {"trace"}),
     (("--verify",), {"info"}),
+    (("--mcp x",), {"chat"}),
 ]
 
 
