@@ -38,7 +38,8 @@ def test_a_number_is_nothing_else_and_within_its_bounds(value: Any) -> None:
 
 
 def test_what_is_right_is_taken_and_null_is_absence() -> None:
-    fields = Fields({"n": 5.0, "x": 5, "t": "a", "f": False, "l": [1], "o": {"t": "b"}, "z": None})
+    given: dict[str, Any] = {"n": 5.0, "x": 5, "t": "a", "f": False, "l": [1], "o": {"t": "b"}, "z": None}
+    fields = Fields(given)
     assert fields.whole("n", 0, 10) == 5 and type(fields.whole("n", 0, 10)) is int
     assert fields.number("x", 0, 10) == 5.0 and type(fields.number("x", 0, 10)) is float
     assert fields.text("t", choices=("a",)) == "a" and fields.flag("f") is False
