@@ -28,6 +28,7 @@ from ..engine import Logits
 from ..format import ModelFile
 from ..memory import available, gib
 from ..model import Model
+from ..text.chat import TOOL_CALL
 from .ask import Ask, Stream
 from .errors import ApiError, context_error
 from .pace import Pace
@@ -61,7 +62,8 @@ class Card:
 def card_of(file: ModelFile, context: int) -> Card:
     """The card of a model, from its file alone."""
     template, thinks = file.template, file.metadata["thinking"] != "none"
-    able = {"completion": True, "chat": bool(template), "tools": "tools" in template, "thinking": thinks}
+    calls = "tools" in template and TOOL_CALL.encode() in file.tokenizer
+    able = {"completion": True, "chat": bool(template), "tools": calls, "thinking": thinks}
     return Card(context, (*(name for name, has in able.items() if has), "embedding"))
 
 
