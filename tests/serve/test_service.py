@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 from small_server import PATIENCE, App, read_all, serving, wait_until
 
-from qwen3c.serve.config import Settings
+from qwen3c.cli.options import parse
+from qwen3c.serve.config import Settings, read
 from qwen3c.serve.keys import Keys
 from qwen3c.serve.service import Service, open_sockets
 
@@ -263,3 +264,16 @@ def test_sockets_for_another_process_are_none_of_ours(monkeypatch: pytest.Monkey
     (listener,) = open_sockets(Settings(port=0))
     with listener:
         assert listener.getsockname()[0] == "127.0.0.1"
+
+
+def test_what_is_packaged_fits_the_program() -> None:
+    """The commands of the unit and of the image have only flags that there are, and the configuration can be read."""
+    packaging = ROOT / "packaging"
+    assert read(str(packaging / "qwen3c.toml"))["models"]
+    (unit,) = re.findall(r"^ExecStart=\S+ (.*)$", (packaging / "qwen3c.service").read_text(), re.MULTILINE)
+    image = (packaging / "Dockerfile").read_text()
+    entry, command = [
+        json.loads(re.findall(rf"^{word} (\[.*)$", image, re.MULTILINE)[-1]) for word in ("ENTRYPOINT", "CMD")
+    ]
+    for arguments in (unit.split(), [*entry[1:], *command]):
+        assert parse(arguments).mode == "serve"
