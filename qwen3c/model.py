@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from .drivers import retrieval
 from .drivers.batch import RUNNING, CachedSession, drive
-from .drivers.generate import Generation, ReplyOptions
+from .drivers.generate import AnswerOptions, Generation, ReplyOptions
+from .drivers.grammar import Grammar
 from .drivers.reply import Event, Mask, Reply, ReplyState, Vocabulary, token_budget, token_ids, whole
 from .drivers.sampler import Sampling, SamplingOptions, default_sampling
 from .engine import KV, Activations, Engine, Logits, Session
@@ -24,6 +25,7 @@ from .memory import check_space_for_model, gib
 from .text.chat import END_THINK, ChatTemplate, last_control_token, may_think
 from .text.template import Renderer
 from .text.tokenizer import BackgroundTokenizer, Tokenizer
+from .text.tools import ToolSet, format_of
 
 if sys.version_info >= (3, 11):
     from typing import Self, Unpack
@@ -31,21 +33,25 @@ elif TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
 
+CONSTRAINTS = ("schema", "regex", "choice", "grammar")  # options of which a call may have one
+
+
 class Model(Engine):
     """A model.bin, ready to be asked.
 
-    path: the file. threads: None for as many as this machine can feed. kv: "f16", "f32" or "int8", the KV cache.
+    path: the file. threads: None for as many as this machine can feed. kv: the KV cache, "f16", "f32" or
+    "int8".
     activations: "int8", or "float32" to compare with other implementations. huge_pages: copy the weights into
-    memory of large pages (memory.in_huge_pages says what that costs and gains). renderer: of chat templates, if
-    one has been started already; any number of models may share it.
-    ModelFileError, one line, if the file is not a model.bin that this version can run. MemoryError where `ulimit -v`
-    leaves too little address space.
+    memory of large pages (memory.in_huge_pages says what that costs and gains). renderer: a
+    Renderer of chat templates that runs already, to share; None starts one when needed.
+    ModelFileError, one line, if the file is not a model.bin that this version can run. MemoryError where
+    `ulimit -v` leaves too little address space.
 
-    config: the numbers of the model, such as config.n_layers and config.context. metadata: what else the file says
-    of it, such as metadata["name"]. file: the mapped file itself. closed: whether close() was called.
+    config: the numbers of the model, such as config.n_layers and config.context. metadata: what else the file
+    says of it, such as metadata["name"]. file: the mapped file itself. closed: whether close() was called.
 
-    Threads may share a model: calls take turns. Another process gets its own by pickling, which carries the path
-    and the options and opens the file there; a copy is such a second model. `with Model(path) as model:` closes it.
+    Threads may share a model: calls take turns. A pickle holds the path and the options, so unpickling, in
+    another process too, opens the file again; so does copying. `with Model(path) as model:` closes it.
     """
 
     def __init__(
@@ -70,7 +76,7 @@ class Model(Engine):
         self._renderer = renderer or Renderer()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        # before the engine, which opens the file, sees arguments that __init__ will refuse
+        # check the arguments here: Engine would open the file before __init__ refuses them
         _check_keywords(cls.__init__, kwargs, (), cls.__name__)
         try:
             inspect.signature(cls.__init__).bind(None, *args, **kwargs)
@@ -99,8 +105,8 @@ class Model(Engine):
     def close(self) -> None:
         """Release the weights, the buffers, the tokenizer and the process that renders templates.
 
-        A call under way in another thread ends first. A closed model still has its path, config and metadata; all
-        else, its sessions included, is a ValueError. The memory of a session goes with the session.
+        A call under way in another thread ends first. A closed model keeps its path, config and metadata; any
+        other use of it or its sessions is a ValueError. The memory of a session is freed with the session.
         """
         super().close()
         for name in ("_tokenizer", "_renderer", "chat_template", "undefined_tokens", "vocabulary"):
@@ -132,7 +138,8 @@ class Model(Engine):
     def vocabulary(self) -> Vocabulary:
         """What a reply must know of this model's tokens."""
         ends = frozenset(self.metadata["eos_token_ids"])
-        return Vocabulary(self.config.n_tokens, ends, self.undefined_tokens, self.tokenizer)
+        thinking = self.metadata["thinking"]
+        return Vocabulary(self.config.n_tokens, ends, self.undefined_tokens, self.tokenizer, thinking)
 
     # ------------------------------------------------------------------------
     # Text -> text
@@ -148,20 +155,22 @@ class Model(Engine):
     ) -> Reply:
         """The whole reply to a conversation; str() of it is the answer.
 
-        messages, thinking, tools: see chat_prompt. max_tokens, and options (session, stop, cancel, progress and
-        the fields of Sampling): see generate, which has the reply token by token. Conversation remembers what was
-        said.
+        messages, thinking, tools: see chat_prompt. max_tokens, and options (session, stop, mask, cancel, progress,
+        the fields of AnswerOptions and of Sampling): see generate, which has the reply token by token. Conversation
+        remembers what was said.
         """
         _check_keywords(Model.chat, options, ReplyOptions.__optional_keys__)
         prompt = self.chat_prompt(messages, thinking, tools)
+        if tools and format_of(self.chat_template.source) != "hermes":
+            options.setdefault("toolset", ToolSet(tools, format_of(self.chat_template.source)))
         with self.generate(prompt, max_tokens, **options) as generation:
             return generation.result()
 
     def complete(self, text: str, max_tokens: int | None = 256, **options: Unpack[ReplyOptions]) -> Reply:
         """How the model goes on from a bare text: no template, no roles.
 
-        max_tokens: None for what the context holds; such text need not come to an end. options: session, stop,
-        cancel, progress and the fields of Sampling, see generate.
+        max_tokens: None for what the context holds; such text need not come to an end. options: session, stop, mask,
+        cancel, progress, the fields of AnswerOptions and of Sampling, see generate.
         """
         _check_keywords(Model.complete, options, ReplyOptions.__optional_keys__)
         if not isinstance(text, str):
@@ -173,7 +182,7 @@ class Model(Engine):
     # Text -> tokens -> events
 
     def text_prompt(self, text: str) -> list[int]:
-        """Token ids of a bare text, with what the vocabulary puts before one."""
+        """Token ids of a bare text, behind the ids that the tokenizer puts before one (Tokenizer.opening)."""
         return [*self.tokenizer.opening, *self.tokenizer.encode(text)]
 
     def chat_prompt(
@@ -197,7 +206,7 @@ class Model(Engine):
         return self.chat_template.prompt(messages, thinking, tools)
 
     def sampling(self, thinking: bool, **given: Unpack[SamplingOptions]) -> Sampling:
-        """What is given (see Sampling; None counts as not given) over the defaults of the model."""
+        """Sampling with the given fields, the model's defaults for the others; None counts as not given."""
         _check_keywords(Model.sampling, given, SamplingOptions.__optional_keys__)
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return Sampling(**{**default_sampling(self.metadata, thinking), **chosen})
@@ -213,25 +222,28 @@ class Model(Engine):
         mask: Mask | None = None,
         cancel: Callable[[], bool] | None = None,
         progress: Callable[[int, int], None] | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[AnswerOptions],
     ) -> Generation:
         """The reply to `prompt` (token ids), as an iterator of events, also `async for`; see Generation.
 
-        max_tokens: None for what the context holds. session: one to go on with; what its tokens have
-        in common with the prompt is not computed again. stop: texts that end the reply and are not
+        max_tokens: None for as many as the context holds. session: a session to use; tokens that it shares
+        with the beginning of the prompt are not computed again. stop: texts that end the reply and are not
         part of it. logprobs: None, or how many of the most likely tokens to give with each event.
         mask: says before each token which may come; see reply.Mask.
         cancel: asked before every token and every piece of the prompt; true ends the reply.
-        progress: told (tokens done, tokens in all) of the prompt. sampling: see Sampling.
+        progress: told (tokens done, tokens in all) of the prompt. options: see Sampling and AnswerOptions.
+        An answer that is held to a schema, regex, choice or grammar meets it if finish_reason is "stop" and no text
+        of `stop` came; one that ended by "length" is the beginning of such an answer.
         ValueError, before anything is computed, if an argument is out of range, an id of the prompt is no
-        token or the prompt is longer than the context.
+        token, the prompt is longer than the context or a grammar cannot be enforced.
         """
-        _check_keywords(Model.generate, sampling, SamplingOptions.__optional_keys__)
+        _check_keywords(Model.generate, options, AnswerOptions.__optional_keys__)
         ids = token_ids(prompt, self.config.vocab_size)
         own = CachedSession(self) if session is None else _checked_session(session, self)
         budget = token_budget(max_tokens, len(ids), own.context, self.config.context)
-        chosen = self.sampling(self.may_think(ids), **sampling)
-        state = ReplyState(self.vocabulary, ids, chosen, budget, stop=stop, logprobs=logprobs, mask=mask)
+        grammar = self._grammar(options, mask)
+        mask = mask if grammar is None else grammar.mask(ids)
+        state = self._state(ids, budget, options, stop=stop, logprobs=logprobs, mask=mask)
         return Generation(own, ids, state, owns_session=session is None, cancel=cancel, progress=progress)
 
     def generate_many(
@@ -243,16 +255,16 @@ class Model(Engine):
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
         seeds: Sequence[int] | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[AnswerOptions],
     ) -> Iterator[tuple[int, Event]]:
         """The replies to many prompts in shared passes: (index of the prompt, event) pairs as they come.
 
-        At most `running` replies are on their way at once. What prompts have in common at their beginning is computed
-        once. A reply is the same, to the bit, as generate's for its prompt alone.
+        At most `running` replies are on their way at once. What prompts have in common at their beginning is
+        computed once. A reply is the same, to the bit, as generate's for its prompt alone.
         seeds: one for each prompt, in place of `seed` for all. The other arguments are those of generate.
         ValueError, before anything is computed, if an argument is out of range or a prompt does not fit.
         """
-        _check_keywords(Model.generate_many, sampling, SamplingOptions.__optional_keys__)
+        _check_keywords(Model.generate_many, options, AnswerOptions.__optional_keys__)
         if whole("running", running) < 1:
             raise ValueError(f"running = {running} is less than 1")
         if seeds is not None and len(seeds) != len(prompts):
@@ -266,18 +278,51 @@ class Model(Engine):
             except ValueError as error:
                 raise ValueError(f"prompt {i} of {len(prompts)}: {error}") from None
 
+        grammar = self._grammar(options)
+
         def state(i: int) -> ReplyState:
             ids, budget = checked[i]
-            own: SamplingOptions = {**sampling, "seed": seeds[i]} if seeds is not None else sampling
-            chosen = self.sampling(self.may_think(ids), **own)
-            return ReplyState(self.vocabulary, ids, chosen, budget, stop=stop, logprobs=logprobs)
+            own: AnswerOptions = {**options, "seed": seeds[i]} if seeds is not None else options
+            mask = None if grammar is None else grammar.mask(ids)
+            return self._state(ids, budget, own, stop=stop, logprobs=logprobs, mask=mask)
 
         for i in range(min(1, len(checked))):
-            state(i)  # an argument out of range is an error of this call, not of the first event
+            state(i)  # raises for an argument out of range now, not at the first event
         return drive(self, ((checked[i][0], state(i)) for i in range(len(checked))), running)
 
+    def _grammar(self, options: AnswerOptions, mask: Mask | None = None) -> Grammar | None:
+        """The grammar that a call asks for, if any. ValueError if it asks for more than one constraint."""
+        asked = {name: value for name, value in options.items() if name in CONSTRAINTS and value is not None}
+        given = [*asked, *(["mask"] if mask is not None else [])]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given: an answer is held to one of them")
+        return Grammar.of(self.vocabulary, **asked) if asked else None  # type: ignore[arg-type]
+
+    def _state(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        options: AnswerOptions,
+        *,
+        stop: str | Sequence[str],
+        logprobs: int | None,
+        mask: Mask | None,
+    ) -> ReplyState:
+        sampling: Any = {k: v for k, v in options.items() if k in SamplingOptions.__optional_keys__}
+        return ReplyState(
+            self.vocabulary,
+            prompt,
+            self.sampling(self.may_think(prompt), **sampling),
+            max_tokens,
+            stop=stop,
+            logprobs=logprobs,
+            mask=mask,
+            tools=options.get("toolset"),
+            thinking_budget=options.get("thinking_budget"),
+        )
+
     def may_think(self, prompt: Sequence[int]) -> bool:
-        """Whether the reply to `prompt` may begin with thought; a hybrid's may unless the prompt ends it."""
+        """Whether the reply to `prompt` may begin with thought; a hybrid's may, unless told not to."""
         closed = last_control_token(self.tokenizer, prompt) == self.tokenizer.control_id(END_THINK)
         return may_think(self.metadata["thinking"], not closed)
 
@@ -287,10 +332,10 @@ class Model(Engine):
     def forward(
         self, batch: Sequence[tuple[Session, ArrayLike]], logits: Logits = "last"
     ) -> list[NDArray[np.float32]]:
-        """ONE ragged batch over any sessions of this model; a list of what Session.forward returns, in order.
+        """One ragged batch over any sessions of this model; a list of what Session.forward returns, in order.
 
-        ValueError also if the logits of a token, or the hidden state, come out NaN or infinite: every call that
-        asks the model anything comes by here. model.trace shows where such a number came from.
+        ValueError also if the logits of a token, or the hidden state, are NaN or infinite; every other method
+        computes through this one. model.trace shows where such a number comes from.
         """
         outputs = super().forward(batch, logits)
         for output in outputs:
@@ -299,7 +344,8 @@ class Model(Engine):
         return outputs
 
     def _check_finite(self, row: NDArray[np.float32], hidden: bool) -> None:
-        finite = np.isfinite(row if hidden else row[: self.config.n_tokens])  # rows beyond are padding
+        # embedding rows beyond n_tokens are padding
+        finite = np.isfinite(row if hidden else row[: self.config.n_tokens])
         if finite.all():
             return
         bad = [i for i in np.flatnonzero(~finite).tolist() if hidden or i not in self.undefined_tokens]
@@ -309,11 +355,12 @@ class Model(Engine):
             raise ValueError(f"{self.path}: {found}: the file is damaged or its weights overflow")
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """The texts as vectors of length 1, (n, dim): products of rows are cosines. As Qwen3-Embedding's card has it.
+        """Texts as vectors of length 1, (n, dim), by Qwen3-Embedding's recipe; dot products of rows are
+        cosines.
 
-        A text ends with the vocabulary's own end, else <|endoftext|>; its vector is the final hidden state there.
-        A query goes through retrieval.instruct first. ValueError, before anything is computed, if a text is empty
-        or passes the context, or the vocabulary has no such token.
+        A text ends with the token that its tokenizer adds, else <|endoftext|>; its vector is the final hidden
+        state there. A query goes through retrieval.instruct first. ValueError, before anything is computed,
+        if a text is empty or passes the context, or the vocabulary has no such end token.
         """
         return retrieval.embed(self, self.tokenizer, texts)
 
@@ -322,8 +369,8 @@ class Model(Engine):
     ) -> NDArray[np.float32]:
         """How likely each document meets the query, (n,) in 0..1, asked as Qwen3-Reranker's card has it.
 
-        instruction: what the search is for; None for a web search. ValueError, before anything is computed, if
-        a document passes the context or the vocabulary lacks a token of the recipe.
+        instruction: what the search is for; None for a web search. ValueError, before anything is computed,
+        if a document passes the context or the vocabulary lacks a token of the recipe.
         """
         return retrieval.rerank(self, self.tokenizer, query, documents, instruction)
 
@@ -344,9 +391,10 @@ def _checked_session(session: CachedSession, model: Model) -> CachedSession:
 def _check_keywords(
     function: Callable[..., Any], given: Iterable[str], options: Collection[str], name: str | None = None
 ) -> None:
-    """TypeError, in Python's own words and with the nearest name there is, for a keyword `function` does not have.
+    """TypeError, worded as Python's own and with the nearest name, for a keyword that `function` does not
+    have.
 
-    given: the keywords. options: those that a **parameter of the function stands for. name: what to call it.
+    given: the keywords. options: those that its **parameter accepts. name: what to call the function.
     """
     parameters = inspect.signature(function).parameters.values()
     known = [*options, *(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))]

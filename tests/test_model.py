@@ -30,7 +30,7 @@ from small_models import TINY_QWEN3, export_small_model
 import qwen3c
 from qwen3c import CachedSession, Generation, Model, Reply, Sampling, Session, engine
 from qwen3c.cli.options import RAW_TOKENS
-from qwen3c.drivers.generate import ReplyOptions
+from qwen3c.drivers.generate import AnswerOptions, ReplyOptions
 from qwen3c.drivers.sampler import SamplingOptions
 from qwen3c.format import ModelFile, ModelWriter
 from qwen3c.inspect.perplexity import measure
@@ -52,7 +52,7 @@ def opened() -> Iterator[Model]:
 
 
 class Scripted(Model):
-    """A model whose tokens are given: what it would say is what the test needs it to."""
+    """A model whose next tokens the test chooses."""
 
     said = ""
 
@@ -111,8 +111,8 @@ def test_calls_share_a_session_and_every_other_option_of_generate(model: Model) 
     full = model.complete("import", 20, seed=1).text
     stop = full[3:6]
     assert model.complete("import", 20, seed=1, stop=stop).text == full[: full.index(stop)]
-    names = ReplyOptions.__optional_keys__ - SamplingOptions.__optional_keys__
-    own = {"self", "prompt", "max_tokens", "logprobs", "sampling"}
+    names = ReplyOptions.__optional_keys__ - AnswerOptions.__optional_keys__
+    own = {"self", "prompt", "max_tokens", "logprobs", "options"}
     assert names == inspect.signature(Model.generate).parameters.keys() - own
 
 
@@ -129,7 +129,7 @@ def test_the_keywords_of_a_call_are_the_fields_of_sampling() -> None:
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Unpack is in typing from 3.11 on")
 def test_annotations_can_be_evaluated() -> None:
     """By what makes forms, schemas or command lines of a function's annotations."""
-    assert typing.get_type_hints(Model.generate)["sampling"] == typing.Unpack[SamplingOptions]
+    assert typing.get_type_hints(Model.generate)["options"] == typing.Unpack[AnswerOptions]
     assert typing.get_type_hints(Model.chat)["options"] == typing.Unpack[ReplyOptions]
     for function in (
         Model.__init__,
@@ -375,7 +375,9 @@ def fill_norm(value: float) -> Callable[[bytearray], None]:
 
 
 def largest_scales_in_the_last_rows(data: bytearray) -> None:
-    """Of the last 16 rows of a matrix (512, 64) in groups of 64: one tile, its scales behind its codes."""
+    """Change the scales of the last 16 rows of a matrix (512, 64), group 64: one tile, scales behind its
+    codes.
+    """
     np.frombuffer(data, "<f2")[-16:] = 65504
 
 
@@ -473,7 +475,7 @@ def members(kind: type) -> dict[str, Any]:
 
 
 def undocumented(kind: type, names: set[str]) -> list[str]:
-    """Of `names`: what has no docstring, or is called and has no signature."""
+    """The members among `names` without a docstring, or callable without a signature."""
     faults = [] if inspect.getdoc(kind) else [f"{kind.__name__}: no docstring"]
     for name in sorted(names):
         value = members(kind)[name]
@@ -561,7 +563,8 @@ def test_objects_say_what_they_are_in_one_line(model: Model, tmp_path: Path) -> 
     generation = model.generate(model.text_prompt("import"), 30, seed=1)
     assert (
         repr(generation)
-        == f"<Generation, not begun: {generation.stats.prompt_tokens} tokens of prompt; iterate, or call result()>"
+        == f"<Generation, not begun: {generation.stats.prompt_tokens} tokens of prompt; iterate, or call "
+        "result()>"
     )
     next(generation)
     assert re.fullmatch(r"<Generation of <Reply ['\"].*['\"], 1 tokens, unfinished>>", repr(generation))

@@ -16,16 +16,20 @@ from .prompt import is_raw, may_chat, prompt_text, prompt_tokens, read_text, sys
 
 if TYPE_CHECKING:
     from ..drivers.generate import Generation
+    from ..drivers.grammar import Grammar
     from ..format import ModelFile
     from ..inspect.trace import Text
     from ..model import Model
+    from .cloud import Cloud
 
 
 def hold_chat(args: argparse.Namespace) -> int:
     """Messages in, replies out, until there are no more messages."""
     from ..conversation import Conversation
     from .repl import Repl
+    from .tools import opened_tools
 
+    cloud = _cloud(args)
     model = open_model(args, chats=True)
     conversation = Conversation(
         model,
@@ -38,9 +42,27 @@ def hold_chat(args: argparse.Namespace) -> int:
         **sampling(args),
     )
     say_what_was_chosen(args, model, conversation.session.context, args.thinking is not False)
-    if sys.stdin.isatty():
-        terminal.note("/help lists the commands, Ctrl-D leaves")
-    return Repl(conversation, lambda: new_writer(args, model), logprobs=args.logprobs).run()
+    if cloud:
+        terminal.note(cloud.describe())
+    with opened_tools(args.mcp, model) as tools:
+        conversation.tools = tools.functions if tools else None
+        if sys.stdin.isatty():
+            terminal.note("/help lists the commands, Ctrl-D leaves")
+        try:
+            repl = Repl(conversation, lambda: new_writer(args, model), cloud, tools, logprobs=args.logprobs)
+            return repl.run()
+        finally:
+            if cloud:
+                cloud.close()
+
+
+def _cloud(args: argparse.Namespace) -> Cloud | None:
+    """Who is asked before the model, checked before the model is read; None if the options name nobody."""
+    if args.upstream is None:
+        return None
+    from .cloud import Cloud, upstream_settings
+
+    return Cloud(upstream_settings(args))
 
 
 def write_reply(args: argparse.Namespace) -> int:
@@ -54,10 +76,11 @@ def write_reply(args: argparse.Namespace) -> int:
     prompt = prompt_tokens(args, model, text)
     max_tokens = RAW_TOKENS if raw and args.max_tokens is None else args.max_tokens
     session = CachedSession(model, context_of(args, model))
+    grammar = _grammar(args.schema, model) if args.schema else None
 
     def ask(**callbacks: Any) -> Generation:
         reply = model.generate(
-            prompt, max_tokens or None, session=session, stop=args.stop, logprobs=args.logprobs,
+            prompt, max_tokens or None, session=session, stop=args.stop, logprobs=args.logprobs, grammar=grammar,
             **sampling(args), **callbacks,
         )  # fmt: skip
         say_what_was_chosen(args, model, session.context, model.may_think(prompt), raw)
@@ -66,11 +89,24 @@ def write_reply(args: argparse.Namespace) -> int:
         return reply
 
     reply = show(ask, new_writer(args, model)).reply
+    if grammar and reply.finish_reason == "length":
+        terminal.note("note: the reply ended by length (-n), before its JSON was complete")
     return 130 if reply.finish_reason == "cancelled" else 0
 
 
+def _grammar(path: str, model: Model) -> Grammar:
+    """The grammar of the JSON schema in a file."""
+    from ..drivers.grammar import Grammar
+
+    schema = read_text(path)
+    try:
+        return Grammar.json_schema(model.vocabulary, schema)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def trace_text(args: argparse.Namespace) -> int:
-    """Follow the activations of a prompt and of what the model says next."""
+    """Show the activations of a prompt and of its continuation."""
     from ..drivers.batch import CachedSession
     from ..inspect import trace, trace_page
 
@@ -128,7 +164,7 @@ def describe_file(args: argparse.Namespace) -> int:
 
 
 def _damaged_tensors(file: ModelFile) -> list[str]:
-    """Names of the tensors that do not match their checksums, found while a progress line counts bytes."""
+    """Names of the tensors that do not match their checksums; a progress line counts bytes meanwhile."""
     progress = terminal.Progress(
         lambda done, total, rate: f"{done / 1e9:.2f} of {total / 1e9:.2f} GB checked"
     )
@@ -201,6 +237,13 @@ def serve_models(args: argparse.Namespace) -> int:
     return serve(args)
 
 
+def serve_tools(args: argparse.Namespace) -> int:
+    """The model as tools of an MCP host."""
+    from .mcp import serve_over_stdio
+
+    return serve_over_stdio(args)
+
+
 MODES: dict[str, Callable[[argparse.Namespace], int]] = {
     "chat": hold_chat,
     "generate": write_reply,
@@ -209,4 +252,5 @@ MODES: dict[str, Callable[[argparse.Namespace], int]] = {
     "perplexity": measure_perplexity,
     "bench": measure_speed,
     "serve": serve_models,
+    "mcp": serve_tools,
 }

@@ -6,21 +6,27 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from ..drivers.generate import Generation
-from ..drivers.reply import Event, Stats
-from ..system.terminal import DIM, RESET, Progress, StatusLine, columns, escaped, has_colour, note
+from ..drivers.reply import Event, Reply, Stats
+from ..system.terminal import DIM, RESET, Progress, StatusLine, columns, escaped, has_colour, note, visible
 from .signals import interruptible
 
-WAIT = 1.0  # seconds after which a reply that is shown when it has ended says how long it is by now
-PREDICTED_FROM = 0.1  # of a prompt: with less of it read, how long the rest takes would be a guess
+WAIT = 1.0  # seconds after which a reply that is shown only at its end reports its length so far
+PREDICTED_FROM = 0.1  # share of a prompt that must be read before the time left is estimated
+
+
+class Replied(Protocol):
+    """What a writer asks of a reply that has ended, whoever spoke."""
+
+    reply: Reply
 
 
 class ReplyWriter:
-    """A reply on its way to stdout: the answer as it is; thoughts dim, or between tags, or not at all.
+    """Writes a reply to stdout: the answer as it is; thoughts dim, or between tags, or not at all.
 
-    A terminal gets no control characters of the model's, which could move its cursor, retitle or reprogram it.
+    For a terminal the model's control characters are escaped: they could move its cursor or reprogram it.
     """
 
     def __init__(self, hide_thinking: bool = False) -> None:
@@ -36,11 +42,11 @@ class ReplyWriter:
             self._switch()
         if event.text and not (event.thinking and self._hide):
             self._put_models(event.text)
-        if event.tool_call:
-            call = json.dumps(event.tool_call, ensure_ascii=False)
-            self._put_models(f"<tool_call>\n{call}\n</tool_call>\n")
+        for tool_call in event.tool_calls:
+            call = json.dumps(tool_call, ensure_ascii=False)
+            self._put_models(f"<tool_call>\n{visible(call) if self._is_terminal else call}\n</tool_call>\n")
 
-    def end(self, generation: Generation) -> None:
+    def end(self, replied: Replied, speaker: str = "") -> None:
         """Leave the terminal as it was, at the start of a line. Call this however the reply ended."""
         if self._thinking:
             self._switch()
@@ -79,10 +85,12 @@ class JsonWriter:
             top = [self._token(id, logprob) for id, logprob in event.top_logprobs or ()]
             self._tokens.append(self._token(event.token, event.logprob) | {"top_logprobs": top})
 
-    def end(self, generation: Generation) -> None:
+    def end(self, replied: Replied, speaker: str = "") -> None:
         self._status.clear()
-        line = dataclasses.asdict(generation.reply)
+        line = dataclasses.asdict(replied.reply)
         line |= line.pop("stats")
+        if speaker:
+            line["backend"] = speaker
         if self._tokens:
             line["logprobs"] = self._tokens
         text = json.dumps(line, ensure_ascii=False)
@@ -95,14 +103,14 @@ class JsonWriter:
 class Reading:
     """Progress through a prompt: call it with the statistics of its reply after every piece.
 
-    A token costs what the weights cost, the same for each, and attention to all before it, which grows with depth.
-    The time left follows from both: a line through the seconds per token of the pieces read so far.
+    The cost of a token is constant for the weights, and grows with its depth for attention. So the time left
+    is estimated by a straight line through the seconds per token of the pieces read so far.
     """
 
     def __init__(self) -> None:
         self._progress = Progress(self._words, predict=self._seconds_left)
         self._stats = Stats()
-        # tokens, depth of the middle one, seconds per token
+        # of each piece: tokens, depth of its middle token, seconds per token
         self._pieces: list[tuple[float, float, float]] = []
 
     def __call__(self, stats: Stats, done: int, total: int) -> None:
@@ -137,18 +145,20 @@ def cost_by_depth(pieces: list[tuple[float, float, float]]) -> tuple[float, floa
     spread = sum(tokens * (depth - mean_depth) ** 2 for tokens, depth, _ in pieces)
     together = sum(tokens * (depth - mean_depth) * (cost - mean_cost) for tokens, depth, cost in pieces)
     slope = max(together / spread, 0.0) if spread else 0.0
-    slope = min(slope, mean_cost / mean_depth)  # a steeper one would cost less than nothing at depth 0
+    slope = min(slope, mean_cost / mean_depth)  # a steeper line would be negative at depth 0
     return mean_cost - slope * mean_depth, slope
 
 
-def speed_line(generation: Generation, width: int = sys.maxsize) -> str:
+def speed_line(generation: Generation, width: int = sys.maxsize, speaker: str = "") -> str:
     """Counts and rates of a reply, and why it ended if not by itself.
 
-    Why it ended and the reply itself always stand there; of the rest only what fits into `width`.
+    speaker: who replied, where it could have been another. Speaker, reply and why it ended always stand there; of the
+    rest only what fits into `width`.
     """
     stats, session = generation.stats, generation.session
     parts = {
-        "prompt": _prompt_part(stats),
+        "speaker": speaker,
+        "prompt": f" | {_prompt_part(stats)}",
         "cached": f" ({stats.cached_tokens} cached)" if stats.cached_tokens else "",
         "reply": f" | reply {stats.generated_tokens} tok{_rate(stats.decode_rate)}",
         "context": f" | context {len(session.tokens)}/{session.context}",
@@ -159,7 +169,7 @@ def speed_line(generation: Generation, width: int = sys.maxsize) -> str:
         parts["reply"] = (
             ""  # the prompt is all there was: it takes the reply's place as what always stands there
         )
-    chosen = {"end", "reply" if parts["reply"] else "prompt"}
+    chosen = {"speaker", "end", "reply" if parts["reply"] else "prompt"}
     line = ""
     for name in ("", "prompt", "context", "cached", "seed"):
         longer = "".join(text for key, text in parts.items() if key in chosen | {name}).removeprefix(" | ")
@@ -187,15 +197,16 @@ def _end_part(generation: Generation) -> str:
 
 
 def _rate(tokens_per_second: float) -> str:
-    """Nothing where no rate was seen: no token was computed, or one alone, which the prompt brought."""
+    """A rate in words; "" for 0, when no token, or only the one that prefill gives, was computed."""
     digits = 0 if tokens_per_second >= 100 else 1
     return f" {tokens_per_second:.{digits}f} tok/s" if tokens_per_second else ""
 
 
-def show(ask: Callable[..., Generation], writer: ReplyWriter | JsonWriter) -> Generation:
+def show(ask: Callable[..., Generation], writer: ReplyWriter | JsonWriter, speaker: str = "") -> Generation:
     """Show the reply that `ask`, called with cancel and progress, begins. Ctrl-C ends it early.
 
     stdout gets what `writer` makes of it, stderr progress through a long prompt and the speed line.
+    speaker: who replies, where it could have been another.
     """
     reading = Reading()
     with interruptible() as interrupted:
@@ -209,6 +220,7 @@ def show(ask: Callable[..., Generation], writer: ReplyWriter | JsonWriter) -> Ge
                 writer.add(event)
         finally:
             reading.clear()
-            writer.end(generation)
-    note(speed_line(generation, columns(sys.stderr) - 1 if sys.stderr.isatty() else sys.maxsize))
+            writer.end(generation, speaker)
+    width = columns(sys.stderr) - 1 if sys.stderr.isatty() else sys.maxsize
+    note(speed_line(generation, width, speaker))
     return generation

@@ -3,8 +3,8 @@
     embed   text + end token -> final hidden state of the last token, at length 1
     rerank  the question "does this document meet the query?" -> softmax of the logits of "no" and "yes"
 
-Both are as the model cards have them (https://arxiv.org/abs/2506.05176), but for two things: what a text spells is
-never a control token, and no text is cut short. Model.embed and Model.rerank call them.
+Both follow the model cards (https://arxiv.org/abs/2506.05176) but for two things: text never becomes a
+control token, and a text that is too long is refused, not cut. Model.embed and Model.rerank call them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .batch import last_rows
+from .reply import ContextFullError
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -25,28 +26,46 @@ END = "<|endoftext|>"
 TASK = "Given a web search query, retrieve relevant passages that answer the query"
 
 _BEFORE = (
-    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the "
+    "Instruct "
     'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
 )
 _AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
 def instruct(query: str, task: str = TASK) -> str:
-    """What Qwen3-Embedding embeds for a query; the documents it is compared with are embedded bare."""
+    """The text to embed for a query, with its instruction; documents are embedded without one."""
     return f"Instruct: {task}\nQuery:{query}"
 
 
 def embed(model: Engine, tokenizer: Tokenizer, texts: Sequence[str]) -> NDArray[np.float32]:
     """See Model.embed."""
+    return unit_vectors(
+        last_rows(model, embedding_prompts(model, tokenizer, texts), "hidden"), model.config.dim
+    )
+
+
+def embedding_prompts(model: Engine, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text and its end. ValueError if a text is empty or too long, or there is no such end."""
     _check_list("texts", texts)
-    end = tokenizer.closing or [_control_id(tokenizer, END)]
+    end = embedding_end(tokenizer)
     prompts = []
     for i, text in enumerate(texts):
         if not text:
             raise ValueError(f"text {i} of {len(texts)} is empty")
         prompts.append([*tokenizer.opening, *tokenizer.encode(text), *end])
     _check_lengths(model, "text", prompts)
-    hidden = np.array(last_rows(model, prompts, "hidden"), np.float32).reshape(-1, model.config.dim)
+    return prompts
+
+
+def embedding_end(tokenizer: Tokenizer) -> list[int]:
+    """What stands at the end of a text that becomes a vector. ValueError if the vocabulary has no such token."""
+    return tokenizer.closing or [_control_id(tokenizer, END)]
+
+
+def unit_vectors(rows: Sequence[NDArray[np.float32]], dim: int) -> NDArray[np.float32]:
+    """Final hidden states, (dim,) each, as vectors of length 1, (n, dim)."""
+    hidden = np.array(rows, np.float32).reshape(-1, dim)
     return hidden / np.maximum(np.linalg.norm(hidden, axis=1, keepdims=True), np.float32(1e-12))
 
 
@@ -54,6 +73,14 @@ def rerank(
     model: Engine, tokenizer: Tokenizer, query: str, documents: Sequence[str], instruction: str | None
 ) -> NDArray[np.float32]:
     """See Model.rerank."""
+    prompts, answers = rerank_prompts(model, tokenizer, query, documents, instruction)
+    return relevance(last_rows(model, prompts, "last"), answers)
+
+
+def rerank_prompts(
+    model: Engine, tokenizer: Tokenizer, query: str, documents: Sequence[str], instruction: str | None
+) -> tuple[list[list[int]], list[int]]:
+    """(token ids of the question about each document, the ids of "no" and "yes"); see Model.rerank for errors."""
     _check_list("documents", documents)
     for tag in ("<|im_start|>", "<|im_end|>", "<think>", "</think>"):
         _control_id(tokenizer, tag)
@@ -62,7 +89,12 @@ def rerank(
     question = f"<Instruct>: {TASK if instruction is None else instruction}\n<Query>: {query}\n<Document>: "
     prompts = [[*before, *tokenizer.encode(question + document), *after] for document in documents]
     _check_lengths(model, "document", prompts)
-    logits = [row[answers].astype(np.float64) for row in last_rows(model, prompts, "last")]
+    return prompts, answers
+
+
+def relevance(rows: Sequence[NDArray[np.float32]], answers: list[int]) -> NDArray[np.float32]:
+    """How likely "yes" is beside "no", (n,), by the logits after each question, (vocab_size,) each."""
+    logits = [row[answers].astype(np.float64) for row in rows]
     return np.array([1 / (1 + np.exp(no - yes)) for no, yes in logits], np.float32)
 
 
@@ -72,11 +104,11 @@ def _check_list(name: str, texts: Sequence[str]) -> None:
 
 
 def _check_lengths(model: Engine, name: str, prompts: list[list[int]]) -> None:
-    """All of them, before anything is computed."""
+    """ValueError, naming the first text by number, if a prompt passes the context."""
     for i, prompt in enumerate(prompts):
         if len(prompt) > model.config.context:
             fault = f"takes {len(prompt)} tokens with what goes around it"
-            raise ValueError(
+            raise ContextFullError(
                 f"{name} {i} of {len(prompts)} {fault}, the context of the model is {model.config.context}"
             )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from starlette.exceptions import HTTPException
@@ -12,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from .. import __version__
-from .ask import Stream
+from .ask import Ask, Stream
 from .errors import ApiError, server_error
 from .fields import Fields, parse_json
 from .models import Models, Served
@@ -49,12 +50,19 @@ class Anonymous:
 class Api:
     """models: those that answer. ping: seconds of silence after which a stream gets a comment.
 
-    ended: told about every stream that has ended, with the request it answers.
+    ended: told about every stream that has ended, with the request it answers. draining: whether the server is about to
+    end, and takes no new work. needs_key, mcp, upstream: what /props says of keys, of the MCP server, and of the
+    provider that is asked first. started: in seconds since 1970.
     """
 
     models: Models
     ping: float = PING
     ended: Callable[[Request, Served, Stream], None] = lambda request, served, stream: None
+    draining: bool = False
+    needs_key: bool = False
+    mcp: bool = False
+    upstream: Callable[[], dict[str, Any] | None] = lambda: None
+    started: int = field(default_factory=lambda: int(time.time()))
 
     async def fields(self, request: Request) -> Fields:
         """The fields of the body. ApiError 400 if it is no JSON object."""
@@ -74,11 +82,13 @@ class Api:
         found: str = getattr(request.state, "request_id", None) or secrets.token_hex(12)
         return found
 
-    def headers(self, served: Served, ignored: list[str]) -> dict[str, str]:
+    def headers(self, served: Served, ignored: list[str], ask: Ask | None = None) -> dict[str, str]:
         """Headers of an answer of `served`. ignored: fields of the request that nobody knows."""
         headers = {"x-qwen3c-backend": "local", "x-qwen3c-model": header_text(served.name)}
         if ignored:
             headers["x-qwen3c-ignored"] = header_text(", ".join(ignored))
+        if ask is not None and ask.grammar is not None and ask.grammar.dropped:
+            headers["x-qwen3c-dropped"] = header_text(", ".join(ask.grammar.dropped))
         return headers
 
     def priority(self, request: Request, fields: Fields) -> int:

@@ -9,13 +9,33 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NoReturn
 
 from .errors import ApiError
 
 SHOWN = 60  # characters of a value in an error
 NEAR = 0.84  # how alike an unknown name is to a known one that was meant
+
+
+_recorded: ContextVar[dict[str, dict[str, Any]] | None] = ContextVar("recorded", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[dict[str, dict[str, Any]]]:
+    """Within, what Fields are asked for is noted: dotted path -> JSON schema of what may be there.
+
+    So the OpenAPI document says what the code takes, and nothing else.
+    """
+    schemas: dict[str, dict[str, Any]] = {}
+    token = _recorded.set(schemas)
+    try:
+        yield schemas
+    finally:
+        _recorded.reset(token)
 
 
 def parse_json(body: bytes) -> Any:
@@ -71,14 +91,22 @@ class Fields:
 
     def raw(self, name: str) -> Any:
         """The value, whatever it is."""
+        return self._take(name, {})
+
+    def _take(self, name: str, schema: dict[str, Any]) -> Any:
+        """The value of a field, which `schema` describes."""
         self._known.add(name)
+        noted = _recorded.get()
+        if noted is not None:
+            path = re.sub(r"\[\d+\]", "[]", self.path(name))
+            noted[path] = noted.get(path) or schema
         return self._value.get(name)
 
     def text(
         self, name: str, default: str | None = None, *, choices: Sequence[str] | None = None
     ) -> str | None:
         """A text, one of `choices` if they are given."""
-        value = self.raw(name)
+        value = self._take(name, {"type": "string"} | ({"enum": list(choices)} if choices else {}))
         if value is None:
             return default
         if not isinstance(value, str):
@@ -89,7 +117,7 @@ class Fields:
 
     def whole(self, name: str, low: int, high: int, default: int | None = None) -> int | None:
         """An integer from low to high; 5.0 is one, true is none."""
-        value = self.raw(name)
+        value = self._take(name, {"type": "integer", "minimum": low, "maximum": high})
         if value is None:
             return default
         if isinstance(value, float) and value.is_integer():
@@ -102,7 +130,7 @@ class Fields:
 
     def number(self, name: str, low: float, high: float, default: float | None = None) -> float | None:
         """A number from low to high."""
-        value = self.raw(name)
+        value = self._take(name, {"type": "number", "minimum": low, "maximum": high})
         if value is None:
             return default
         if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -113,7 +141,7 @@ class Fields:
 
     def flag(self, name: str, default: bool | None = None) -> bool | None:
         """true or false."""
-        value = self.raw(name)
+        value = self._take(name, {"type": "boolean"})
         if value is None:
             return default
         if not isinstance(value, bool):
@@ -122,7 +150,7 @@ class Fields:
 
     def items(self, name: str, limit: int, default: list[Any] | None = None) -> list[Any] | None:
         """A list of at most `limit` values."""
-        value = self.raw(name)
+        value = self._take(name, {"type": "array", "maxItems": limit})
         if value is None:
             return default
         if not isinstance(value, list):
@@ -133,7 +161,8 @@ class Fields:
 
     def texts(self, name: str, limit: int, default: list[str] | None = None) -> list[str] | None:
         """A text, or a list of at most `limit` of them."""
-        value = self.raw(name)
+        texts = {"type": "array", "maxItems": limit, "items": {"type": "string"}}
+        value = self._take(name, {"anyOf": [{"type": "string"}, texts]})
         if isinstance(value, str):
             return [value]
         found = self.items(name, limit, default)
@@ -144,19 +173,20 @@ class Fields:
 
     def object(self, name: str) -> Fields | None:
         """An object, as Fields of its own."""
-        value = self.raw(name)
+        value = self._take(name, {"type": "object"})
         return None if value is None else Fields(value, self.path(name))
 
     def refuse(self, name: str, why: str, unless: Sequence[Any] = ()) -> None:
         """ApiError 400 if the field is there and is none of `unless`: it changes the meaning and cannot be done."""
-        value = self.raw(name)
+        value = self._take(name, {"enum": [*unless, None], "description": f"not supported: {why}"})
         # 0 == False, but a client that says one does not mean the other
         if value is not None and not any(type(value) is type(one) and value == one for one in unless):
             raise self.error(name, f"is not supported: {why}", "unsupported_parameter")
 
     def ignore(self, *names: str) -> None:
         """These fields change nothing here, and docs/SERVING.md says so."""
-        self._known.update(names)
+        for name in names:
+            self._take(name, {"description": "taken, and changes nothing"})
 
     def finish(self) -> list[str]:
         """Names of fields that nobody asked for; ApiError 400 if one is nearly a known name."""

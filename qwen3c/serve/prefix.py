@@ -70,12 +70,14 @@ class PrefixTree:
         if depth == len(tokens):
             node.touch(self._now)
             return
+        if node.session is not None and matched == len(node.edge):
+            # all of its tokens are a beginning of the new session's, which takes its place
+            node.edge, node.session = node.edge + tokens[depth:], session
+            node.touch(self._now)
+            return
         if matched < len(node.edge):
             node = self._split(node, matched)
-        elif node.session is not None:
-            node.session = None  # all of its tokens are a beginning of the new session's
-            self._leaves.discard(node)
-        leaf = Node(list(tokens[depth:]), node, session=session)
+        leaf = Node(tokens[depth:], node, session=session)
         node.children[leaf.edge[0]] = leaf
         self._leaves.add(leaf)
         leaf.touch(self._now)
@@ -92,6 +94,8 @@ class PrefixTree:
 
     def clear(self) -> None:
         """Let go of all."""
+        for leaf in self._leaves:
+            leaf.session = None  # nodes refer to each other, and would keep it until the collector comes by
         self._roots.clear()
         self._leaves.clear()
 

@@ -20,7 +20,6 @@ from ...drivers.reply import Event
 from ...text.tokenizer import Tokenizer
 from ..api import FINGERPRINT, Api, json_answer
 from ..ask import Progress, Stream
-from ..errors import ApiError
 from ..fields import Fields
 from ..models import Served
 from ..streams import DONE, EventStream, data, unless_left
@@ -29,12 +28,14 @@ from ..talk import (
     MOST_REPLIES,
     MOST_TOP,
     Answer,
-    Format,
     Talk,
     answers,
+    format_of,
+    progress_of,
     refuse_foreign_sampling,
     sampling_of,
     stops_of,
+    stream_of,
     timings,
     usage,
 )  # fmt: skip
@@ -56,7 +57,7 @@ def routes(api: Api) -> list[Route]:
         wanted = read(fields, served)
         client = api.client(request)
         ask = await wanted.talk.ask(served, client.name, api.priority(request, fields))
-        headers = api.headers(served, fields.finish())
+        headers = api.headers(served, fields.finish(), ask)
         stream = await served.submit(ask, client.limits)
         chat = Chat(f"chatcmpl-{api.request_id(request)}", served, wanted, stream)
         if wanted.streams:
@@ -106,21 +107,14 @@ def read(fields: Fields, served: Served) -> Wanted:
         thinking_budget=budget,
         format=format_of(fields),
         max_tokens=older if max_tokens is None else max_tokens,
-        sampling=sampling_of(fields),
+        sampling=sampling_of(fields, served.model.config.n_tokens),
         stop=stops_of(fields),
         logprobs=(top or 0) if logprobs else None,
         n=fields.whole("n", 1, MOST_REPLIES, 1) or 1,
     )
     talk.tool_choice = tool_choice_of(fields, talk)
-    streams = fields.flag("stream", False) or False
-    options = fields.object("stream_options")
-    wanted = Wanted(talk, streams, False, fields.flag("return_progress", False) or False)
-    if options is not None:
-        if not streams:
-            raise fields.error("stream_options", "needs stream to be true")
-        wanted.usage = options.flag("include_usage", False) or False
-        options.ignore("include_obfuscation", "continuous_usage_stats")
-        options.finish()
+    streams, wants_usage = stream_of(fields)
+    wanted = Wanted(talk, streams, wants_usage, fields.flag("return_progress", False) or False)
     refuse_others(fields)
     return wanted
 
@@ -172,6 +166,13 @@ def messages_of(fields: Fields, name: str) -> list[dict[str, Any]]:
         if role == "assistant":
             known |= calls_of(message)
         messages.append(known)
+    return joined(system, messages, fields, name)
+
+
+def joined(
+    system: list[str], messages: list[dict[str, Any]], fields: Fields, name: str
+) -> list[dict[str, Any]]:
+    """The messages after one that says what all system messages say; ApiError 400 if there is nothing to answer."""
     if not messages:
         raise fields.error(name, "holds system messages alone: there is nothing to answer")
     first = [{"role": "system", "content": "\n\n".join(system)}] if system else []
@@ -265,13 +266,8 @@ def thinking_of(fields: Fields, served: Served) -> tuple[bool | None, int | None
 
     chat_template_kwargs.enable_thinking is an order, which a model that cannot obey refuses; reasoning_effort is a wish.
     """
-    thinking = None
     kind = served.model.metadata["thinking"]
-    effort = fields.text(
-        "reasoning_effort", choices=("none", "minimal", "low", "medium", "high", "xhigh", "max")
-    )
-    if effort is not None and kind == "hybrid":
-        thinking = effort not in ("none", "minimal")
+    thinking = thinking_wish(fields, "reasoning_effort", served)
     options = fields.object("chat_template_kwargs")
     if options is not None:
         ordered = options.flag("enable_thinking")
@@ -288,45 +284,12 @@ def thinking_of(fields: Fields, served: Served) -> tuple[bool | None, int | None
     return thinking, budget
 
 
-def format_of(fields: Fields) -> Format | None:
-    """What the reply must look like: OpenAI's response_format, or vLLM's and llama.cpp's words for more than JSON."""
-    found = []
-    wanted = fields.object("response_format")
-    if wanted is not None:
-        kind = wanted.text(
-            "type", "text", choices=("text", "json_object", "json_schema", "regex", "choice", "lark")
-        )
-        if kind == "json_object":
-            schema = wanted.raw("schema")  # llama.cpp puts one here
-            found.append(Format("json_object") if schema is None else Format("json_schema", schema))
-        elif kind == "json_schema":
-            inner = wanted.object("json_schema")
-            if inner is None or "schema" not in inner:
-                raise wanted.error("json_schema.schema", "is missing")
-            inner.text("name")
-            inner.text("description")
-            path = "response_format.json_schema.schema"
-            schema = inner.raw("schema")
-            found.append(Format("json_schema", schema, inner.flag("strict", False) or False, path))
-        elif kind != "text":
-            path = f"response_format.{kind}"
-            value = wanted.texts(kind, 4096) if kind == "choice" else wanted.text(str(kind))
-            if not value:
-                raise wanted.error(str(kind), "is missing")
-            found.append(Format(kind, value, path=path))  # type: ignore[arg-type]
-    fields.refuse("grammar", "use response_format of type lark")
-    for name in ("guided_json", "json_schema"):
-        if name in fields:
-            found.append(Format("json_schema", fields.raw(name), path=name))
-    if "guided_regex" in fields:
-        found.append(Format("regex", fields.text("guided_regex"), path="guided_regex"))
-    if "guided_choice" in fields:
-        found.append(Format("choice", fields.texts("guided_choice", 4096), path="guided_choice"))
-    fields.refuse("guided_grammar", "use response_format of type lark")
-    fields.refuse("structured_outputs", "use response_format")
-    if len(found) > 1:
-        raise ApiError(400, f"{found[0].path} and {found[1].path} are two formats", param=found[1].path)
-    return found[0] if found else None
+def thinking_wish(fields: Fields, name: str, served: Served) -> bool | None:
+    """Whether a hybrid model should think, by how much effort is wished for; None where nothing can be chosen."""
+    effort = fields.text(name, choices=("none", "minimal", "low", "medium", "high", "xhigh", "max"))
+    if effort is None or served.model.metadata["thinking"] != "hybrid":
+        return None
+    return effort not in ("none", "minimal")
 
 
 # ----------------------------------------------------------------------------
@@ -410,9 +373,8 @@ class Chat:
         if event.text or (logprobs and logprobs["content"]):
             name = "reasoning_content" if event.thinking else "content"
             texts.append(self._chunk(index, {name: event.text}, logprobs=logprobs))
-        if event.tool_call is not None:
-            i = len(answer.reply.tool_calls) - 1
-            call = call_object(self.id, index, i, event.tool_call)
+        for i, called in enumerate(event.tool_calls, len(answer.reply.tool_calls) - len(event.tool_calls)):
+            call = call_object(self.id, index, i, called)
             texts.append(self._chunk(index, {"tool_calls": [{"index": i} | call]}))
         if event.finish_reason is not None:
             texts.append(self._chunk(index, {}, finish=answer.finish))
@@ -428,13 +390,10 @@ class Chat:
         return data(chunk)
 
     def _progress(self, index: int, progress: Progress) -> str:
-        """Where a reply is before its first token: llama.cpp's prompt_progress, with the stage."""
-        found = {
-            "total": progress.total, "cache": progress.cached, "processed": progress.processed,
-            "time_ms": round(progress.ms, 3), "stage": progress.stage, "position": progress.position,
-        }  # fmt: skip
+        """Where a reply is before its first token."""
         choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None}
-        return data(self._head("chat.completion.chunk") | {"choices": [choice], "prompt_progress": found})
+        found = {"choices": [choice], "prompt_progress": progress_of(progress)}
+        return data(self._head("chat.completion.chunk") | found)
 
 
 def call_object(id: str, index: int, i: int, call: dict[str, Any]) -> dict[str, Any]:
