@@ -113,7 +113,8 @@ def test_stdout_stays_empty_and_any_stream_may_be_a_pipe(tmp_path: Path) -> None
         t.finish()
         assert (tmp_path / "out").read_text() == "" and "Traceback" not in t.text
     with Terminal(["bash", "-c", f"exec {command} 2> err"], cwd=tmp_path) as t:
-        t.wait_until(lambda: "no API keys" in (tmp_path / "err").read_text(), "the server")
+        err = tmp_path / "err"
+        t.wait_until(lambda: err.exists() and "no API keys" in err.read_text(), "the server")
         t.press("ctrl-c")
         assert t.finish() == 0
         assert "\x1b" not in (tmp_path / "err").read_text()
