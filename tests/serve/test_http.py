@@ -27,7 +27,9 @@ def server() -> Iterator[Running]:
 
 
 def refusal(raw: bytes) -> tuple[int, str]:
-    """(status, code) of an answer that must be a whole error in OpenAI's shape on a connection that is then closed."""
+    """(status, code) of an answer that must be a whole error in OpenAI's shape on a connection that is then
+    closed.
+    """
     head, _, body = raw.partition(b"\r\n\r\n")
     lines = head.decode().lower().split("\r\n")
     assert "content-type: application/json" in lines and "connection: close" in lines, raw
@@ -108,7 +110,7 @@ def test_an_idle_connection_is_closed_after_a_while(server: Running) -> None:
         (b"\r\n\r\n\r\n", 400),
     ],
     ids=range(30),
-)  # fmt: skip
+)
 def test_what_is_no_request_is_refused_in_json(server: Running, request_: bytes, status: int) -> None:
     assert refusal(server.exchange(request_))[0] == status
     assert server.get("/health").status == 200
