@@ -26,12 +26,27 @@ if TYPE_CHECKING:
 LIBRARIES = ("starlette", "uvicorn", "h11", "prometheus_client", "llguidance")
 # option -> the setting that it sets
 SETTINGS = {
-    "host": "host", "port": "port", "fd": "fd", "api_keys": "api_keys_file", "max_gap": "max_gap",
-    "cache_memory": "cache_memory", "queue": "queue", "running": "running", "cors_origin": "cors_origins",
-    "allowed_host": "allowed_hosts", "drain": "drain", "log_json": "log_json", "metrics": "metrics",
-    "idle_unload": "idle_unload", "context": "context", "threads": "threads", "kv": "kv", "isa": "isa",
-    "huge_pages": "huge_pages", "model_alias": "models",
-}  # fmt: skip
+    "host": "host",
+    "port": "port",
+    "fd": "fd",
+    "api_keys": "api_keys_file",
+    "max_gap": "max_gap",
+    "cache_memory": "cache_memory",
+    "queue": "queue",
+    "running": "running",
+    "cors_origin": "cors_origins",
+    "allowed_host": "allowed_hosts",
+    "drain": "drain",
+    "log_json": "log_json",
+    "metrics": "metrics",
+    "idle_unload": "idle_unload",
+    "context": "context",
+    "threads": "threads",
+    "kv": "kv",
+    "isa": "isa",
+    "huge_pages": "huge_pages",
+    "model_alias": "models",
+}
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -60,12 +75,15 @@ def _check_libraries() -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"-m serve needs {' and '.join(missing)}: `pip install '.[serve]'` in the folder of qwen3c installs it"
+            f"-m serve needs {' and '.join(missing)}: "
+            "`pip install '.[serve]'` in the folder of qwen3c installs it"
         )
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    """Defaults, --config and flags. A model that is named on the command line comes first; without any, the usual one."""
+    """Defaults, --config and flags. A model that is named on the command line comes first; without any, the
+    usual one.
+    """
     from ..serve import config
 
     flags: dict[str, Any] = {SETTINGS[dest]: getattr(args, dest) for dest in args.given if dest in SETTINGS}
