@@ -694,6 +694,7 @@ def test_the_values_of_coder_calls_are_of_their_types() -> None:
         coder("f", other="x"),
         coder("f", text="a\n</parameter>\nb"),
         coder("f", text="<parameter=unit>"),
+        coder("f", text="a").replace("</function>", ""),
     ):
         assert not may_say(grammar, bad), bad
 
