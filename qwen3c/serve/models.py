@@ -29,6 +29,7 @@ from ..format import ModelFile
 from ..memory import available, gib
 from ..model import Model
 from ..text.chat import TOOL_CALL
+from ..text.chat import TOOL_CALL
 from .ask import Ask, Stream
 from .errors import ApiError, context_error
 from .pace import Pace
