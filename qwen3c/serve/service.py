@@ -50,11 +50,13 @@ class Service:
         *,
         says: Callable[[], Sequence[str]] = tuple,
         is_healthy: Callable[[], bool] = lambda: True,
+        stopping: Callable[[], None] = lambda: None,
         open_paths: frozenset[bytes] = OPEN,
     ) -> None:
         """says: further parts of the line that says that the server is ready. is_healthy: whether systemd's
-        watchdog is told that all is well. open_paths: GET and HEAD of these need no key. ValueError if a
-        socket is open to other computers and there are no keys.
+        watchdog is told that all is well. stopping: called when the server is told to stop. open_paths: GET
+        and HEAD of these need no key. ValueError if a socket is open to other computers and there are no
+        keys.
         """
         public = settings.public or any(_is_public(listener) for listener in sockets)
         if public and keys.path is None:
@@ -65,7 +67,7 @@ class Service:
         self.log = Log(settings.log_level, settings.log_json)
         self.ready = threading.Event()
         self._sockets = list(sockets)
-        self._says, self._is_healthy = says, is_healthy
+        self._says, self._is_healthy, self._stopping = says, is_healthy, stopping
         hosts = {
             *settings.allowed_hosts,
             *([] if public and _is_wildcard(settings.host) else [settings.host]),
@@ -92,6 +94,7 @@ class Service:
 
     def stop(self) -> None:
         """Ask the server to stop; the second time, to stop without waiting for anybody."""
+        self._stopping()
         self._server.ask_to_stop()
 
     def _config(self, guard: Guard) -> uvicorn.Config:
