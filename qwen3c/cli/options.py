@@ -12,10 +12,10 @@ from ..system.files import MODEL_IN_THE_BOX
 from .command import Parser, at_least, program_name
 
 SCRIPT = "run.py"
-SMALLER_CONTEXT = "a smaller context (-c) takes less"  # where memory runs out
-RAW_TOKENS = 256  # of a completion nobody bounds: without a chat template text need not come to an end
-TRACED_TOKENS = 24  # of the reply in a traced page
-WINDOW = 2048  # tokens of a perplexity window, if the model's context holds as many
+SMALLER_CONTEXT = "a smaller context (-c) takes less"  # said when memory runs out
+RAW_TOKENS = 256  # default -n of a completion, because bare text need not end by itself
+TRACED_TOKENS = 24  # default -n of -m trace --html
+WINDOW = 2048  # tokens of a perplexity window, or the model's context if that is shorter
 SAMPLING = {
     "temperature": "0 always takes the most likely token",
     "top_p": "only the most likely tokens that together reach this probability",
@@ -27,9 +27,13 @@ SAMPLING = {
     "seed": "the same seed gives the same text on every machine",
 }
 TALKING = ("chat", "generate", "trace")
-COMPUTING = (*TALKING, "perplexity", "bench")
-MODES = (*TALKING, "info", "perplexity", "bench")
-CLOUD_FIRST = ("chat",)  # modes that may ask a provider before the model
+COMPUTING = (*TALKING, "perplexity", "bench", "serve", "mcp")
+MODES = (*TALKING, "info", "perplexity", "bench", "serve", "mcp")
+SERVING = (
+    "host", "port", "fd", "config", "print_config", "api_keys", "max_gap", "cache_memory", "queue", "running",
+    "cors_origin", "allowed_host", "drain", "log_json", "metrics", "model_alias", "idle_unload",
+)  # fmt: skip
+CLOUD_FIRST = ("chat", "serve")  # modes that may ask a provider before the model
 # option -> the modes that use it; any other mode refuses it. --mode alone is every mode's
 USED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("prompt", "chat_template", "raw"), ("generate", "trace")),
@@ -39,8 +43,10 @@ USED_BY: dict[str, tuple[str, ...]] = {
         ("system", "system_file", "reasoning", "think", "no_think", "max_tokens", "stop"), TALKING
     ),
     **dict.fromkeys((*SAMPLING, "logit_bias"), TALKING),
-    "context": (*TALKING, "perplexity"),
-    **dict.fromkeys(("threads", "kv", "activations", "huge_pages", "isa"), COMPUTING),
+    "context": (*TALKING, "perplexity", "serve", "mcp"),
+    **dict.fromkeys(("threads", "kv", "huge_pages", "isa"), COMPUTING),
+    "activations": (*TALKING, "perplexity", "bench", "mcp"),
+    **dict.fromkeys(SERVING, ("serve",)),
     **dict.fromkeys(("hide_thinking", "logprobs"), ("chat", "generate")),
     "json": (*TALKING, "info", "perplexity"),
     **dict.fromkeys(("level", "html"), ("trace",)),
@@ -58,11 +64,15 @@ USED_BY: dict[str, tuple[str, ...]] = {
         ),
         CLOUD_FIRST,
     ),
+    "mcp": ("chat",),
+    "url": ("mcp",),
 }
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of one of MODES, the model's path and defaults filled in; exits after what cannot be meant."""
+    """The arguments of one of MODES, with the model's path and defaults; exits with an error if they are
+    wrong.
+    """
     parser = new_parser()
     args = parser.parse_intermixed_args(argv)
     given = {action.dest: action for action in parser._actions if _is_given(action, args)}
@@ -74,6 +84,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             owner = f"{', '.join(owners)} or {last}" if owners else last
             parser.error(f"{'/'.join(action.option_strings)} belongs to -m {owner}, not to -m {args.mode}")
     _check_combination(parser, args)
+    args.given = frozenset(given)
     args.thinking = True if args.think else False if args.no_think else args.reasoning
     args.kv, args.activations = args.kv or "f16", args.activations or "int8"
     args.model = _model_path(parser, args)
@@ -85,9 +96,9 @@ def _is_given(action: argparse.Action, args: argparse.Namespace) -> bool:
 
 
 def _mode_without_m(given: Collection[str]) -> str:
-    """The mode that alone uses an option that is given; else chat on a terminal without a prompt; else generate.
+    """The only mode that uses one of the given options; else chat on a terminal; else generate.
 
-    With a prompt it is never chat, whose messages are typed.
+    With a prompt the mode is never chat, where messages are typed.
     """
     has_prompt = not {"prompt", "file", "chat_template", "raw"}.isdisjoint(given)
     for mode, *others in map(USED_BY.__getitem__, given):
@@ -97,7 +108,7 @@ def _mode_without_m(given: Collection[str]) -> str:
 
 
 def _model_path(parser: Parser, args: argparse.Namespace) -> str:
-    """The model that is named, else that of the environment, else the one in the box."""
+    """The path of the model: the argument, else QWEN3C_MODEL, else the model in the box."""
     paths = args.paths
     if args.mode == "perplexity":
         if args.file is None and paths:
@@ -109,13 +120,22 @@ def _model_path(parser: Parser, args: argparse.Namespace) -> str:
             parser.error(f"{path}: No such file or directory; did you mean -m {path}?")
     if len(paths) > 1:
         parser.error(f"one model at a time, not {len(paths)}: {' '.join(paths)}")
-    model: str = paths[0] if paths else os.environ.get("QWEN3C_MODEL") or str(MODEL_IN_THE_BOX)
+    if args.mode == "serve":
+        return paths[0] if paths else ""  # its configuration may name models
+    model: str = paths[0] if paths else model_by_default()
     if not paths and not os.path.exists(model):
         parser.error(f"which model? There is none at {model}")
     return model
 
 
+def model_by_default() -> str:
+    """The path of the model that is meant where none is named."""
+    return os.environ.get("QWEN3C_MODEL") or str(MODEL_IN_THE_BOX)
+
+
 def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
+    if args.mcp is not None and args.upstream is not None:
+        parser.error("--mcp gives tools to the model here, --upstream asks a provider: use one of them")
     if args.echo and args.json:
         parser.error("--echo is for text; with --json the prompt is not shown")
     if args.hide_thinking and args.json:
@@ -134,6 +154,8 @@ def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--raw completes text, which has no system prompt (-y, --system-file)")
     if args.raw and (args.think or args.no_think or args.reasoning is not None):
         parser.error("--raw completes text, which has no switch for thinking (-r, --think, --no-think)")
+    if args.url is not None and args.paths:
+        parser.error("--url serves the model of a running server; another one cannot be named")
 
 
 def _zero_or_one(text: str) -> bool:
@@ -151,13 +173,15 @@ def _bias(text: str) -> tuple[int, float]:
 
 
 def new_parser() -> Parser:
-    """The options in the order of --help."""
+    """The parser; its options are in the order of --help."""
     parser = Parser(
         SCRIPT,
         usage=f"{program_name(SCRIPT)} [MODEL] [-m {'|'.join(MODES)}] [options]",
         description="Run a model.bin: chat with it, complete text, look into it, measure it.",
-        epilog="Without -m a model with a chat template chats on a terminal and answers what comes with -i, --file "
-        "or a pipe; -m generate, --raw and a model without a template complete it as text, and --chat-template, -y, "
+        epilog="Without -m a model with a chat template chats on a terminal and answers what comes with -i, "
+        "--file "
+        "or a pipe; -m generate, --raw and a model without a template complete it as text, and "
+        "--chat-template, -y, "
         "-r, --think and --no-think make -m generate answer too. "
         "Sampling that is not given comes from the model's generation_config, else from what its "
         "makers recommend (thinking: 0.6/0.95/20, not thinking: 0.7/0.8/20).",
@@ -171,13 +195,16 @@ def new_parser() -> Parser:
     )
     add("-m", "--mode", choices=MODES, help="chat; generate: one reply or completion; trace: look inside "
         "while a text flows through; info: what is in the file and the memory it takes; perplexity FILE: how well the model predicts a text; "
-        "bench: how fast it runs here, beside what the machine can do")  # fmt: skip
+        "bench: how fast it runs here, beside what the machine can do; serve: a chat page and OpenAI's API over HTTP; "
+        "mcp: the model as tools of an MCP host, over stdin and stdout")  # fmt: skip
     add("--version", action="version", version=_version())
     _add_text(parser.add_argument_group("text"))
     _add_sampling(parser.add_argument_group("sampling"))
     _add_machine(parser.add_argument_group("machine"))
     _add_output(parser.add_argument_group("output"))
     _add_cloud(parser.add_argument_group("cloud first, the model if it does not answer"))
+    _add_serving(parser.add_argument_group("serve"))
+    _add_mcp(parser.add_argument_group("MCP"))
     return parser
 
 
@@ -186,7 +213,8 @@ def _add_text(group: Any) -> None:
     add("-i", "--prompt", metavar="TEXT", help="the prompt; - is stdin, as is no -i at all")
     add("--file", metavar="FILE", help="read the prompt, or the text of perplexity, from a file; after -i")
     kind = group.add_mutually_exclusive_group().add_argument
-    kind("--chat-template", action="store_true", help="the prompt is a message to answer, also with -m generate "
+    kind("--chat-template", action="store_true", help="the prompt is a message to answer, also with -m "
+        "generate "
         "(implied by -y, -r, --think and --no-think)")  # fmt: skip
     kind("--raw", action="store_true", help="the prompt is text to complete, also without -m")
     add("--echo", action="store_true", help="generate: print the prompt before what follows it")
@@ -232,7 +260,8 @@ def _add_machine(group: Any) -> None:
         help="positions; 0: the model's "
         "(default: 8192, or what the model and half of the free memory hold; perplexity: windows of 2048)",
     )
-    add("--overflow", choices=("stop", "drop"), help="chat: what happens when the context is full: stop refuses "
+    add("--overflow", choices=("stop", "drop"), help="chat: what happens when the context is full: stop "
+        "refuses "
         "the message (the default), drop lets the oldest turns go")  # fmt: skip
     add("-j", "--threads", type=at_least(1), metavar="N",
         help="default: QWEN3C_THREADS, else OMP_NUM_THREADS, else what this machine can feed")  # fmt: skip
@@ -240,7 +269,8 @@ def _add_machine(group: Any) -> None:
         help="type of the KV cache: int8 takes half the memory of f16 (default: f16)")  # fmt: skip
     add("--activations", choices=("int8", "float32"),
         help="float32 is slow and for comparing with other programs (default: int8)")  # fmt: skip
-    add("--huge-pages", action="store_true", help="copy the weights into memory of large pages: more bandwidth for "
+    add("--huge-pages", action="store_true", help="copy the weights into memory of large pages: more "
+        "bandwidth for "
         "a slower start and memory of their own")  # fmt: skip
     add("--isa", metavar="NAME", help="instruction set (default: QWEN3C_ISA, else the widest here)")
 
@@ -252,9 +282,11 @@ def _add_output(group: Any) -> None:
     add("--logprobs", type=at_least(0), metavar="N", help="with --json: log-probability of each token of "
         "the reply, and the N most likely ones beside it")  # fmt: skip
     add("--level", choices=("input_flow", "compact", "verbose"), help="trace: the modules and their shapes "
-        "(the default); the range of every activation; also types, bytes, errors and every weight")  # fmt: skip
+        "(the default); the range of every activation; also types, bytes, errors and every "
+        "weight")  # fmt: skip
     add("--html", metavar="FILE", help="trace: write one page to look at: norms, attention, the predictions "
-        f"after each layer, and what else the next tokens might have been (-n, default {TRACED_TOKENS})")  # fmt: skip
+        "after each layer, and what else the next tokens might have been (-n, default "
+        f"{TRACED_TOKENS})")  # fmt: skip
     add("--verify", action="store_true", help="info: read every tensor and compare its checksum")
 
 
@@ -268,6 +300,90 @@ def _add_cloud(group: Any) -> None:
     add("--upstream-insecure", action="store_true", help="http:// to another machine, for all to read")
     add("--upstream-env-proxy", action="store_true", help="heed HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE")
     add("--offline", action="store_true", help="never ask the provider: no connection is opened")
+
+
+def _alias(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return name, path
+
+
+def _add_serving(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--host",
+        metavar="ADDRESS",
+        help="where to listen (default: 127.0.0.1); any other address needs --api-keys",
+    )
+    add("--port", type=at_least(0), metavar="N", help="(default: 8080); 0: a free one")
+    add(
+        "--fd",
+        type=at_least(0),
+        metavar="N",
+        help="listen on a socket that is open already, by its descriptor",
+    )
+    add("--config", metavar="FILE", help="settings as TOML; flags win over them")
+    add("--print-config", action="store_true", help="print all settings as TOML, and serve nothing")
+    add("--model-alias", action="append", default=[], type=_alias, metavar="NAME=PATH",
+        help="one more model, loaded when a request names it; repeatable")  # fmt: skip
+    add("--api-keys", metavar="FILE",
+        help="only requests with a key of this file are answered; a line: NAME KEY "
+        "[running=N] [queue=N] [priority=N]; SIGHUP reads it again")  # fmt: skip
+    add("--max-gap", type=float, metavar="SECONDS",
+        help="longest pause in a reply while prompts of others are read "
+        "(default: 0.1 to 0.5, as the model allows)")  # fmt: skip
+    add("--cache-memory", metavar="SIZE",
+        help='for keys and values of requests and of what may be asked again, such as '
+        '"2 GiB" (default: a quarter of what is available)')  # fmt: skip
+    add("--running", type=at_least(1), metavar="N", help="sequences at once (default: 64)")
+    add(
+        "--queue",
+        type=at_least(0),
+        metavar="N",
+        help="sequences that wait; the next one is refused (default: 128)",
+    )
+    add(
+        "--idle-unload",
+        type=float,
+        metavar="SECONDS",
+        help="release a model that nobody has asked for so long (default: never)",
+    )
+    add(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a site whose pages may ask; repeatable",
+    )
+    add(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name this server has besides localhost; repeatable",
+    )
+    add(
+        "--drain",
+        type=float,
+        metavar="SECONDS",
+        help="what requests have to finish when the server is stopped (default: 5)",
+    )
+    add("--log-json", action="store_true", help="log lines as JSON")
+    add(
+        "--metrics",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="/metrics for Prometheus (default: yes)",
+    )
+
+
+def _add_mcp(group: Any) -> None:
+    add = group.add_argument
+    add("--mcp", metavar="FILE", help="chat: let the model call the tools of the MCP servers that FILE names under "
+        "mcpServers; each call is asked about first")  # fmt: skip
+    add("--url", metavar="URL", help="mcp: serve the tools of the server that runs there, which loads nothing here; "
+        "QWEN3C_API_KEY is its key")  # fmt: skip
 
 
 def _version() -> str:

@@ -46,7 +46,9 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals, terminals and /d
 
 @pytest.fixture(autouse=True)
 def default_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that can think, for every command that names none; two threads on a busy machine wait for each other."""
+    """Every command uses a model that can think, and one thread: two threads on a busy machine wait for each
+    other.
+    """
     monkeypatch.setenv("QWEN3C_MODEL", TINY)
     monkeypatch.setenv("QWEN3C_THREADS", "1")
 
@@ -177,6 +179,21 @@ def test_json_is_one_line_that_tells_everything(model: Model, capsys: pytest.Cap
     assert reply["prefill_seconds"] > 0 and reply["tool_calls"] == [] and reply["thinking"] == ""
 
 
+def test_a_reply_is_held_to_the_schema_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "schema.json"
+    path.write_text('{"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 4}')
+    done = in_process(capsys, *COMPLETE, "-i", PROMPT, "--schema", str(path), "-s", "1")
+    items = json.loads(done.out)
+    assert done.status == 0 and 2 <= len(items) <= 4 and set(items) <= {"a", "b"}
+    as_json = in_process(capsys, *COMPLETE, "-i", PROMPT, "--schema", str(path), "-s", "1", "--json")
+    reply = json.loads(as_json.out)
+    assert json.loads(reply["text"]) == items and reply["finish_reason"] == "stop"
+    answer = in_process(capsys, "-i", "hi", "--no-think", "--schema", str(path), "-s", "1", "--json")
+    assert 2 <= len(json.loads(json.loads(answer.out)["text"])) <= 4  # also where it is an answer
+    short = in_process(capsys, *COMPLETE, "-i", PROMPT, "--schema", str(path), "-n", "1")
+    assert short.out.strip() == "[" and "ended by length (-n), before its JSON was complete" in short.err
+
+
 def test_flags_reach_the_sampler(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
     flags = (
         "-t 0.9 -p 0.7 --top-k 9 --min-p 0.01 --presence-penalty 1 --frequency-penalty 0.2 "
@@ -254,7 +271,8 @@ def test_a_model_without_a_template_completes(tmp_path: Path, capsys: pytest.Cap
 def test_help_states_the_rule(capsys: pytest.CaptureFixture[str]) -> None:
     said = " ".join(in_process(capsys, "--help").out.split())
     assert (
-        "Without -m a model with a chat template chats on a terminal and answers what comes with -i, --file or a "
+        "Without -m a model with a chat template chats on a terminal and answers what comes with -i, --file "
+        "or a "
         "pipe; -m generate, --raw and a model without a template complete it as text"
     ) in said
 
@@ -284,7 +302,7 @@ def with_template(file: ModelFile, path: Path, template: str) -> str:
 # ----------------------------------------------------------------------------
 # Modes and options
 
-ALL = {"chat", "generate", "trace", "info", "perplexity", "bench"}
+ALL = {"chat", "generate", "trace", "info", "perplexity", "bench", "serve", "mcp"}
 MAKES_TEXT = {"chat", "generate", "trace"}
 SAMPLING = (
     "-t 1", "-p 1", "-s 1", "--top-k 1", "--min-p 0.1", "--presence-penalty 1", "--frequency-penalty 1",
@@ -293,15 +311,40 @@ SAMPLING = (
 OPTIONS = [  # and the modes that use them
     (("-i x", "--chat-template", "--raw"), {"generate", "trace"}),
     (("--file /dev/null",), {"generate", "trace", "perplexity"}),
-    (("--echo",), {"generate"}),
+    (("--echo", "--schema x"), {"generate"}),
     (("-y x", "--system-file x", "-r 1", "--think", "--no-think"), MAKES_TEXT),
     (("-n 1", "--stop x", *SAMPLING), MAKES_TEXT),
-    (("-c 0",), MAKES_TEXT | {"perplexity"}),
-    (("-j 1", "--kv f16", "--activations int8", "--huge-pages", "--isa scalar"), ALL - {"info"}),
+    (("-c 0",), MAKES_TEXT | {"perplexity", "serve", "mcp"}),
+    (("-j 1", "--kv f16", "--huge-pages", "--isa scalar"), ALL - {"info"}),
+    (("--activations int8",), ALL - {"info", "serve"}),
+    (
+        (
+            "--host x",
+            "--port 1",
+            "--fd 3",
+            "--config x",
+            "--print-config",
+            "--api-keys x",
+            "--max-gap 1",
+            "--cache-memory x",
+            "--queue 1",
+            "--running 1",
+            "--cors-origin x",
+            "--allowed-host x",
+            "--drain 1",
+            "--log-json",
+            "--no-metrics",
+            "--metrics",
+            "--model-alias a=b",
+            "--idle-unload 1",
+        ),
+        {"serve"},
+    ),
     (("--hide-thinking", "--json --logprobs 1"), {"chat", "generate"}),
-    (("--json",), ALL - {"bench"}),
+    (("--json",), ALL - {"bench", "serve", "mcp"}),
     (("--level compact", "--html x"), {"trace"}),
     (("--verify",), {"info"}),
+    (("--mcp x",), {"chat"}),
 ]
 
 
@@ -390,20 +433,23 @@ def test_what_is_not_a_model_bin_says_what_it_is_and_what_to_do(
         "hf": "hf: is a directory, not a model.bin; `python export.py hf model.bin` converts it",
         "box": "box: is a directory, not a model.bin; did you mean box/model.bin?",
         "empty": "empty: is a directory, not a model.bin",
-        "a b.gguf": "a b.gguf: not a model.bin but a GGUF file; `python export.py 'a b.gguf' model.bin` converts it",
+        "a b.gguf": "a b.gguf: not a model.bin but a GGUF file; `python export.py 'a b.gguf' model.bin` "
+        "converts it",
         "pointer.bin": "pointer.bin: not a model.bin but a git-lfs pointer; "
         "`git lfs pull` in its folder fetches the file itself",
-        "page.bin": "page.bin: not a model.bin but a web page; the download brought no model; `hf download` does",
+        "page.bin": "page.bin: not a model.bin but a web page; the download brought no model; "
+        "`hf download` does",
         "pytorch_model.bin": "pytorch_model.bin: not a model.bin but a PyTorch or zip file; "
         "export.py converts a folder with *.safetensors, or a GGUF file",
         "hf/model.safetensors": "hf/model.safetensors: not a model.bin but a safetensors file; "
         "`python export.py hf model.bin` converts its folder",
         "alone.safetensors": "alone.safetensors: not a model.bin but a safetensors file; "
         "`python export.py . model.bin` converts its folder",
-        "Qwen/Qwen3-0.6B": f"Qwen/Qwen3-0.6B: {missing}; `hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B` "
+        "Qwen/Qwen3-0.6B": f"Qwen/Qwen3-0.6B: {missing}; "
+        "`hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B` "
         "fetches it from the Hugging Face Hub, then `python export.py Qwen3-0.6B model.bin` converts it",
         "no/model.bin": f"no/model.bin: {missing}; {makes_one}",
-        "hf/Qwen3-0.6B": f"hf/Qwen3-0.6B: {missing}; {makes_one}",  # a folder that is there is no owner on the Hub
+        "hf/Qwen3-0.6B": f"hf/Qwen3-0.6B: {missing}; {makes_one}",  # the folder hf exists
         "model.bin": f"model.bin: {missing}; {makes_one}",
         "/no/Qwen3": f"/no/Qwen3: {missing}; {makes_one}",
     }.items():  # fmt: skip
@@ -424,7 +470,8 @@ def test_the_name_of_a_mode_where_the_model_stands_is_recognised(
         done = in_process(capsys, *arguments)
         expected = f"run.py: error: {mode}: No such file or directory; did you mean -m {mode}?\n"
         assert (done.status, done.err) == (2, expected)
-    (tmp_path / mode).write_bytes(TINY_QWEN3.read_bytes())  # a file of that name is a file
+    # a file that is named like a mode is taken for a file
+    (tmp_path / mode).write_bytes(TINY_QWEN3.read_bytes())
     assert in_process(capsys, mode, "-m", "info").status == 0
 
 
@@ -436,7 +483,8 @@ def test_the_name_of_a_mode_where_the_model_stands_is_recognised(
     ("args", "complaint"),
     [
         (["/nowhere/model.bin", "-i", "x"], "/nowhere/model.bin: No such file or directory"),
-        (["{dir}", "-i", "x"], "{dir}: is a directory, not a model.bin; `python export.py {dir} model.bin` converts it"),
+        (["{dir}", "-i", "x"],
+         "{dir}: is a directory, not a model.bin; `python export.py {dir} model.bin` converts it"),
         (["{text}", "-i", "x"], "{text}: not a model.bin: starts with b'not a mo', expected b'QWEN3C"),
         (["{text}", "-m", "info"], "{text}: not a model.bin"),
         (["-i", "x", "-t", "-1"], "temperature = -1.0 is not a number from 0 to 100"),
@@ -448,8 +496,10 @@ def test_the_name_of_a_mode_where_the_model_stands_is_recognised(
         (["-i", "x", "-j", "0"], "argument -j/--threads: 0 is not at least 1"),
         (["-i", "x", "-j", "2000"], "threads = 2000 is outside 1..1024"),
         (["-i", "x", "--think", "--no-think"], "argument --no-think: not allowed with argument --think"),
-        (["-i", "x", "-r", "1", "--no-think"], "argument --no-think: not allowed with argument -r/--reasoning"),
-        (["-i", "x", "--raw", "--chat-template"], "argument --chat-template: not allowed with argument --raw"),
+        (["-i", "x", "-r", "1", "--no-think"],
+         "argument --no-think: not allowed with argument -r/--reasoning"),
+        (["-i", "x", "--raw", "--chat-template"],
+         "argument --chat-template: not allowed with argument --raw"),
         (["-i", "x", "--raw", "-y", "x"], "--raw completes text, which has no system prompt"),
         (["-i", "x", "--raw", "-r", "0"], "--raw completes text, which has no switch for thinking"),
         (["-i", "x", "--json", "--hide-thinking"], "--hide-thinking is for text"),
@@ -462,6 +512,9 @@ def test_the_name_of_a_mode_where_the_model_stands_is_recognised(
         (["-i", ""], "prompt is empty"),
         (["-i", "x " * 3000], "tokens, the context holds 2048"),
         (["-i", "x\udcff"], "--prompt: character 1 is not UTF-8 text"),
+        (["-i", "x", "--schema", "/nowhere/schema.json"], "/nowhere/schema.json: No such file or directory"),
+        (["-i", "x", "--schema", "{text}"], "{text}: schema is not JSON: Expecting value"),
+        (["-i", "x", "--schema", "{not}"], '{not}: Unimplemented keys: ["not"]'),
         (["--file", "/nowhere/prompt.txt"], "/nowhere/prompt.txt: No such file or directory"),
         (["--file", "{binary}"], "{binary}: byte 2 is not UTF-8 text"),
         (["-i", "x", "-y", "a", "--system-file", "b"], "--system and --system-file are two system prompts"),
@@ -479,12 +532,13 @@ def test_the_name_of_a_mode_where_the_model_stands_is_recognised(
 def test_wrong_input_is_one_line_and_status_2(
     args: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = {name: str(tmp_path / name) for name in ("dir", "text", "binary", "one")}
+    places = {name: str(tmp_path / name) for name in ("dir", "text", "binary", "one", "not")}
     (tmp_path / "dir").mkdir()
     (tmp_path / "dir" / "config.json").write_text("{}")
     (tmp_path / "text").write_text("not a model")
     (tmp_path / "binary").write_bytes(b"ab\xff")
     (tmp_path / "one").write_text("a")
+    (tmp_path / "not").write_text('{"not": {}}')
     done = in_process(capsys, *(arg.format(**places) if "{" in arg else arg for arg in args))
     assert done.status == 2 and done.out == ""
     assert done.err.startswith("run.py: error: ") and complaint.format(**places) in done.err
@@ -594,7 +648,8 @@ def test_an_engine_that_was_not_built_is_one_line_that_says_how(command: list[st
         (OSError(errno.EIO, "Input/output error"), 1, "cannot write: Input/output error"),
         (OSError(errno.EMFILE, "Too many open files"), 2, "Too many open files: the limit is "),
         (OSError(errno.EMFILE, "Too many open files", "x"), 2, "x: Too many open files"),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "out of memory: a smaller context (-c) takes less"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2,
+         "out of memory: a smaller context (-c) takes less"),
         (MemoryError(), 2, "out of memory: a smaller context (-c) takes less"),
         (RuntimeError("can't start new thread"), 2, "can't start new thread"),
     ],
@@ -610,7 +665,7 @@ def test_an_error_is_one_line_that_says_what_was_short(
         raise error
 
     monkeypatch.setattr(run, "MODES", {"info": fail})
-    monkeypatch.setattr(os, "dup2", lambda *_: None)  # or this test's own stdout were gone
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # or this test's own stdout would be closed
     done = in_process(capfd, "-m", "info")
     assert done.status == status and done.err.count("\n") == 1
     assert done.err.startswith(f"run.py: error: {said}")
@@ -860,7 +915,9 @@ def test_messages_from_a_pipe_are_answered_one_by_one(model: Model) -> None:
     stdin = 'first\n"""\nsecond\nline\n"""\n\n/foo\n /foo\n/no_think x\n'
     done = command("-m", "chat", "-n", "6", "-s", "4", "--no-think", "--json", input=stdin.encode())
     replies = [json.loads(line) for line in done.out.splitlines()]
-    assert done.status == 2 and "unknown command /foo" in done.err  # nobody sat there to see it
+    assert (
+        done.status == 2 and "unknown command /foo" in done.err
+    )  # stdin is no terminal, so a failed command shows in the status
     messages: list[dict[str, Any]] = []
     for i, (said, reply) in enumerate(
         zip(["first", "second\nline", " /foo", "/no_think x"], replies, strict=True)
@@ -953,11 +1010,11 @@ class Terminal:
         )  # fmt: skip
         os.close(slave)
         self._raw = b""
-        self.seen = ""  # without what moves the cursor or colours, and the ^C a terminal shows
+        self.seen = ""  # output without escape codes and without the ^C that a terminal shows
         self._read = 0
 
     def expect(self, pattern: str, seconds: float = 30) -> str:
-        """Wait for `pattern` after what was waited for last; the text up to its end."""
+        """Wait for `pattern` in the output since the last wait; returns the text up to its end."""
         deadline = time.monotonic() + seconds
         while not (match := re.compile(pattern).search(self.seen, self._read)):
             ready = select.select([self._master], [], [], max(0, deadline - time.monotonic()))[0]
@@ -1025,7 +1082,7 @@ def test_a_conversation_at_a_terminal(terminal: Any, tmp_path: Path) -> None:
     t.send("\x1b[200~pasted\n\n/help\ntext\x1b[201~\r")
     assert re.search(r"\(\d+ cached\).*reply 5 tok .*cut at max tokens", t.expect(SPEED_LINE))
     t.expect("> ")
-    # so is a block
+    # a block between quotes is one message
     t.send('"""a block\r')
     t.expect(r"\.\.\. ")
     t.send('of two"""\r')
@@ -1034,7 +1091,7 @@ def test_a_conversation_at_a_terminal(terminal: Any, tmp_path: Path) -> None:
     t.send("/regen\r")
     t.expect(SPEED_LINE)
     t.expect("> ")
-    # Qwen's own switch is for Qwen
+    # /no_think is for the model, no command
     t.send("/no_think hi\r")
     t.expect(SPEED_LINE)
     t.expect("> ")
@@ -1057,7 +1114,7 @@ def test_a_conversation_at_a_terminal(terminal: Any, tmp_path: Path) -> None:
         "a block\nof two",
         "/no_think hi",
     ]
-    # of what was on its way when Ctrl-C came, the terminal itself may throw the end away
+    # at Ctrl-C the terminal itself may discard output that was on its way
     assert len(messages[1]["content"]) >= 40 and messages[1]["content"][:30] in t.seen
     history = (tmp_path / "state" / "qwen3c" / "history").read_text()
     assert "write a lot" in history and (tmp_path / "state/qwen3c/history").stat().st_mode & 0o077 == 0
