@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py environment.py $(wildcard qwen3c/*/*.pyx qwen3c/*/*.pxd qwen3c/kernels/*.[ch])
 
-.PHONY: help run test oracles model test-arm bench lint sanitize serial clean
+.PHONY: help run test slow oracles model test-arm bench lint sanitize serial clean
 
 help:
 	@grep -E '^## ' Makefile | cut -c4-
@@ -16,9 +16,15 @@ run: $(VENV)/ready
 	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/python run.py; \
 	else $(BIN)/python run.py -m generate --chat-template -i 'What is 27 + 45?' -s 1; fi
 
-## make test       all tests; those that need torch and transformers run after `make oracles`
+# two processes, a file of tests in one of them: on two cores one half waits for terminals while the other computes
+SIDE_BY_SIDE := -n 2 --dist loadfile
+## make test       all tests but the slow; those that need torch and transformers run after `make oracles`
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+
+## make slow       the tests that take minutes: what a terminal shows is broken on purpose, and noticed
+slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
 
 ## make oracles    torch and transformers, to train with and to compare with (about 1 GB)
 oracles: $(VENV)/ready
@@ -75,7 +81,7 @@ lint: $(VENV)/ready
 # a build of its own, in a copy: build/NAME/ has the sources, and the engine compiled by what $(1) sets
 apart = mkdir -p build/$@ && rm -rf build/$@/qwen3c build/$@/tests && tar -c --exclude '*.so' --exclude __pycache__ \
     qwen3c tests docs *.py *.toml *.md Makefile | tar -x -C build/$@ && $(PIP) $(call extra,build) \
-    && cd build/$@ && $(1) $(abspath $(BIN))/python setup.py -q build_ext --inplace
+    && cd build/$@ && $(1) $(abspath $(BIN))/python setup.py -q build_ext --inplace -j 2
 
 ## make sanitize   engine, format and kernel tests under AddressSanitizer and UBSan (gcc), built in build/sanitize
 # without use-after-scope, which takes gcc ten minutes over the hundreds of small structs that scalar.c makes inline
@@ -85,7 +91,8 @@ sanitize: $(VENV)/ready
 	@case "$(ASAN)" in /*) ;; *) echo "make sanitize needs gcc with its libasan, $(CC) has none (CC=gcc-12 names another)" >&2; exit 1;; esac
 	@$(call apart,QWEN3C_CFLAGS="$(SANITIZE)")
 	cd build/$@ && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD=$(ASAN) \
-	    $(abspath $(BIN))/python -m pytest tests/engine/test_engine.py tests/test_format.py tests/test_reference.py
+	    $(abspath $(BIN))/python -m pytest $(SIDE_BY_SIDE) \
+	    tests/engine/test_engine.py tests/test_format.py tests/test_reference.py
 	cd build/$@ && $(CC) $(SANITIZE) -std=c11 -Iqwen3c/kernels tests/kernels/kernels.c \
 	    $$(ls build/temp*/qwen3c/kernels/*.o | grep -v /table.o) -lm -o kernels && ./kernels > kernels.txt && tail -n 1 kernels.txt
 	cd build/$@ && $(CC) $(SANITIZE) -std=c11 -D_POSIX_C_SOURCE=200809L -pthread -Iqwen3c/kernels tests/kernels/team.c -o team \
@@ -93,7 +100,8 @@ sanitize: $(VENV)/ready
 
 ## make serial     engine and kernel tests of a build without OpenMP, in build/serial
 serial: $(VENV)/ready
-	@$(call apart,QWEN3C_OPENMP=0) && $(abspath $(BIN))/python -m pytest tests/engine/test_engine.py tests/test_reference.py tests/kernels
+	@$(call apart,QWEN3C_OPENMP=0) && $(abspath $(BIN))/python -m pytest $(SIDE_BY_SIDE) \
+	    tests/engine/test_engine.py tests/test_reference.py tests/kernels
 
 ## make clean      remove everything that was built
 clean:
