@@ -98,10 +98,11 @@ sanitize: $(VENV)/ready
 	cd build/$@ && $(CC) $(SANITIZE) -std=c11 -D_POSIX_C_SOURCE=200809L -pthread -Iqwen3c/kernels tests/kernels/team.c -o team \
 	    && ./team 5 5 0 400 && ./team 4 4 2 400 && ./team 3 3 1 200
 
-## make serial     engine and kernel tests of a build without OpenMP, in build/serial
+## make serial     what computes, tested in a build without OpenMP, in build/serial
+# without tests/kernels, which builds its own program from kernels that know no OpenMP: `make test` has run the same
 serial: $(VENV)/ready
 	@$(call apart,QWEN3C_OPENMP=0) && $(abspath $(BIN))/python -m pytest $(SIDE_BY_SIDE) \
-	    tests/engine/test_engine.py tests/test_reference.py tests/kernels
+	    tests/engine/test_engine.py tests/test_reference.py tests/test_format.py tests/convert/test_export.py tests/drivers
 
 ## make clean      remove everything that was built
 clean:
