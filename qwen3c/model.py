@@ -43,6 +43,8 @@ class Model(Engine):
 
     config: the numbers of the model, such as config.n_layers and config.context. metadata: what else the file says
     of it, such as metadata["name"]. file: the mapped file itself. closed: whether close() was called.
+    kv_bytes: bytes of KV cache that its sessions hold, those of a block that several share once. kv_block_bytes:
+    bytes of one such block.
 
     Threads may share a model: calls take turns. Another process gets its own by pickling, which carries the path
     and the options and opens the file there; a copy is such a second model. `with Model(path) as model:` closes it.
