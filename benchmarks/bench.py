@@ -450,7 +450,7 @@ def run(args: argparse.Namespace, work: Path) -> None:
     if longest > file.config.context:
         raise ValueError(f"{longest} positions are needed, the model has {file.config.context}")
     for kv in args.kv:
-        engine.Model(str(ours), 1, kv)  # ValueError if there is no such type of cache
+        engine.Engine(str(ours), 1, kv)  # ValueError if there is no such type of cache
     context = -(-max(longest + 1, 2 * AGREEING) // 256) * 256
     if "sampler" in args.tests:
         figures += sampler(args.pairs)

@@ -135,7 +135,7 @@ def reference(source: Path) -> Forward:
 
 
 def ours(path: Path, kv: engine.KV, activations: engine.Activations) -> Forward:
-    model = engine.Model(str(path), kv=kv, activations=activations)
+    model = engine.Engine(str(path), kv=kv, activations=activations)
     return lambda ids: model.session().forward(ids, logits="all")
 
 

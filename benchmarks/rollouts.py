@@ -55,9 +55,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.bin"
 
-        def export_weights() -> engine.Model:  # as in training: every step has new ones
+        def export_weights() -> engine.Engine:  # as in training: every step has new ones
             export(args.model, path)
-            return engine.Model(str(path), args.threads)
+            return engine.Engine(str(path), args.threads)
 
         def run_ours() -> None:
             groups = rollout(model, [prompt] * args.batch, 1, args.tokens, (), 1.0, (1,))

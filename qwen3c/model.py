@@ -15,20 +15,25 @@ from numpy.typing import ArrayLike, NDArray
 
 from .drivers import retrieval
 from .drivers.batch import RUNNING, CachedSession, drive
-from .drivers.generate import Generation, ReplyOptions
+from .drivers.generate import AnswerOptions, Generation, ReplyOptions
+from .drivers.grammar import Grammar
 from .drivers.reply import Event, Mask, Reply, ReplyState, Vocabulary, token_budget, token_ids, whole
 from .drivers.sampler import Sampling, SamplingOptions, default_sampling
-from .engine import KV, Activations, Logits, Model as Engine, Session
+from .engine import KV, Activations, Engine, Logits, Session
 from .format import ModelFileError
 from .memory import check_space_for_model, gib
 from .text.chat import END_THINK, ChatTemplate, last_control_token, may_think
 from .text.template import Renderer
 from .text.tokenizer import BackgroundTokenizer, Tokenizer
+from .text.tools import ToolSet, format_of
 
 if sys.version_info >= (3, 11):
     from typing import Self, Unpack
 elif TYPE_CHECKING:
     from typing_extensions import Self, Unpack
+
+
+CONSTRAINTS = ("schema", "regex", "choice", "grammar")  # options of which a call may have one
 
 
 class Model(Engine):
@@ -134,7 +139,8 @@ class Model(Engine):
     def vocabulary(self) -> Vocabulary:
         """What a reply must know of this model's tokens."""
         ends = frozenset(self.metadata["eos_token_ids"])
-        return Vocabulary(self.config.n_tokens, ends, self.undefined_tokens, self.tokenizer)
+        thinking = self.metadata["thinking"]
+        return Vocabulary(self.config.n_tokens, ends, self.undefined_tokens, self.tokenizer, thinking)
 
     # ------------------------------------------------------------------------
     # Text -> text
@@ -150,20 +156,22 @@ class Model(Engine):
     ) -> Reply:
         """The whole reply to a conversation; str() of it is the answer.
 
-        messages, thinking, tools: see chat_prompt. max_tokens, and options (session, stop, cancel, progress and
-        the fields of Sampling): see generate, which has the reply token by token. Conversation remembers what was
-        said.
+        messages, thinking, tools: see chat_prompt. max_tokens, and options (session, stop, mask, cancel, progress,
+        the fields of AnswerOptions and of Sampling): see generate, which has the reply token by token. Conversation
+        remembers what was said.
         """
         _check_keywords(Model.chat, options, ReplyOptions.__optional_keys__)
         prompt = self.chat_prompt(messages, thinking, tools)
+        if tools and format_of(self.chat_template.source) != "hermes":
+            options.setdefault("toolset", ToolSet(tools, format_of(self.chat_template.source)))
         with self.generate(prompt, max_tokens, **options) as generation:
             return generation.result()
 
     def complete(self, text: str, max_tokens: int | None = 256, **options: Unpack[ReplyOptions]) -> Reply:
         """How the model goes on from a bare text: no template, no roles.
 
-        max_tokens: None for what the context holds; such text need not come to an end. options: session, stop,
-        cancel, progress and the fields of Sampling, see generate.
+        max_tokens: None for what the context holds; such text need not come to an end. options: session, stop, mask,
+        cancel, progress, the fields of AnswerOptions and of Sampling, see generate.
         """
         _check_keywords(Model.complete, options, ReplyOptions.__optional_keys__)
         if not isinstance(text, str):
@@ -215,7 +223,7 @@ class Model(Engine):
         mask: Mask | None = None,
         cancel: Callable[[], bool] | None = None,
         progress: Callable[[int, int], None] | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[AnswerOptions],
     ) -> Generation:
         """The reply to `prompt` (token ids), as an iterator of events, also `async for`; see Generation.
 
@@ -224,16 +232,19 @@ class Model(Engine):
         part of it. logprobs: None, or how many of the most likely tokens to give with each event.
         mask: says before each token which may come; see reply.Mask.
         cancel: asked before every token and every piece of the prompt; true ends the reply.
-        progress: told (tokens done, tokens in all) of the prompt. sampling: see Sampling.
+        progress: told (tokens done, tokens in all) of the prompt. options: see Sampling and AnswerOptions.
+        An answer that is held to a schema, regex, choice or grammar meets it if finish_reason is "stop" and no text
+        of `stop` came; one that ended by "length" is the beginning of such an answer.
         ValueError, before anything is computed, if an argument is out of range, an id of the prompt is no
-        token or the prompt is longer than the context.
+        token, the prompt is longer than the context or a grammar cannot be enforced.
         """
-        _check_keywords(Model.generate, sampling, SamplingOptions.__optional_keys__)
+        _check_keywords(Model.generate, options, AnswerOptions.__optional_keys__)
         ids = token_ids(prompt, self.config.vocab_size)
         own = CachedSession(self) if session is None else _checked_session(session, self)
         budget = token_budget(max_tokens, len(ids), own.context, self.config.context)
-        chosen = self.sampling(self.may_think(ids), **sampling)
-        state = ReplyState(self.vocabulary, ids, chosen, budget, stop=stop, logprobs=logprobs, mask=mask)
+        grammar = self._grammar(options, mask)
+        mask = mask if grammar is None else grammar.mask(ids)
+        state = self._state(ids, budget, options, stop=stop, logprobs=logprobs, mask=mask)
         return Generation(own, ids, state, owns_session=session is None, cancel=cancel, progress=progress)
 
     def generate_many(
@@ -245,7 +256,7 @@ class Model(Engine):
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
         seeds: Sequence[int] | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[AnswerOptions],
     ) -> Iterator[tuple[int, Event]]:
         """The replies to many prompts in shared passes: (index of the prompt, event) pairs as they come.
 
@@ -254,7 +265,7 @@ class Model(Engine):
         seeds: one for each prompt, in place of `seed` for all. The other arguments are those of generate.
         ValueError, before anything is computed, if an argument is out of range or a prompt does not fit.
         """
-        _check_keywords(Model.generate_many, sampling, SamplingOptions.__optional_keys__)
+        _check_keywords(Model.generate_many, options, AnswerOptions.__optional_keys__)
         if whole("running", running) < 1:
             raise ValueError(f"running = {running} is less than 1")
         if seeds is not None and len(seeds) != len(prompts):
@@ -268,15 +279,48 @@ class Model(Engine):
             except ValueError as error:
                 raise ValueError(f"prompt {i} of {len(prompts)}: {error}") from None
 
+        grammar = self._grammar(options)
+
         def state(i: int) -> ReplyState:
             ids, budget = checked[i]
-            own: SamplingOptions = {**sampling, "seed": seeds[i]} if seeds is not None else sampling
-            chosen = self.sampling(self.may_think(ids), **own)
-            return ReplyState(self.vocabulary, ids, chosen, budget, stop=stop, logprobs=logprobs)
+            own: AnswerOptions = {**options, "seed": seeds[i]} if seeds is not None else options
+            mask = None if grammar is None else grammar.mask(ids)
+            return self._state(ids, budget, own, stop=stop, logprobs=logprobs, mask=mask)
 
         for i in range(min(1, len(checked))):
             state(i)  # an argument out of range is an error of this call, not of the first event
         return drive(self, ((checked[i][0], state(i)) for i in range(len(checked))), running)
+
+    def _grammar(self, options: AnswerOptions, mask: Mask | None = None) -> Grammar | None:
+        """The grammar that a call asks for, if any. ValueError if it asks for more than one constraint."""
+        asked = {name: value for name, value in options.items() if name in CONSTRAINTS and value is not None}
+        given = [*asked, *(["mask"] if mask is not None else [])]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given: an answer is held to one of them")
+        return Grammar.of(self.vocabulary, **asked) if asked else None  # type: ignore[arg-type]
+
+    def _state(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        options: AnswerOptions,
+        *,
+        stop: str | Sequence[str],
+        logprobs: int | None,
+        mask: Mask | None,
+    ) -> ReplyState:
+        sampling: Any = {k: v for k, v in options.items() if k in SamplingOptions.__optional_keys__}
+        return ReplyState(
+            self.vocabulary,
+            prompt,
+            self.sampling(self.may_think(prompt), **sampling),
+            max_tokens,
+            stop=stop,
+            logprobs=logprobs,
+            mask=mask,
+            tools=options.get("toolset"),
+            thinking_budget=options.get("thinking_budget"),
+        )
 
     def may_think(self, prompt: Sequence[int]) -> bool:
         """Whether the reply to `prompt` may begin with thought; a hybrid's may unless the prompt ends it."""

@@ -54,8 +54,8 @@ def of_huge_pages(address: int) -> str:
 @pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux alone")
 def test_weights_in_huge_pages_compute_the_same_bits_in_memory_of_their_own(tmp_path: Path) -> None:
     path = str(export_small_model(tmp_path))
-    mapped = engine.Model(path)
-    copied = engine.Model(path, huge_pages=True)
+    mapped = engine.Engine(path)
+    copied = engine.Engine(path, huge_pages=True)
     ids = np.arange(20)
     assert (mapped.session().forward(ids) == copied.session().forward(ids)).all()
     address = np.frombuffer(copied.file.weights, np.uint8).ctypes.data
@@ -76,12 +76,12 @@ def test_huge_pages_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPat
     for file in (setting, tmp_path / "missing"):
         monkeypatch.setattr(memory, "HUGE_PAGES", file)
         with pytest.raises(ValueError, match="^huge pages: this system has none to give$"):
-            engine.Model(path, huge_pages=True)
+            engine.Engine(path, huge_pages=True)
     setting.write_text("always [madvise] never\n")
     monkeypatch.setattr(memory, "HUGE_PAGES", setting)
     monkeypatch.setattr(memory, "available", lambda mapped=0: 1000)
     with pytest.raises(ValueError, match=r"^huge pages: the weights take [\d,]+ bytes, 1,000 are available$"):
-        engine.Model(path, huge_pages=True)
+        engine.Engine(path, huge_pages=True)
 
 
 GROUP_FILES = {

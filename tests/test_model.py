@@ -30,7 +30,7 @@ from small_models import TINY_QWEN3, export_small_model
 import qwen3c
 from qwen3c import CachedSession, Generation, Model, Reply, Sampling, Session, engine
 from qwen3c.cli.options import RAW_TOKENS
-from qwen3c.drivers.generate import ReplyOptions
+from qwen3c.drivers.generate import AnswerOptions, ReplyOptions
 from qwen3c.drivers.sampler import SamplingOptions
 from qwen3c.format import ModelFile, ModelWriter
 from qwen3c.inspect.perplexity import measure
@@ -111,8 +111,8 @@ def test_calls_share_a_session_and_every_other_option_of_generate(model: Model) 
     full = model.complete("import", 20, seed=1).text
     stop = full[3:6]
     assert model.complete("import", 20, seed=1, stop=stop).text == full[: full.index(stop)]
-    names = ReplyOptions.__optional_keys__ - SamplingOptions.__optional_keys__
-    own = {"self", "prompt", "max_tokens", "logprobs", "sampling"}
+    names = ReplyOptions.__optional_keys__ - AnswerOptions.__optional_keys__
+    own = {"self", "prompt", "max_tokens", "logprobs", "options"}
     assert names == inspect.signature(Model.generate).parameters.keys() - own
 
 
@@ -129,7 +129,7 @@ def test_the_keywords_of_a_call_are_the_fields_of_sampling() -> None:
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Unpack is in typing from 3.11 on")
 def test_annotations_can_be_evaluated() -> None:
     """By what makes forms, schemas or command lines of a function's annotations."""
-    assert typing.get_type_hints(Model.generate)["sampling"] == typing.Unpack[SamplingOptions]
+    assert typing.get_type_hints(Model.generate)["options"] == typing.Unpack[AnswerOptions]
     assert typing.get_type_hints(Model.chat)["options"] == typing.Unpack[ReplyOptions]
     for function in (
         Model.__init__,
@@ -489,7 +489,7 @@ def undocumented(kind: type, names: set[str]) -> list[str]:
 
 def test_help_says_something_of_every_public_name() -> None:
     assert qwen3c.__doc__ and str(inspect.signature(Model)).startswith("(path: ")
-    engine_side = set(members(engine.Model))
+    engine_side = set(members(engine.Engine))
     faults = []
     for name in qwen3c.__all__:
         value = getattr(qwen3c, name)
@@ -510,7 +510,7 @@ def test_help_says_something_of_every_name_of_the_engine() -> None:
 
 
 def test_the_docstring_of_a_model_says_what_its_fields_are() -> None:
-    (node,) = (n for n in stub().body if isinstance(n, ast.ClassDef) and n.name == "Model")
+    (node,) = (n for n in stub().body if isinstance(n, ast.ClassDef) and n.name == "Engine")
     fields = {ast.unparse(entry.target) for entry in node.body if isinstance(entry, ast.AnnAssign)}
     assert {"config", "metadata", "path"} < fields
     assert not [name for name in fields if f"{name}:" not in str(Model.__doc__)]

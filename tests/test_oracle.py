@@ -175,7 +175,7 @@ ORACLES = {
 }
 
 
-def oracle(model: engine.Model, config: Any) -> Any:
+def oracle(model: engine.Engine, config: Any) -> Any:
     """transformers' model in float32 with the dequantised weights of `model`."""
     config._attn_implementation = "eager"
     hf = ORACLES[config.model_type](config).eval()
@@ -185,7 +185,7 @@ def oracle(model: engine.Model, config: Any) -> Any:
     return hf
 
 
-def oracle_weight(model: engine.Model, name: str) -> NDArray[np.float32]:
+def oracle_weight(model: engine.Engine, name: str) -> NDArray[np.float32]:
     """A weight by the name transformers has for it, which holds all experts of a layer in one tensor."""
     prefix, fused, kind = name.partition(".experts.")
     if not fused:
@@ -199,7 +199,7 @@ def oracle_weight(model: engine.Model, name: str) -> NDArray[np.float32]:
     return np.stack(matrices)
 
 
-def oracle_config(model: engine.Model) -> Any:
+def oracle_config(model: engine.Engine) -> Any:
     """The transformers configuration of a model.bin, from its header."""
     c = model.config
     return transformers.Qwen3Config(
@@ -278,7 +278,7 @@ def hooked_activations(hf: Any, ids: NDArray[np.int64]) -> dict[str, NDArray[np.
 def test_every_float32_activation_is_what_transformers_computes(
     length: int, shape: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = engine.Model(str(export_small_model(tmp_path, **shape)), kv="f32", activations="float32")
+    model = engine.Engine(str(export_small_model(tmp_path, **shape)), kv="f32", activations="float32")
     # the oracle takes its numbers from the source's config.json, not from ours
     hf = oracle(model, transformers.AutoConfig.from_pretrained(tmp_path / "source"))
     ids = np.random.default_rng(1).integers(0, model.config.vocab_size, length)
@@ -294,7 +294,7 @@ def test_every_float32_activation_is_what_transformers_computes(
 
 
 def test_a_layer_that_computes_something_else_is_named(tmp_path: Path) -> None:
-    model = engine.Model(str(export_small_model(tmp_path, n_layers=3)), kv="f32", activations="float32")
+    model = engine.Engine(str(export_small_model(tmp_path, n_layers=3)), kv="f32", activations="float32")
     hf = oracle(model, transformers.AutoConfig.from_pretrained(tmp_path / "source"))
     hf.model.layers[1].self_attn.k_norm.weight.data *= 1.001
     ids = np.random.default_rng(1).integers(0, model.config.vocab_size, 50)
@@ -304,7 +304,7 @@ def test_a_layer_that_computes_something_else_is_named(tmp_path: Path) -> None:
 
 
 def test_float32_logits_of_a_trained_model_equal_those_of_transformers() -> None:
-    model = engine.Model(str(TINY_QWEN3), kv="f32", activations="float32")
+    model = engine.Engine(str(TINY_QWEN3), kv="f32", activations="float32")
     ids = python_source(1000)
     expected = oracle_logits(oracle(model, oracle_config(model)), ids)
     assert nmse(model.session().forward(ids, logits="all"), expected) <= NMSE_BOUND
@@ -313,7 +313,7 @@ def test_float32_logits_of_a_trained_model_equal_those_of_transformers() -> None
 def test_ten_thousand_tokens_are_routed_as_by_transformers(tmp_path: Path) -> None:
     shape = {"architecture": "qwen3_moe", "decoder_sparse_step": 2}  # experts in the last layer alone
     path = export_small_model(tmp_path, n_experts=128, n_experts_per_token=8, context=1024, **shape)  # type: ignore[arg-type]
-    model = engine.Model(str(path), kv="f32", activations="float32")
+    model = engine.Engine(str(path), kv="f32", activations="float32")
     hf = oracle(model, transformers.AutoConfig.from_pretrained(tmp_path / "source"))
     name = "model.layers.1.mlp.gate"
     compared = different = 0
@@ -334,7 +334,7 @@ def test_ten_thousand_tokens_are_routed_as_by_transformers(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("wrong", [{"rope_theta": 1.001e6}, {"rms_eps": 2e-6}], ids=str)
 def test_the_bound_notices_a_slightly_wrong_constant(wrong: dict[str, float], tmp_path: Path) -> None:
-    model = engine.Model(str(export_small_model(tmp_path)), kv="f32", activations="float32")
+    model = engine.Engine(str(export_small_model(tmp_path)), kv="f32", activations="float32")
     ids = np.random.default_rng(1).integers(0, model.config.vocab_size, 200)
     expected = oracle_logits(oracle(model, transformers.Qwen3Config(**config_json(**wrong))), ids)
     assert nmse(model.session().forward(ids, logits="all"), expected) > NMSE_BOUND
@@ -352,7 +352,7 @@ def test_the_bound_notices_a_slightly_wrong_constant(wrong: dict[str, float], tm
 
 @pytest.mark.parametrize("kv", ["f16", "f32"])
 def test_int8_activations_keep_the_probabilities_of_a_trained_model(kv: engine.KV) -> None:
-    model = engine.Model(str(TINY_QWEN3), kv=kv)
+    model = engine.Engine(str(TINY_QWEN3), kv=kv)
     check_int8(model, oracle(model, oracle_config(model)), np.split(python_source(4096), 4))
 
 
@@ -374,15 +374,15 @@ def test_int8_activations_keep_the_probabilities_of_its_relatives(
     ids = python_source(2048)
     write_relative(tmp_path / "source", Model(str(TINY_QWEN3)), architecture, ids[:1024].tolist(), rope)
     export(tmp_path / "source", tmp_path / "model.bin")
-    model = engine.Model(str(tmp_path / "model.bin"))
+    model = engine.Engine(str(tmp_path / "model.bin"))
     hf = oracle(model, transformers.AutoConfig.from_pretrained(tmp_path / "source"))
     bounds = {"divergence": 2e-3, "same_top": 0.96, "perplexity": 0.01}
     check_int8(model, hf, [ids[1024:]], rerouted(model, ids[1024:]), **bounds)
 
 
-def rerouted(model: engine.Model, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+def rerouted(model: engine.Engine, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     """The tokens that some layer sends to other experts than it would with float32 activations, (n,)."""
-    exact = engine.Model(model.path, kv="f32", activations="float32")
+    exact = engine.Engine(model.path, kv="f32", activations="float32")
     different = np.zeros(len(ids), bool)
     if model.config.n_experts:
         expected = exact.trace(ids, "*.gate.shares")
@@ -392,7 +392,7 @@ def rerouted(model: engine.Model, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def check_int8(
-    model: engine.Model,
+    model: engine.Engine,
     hf: Any,
     windows: list[NDArray[np.int64]],
     rerouted: NDArray[np.bool_] | bool = False,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_models import export_small_model, small_weights
 
-from qwen3c.engine import Model
+from qwen3c.engine import Engine
 from qwen3c.format import ModelFile
 from qwen3c.reference import forward, load_weights
 
@@ -61,7 +61,7 @@ def test_float_activations_agree_with_the_reference(path: Path) -> None:
     file = ModelFile(path)
     ids = np.random.default_rng(0).integers(0, file.config.vocab_size, 300)  # crosses a KV block
     expected = forward(file.config, load_weights(file), ids)  # type: ignore[arg-type]
-    logits = Model(path, kv="f32", activations="float32").session().forward(ids, logits="all")
+    logits = Engine(path, kv="f32", activations="float32").session().forward(ids, logits="all")
     assert nmse(logits, expected) <= 1e-10
 
 
@@ -73,11 +73,11 @@ def test_rounding_to_int8_stays_close_to_the_reference(path: Path, rounded: dict
     ids = np.random.default_rng(0).integers(0, file.config.vocab_size, 300)
     expected = forward(file.config, load_weights(file), ids)  # type: ignore[arg-type]
     # one rounding to 8 bits costs about 1e-4 of a product's energy (group 64); a few layers add up to some of it
-    assert 1e-6 < nmse(Model(path, **rounded).session().forward(ids, logits="all"), expected) < 3e-2
+    assert 1e-6 < nmse(Engine(path, **rounded).session().forward(ids, logits="all"), expected) < 3e-2
 
 
 def test_weight_returns_what_the_reference_reads(path: Path) -> None:
-    file, model = ModelFile(path), Model(path)
+    file, model = ModelFile(path), Engine(path)
     weights = load_weights(file)
     for tensor in file.tensors:
         for part in tensor.parts:
@@ -86,7 +86,7 @@ def test_weight_returns_what_the_reference_reads(path: Path) -> None:
 
 def test_stored_weights_are_within_half_a_step_of_the_source(tmp_path: Path) -> None:
     path = export_small_model(tmp_path, group_size=32)
-    model = Model(path)
+    model = Engine(path)
     for name, source in small_weights().items():
         stored = model.weight(name)
         if source.ndim == 1:
@@ -99,4 +99,4 @@ def test_stored_weights_are_within_half_a_step_of_the_source(tmp_path: Path) -> 
 
 def test_an_unknown_weight_is_a_key_error(path: Path) -> None:
     with pytest.raises(KeyError, match="nonsense"):
-        Model(path).weight("nonsense")
+        Engine(path).weight("nonsense")

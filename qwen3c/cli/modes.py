@@ -16,6 +16,7 @@ from .prompt import is_raw, may_chat, prompt_text, prompt_tokens, read_text, sys
 
 if TYPE_CHECKING:
     from ..drivers.generate import Generation
+    from ..drivers.grammar import Grammar
     from ..format import ModelFile
     from ..inspect.trace import Text
     from ..model import Model
@@ -54,10 +55,11 @@ def write_reply(args: argparse.Namespace) -> int:
     prompt = prompt_tokens(args, model, text)
     max_tokens = RAW_TOKENS if raw and args.max_tokens is None else args.max_tokens
     session = CachedSession(model, context_of(args, model))
+    grammar = _grammar(args.schema, model) if args.schema else None
 
     def ask(**callbacks: Any) -> Generation:
         reply = model.generate(
-            prompt, max_tokens or None, session=session, stop=args.stop, logprobs=args.logprobs,
+            prompt, max_tokens or None, session=session, stop=args.stop, logprobs=args.logprobs, grammar=grammar,
             **sampling(args), **callbacks,
         )  # fmt: skip
         say_what_was_chosen(args, model, session.context, model.may_think(prompt), raw)
@@ -66,7 +68,20 @@ def write_reply(args: argparse.Namespace) -> int:
         return reply
 
     reply = show(ask, new_writer(args, model)).reply
+    if grammar and reply.finish_reason == "length":
+        terminal.note("note: the reply ended by length (-n), before its JSON was complete")
     return 130 if reply.finish_reason == "cancelled" else 0
+
+
+def _grammar(path: str, model: Model) -> Grammar:
+    """The grammar of the JSON schema in a file."""
+    from ..drivers.grammar import Grammar
+
+    schema = read_text(path)
+    try:
+        return Grammar.json_schema(model.vocabulary, schema)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def trace_text(args: argparse.Namespace) -> int:

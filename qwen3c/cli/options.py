@@ -33,7 +33,7 @@ MODES = (*TALKING, "info", "perplexity", "bench")
 USED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("prompt", "chat_template", "raw"), ("generate", "trace")),
     "file": ("generate", "trace", "perplexity"),
-    "echo": ("generate",),
+    **dict.fromkeys(("echo", "schema"), ("generate",)),
     **dict.fromkeys(
         ("system", "system_file", "reasoning", "think", "no_think", "max_tokens", "stop"), TALKING
     ),
@@ -185,6 +185,7 @@ def _add_text(group: Any) -> None:
         help=f"most tokens of a reply; 0: what the context holds (default: 0; raw text {RAW_TOKENS})",
     )
     add("--stop", action="append", default=[], metavar="TEXT", help="end the reply before TEXT; repeatable")
+    add("--schema", metavar="FILE", help="generate: the answer is JSON that the JSON schema in FILE allows")
 
 
 def _add_sampling(group: Any) -> None:

@@ -36,9 +36,8 @@ class ReplyWriter:
             self._switch()
         if event.text and not (event.thinking and self._hide):
             self._put_models(event.text)
-        if event.tool_call:
-            call = json.dumps(event.tool_call, ensure_ascii=False)
-            self._put_models(f"<tool_call>\n{call}\n</tool_call>\n")
+        for call in event.tool_calls:
+            self._put_models(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>\n")
 
     def end(self, generation: Generation) -> None:
         """Leave the terminal as it was, at the start of a line. Call this however the reply ended."""

@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
 
 import numpy as np
@@ -24,15 +25,19 @@ from numpy.typing import NDArray
 from .reply import FinishReason, Stats
 
 if TYPE_CHECKING:
-    from ..engine import Logits, Model, Session
+    from ..engine import Engine, Logits, Session
 
 FIRST_PIECE = 64  # tokens of prompts forwarded in the first pass
 PIECE_SECONDS = (
     0.5  # about how long a pass with a piece of a prompt takes: how soon a cancel or a progress line comes
 )
 LARGEST_PIECE = 256  # tokens; the engine computes no more at once
+LARGEST_ALL = (
+    64  # tokens of a sequence that wants the logits of all: each row of them is as long as the vocabulary
+)
 RUNNING = 16  # sequences at once, where the caller has no wish
 KEPT = 4  # sessions of sequences that ended, kept for what later prompts have in common with them
+KINDS: tuple[Logits, ...] = ("last", "hidden", "all")
 WORTH_WAITING = 32  # tokens in common with a prompt that is being read: fewer are computed twice
 
 
@@ -47,7 +52,7 @@ class CachedSession:
     goes on in it, the newest: an older one that is asked for more is a ValueError.
     """
 
-    def __init__(self, model: Model, context: int | None = None, *, session: Session | None = None) -> None:
+    def __init__(self, model: Engine, context: int | None = None, *, session: Session | None = None) -> None:
         self.model = model
         self.session = model.session(context) if session is None else session
         self.context = self.session.context
@@ -91,7 +96,7 @@ class CachedSession:
 
 
 def forward(
-    model: Model, rows: Sequence[tuple[CachedSession, list[int]]], kind: Logits = "last"
+    model: Engine, rows: Sequence[tuple[CachedSession, list[int]]], kind: Logits = "last"
 ) -> Sequence[NDArray[np.float32]]:
     """One pass that appends tokens to each session; of each its row `kind` (see Session.forward)."""
     outputs = model.forward([(cached.session, ids) for cached, ids in rows], kind)
@@ -128,9 +133,14 @@ OutcomeT_co = TypeVar("OutcomeT_co", bound=Outcome, covariant=True)
 
 
 class State(Protocol[OutcomeT_co]):
-    """What a sequence does with its logits. max_tokens: how many rows it will take at most."""
+    """What a sequence does with its logits."""
 
-    max_tokens: int
+    @property
+    def max_tokens(self) -> int:
+        """How many rows it will take at most."""
+
+    def prepare(self) -> None:
+        """A pass begins that will end in take(): what can be computed beside it may start now."""
 
     def take(self, logits: NDArray[np.float32]) -> OutcomeT_co:
         """The logits, or hidden state, after all tokens so far."""
@@ -143,8 +153,9 @@ class State(Protocol[OutcomeT_co]):
 class Member(Generic[OutcomeT]):
     """A sequence in a batch: its session, the tokens that the session has still to read, and its state.
 
-    index: the caller's own number for it. reads: whether it is still in its prompt. cancelled: asked before each
-    pass. progress: told (tokens read, tokens in all) of the prompt.
+    index: the caller's own number for it. kind: what of each row is wanted (see Session.forward). reads: whether it is
+    still in its prompt. cancelled: asked before each pass. progress: told (tokens read, tokens in all) of the prompt.
+    rows: with kind "all", told the rows of each piece of the prompt, (tokens, vocab_size).
     """
 
     index: int
@@ -152,9 +163,11 @@ class Member(Generic[OutcomeT]):
     session: CachedSession
     waiting: list[int]
     stats: Stats
+    kind: Logits = "last"
     reads: bool = True
     cancelled: Callable[[], bool] = lambda: False
     progress: Callable[[int, int], None] = lambda done, total: None
+    rows: Callable[[NDArray[np.float32]], None] = lambda rows: None
     claim: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -166,50 +179,89 @@ class Member(Generic[OutcomeT]):
             raise ValueError("another reply goes on in the session of this one, which cannot go on itself")
 
 
+class Pace(Protocol):
+    """How much of the prompts each pass takes."""
+
+    def shares(self, left: Sequence[int], n_decoding: int) -> Sequence[int]:
+        """Tokens for each prompt in the next pass; left: those each has still to read, the first come first."""
+
+    def learn(self, seconds: float, n_rows: int, n_decoding: int) -> None:
+        """A pass took so long, with n_rows tokens of prompts and one token of n_decoding sequences."""
+
+
+class Pieces:
+    """Prompts in the order they came, in pieces as large as a pass of about PIECE_SECONDS allows."""
+
+    def __init__(self) -> None:
+        self._piece = FIRST_PIECE
+
+    def shares(self, left: Sequence[int], n_decoding: int) -> Sequence[int]:
+        """The first prompts get all there is."""
+        before = accumulate(left, initial=0)
+        return [max(min(n, self._piece - taken), 0) for n, taken in zip(left, before, strict=False)]
+
+    def learn(self, seconds: float, n_rows: int, n_decoding: int) -> None:
+        """Only passes with prompts count."""
+        if n_rows and seconds < PIECE_SECONDS / 2:
+            self._piece = min(2 * self._piece, LARGEST_PIECE)
+        elif n_rows and seconds > 2 * PIECE_SECONDS:
+            self._piece = max(self._piece // 2, 1)
+
+
 class Batch(Generic[OutcomeT]):
     """The sequences that are on their way, and the passes that take them further.
 
-    A pass takes one token of every sequence that decodes, and prompt tokens of the sequences that came first, as many
-    as the pace allows.
+    A pass takes one token of every sequence that decodes, and as many tokens of prompts as the pace allows. A Batch is
+    driven by step(); or by plan() and run(), for a caller who has to make room for a pass first.
     """
 
-    def __init__(self, model: Model, kind: Logits = "last") -> None:
+    def __init__(self, model: Engine, pace: Pace | None = None) -> None:
         self._model = model
-        self._kind = kind
-        self._piece = FIRST_PIECE
+        self._pace = Pieces() if pace is None else pace
         self.running: list[Member[OutcomeT]] = []
 
     def step(self) -> list[tuple[Member[OutcomeT], OutcomeT]]:
         """One pass: what came of the sequences that have read all they had. Those that ended leave the batch."""
-        outcomes = [(one, one.state.end("cancelled")) for one in self.running if one.cancelled()]
-        for one, _ in outcomes:
-            self.running.remove(one)
-        rows = self._rows()
-        if rows:
-            outcomes += self._pass(rows)
-        return outcomes
+        return self.drop_cancelled() + self.run(self.plan())
 
-    def _rows(self) -> list[tuple[Member[OutcomeT], list[int]]]:
+    def drop_cancelled(self) -> list[tuple[Member[OutcomeT], OutcomeT]]:
+        """End the sequences whose caller has asked for it."""
+        cancelled = [one for one in self.running if one.cancelled()]
+        for one in cancelled:
+            self.running.remove(one)
+        return [(one, one.state.end("cancelled")) for one in cancelled]
+
+    def plan(self) -> list[tuple[Member[OutcomeT], list[int]]]:
         """The tokens of the next pass, by sequence."""
-        rows, room = [], self._piece
+        readers = [one for one in self.running if one.reads]
+        n_decoding = len(self.running) - len(readers)
+        left = [len(one.waiting) for one in readers]
+        share = {id(one): n for one, n in zip(readers, self._pace.shares(left, n_decoding), strict=True)}
+        rows = []
         for one in self.running:
-            ids = one.waiting[:room] if one.reads else one.waiting
+            n = share.get(id(one), 1)
+            ids = one.waiting[: min(n, LARGEST_ALL) if one.kind == "all" else n]
             if ids:
-                one.check_claim()
                 rows.append((one, ids))
-                room -= len(ids) * one.reads
         return rows
 
-    def _pass(
-        self, rows: list[tuple[Member[OutcomeT], list[int]]]
+    def run(
+        self, rows: Sequence[tuple[Member[OutcomeT], list[int]]]
     ) -> list[tuple[Member[OutcomeT], OutcomeT]]:
+        """One pass over `rows`: what came of the sequences that have then read all they had."""
+        outcomes: list[tuple[Member[OutcomeT], OutcomeT]] = []
+        if not rows:
+            return outcomes
+        for one, ids in rows:
+            one.check_claim()
+            if len(ids) == len(one.waiting):
+                one.state.prepare()
         begin = time.perf_counter()
-        outputs = forward(self._model, [(one.session, ids) for one, ids in rows], self._kind)
+        outputs = self._forward(rows)
         seconds = time.perf_counter() - begin
-        if any(one.reads for one, _ in rows):
-            self._adapt(seconds)
-        outcomes = []
-        for (one, ids), row in zip(rows, outputs, strict=True):
+        n_rows = sum(len(ids) for one, ids in rows if one.reads)
+        self._pace.learn(seconds, n_rows, sum(not one.reads for one, _ in rows))
+        for (one, ids), output in zip(rows, outputs, strict=True):
             one.waiting = one.waiting[len(ids) :]
             if one.reads:
                 one.stats.prefill_seconds += seconds
@@ -217,9 +269,22 @@ class Batch(Generic[OutcomeT]):
                 one.progress(len(one.session.tokens), len(one.session.tokens) + len(one.waiting))
             else:
                 one.stats.decode_seconds += seconds
+            if one.kind == "all":
+                one.rows(output)
+                output = output[-1]
             if not one.waiting:
-                outcomes += self._take(one, row)
+                outcomes += self._take(one, output)
         return outcomes
+
+    def _forward(self, rows: Sequence[tuple[Member[OutcomeT], list[int]]]) -> list[NDArray[np.float32]]:
+        """What is wanted of each of the rows: a pass through the layers for each kind."""
+        outputs: dict[int, NDArray[np.float32]] = {}
+        for kind in KINDS:
+            chosen = [(one, ids) for one, ids in rows if one.kind == kind]
+            if chosen:
+                results = forward(self._model, [(one.session, ids) for one, ids in chosen], kind)
+                outputs |= {id(one): output for (one, _), output in zip(chosen, results, strict=True)}
+        return [outputs[id(one)] for one, _ in rows]
 
     def _take(
         self, one: Member[OutcomeT], row: NDArray[np.float32]
@@ -238,20 +303,13 @@ class Batch(Generic[OutcomeT]):
         one.stats.decode_seconds += time.perf_counter() - begin
         return [(one, outcome)]
 
-    def _adapt(self, seconds: float) -> None:
-        """Pieces of prompts as large as a pass of about PIECE_SECONDS allows."""
-        if seconds < PIECE_SECONDS / 2:
-            self._piece = min(2 * self._piece, LARGEST_PIECE)
-        elif seconds > 2 * PIECE_SECONDS:
-            self._piece = max(self._piece // 2, 1)
-
 
 # ----------------------------------------------------------------------------
 # Many sequences
 
 
 def drive(
-    model: Model,
+    model: Engine,
     sequences: Iterable[tuple[list[int], State[OutcomeT]]],
     running: int,
     kind: Logits = "last",
@@ -261,7 +319,7 @@ def drive(
     sequences: (prompt, state) pairs, taken in their order when there is room; at most `running` are on their way at
     once. What a prompt has in common with another is computed once and forked.
     """
-    batch: Batch[OutcomeT] = Batch(model, kind)
+    batch: Batch[OutcomeT] = Batch(model)
     ended: deque[CachedSession] = deque(maxlen=KEPT)
     waiting = enumerate(sequences)
     following = next(waiting, None)
@@ -272,12 +330,12 @@ def drive(
                 yield index, state.end("length")
                 following = next(waiting, None)
                 continue
-            session = _session_for(prompt, model, batch, ended)
+            session = session_for(prompt, model, batch.running, ended)
             if session is None:
                 break
             rest = prompt[len(session.tokens) :]
             stats = Stats(prompt_tokens=len(prompt), cached_tokens=len(session.tokens))
-            batch.running.append(Member(index, state, session, rest, stats))
+            batch.running.append(Member(index, state, session, rest, stats, kind))
             following = next(waiting, None)
         for one, outcome in batch.step():
             if outcome.finish_reason is not None:
@@ -285,17 +343,19 @@ def drive(
             yield one.index, outcome
 
 
-def _session_for(
-    prompt: list[int], model: Model, batch: Batch[Any], ended: Iterable[CachedSession]
+def session_for(
+    prompt: list[int], model: Engine, running: Iterable[Member[Any]], others: Iterable[CachedSession]
 ) -> CachedSession | None:
     """A session that holds as much of `prompt` as any session does; None if a running one will soon hold more."""
     n_useful = len(prompt) - 1  # the last token's logits are wanted
     best, n_best, n_coming = None, 0, 0
-    for one in batch.running:
+    sessions = [*others]
+    for one in running:
+        sessions.append(one.session)
         n_held = common_prefix(one.session.tokens, prompt)
         if one.reads and n_held == len(one.session.tokens):
             n_coming = max(n_coming, n_held + common_prefix(one.waiting, prompt[n_held:]))
-    for session in (*(one.session for one in batch.running), *ended):
+    for session in sessions:
         n_held = min(common_prefix(session.tokens, prompt), n_useful)
         if n_held > n_best:
             best, n_best = session, n_held
@@ -316,6 +376,9 @@ class LastRow:
     max_tokens = 1
     values: NDArray[np.float32]
 
+    def prepare(self) -> None:
+        """There is nothing to compute beside a pass."""
+
     def take(self, logits: NDArray[np.float32]) -> LastRow:
         """Keep the row."""
         self.values = logits
@@ -326,7 +389,7 @@ class LastRow:
         return self
 
 
-def last_rows(model: Model, prompts: Sequence[list[int]], kind: Logits) -> list[NDArray[np.float32]]:
+def last_rows(model: Engine, prompts: Sequence[list[int]], kind: Logits) -> list[NDArray[np.float32]]:
     """What Session.forward returns of each prompt: its last token's logits, or final hidden state."""
     states = [LastRow() for _ in prompts]
     for _ in drive(model, zip(prompts, states, strict=True), LARGEST_PIECE, kind):

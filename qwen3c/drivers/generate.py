@@ -9,14 +9,30 @@ import contextlib
 import inspect
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from ..text.tools import ToolSet
 from .batch import Batch, CachedSession, Member
+from .grammar import Grammar
 from .reply import Event, Mask, Reply, ReplyState, Stats
 from .sampler import SamplingOptions
 
 
-class ReplyOptions(SamplingOptions, total=False):
+class AnswerOptions(SamplingOptions, total=False):
+    """The keywords of Model.generate and Model.generate_many beside their own. None counts as not given.
+
+    Of the first four one may be given; each is what an answer, after the thinking, has to be (drivers/grammar.py).
+    """
+
+    schema: dict[str, Any] | str | None  # JSON that a JSON schema allows
+    regex: str | None  # text that a pattern matches as a whole
+    choice: Sequence[str] | None  # one of the texts
+    grammar: str | Grammar | None  # what a grammar in Lark allows, or one that is compiled already
+    thinking_budget: int | None  # after so many tokens of thought </think> comes
+    toolset: ToolSet | None  # the tools whose calls are looked for in the reply
+
+
+class ReplyOptions(AnswerOptions, total=False):
     """The keywords that Model.chat and Model.complete hand on to Model.generate, which says what they are."""
 
     session: CachedSession | None

@@ -17,8 +17,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..text.chat import THINK, Piece, ReplyStream, last_control_token
+from ..text.chat import END_THINK, THINK, Piece, ReplyStream, last_control_token
 from ..text.tokenizer import Tokenizer
+from ..text.tools import ToolSet
 from .sampler import Sampler, Sampling
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -33,7 +34,9 @@ class Event:
     text: str  # what can be shown now: often "" while a character, tag or stop string is unfinished
     thinking: bool  # whether `text` is thought, not answer
     finish_reason: FinishReason | None = None
-    tool_call: dict[str, Any] | None = None  # {"name": ..., "arguments": {...}}, once complete
+    tool_calls: tuple[
+        dict[str, Any], ...
+    ] = ()  # {"name": ..., "arguments": {...}} of each that is complete now
     logprob: float | None = None  # of `token`, in nats, before penalties and temperature
     top_logprobs: list[tuple[int, float]] | None = None  # (token, logprob), the most likely first
 
@@ -88,8 +91,7 @@ class Reply:
             self.thinking += event.text
         else:
             self.text += event.text
-        if event.tool_call:
-            self.tool_calls.append(event.tool_call)
+        self.tool_calls += event.tool_calls
         self.finish_reason = event.finish_reason
 
     def message(self) -> dict[str, Any]:
@@ -115,19 +117,39 @@ class Mask(Protocol):
     def accept(self, token: int) -> None:
         """Take note that `token` came."""
 
+    def prepare(self) -> None:
+        """The next allowed() is coming: begin to compute it beside what the caller does meanwhile."""
+
 
 @dataclass(frozen=True)
 class Vocabulary:
     """What a reply must know of a model's tokens.
 
     n_tokens: only ids below it exist. end_tokens: ids that end a reply. undefined: ids below n_tokens that stand for
-    no token. tokenizer: None for events without text.
+    no token. tokenizer: None for events without text. thinking: the model's kind, "hybrid", "always" or "none".
+    derived: what other modules computed from it once.
     """
 
     n_tokens: int
     end_tokens: frozenset[int]
     undefined: Sequence[int] = ()
     tokenizer: Tokenizer | None = None
+    thinking: str = "none"
+    derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def control_id(self, tag: str) -> int | None:
+        """The id of a control token; None if the vocabulary has no such token, or no texts."""
+        return None if self.tokenizer is None else self.tokenizer.control_id(tag)
+
+    def beginning(self, prompt: Sequence[int]) -> Literal["thought", "answer", "either"]:
+        """What the reply to `prompt` begins in. A bare text, without control tokens, is answered by text alone."""
+        think, end = self.control_id(THINK), self.control_id(END_THINK)
+        if self.tokenizer is None or think is None or end is None:
+            return "answer"
+        last = last_control_token(self.tokenizer, prompt)
+        if last == think:
+            return "thought"
+        return "answer" if last is None or last == end or self.thinking == "none" else "either"
 
 
 class ReplyState:
@@ -135,8 +157,9 @@ class ReplyState:
 
     prompt: the token ids before the reply. max_tokens: at most so many tokens are sampled; at 0, end() is all that
     may be called. stop: texts that end the reply and are not part of it. logprobs: None, or how many of the most
-    likely tokens each event gives. mask: restricts the tokens.
-    ValueError if an argument is out of range.
+    likely tokens each event gives. mask: restricts the tokens. tools: what ReplyStream needs to know of tool calls.
+    thinking_budget: after so many tokens of thought </think> comes; None for no bound.
+    ValueError if an argument is out of range, or the vocabulary has no </think> and a budget is given.
     """
 
     def __init__(
@@ -149,6 +172,8 @@ class ReplyState:
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
         mask: Mask | None = None,
+        tools: ToolSet | None = None,
+        thinking_budget: int | None = None,
     ) -> None:
         n_tokens, tokenizer = vocabulary.n_tokens, vocabulary.tokenizer
         if logprobs is not None and not 0 <= whole("logprobs", logprobs) <= n_tokens:
@@ -158,10 +183,12 @@ class ReplyState:
         if tokenizer is not None:
             think = tokenizer.control_id(THINK)
             in_thought = think is not None and last_control_token(tokenizer, prompt) == think
-            self._stream = ReplyStream(tokenizer, in_thought, _stops(stop))
+            self._stream = ReplyStream(tokenizer, in_thought, _stops(stop), tools)
         self._end_tokens = vocabulary.end_tokens
         self._logprobs = logprobs
         self._mask = mask
+        self._end_thought = None if thinking_budget is None else _end_of_thought(vocabulary, thinking_budget)
+        self._thought_left = thinking_budget or 0  # tokens, where there is a budget
         self.max_tokens = max_tokens
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -172,16 +199,26 @@ class ReplyState:
         return self._sampler.seed
 
     @property
+    def stop_string(self) -> str | None:
+        """The text of `stop` that has ended the reply, if one has."""
+        return self._stream.stop_string if self._stream else None
+
+    @property
     def sampled_logprob(self) -> float:
         """Of the last token, in nats, under the distribution it was drawn from (see Sampler)."""
         return self._sampler.logprob
+
+    def prepare(self) -> None:
+        """take() is coming: begin to compute its mask, if there is one, beside the logits. It may be left out."""
+        if self._mask:
+            self._mask.prepare()
 
     def take(self, logits: NDArray[np.float32]) -> Event:
         """Sample the next token from `logits`, (vocab_size,), of the position before it.
 
         ValueError if the logits are not finite, or if the mask allows no token.
         """
-        token = self._sampler.sample(logits, self._mask.allowed() if self._mask else None)
+        token = self._sampler.sample(logits, self._allowed())
         logprob, top_logprobs = None, None
         if self._logprobs is not None:
             logprob, top_logprobs = self._sampler.logprobs(logits, token, self._logprobs)
@@ -197,19 +234,31 @@ class ReplyState:
         if self.finish_reason:
             piece = self._last_piece(piece)
         return Event(
-            token, piece.text, piece.thinking, self.finish_reason, piece.tool_call, logprob, top_logprobs
+            token, piece.text, piece.thinking, self.finish_reason, piece.tool_calls, logprob, top_logprobs
         )
+
+    def _allowed(self) -> NDArray[np.bool_] | None:
+        """Which tokens may come next; None: every one."""
+        allowed = self._mask.allowed() if self._mask else None
+        stream, forced = self._stream, self._end_thought
+        if forced is None or stream is None or not stream.thinking or stream.in_call:
+            return allowed
+        if self._thought_left:
+            self._thought_left -= 1
+            return allowed
+        return forced if allowed is None else allowed & forced
 
     def end(self, reason: FinishReason) -> Event:
         """End the reply without a further token; the event brings what was held back."""
         self.finish_reason = reason
         piece = self._last_piece(Piece())
-        return Event(None, piece.text, piece.thinking, reason)
+        return Event(None, piece.text, piece.thinking, reason, piece.tool_calls)
 
     def _last_piece(self, piece: Piece) -> Piece:
         """`piece` and what was held back after it."""
         rest = self._stream.finish() if self._stream else Piece()
-        return Piece(piece.text + rest.text, (piece if piece.text else rest).thinking, piece.tool_call)
+        thinking = (piece if piece.text else rest).thinking
+        return Piece(piece.text + rest.text, thinking, piece.tool_calls + rest.tool_calls)
 
 
 # ----------------------------------------------------------------------------
@@ -260,6 +309,18 @@ def whole(name: str, value: Any) -> int:
     except TypeError:
         pass
     raise ValueError(f"{name} = {_short(value)} is not a whole number") from None
+
+
+def _end_of_thought(vocabulary: Vocabulary, budget: int) -> NDArray[np.bool_]:
+    """The mask that allows </think> alone."""
+    if whole("thinking_budget", budget) < 0:
+        raise ValueError(f"thinking_budget = {budget} is negative")
+    end = vocabulary.control_id(END_THINK)
+    if end is None:
+        raise ValueError(f"thinking_budget = {budget}: the vocabulary has no token {END_THINK}")
+    mask = np.zeros(vocabulary.n_tokens, np.bool_)
+    mask[end] = True
+    return mask
 
 
 def _stops(stop: str | Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .batch import last_rows
 
 if TYPE_CHECKING:
-    from ..engine import Model
+    from ..engine import Engine
     from ..text.tokenizer import Tokenizer
 
 END = "<|endoftext|>"
@@ -36,7 +36,7 @@ def instruct(query: str, task: str = TASK) -> str:
     return f"Instruct: {task}\nQuery:{query}"
 
 
-def embed(model: Model, tokenizer: Tokenizer, texts: Sequence[str]) -> NDArray[np.float32]:
+def embed(model: Engine, tokenizer: Tokenizer, texts: Sequence[str]) -> NDArray[np.float32]:
     """See Model.embed."""
     _check_list("texts", texts)
     end = tokenizer.closing or [_control_id(tokenizer, END)]
@@ -51,7 +51,7 @@ def embed(model: Model, tokenizer: Tokenizer, texts: Sequence[str]) -> NDArray[n
 
 
 def rerank(
-    model: Model, tokenizer: Tokenizer, query: str, documents: Sequence[str], instruction: str | None
+    model: Engine, tokenizer: Tokenizer, query: str, documents: Sequence[str], instruction: str | None
 ) -> NDArray[np.float32]:
     """See Model.rerank."""
     _check_list("documents", documents)
@@ -71,7 +71,7 @@ def _check_list(name: str, texts: Sequence[str]) -> None:
         raise ValueError(f"{name} is one text, not a list of them")
 
 
-def _check_lengths(model: Model, name: str, prompts: list[list[int]]) -> None:
+def _check_lengths(model: Engine, name: str, prompts: list[list[int]]) -> None:
     """All of them, before anything is computed."""
     for i, prompt in enumerate(prompts):
         if len(prompt) > model.config.context:

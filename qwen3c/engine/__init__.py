@@ -1,7 +1,7 @@
 """The engine: tokens in, logits out.
 
     forward.pyx    the pass itself, without Python: weights, run state, blocks, forward
-    engine.pyx     Model and Session around it, where arguments are checked
+    engine.pyx     Engine and Session around it, where arguments are checked
     probes.py      the activations that a pass can leave copies of
 
 What the kernels offer beside a pass is here too: which instruction set they use, and the sums that a sampler needs.
@@ -20,15 +20,15 @@ from ..kernels.table import (
     softmax,
     top_k,
 )
-from .engine import KV, Activations, Logits, Model, Session, run_state_bytes
+from .engine import KV, Activations, Engine, Logits, Session, run_state_bytes
 
 __all__ = [
     "ISA_NAMES",
     "KV",
     "OPENMP",
     "Activations",
+    "Engine",
     "Logits",
-    "Model",
     "Session",
     "int8_peak",
     "isa",

@@ -15,7 +15,7 @@ KV = Literal["int8", "f16", "f32"]
 
 def run_state_bytes(config: Config, rows: int = 256, threads: int = 1) -> int: ...
 
-class Model:
+class Engine:
     path: str
     file: ModelFile
     config: Config
@@ -47,7 +47,7 @@ class Model:
     def weight(self, name: str) -> NDArray[np.float32]: ...
 
 class Session:
-    model: Model
+    model: Engine
     position: int
     context: int
 

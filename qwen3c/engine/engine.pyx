@@ -31,7 +31,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from .forward cimport (
-    N_ARRAYS, Engine, Layer, Matrix, Pass, RunState, Span, Weights,
+    N_ARRAYS, Network, Layer, Matrix, Pass, RunState, Span, Weights,
     ceil_div, forward, lay_out, raise_pending, read_out, team_begin, team_reserve, team_stop,
 )
 from ..kernels.table cimport (
@@ -92,13 +92,13 @@ cdef class Session:
     Sessions of one model are independent; a batch (Model.forward) takes any number of them forward at once.
     """
 
-    cdef Model _model
+    cdef Engine _model
     cdef Py_ssize_t _position, _context
     cdef list blocks
     cdef char **pointers  # data of each block, for nogil code
 
     def __cinit__(self, model=None, context=None):
-        if not isinstance(model, Model):
+        if not isinstance(model, Engine):
             raise TypeError("a Session is made by Model.session()")
         limit = model.config.context
         self._context = limit if context is None else _integer("context", context)
@@ -216,9 +216,9 @@ cdef class Session:
 
 
 # ----------------------------------------------------------------------------
-# Model: the mapped file and its engine
+# Engine: a mapped file, its network and its buffers
 
-cdef class Model:
+cdef class Engine:
     """A mapped model.bin and the buffers of its forward pass; threads may share it (calls take turns).
 
     path: the file. threads: None for as many as this machine can feed. kv: "f16", "f32" or "int8", the KV
@@ -232,7 +232,7 @@ cdef class Model:
     cdef bint _closed
     cdef Py_ssize_t _kv_bytes  # of all blocks that sessions hold, each counted once
     cdef object lock
-    cdef Engine m
+    cdef Network m
 
     def __cinit__(self, *arguments, **options):
         if not arguments and "path" not in options:
@@ -277,7 +277,7 @@ cdef class Model:
         self._free_buffers()
 
     def __reduce__(self):
-        raise TypeError("an engine.Model cannot be pickled or copied: open its path again; "
+        raise TypeError("an Engine cannot be pickled or copied: open its path again; "
                         "a qwen3c.Model does that by itself")
 
     @property
@@ -429,7 +429,7 @@ cdef class Model:
         cdef Py_ssize_t tokens_per_span = max(1, ATTENTION_ROWS // (self.m.n_heads // self.m.n_kv_heads))
         cdef int i, threads = self._begin_pass(n)
         cdef bint parallel = threads > 1
-        cdef Engine *m = &self.m
+        cdef Network *m = &self.m
         cdef Session session
         cdef Pass p
         cdef Span *spans = <Span *>malloc(n * sizeof(Span))
@@ -648,7 +648,7 @@ cdef class Model:
             raise ValueError(f"x must have shape (n, {self.m.dim}), n >= 1, got {shape}")
         logits = np.empty((rows.shape[0], self.m.vocab_size), dtype=np.float32)
         cdef float[:, ::1] out = logits
-        cdef Engine *m = &self.m
+        cdef Network *m = &self.m
         cdef Py_ssize_t start, n
         cdef int i, threads
         cdef bint parallel
@@ -669,7 +669,7 @@ cdef class Model:
 # ----------------------------------------------------------------------------
 # The numbers of an engine
 
-cdef void set_numbers(Engine *m, c):
+cdef void set_numbers(Network *m, c):
     """The numbers of the model from its format.Config; m.kv_type is set already."""
     m.n_layers, m.n_heads, m.n_kv_heads, m.head_dim = c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim
     m.dim, m.hidden_dim, m.q_dim, m.kv_dim = c.dim, c.hidden_dim, c.q_dim, c.kv_dim
@@ -685,8 +685,8 @@ cdef void set_numbers(Engine *m, c):
 
 def run_state_bytes(config, Py_ssize_t rows=MAX_ROWS, int threads=1):
     """Bytes of the buffers of passes of `rows` rows: what memory.run_state_bytes estimates by a formula."""
-    cdef Engine m
-    memset(&m, 0, sizeof(Engine))
+    cdef Network m
+    memset(&m, 0, sizeof(Network))
     m.threads = threads
     set_numbers(&m, config)
     return lay_out(&m, rows, NULL)

@@ -123,7 +123,7 @@ cdef struct Trace:
 
 
 # All that the threads of a pass know of a model: plain numbers and pointers, nothing of Python.
-cdef struct Engine:
+cdef struct Network:
     Py_ssize_t n_layers, n_heads, n_kv_heads, head_dim, dim, hidden_dim, q_dim, kv_dim, vocab_size, group_size
     Py_ssize_t n_experts, n_experts_per_token, expert_hidden_dim
     bint norm_topk_prob
@@ -140,8 +140,8 @@ cdef struct Engine:
 
 
 
-cdef size_t forward(Engine *m, size_t thread, const Pass *p) noexcept nogil
-cdef void read_out(Engine *m, size_t thread, const float *x, Py_ssize_t n, float *out) noexcept nogil
-cdef size_t lay_out(Engine *m, Py_ssize_t rows, char *memory) noexcept
+cdef size_t forward(Network *m, size_t thread, const Pass *p) noexcept nogil
+cdef void read_out(Network *m, size_t thread, const float *x, Py_ssize_t n, float *out) noexcept nogil
+cdef size_t lay_out(Network *m, Py_ssize_t rows, char *memory) noexcept
 cdef int raise_pending() except -1
 cdef Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil

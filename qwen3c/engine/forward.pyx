@@ -36,7 +36,7 @@ cdef Py_ssize_t TASK_COLUMNS = 1024  # of one row in the feed-forward, rounded u
 # ----------------------------------------------------------------------------
 # The forward pass
 
-cdef size_t forward(Engine *m, size_t thread, const Pass *p) noexcept nogil:
+cdef size_t forward(Network *m, size_t thread, const Pass *p) noexcept nogil:
     """One pass, as one of its threads; returns how many stages it has."""
     cdef RunState *s = &m.s
     cdef const Weights *weights = &m.weights
@@ -90,7 +90,7 @@ cdef size_t forward(Engine *m, size_t thread, const Pass *p) noexcept nogil:
     return worker.stages
 
 
-cdef void read_out(Engine *m, size_t thread, const float *x, Py_ssize_t n, float *out) noexcept nogil:
+cdef void read_out(Network *m, size_t thread, const float *x, Py_ssize_t n, float *out) noexcept nogil:
     """out (n, vocab_size) = logits of the residual stream x (n, dim): the end of `forward` alone."""
     cdef Worker worker = team_worker(&m.team, thread)
     rmsnorm(m, &worker, x, NULL, n, m.weights.final_norm)
@@ -115,7 +115,7 @@ cdef Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return (a + b - 1) // b
 
 
-cdef Int8Rows int8_rows(Engine *m, Py_ssize_t row, Py_ssize_t columns) noexcept nogil:
+cdef Int8Rows int8_rows(Network *m, Py_ssize_t row, Py_ssize_t columns) noexcept nogil:
     """A view of s.xq as rows of `columns` values, from `row` on."""
     cdef Int8Rows rows
     rows.codes = m.s.xq.codes + row * columns
@@ -124,14 +124,14 @@ cdef Int8Rows int8_rows(Engine *m, Py_ssize_t row, Py_ssize_t columns) noexcept 
     return rows
 
 
-cdef void quantize_row(Engine *m, const float *x, Py_ssize_t row, Py_ssize_t columns) noexcept nogil:
+cdef void quantize_row(Network *m, const float *x, Py_ssize_t row, Py_ssize_t columns) noexcept nogil:
     """Row `row` of s.xq = int8 of row `row` of x (n, columns)."""
     cdef Int8Rows to = int8_rows(m, row, columns)
     kernels.quantize(&to, x + row * columns, columns, m.group_size)
 
 
 cdef void matmul_tiles(
-    Engine *m, float *y, const float *x, const Group *group,
+    Network *m, float *y, const float *x, const Group *group,
     const Matrix *w, Py_ssize_t tile, Py_ssize_t n_tiles,
 ) noexcept nogil:
     """The part of y that rows of `group` and n_tiles tile rows of w from `tile` on make."""
@@ -151,7 +151,7 @@ cdef void matmul_tiles(
 
 
 cdef void matmul(
-    Engine *m, Worker *worker, float *y, const float *x, Py_ssize_t n, const Matrix *w
+    Network *m, Worker *worker, float *y, const float *x, Py_ssize_t n, const Matrix *w
 ) noexcept nogil:
     """y (n, rows) = x (n, columns) w^T.
 
@@ -163,7 +163,7 @@ cdef void matmul(
 
 
 cdef void matmul_groups(
-    Engine *m, Worker *worker, float *y, const float *x,
+    Network *m, Worker *worker, float *y, const float *x,
     const Group *groups, const Py_ssize_t *n_groups,  # known when the stage has begun
     Py_ssize_t max_groups, const Matrix *matrices,
 ) noexcept nogil:
@@ -184,7 +184,7 @@ cdef void matmul_groups(
 # ----------------------------------------------------------------------------
 # Blocks: the residual stream
 
-cdef void embed(Engine *m, Worker *worker, const Pass *p) noexcept nogil:
+cdef void embed(Network *m, Worker *worker, const Pass *p) noexcept nogil:
     """x (n, dim) = the tokens' rows of the embedding; cosine, sine (n, head_dim / 2) of their positions."""
     cdef Py_ssize_t row, half = m.head_dim // 2, task = stage(worker, p.n_spans)
     cdef const Matrix *w = &m.weights.embedding
@@ -200,7 +200,7 @@ cdef void embed(Engine *m, Worker *worker, const Pass *p) noexcept nogil:
 
 
 cdef void rmsnorm(
-    Engine *m, Worker *worker, const float *x, const Py_ssize_t *wanted, Py_ssize_t n, const float *weight
+    Network *m, Worker *worker, const float *x, const Py_ssize_t *wanted, Py_ssize_t n, const float *weight
 ) noexcept nogil:
     """xb (n, dim), and s.xq, = x / rms(x) * weight (https://arxiv.org/abs/1910.07467).
 
@@ -215,7 +215,7 @@ cdef void rmsnorm(
                 quantize_row(m, m.s.xb, i, m.dim)
 
 
-cdef void quantize(Engine *m, Worker *worker, Py_ssize_t n) noexcept nogil:
+cdef void quantize(Network *m, Worker *worker, Py_ssize_t n) noexcept nogil:
     """s.xq = the attention output xb (n, q_dim)."""
     cdef Py_ssize_t i, task = stage(worker, ceil_div(n, TASK_ROWS))
     while take(worker, &task):
@@ -224,7 +224,7 @@ cdef void quantize(Engine *m, Worker *worker, Py_ssize_t n) noexcept nogil:
                 quantize_row(m, m.s.xb, i, m.q_dim)
 
 
-cdef void add(Engine *m, Worker *worker, Py_ssize_t n) noexcept nogil:
+cdef void add(Network *m, Worker *worker, Py_ssize_t n) noexcept nogil:
     """x (n, dim) += y."""
     cdef Py_ssize_t i, task = stage(worker, ceil_div(n, TASK_ROWS))
     while take(worker, &task):
@@ -235,18 +235,18 @@ cdef void add(Engine *m, Worker *worker, Py_ssize_t n) noexcept nogil:
 # ----------------------------------------------------------------------------
 # Blocks: attention
 
-cdef char *kv_at(Engine *m, char *block, Py_ssize_t layer, Py_ssize_t kv_head) noexcept nogil:
+cdef char *kv_at(Network *m, char *block, Py_ssize_t layer, Py_ssize_t kv_head) noexcept nogil:
     """Where a block holds the keys of a layer and KV head; the values follow them."""
     return block + (layer * m.n_kv_heads + kv_head) * m.head_bytes
 
 
-cdef void add_bias(Engine *m, const Layer *layer, Py_ssize_t row, Py_ssize_t column) noexcept nogil:
+cdef void add_bias(Network *m, const Layer *layer, Py_ssize_t row, Py_ssize_t column) noexcept nogil:
     """Add its bias to the head of s.qkv that begins at `column`."""
     if layer.qkv_bias:
         kernels.add(m.s.qkv + row * (m.q_dim + 2 * m.kv_dim) + column, layer.qkv_bias + column, m.head_dim)
 
 
-cdef void rotate_head(Engine *m, const Span *span, Py_ssize_t l, Py_ssize_t kv_head) noexcept nogil:
+cdef void rotate_head(Network *m, const Span *span, Py_ssize_t l, Py_ssize_t kv_head) noexcept nogil:
     """rotate_and_store for one KV head and the query heads that share it."""
     cdef const Layer *layer = &m.weights.layers[l]
     cdef Py_ssize_t group = m.n_heads // m.n_kv_heads, stride = m.q_dim + 2 * m.kv_dim
@@ -275,7 +275,7 @@ cdef void rotate_head(Engine *m, const Span *span, Py_ssize_t l, Py_ssize_t kv_h
                                          qkv + k_column, qkv + v_column, m.head_dim)
 
 
-cdef void rotate_and_store(Engine *m, Worker *worker, const Pass *p, Py_ssize_t l) noexcept nogil:
+cdef void rotate_and_store(Network *m, Worker *worker, const Pass *p, Py_ssize_t l) noexcept nogil:
     """q and k: bias, norm per head, rotate; k and v go to the cache; q is scaled by 1 / sqrt(head_dim)."""
     cdef Py_ssize_t task = stage(worker, p.n_spans * m.n_kv_heads)
     while take(worker, &task):
@@ -283,7 +283,7 @@ cdef void rotate_and_store(Engine *m, Worker *worker, const Pass *p, Py_ssize_t 
 
 
 cdef void attend(
-    Engine *m, size_t thread, const Span *span, Py_ssize_t l,
+    Network *m, size_t thread, const Span *span, Py_ssize_t l,
     Py_ssize_t kv_head, Py_ssize_t part, Py_ssize_t heads,
 ) noexcept nogil:
     """xb (n, q_dim) = softmax(q k^T) v for some of the query heads that share kv_head.
@@ -312,7 +312,7 @@ cdef void attend(
     kernels.attend[<int>m.kv_type](&task)
 
 
-cdef void attention(Engine *m, Worker *worker, const Pass *p, Py_ssize_t l) noexcept nogil:
+cdef void attention(Network *m, Worker *worker, const Pass *p, Py_ssize_t l) noexcept nogil:
     """xb (n, q_dim) for all rows. A task: a span, a KV head and at most ATTENTION_ROWS of its query heads."""
     cdef Py_ssize_t group = m.n_heads // m.n_kv_heads, heads = min(group, ATTENTION_ROWS), n = p.n_spans
     cdef Py_ssize_t parts = ceil_div(group, heads), task = stage(worker, n * m.n_kv_heads * parts)
@@ -324,7 +324,7 @@ cdef void attention(Engine *m, Worker *worker, const Pass *p, Py_ssize_t l) noex
 # ----------------------------------------------------------------------------
 # Blocks: feed-forward
 
-cdef void swiglu(Engine *m, Worker *worker, Py_ssize_t n, Py_ssize_t hidden_dim) noexcept nogil:
+cdef void swiglu(Network *m, Worker *worker, Py_ssize_t n, Py_ssize_t hidden_dim) noexcept nogil:
     """hb (n, hidden_dim), and s.xq, = silu(gate) * up (https://arxiv.org/abs/2002.05202)."""
     cdef Py_ssize_t step = ceil_div(TASK_COLUMNS, m.group_size) * m.group_size
     cdef Py_ssize_t parts = ceil_div(hidden_dim, step), task = stage(worker, n * parts)
@@ -343,14 +343,14 @@ cdef void swiglu(Engine *m, Worker *worker, Py_ssize_t n, Py_ssize_t hidden_dim)
             kernels.quantize(&to, hb, columns, m.group_size)
 
 
-cdef void feed_forward(Engine *m, Worker *worker, const Layer *layer, Py_ssize_t n) noexcept nogil:
+cdef void feed_forward(Network *m, Worker *worker, const Layer *layer, Py_ssize_t n) noexcept nogil:
     """y (n, dim) = down(silu(gate(xb)) * up(xb))."""
     matmul(m, worker, m.s.h, m.s.xb, n, layer.gate_up)
     swiglu(m, worker, n, m.hidden_dim)
     matmul(m, worker, m.s.y, m.s.hb, n, layer.down)
 
 
-cdef void mixture(Engine *m, Worker *worker, const Layer *layer, Py_ssize_t n) noexcept nogil:
+cdef void mixture(Network *m, Worker *worker, const Layer *layer, Py_ssize_t n) noexcept nogil:
     """y (n, dim) = sum over each row's experts of share * down(silu(gate(xb)) * up(xb))."""
     cdef Py_ssize_t n_slots = n * m.n_experts_per_token, max_groups = min(n_slots, m.n_experts)
     route(m, worker, layer.router, n)
@@ -363,7 +363,7 @@ cdef void mixture(Engine *m, Worker *worker, const Layer *layer, Py_ssize_t n) n
     combine(m, worker, n)
 
 
-cdef void route(Engine *m, Worker *worker, const float *router, Py_ssize_t n) noexcept nogil:
+cdef void route(Network *m, Worker *worker, const float *router, Py_ssize_t n) noexcept nogil:
     """scores (n, n_experts) = xb router^T in float32, whatever the activations."""
     cdef Py_ssize_t row, first, parts = ceil_div(m.n_experts, LANES), task = stage(worker, n * parts)
     while take(worker, &task):
@@ -372,7 +372,7 @@ cdef void route(Engine *m, Worker *worker, const float *router, Py_ssize_t n) no
                        router + first * m.dim, min(LANES, m.n_experts - first), m.dim)
 
 
-cdef void choose_experts(Engine *m, Py_ssize_t row) noexcept nogil:
+cdef void choose_experts(Network *m, Py_ssize_t row) noexcept nogil:
     """chosen, shares of a row from its scores: the largest by softmax, of equal ones the lower id.
 
     chosen is in order of id.
@@ -403,14 +403,14 @@ cdef void choose_experts(Engine *m, Py_ssize_t row) noexcept nogil:
             shares[i] = shares[i] / sum_chosen
 
 
-cdef void choose(Engine *m, Worker *worker, Py_ssize_t n) noexcept nogil:
+cdef void choose(Network *m, Worker *worker, Py_ssize_t n) noexcept nogil:
     """chosen, shares of all rows."""
     cdef Py_ssize_t task = stage(worker, n)
     while take(worker, &task):
         choose_experts(m, task)
 
 
-cdef void group_rows(Engine *m, Py_ssize_t n) noexcept nogil:
+cdef void group_rows(Network *m, Py_ssize_t n) noexcept nogil:
     """slots, choices and groups from the choices of n rows."""
     cdef Py_ssize_t i, expert, start = 0, n_groups = 0, k = m.n_experts_per_token
     cdef Group *groups = m.s.groups
@@ -433,14 +433,14 @@ cdef void group_rows(Engine *m, Py_ssize_t n) noexcept nogil:
     m.s.n_groups = n_groups
 
 
-cdef void group_by_expert(Engine *m, Worker *worker, Py_ssize_t n) noexcept nogil:
+cdef void group_by_expert(Network *m, Worker *worker, Py_ssize_t n) noexcept nogil:
     """Every choice of n rows gets its slot, where the rows of one expert lie together."""
     cdef Py_ssize_t task = stage(worker, 1)
     while take(worker, &task):
         group_rows(m, n)
 
 
-cdef void gather(Engine *m, Worker *worker, Py_ssize_t n_slots) noexcept nogil:
+cdef void gather(Network *m, Worker *worker, Py_ssize_t n_slots) noexcept nogil:
     """xs (slots, dim), and s.xq, = xb of each slot's row."""
     cdef Py_ssize_t row, slot, task = stage(worker, ceil_div(n_slots, TASK_ROWS))
     while take(worker, &task):
@@ -451,7 +451,7 @@ cdef void gather(Engine *m, Worker *worker, Py_ssize_t n_slots) noexcept nogil:
                 quantize_row(m, m.s.xs, slot, m.dim)
 
 
-cdef void combine(Engine *m, Worker *worker, Py_ssize_t n) noexcept nogil:
+cdef void combine(Network *m, Worker *worker, Py_ssize_t n) noexcept nogil:
     """y (n, dim) = sum of share * what the expert made of the row, by ascending expert."""
     cdef Py_ssize_t i, k = m.n_experts_per_token, row = stage(worker, n)
     cdef float *y
@@ -465,7 +465,7 @@ cdef void combine(Engine *m, Worker *worker, Py_ssize_t n) noexcept nogil:
 # ----------------------------------------------------------------------------
 # Trace: at each point of a pass the buffers still hold what the stages before it computed
 
-cdef void probe(Engine *m, Worker *worker, const Pass *p, Py_ssize_t l, Point point) noexcept nogil:
+cdef void probe(Network *m, Worker *worker, const Pass *p, Py_ssize_t l, Point point) noexcept nogil:
     """Copy what a trace wants to keep at this point of layer l. A stage; without a trace there is none."""
     cdef Py_ssize_t row
     if not m.trace.on:
@@ -494,21 +494,21 @@ cdef void probe(Engine *m, Worker *worker, const Pass *p, Py_ssize_t l, Point po
             copy_row(m, l, FINAL_NORM, row, m.s.xb, m.dim)
 
 
-cdef float *traced(Engine *m, Py_ssize_t l, Array which, Py_ssize_t row, Py_ssize_t columns) noexcept nogil:
+cdef float *traced(Network *m, Py_ssize_t l, Array which, Py_ssize_t row, Py_ssize_t columns) noexcept nogil:
     """Where a trace keeps row `row` of the pass in an array of so many columns, or NULL."""
     cdef float *array = m.trace.arrays[l * N_ARRAYS + which]
     return array + (m.trace.row + row) * columns if array != NULL else NULL
 
 
 cdef void copy_row(
-    Engine *m, Py_ssize_t l, Array which, Py_ssize_t row, const float *buffer, Py_ssize_t columns
+    Network *m, Py_ssize_t l, Array which, Py_ssize_t row, const float *buffer, Py_ssize_t columns
 ) noexcept nogil:
     cdef float *to = traced(m, l, which, row, columns)
     if to != NULL:
         memcpy(to, buffer + row * columns, columns * sizeof(float))
 
 
-cdef void copy_projections(Engine *m, Py_ssize_t l, Py_ssize_t row) noexcept nogil:
+cdef void copy_projections(Network *m, Py_ssize_t l, Py_ssize_t row) noexcept nogil:
     """q, k, v with their biases, q and k normed per head: what rotate_head will do in place."""
     cdef const Layer *layer = &m.weights.layers[l]
     cdef Py_ssize_t columns = m.q_dim + 2 * m.kv_dim
@@ -521,7 +521,7 @@ cdef void copy_projections(Engine *m, Py_ssize_t l, Py_ssize_t row) noexcept nog
 
 
 cdef void copy_normed(
-    Engine *m, Py_ssize_t row, Py_ssize_t column, const float *weight, float *to, Py_ssize_t heads
+    Network *m, Py_ssize_t row, Py_ssize_t column, const float *weight, float *to, Py_ssize_t heads
 ) noexcept nogil:
     """`to` (heads, head_dim), if wanted, = the heads of s.qkv from `column` on, normed."""
     cdef Py_ssize_t h
@@ -531,7 +531,7 @@ cdef void copy_normed(
             kernels.rmsnorm(to + h * m.head_dim, x + h * m.head_dim, weight, m.head_dim, m.eps)
 
 
-cdef void copy_choices(Engine *m, Py_ssize_t l, Py_ssize_t row) noexcept nogil:
+cdef void copy_choices(Network *m, Py_ssize_t l, Py_ssize_t row) noexcept nogil:
     """The router's logits, computed again as their buffer holds their exp, and what the chosen experts did."""
     cdef Py_ssize_t i, slot, k = m.n_experts_per_token, wide = m.expert_hidden_dim
     cdef float *logits = traced(m, l, ROUTER, row, m.n_experts)
@@ -563,7 +563,7 @@ cdef void *place(char *memory, size_t *used, size_t n) noexcept:
     return memory + start if memory != NULL else NULL
 
 
-cdef size_t lay_out(Engine *m, Py_ssize_t rows, char *memory) noexcept:
+cdef size_t lay_out(Network *m, Py_ssize_t rows, char *memory) noexcept:
     """Place the buffers for passes of `rows` rows; returns their size in bytes. With NULL, the size alone."""
     cdef RunState *s = &m.s
     cdef size_t used = 0

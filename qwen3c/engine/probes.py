@@ -1,4 +1,4 @@
-"""The activations that Model.trace can return: one table for the engine, which copies them, and for -m trace.
+"""The activations that Engine.trace can return: one table for the engine, which copies them, and for -m trace.
 
 The names are those of the modules in transformers, whose output the activation is.
 """

@@ -30,7 +30,7 @@ class Perplexity:
 
 
 def measure(
-    model: engine.Model,
+    model: engine.Engine,
     ids: Sequence[int],
     window: int,
     progress: Callable[[int, Perplexity], None] | None = None,

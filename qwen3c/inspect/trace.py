@@ -155,7 +155,7 @@ def routing(trace: dict[str, Array]) -> dict[str, NDArray[np.int64]]:
 
 def exact_trace(model: Model, ids: Sequence[int]) -> dict[str, Array]:
     """The trace of the same file with float32 activations and a float32 KV cache."""
-    return engine.Model(model.path, model.threads, "f32", "float32").trace(ids)
+    return engine.Engine(model.path, model.threads, "f32", "float32").trace(ids)
 
 
 def relative_error(values: Array, exact: Array) -> float:

@@ -15,13 +15,14 @@ from typing import Any
 
 from .template import ChatTemplateError, Renderer
 from .tokenizer import Tokenizer
+from .tools import BareCalls, Call, ToolSet, hermes_calls
 
 __all__ = ["ChatTemplate", "ChatTemplateError", "Piece", "ReplyStream", "StopStrings", "normalized"]
 
 ROLES = ("system", "user", "assistant", "tool")
 THINK, END_THINK = "<think>", "</think>"
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
-TAGS = (THINK, END_THINK, TOOL_CALL, END_TOOL_CALL)  # the reply format of Qwen3 (Hermes tool calls)
+TAGS = (THINK, END_THINK, TOOL_CALL, END_TOOL_CALL)  # the reply format of Qwen3
 
 
 # ----------------------------------------------------------------------------
@@ -167,11 +168,11 @@ def _normalized_call(call: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What a token added to the reply: text of one channel, or a finished tool call."""
+    """What a token added to the reply: text of one channel, and finished tool calls."""
 
     text: str = ""
     thinking: bool = False  # whether `text` is thought, not answer
-    tool_call: dict[str, Any] | None = None  # {"name": ..., "arguments": {...}}
+    tool_calls: tuple[Call, ...] = ()
 
 
 def last_control_token(tokenizer: Tokenizer, prompt: Sequence[int]) -> int | None:
@@ -180,7 +181,7 @@ def last_control_token(tokenizer: Tokenizer, prompt: Sequence[int]) -> int | Non
 
 
 class StopStrings:
-    """Text in, text out up to the first stop string; what may be the start of one waits.
+    """Text in, text out up to the first stop string, which is then `found`; what may be the start of one waits.
 
     Of several, the one complete first counts (of those the longest), so that the result does not
     depend on how the text was cut into pieces.
@@ -191,6 +192,7 @@ class StopStrings:
         if not all(isinstance(s, str) and s for s in self._strings):
             raise ValueError(f"stop = {self._strings!r} holds something other than non-empty strings")
         self._held = ""
+        self.found: str | None = None
 
     def push(self, text: str) -> tuple[str, bool]:
         """(the text that can go out, whether a stop string follows it)."""
@@ -198,7 +200,9 @@ class StopStrings:
         found = [(at + len(s), at) for s in self._strings if (at := text.find(s)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)[1]], True
+            end, at = min(found)
+            self.found = text[at:end]
+            return text[:at], True
         start = len(text) - self._may_start(text)
         self._held = text[start:]
         return text[:start], False
@@ -217,47 +221,85 @@ class StopStrings:
 class ReplyStream:
     """Tokens of a reply in, pieces of text out: no tag and no stop string shows, nothing else is lost.
 
-    thinking: whether the reply starts inside <think>. `stopped` is set once a stop string has come.
+    thinking: whether the reply starts inside <think>, then whether it is there now. in_call: whether a tool call has
+    begun and not ended. `stopped` is set once a stop string has come. tools: those that may be called, in whose
+    format; without them calls are Hermes calls of any name.
     Newlines next to a tag belong to the tag, as they do in the template.
     """
 
-    def __init__(self, tokenizer: Tokenizer, thinking: bool = False, stop: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        thinking: bool = False,
+        stop: Iterable[str] = (),
+        tools: ToolSet | None = None,
+    ) -> None:
         self._tags = {tokenizer.control_id(tag): tag for tag in TAGS}
         self._decoder = tokenizer.stream()
         self._stops = StopStrings(stop)
-        self._thinking = thinking
+        self.thinking = thinking
+        self._tools = tools
+        self._bare = BareCalls(tools) if tools is not None and tools.format == "qwen3-coder" else None
         self._call: str | None = None  # text of the tool call we are in
         self._after_tag = False
         self._newlines = ""  # the end of the text so far: goes out with more text, not with a tag
         self.stopped = False
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has come, if one has."""
+        return self._stops.found
+
+    @property
+    def in_call(self) -> bool:
+        return self._call is not None
+
     def push(self, token: int) -> Piece:
         tag = self._tags.get(token)
         if tag is None:
             return self._emit(self._decoder.push(token))
-        piece = self._emit(self._decoder.flush(), ends=True)
+        piece = self._emit(self._decoder.flush(), ended_by=tag)
         return piece if self.stopped else self._switch(tag, piece)
 
     def finish(self) -> Piece:
         """What was held back, when the reply ends here."""
-        piece = self._emit(self._decoder.flush(), ends=True)
-        unfinished_call = "" if self._call is None else TOOL_CALL + self._call
-        newlines, self._newlines, self._call = self._newlines, "", None
-        return Piece(piece.text + unfinished_call + newlines, piece.thinking)
+        piece = self._emit(self._decoder.flush(), ended_by="")
+        call, self._call = self._call, None
+        if call is not None:
+            found = self._tools.calls(call, closed=False) if self._tools is not None else None
+            piece = _joined(piece, self._piece([TOOL_CALL + call] if found is None else found, exact=True))
+        newlines, self._newlines = self._newlines, ""
+        return Piece(piece.text + newlines, piece.thinking, piece.tool_calls)
 
-    def _emit(self, text: str, ends: bool = False) -> Piece:
-        """`text` on its way out; where a channel `ends`, no stop string can go on."""
-        if not self.stopped:
-            text, self.stopped = self._stops.push(text)
-            if ends and not self.stopped:
-                text += self._stops.flush()
-            return Piece(self._in_channel(text), self._thinking)
-        return Piece("", self._thinking)
-
-    def _in_channel(self, text: str) -> str:
+    def _emit(self, text: str, ended_by: str | None = None) -> Piece:
+        """`text` on its way out; where a tag or the reply's end ("") ends a channel, nothing held back can go on."""
+        if self.stopped:
+            return Piece("", self.thinking)
+        text, self.stopped = self._stops.push(text)
+        if ended_by is not None and not self.stopped:
+            text += self._stops.flush()
         if self._call is not None:
             self._call += text
-            return ""
+            return Piece("", self.thinking)
+        if self._bare is None or self.thinking:
+            return self._piece([text])
+        parts = self._bare.push(text)
+        if ended_by is not None or self.stopped:
+            parts += self._bare.flush(closed=ended_by == END_TOOL_CALL)
+        return self._piece(parts)
+
+    def _piece(self, parts: Iterable[str | Call], exact: bool = False) -> Piece:
+        """Texts and calls that come one after the other. exact: the newlines of the texts belong to no tag."""
+        text, calls = "", list[Call]()
+        for part in parts:
+            if isinstance(part, dict):
+                calls.append(part)
+                self._newlines, self._after_tag = "", True
+            else:
+                text += part if exact else self._without_newlines(part)
+        return Piece(text, self.thinking, tuple(calls))
+
+    def _without_newlines(self, text: str) -> str:
         if self._after_tag:
             text = text.lstrip("\n")
             self._after_tag = not text
@@ -280,15 +322,15 @@ class ReplyStream:
         if tag == TOOL_CALL:
             self._call = ""
         elif tag != END_TOOL_CALL:
-            self._thinking = tag == THINK
+            self.thinking = tag == THINK
         return piece
 
     def _end_call(self, text: str) -> Piece:
+        found = self._tools.calls(text) if self._tools is not None else hermes_calls(text)
         self._call, self._after_tag = None, True
-        try:
-            call = json.loads(text)
-        except (ValueError, RecursionError):
-            call = None
-        if isinstance(call, dict) and isinstance(call.get("name"), str):
-            return Piece("", self._thinking, call)
-        return Piece(TOOL_CALL + text + END_TOOL_CALL, self._thinking)
+        return self._piece([TOOL_CALL + text + END_TOOL_CALL] if found is None else found, exact=True)
+
+
+def _joined(first: Piece, second: Piece) -> Piece:
+    """Two pieces of one channel."""
+    return Piece(first.text + second.text, first.thinking, first.tool_calls + second.tool_calls)

@@ -39,7 +39,7 @@ class Tokenizer:
         self._tokens = self._full.get_added_tokens_decoder()
         self._added = {id: token.content for id, token in self._tokens.items()}
         self._plain = without_added_tokens(self._full)
-        self._byte_level = isinstance(self._full.decoder, tokenizers.decoders.ByteLevel)
+        self.byte_level = isinstance(self._full.decoder, tokenizers.decoders.ByteLevel)
         self._bytes: dict[int, bytes] = {}
 
     # ------------------------------------------------------------------------
@@ -156,13 +156,13 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, control tokens included; bytes that are not UTF-8 become U+FFFD."""
-        if self._byte_level:
+        if self.byte_level:
             return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
         return self._decode(list(ids))
 
     def stream(self) -> TextStream:
         """A new incremental decoder, whose pieces together equal decode()."""
-        return _ByteStream(self) if self._byte_level else _WindowStream(self)
+        return _ByteStream(self) if self.byte_level else _WindowStream(self)
 
     def _look_up(self, id: int) -> bytes:
         if id in self._added:
@@ -173,7 +173,7 @@ class Tokenizer:
             raise ValueError(f"token id {id} is not a 32-bit unsigned number") from None
         if token is None:
             return b""
-        if not self._byte_level:
+        if not self.byte_level:
             return self._decode([id]).encode()
         try:
             return bytes(map(_BYTE_OF.__getitem__, token))

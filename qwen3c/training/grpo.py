@@ -238,7 +238,7 @@ class GRPO(Trainer):
         return chosen
 
     @contextlib.contextmanager
-    def _engine(self) -> Iterator[engine.Model]:
+    def _engine(self) -> Iterator[engine.Engine]:
         """The weights as they are now, in the engine."""
         import torch
 
@@ -251,7 +251,7 @@ class GRPO(Trainer):
         if self.is_main:
             export(directory, path, group_size=self._group_size())
         self.accelerator.wait_for_everyone()
-        model = engine.Model(str(path), torch.get_num_threads())
+        model = engine.Engine(str(path), torch.get_num_threads())
         try:
             yield model
         finally:
@@ -263,7 +263,7 @@ class GRPO(Trainer):
         return next(size for size in (64, 32) if not any(width % size for width in widths))
 
     def _complete(
-        self, model: engine.Model, tasks: Sequence[Task], n: int, temperature: float, step: int
+        self, model: engine.Engine, tasks: Sequence[Task], n: int, temperature: float, step: int
     ) -> list[list[Completion]]:
         p = self.policy
         seed = (self.settings.seed, step, self.accelerator.process_index)

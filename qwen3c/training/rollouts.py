@@ -29,7 +29,7 @@ class Completion:
 
 
 def rollout(
-    model: engine.Model,
+    model: engine.Engine,
     prompts: Sequence[Sequence[int]],
     n_completions: int,
     max_tokens: int,

@@ -17,7 +17,7 @@ from qwen3c.cli.output import JsonWriter, Reading, ReplyWriter, cost_by_depth, s
 from qwen3c.drivers.reply import Event, Reply, Stats
 
 THOUGHT = [Event(1, "hm", True), Event(2, "", True), Event(3, " so", True), Event(4, "yes", False)]
-TOOL = Event(5, "", False, tool_call={"name": "f", "arguments": {"a": "é"}})
+TOOL = Event(5, "", False, tool_calls=({"name": "f", "arguments": {"a": "é"}},))
 
 
 class FakeTerminal(io.StringIO):
@@ -72,7 +72,7 @@ def test_control_characters_of_a_model_reach_a_pipe_and_no_terminal(monkeypatch:
     said = [Event(1, hostile, False)]
     assert shown(said, monkeypatch, io.StringIO()) == hostile + "\n"
     assert shown(said, monkeypatch, FakeTerminal()) == "a\\u001b]0;b\\u0007\\u009b\\u000d\n\té\n"
-    called = [Event(1, "", False, tool_call={"name": "\x9b2J"})]
+    called = [Event(1, "", False, tool_calls=({"name": "\x9b2J"},))]
     assert "\x9b" in shown(called, monkeypatch, io.StringIO())
     assert '{"name": "\\u009b2J"}' in shown(called, monkeypatch, FakeTerminal())
 

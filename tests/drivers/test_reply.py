@@ -136,6 +136,9 @@ class Script:
     def accept(self, token: int) -> None:
         self.accepted.append(token)
 
+    def prepare(self) -> None:
+        """Nothing to do ahead of time."""
+
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_mask_decides_what_may_come(flat: Model, temperature: float) -> None:
@@ -157,6 +160,9 @@ def test_a_mask_that_allows_nothing_is_an_error(flat: Model) -> None:
 
         def accept(self, token: int) -> None:
             raise AssertionError
+
+        def prepare(self) -> None:
+            pass
 
     with pytest.raises(ValueError, match="no token"):
         list(flat.generate([1, 2], 6, mask=Nothing()))

@@ -22,7 +22,7 @@ import pytest
 from small_models import export_small_model
 
 from qwen3c import engine, memory
-from qwen3c.engine import Model, Session, probes
+from qwen3c.engine import Engine, Session, probes
 from qwen3c.format import KV_TYPES, ModelFile, Tensor
 from qwen3c.system.machine import default_threads
 
@@ -64,8 +64,8 @@ def kv(case: tuple[dict[str, Any], Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def model(path: Path, kv: Any) -> Model:
-    return Model(path, threads=2, kv=kv)
+def model(path: Path, kv: Any) -> Engine:
+    return Engine(path, threads=2, kv=kv)
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def ids() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def whole(model: Model, ids: np.ndarray) -> np.ndarray:
+def whole(model: Engine, ids: np.ndarray) -> np.ndarray:
     """Logits of every position, from one call."""
     return model.session().forward(ids, logits="all")
 
@@ -96,12 +96,12 @@ def test_isa_and_threads_do_not_change_a_bit(path: Path, ids: np.ndarray, kv: An
     for isa in engine.runnable_isas():
         engine.set_isa(isa)
         for threads in (1, 2, 3, 4):
-            model = Model(path, threads=threads, kv=kv, activations=activations)
+            model = Engine(path, threads=threads, kv=kv, activations=activations)
             results.append(model.session().forward(ids[:300], logits="all"))
     assert all(np.array_equal(results[0], other) for other in results[1:])
 
 
-def test_every_split_of_a_short_prompt(model: Model, ids: np.ndarray, whole: np.ndarray) -> None:
+def test_every_split_of_a_short_prompt(model: Engine, ids: np.ndarray, whole: np.ndarray) -> None:
     for cut in range(1, 17):
         session = model.session()
         first = session.forward(ids[:cut], logits="all")
@@ -109,7 +109,7 @@ def test_every_split_of_a_short_prompt(model: Model, ids: np.ndarray, whole: np.
         assert np.array_equal(np.concatenate([first, second]), whole[:17])
 
 
-def test_random_splits_of_a_long_prompt(model: Model, ids: np.ndarray, whole: np.ndarray) -> None:
+def test_random_splits_of_a_long_prompt(model: Engine, ids: np.ndarray, whole: np.ndarray) -> None:
     random = np.random.default_rng(2)
     for _ in range(100):
         cuts = np.unique(random.integers(1, 512, random.integers(1, 12)))
@@ -119,7 +119,7 @@ def test_random_splits_of_a_long_prompt(model: Model, ids: np.ndarray, whole: np
         assert np.array_equal(last, whole[511])
 
 
-def test_batches_do_not_change_a_bit(model: Model, ids: np.ndarray, whole: np.ndarray) -> None:
+def test_batches_do_not_change_a_bit(model: Engine, ids: np.ndarray, whole: np.ndarray) -> None:
     random = np.random.default_rng(3)
     for n in range(1, 9):
         sessions, starts, batch = [], [], []
@@ -140,7 +140,7 @@ def test_batches_do_not_change_a_bit(model: Model, ids: np.ndarray, whole: np.nd
                 assert np.array_equal(out, whole[end - 1] if logits == "last" else whole[start:end])
 
 
-def test_rewind_and_fork_leave_no_trace(model: Model, ids: np.ndarray, whole: np.ndarray) -> None:
+def test_rewind_and_fork_leave_no_trace(model: Engine, ids: np.ndarray, whole: np.ndarray) -> None:
     session = model.session()
     session.forward(ids[:300])
     session.forward(ids[100:200])  # a different continuation
@@ -166,14 +166,14 @@ class Histories:
     def __init__(self, path: Path, kv: Any, oracle_kv: Any) -> None:
         random = np.random.default_rng(4)
         self.texts = random.integers(0, 500, (2, LENGTH))
-        oracle = Model(path, threads=1, kv=oracle_kv)
+        oracle = Engine(path, threads=1, kv=oracle_kv)
         # (first text, position of the switch) -> (LENGTH, vocab_size)
         self.expected = {
             (text, switch): oracle.session().forward(self.tokens(text, switch), logits="all")
             for text in (0, 1)
             for switch in SWITCHES
         }
-        self.models = [Model(path, threads=threads, kv=kv) for threads in (1, 2, 3)]
+        self.models = [Engine(path, threads=threads, kv=kv) for threads in (1, 2, 3)]
         self.differences = self.comparisons = 0
 
     def tokens(self, text: int, switch: int) -> np.ndarray:
@@ -202,7 +202,7 @@ class Histories:
                 if later and session.position <= switch:  # type: ignore[attr-defined]
                     state[2] = int(random.choice(later))
 
-    def append(self, model: Model, states: list[Any], random: np.random.Generator) -> None:
+    def append(self, model: Engine, states: list[Any], random: np.random.Generator) -> None:
         batch, checks = [], []
         for session, text, switch in states:
             room = LENGTH - session.position
@@ -293,7 +293,7 @@ def test_one_damaged_number_makes_every_logit_of_its_tokens_not_finite(
                 found = []
                 for isa in engine.runnable_isas():
                     engine.set_isa(isa)
-                    session = Model(path, 1, kv, activations, huge_pages=True).session()  # type: ignore[arg-type]
+                    session = Engine(path, 1, kv, activations, huge_pages=True).session()  # type: ignore[arg-type]
                     found.append(np.concatenate([session.forward(ids, "all"), session.forward([50], "all")]))
                 logits, case = found[0], (tensor.name, kv, activations)
                 assert all(np.array_equal(logits, other, equal_nan=True) for other in found), case
@@ -313,7 +313,7 @@ def test_one_damaged_number_makes_every_logit_of_its_tokens_not_finite(
 @pytest.mark.parametrize("head_dim", [16, 24])
 @pytest.mark.parametrize("kv", KV_TYPES)
 def test_kv_memory_grows_with_use(tmp_path: Path, kv: Any, head_dim: int) -> None:
-    model = Model(export_small_model(tmp_path, context=262_144, **SHAPE | {"head_dim": head_dim}), kv=kv)
+    model = Engine(export_small_model(tmp_path, context=262_144, **SHAPE | {"head_dim": head_dim}), kv=kv)
     session = model.session()
     assert session.context == 262_144 and session.kv_bytes == 0
     session.forward([1, 2, 3])
@@ -325,7 +325,7 @@ def test_kv_memory_grows_with_use(tmp_path: Path, kv: Any, head_dim: int) -> Non
     assert session.kv_bytes == one_block
 
 
-def test_positions_beyond_the_context_raise(model: Model, ids: np.ndarray, whole: np.ndarray) -> None:
+def test_positions_beyond_the_context_raise(model: Engine, ids: np.ndarray, whole: np.ndarray) -> None:
     session = model.session(context=100)
     session.forward(ids[:90])
     with pytest.raises(ValueError, match=r"11 more ids from position 90 .* context of 100"):
@@ -342,14 +342,14 @@ BAD_IDS = [[], [[1, 2]], [-1], [512], [1.5], ["a"], None, [True], [2**40], np.ze
 
 
 @pytest.mark.parametrize("bad", BAD_IDS, ids=repr)
-def test_bad_ids_raise_and_leave_the_session_alone(model: Model, bad: object) -> None:
+def test_bad_ids_raise_and_leave_the_session_alone(model: Engine, bad: object) -> None:
     session = model.session()
     with pytest.raises(ValueError, match="ids|token id"):
         session.forward(bad)  # type: ignore[arg-type]
     assert session.position == 0 and session.kv_bytes == 0
 
 
-def test_bad_arguments_raise(model: Model, path: Path) -> None:
+def test_bad_arguments_raise(model: Engine, path: Path) -> None:
     session = model.session()
     session.forward([1, 2])
     for call in (
@@ -361,12 +361,12 @@ def test_bad_arguments_raise(model: Model, path: Path) -> None:
         lambda: model.session(context=4096),
         lambda: model.forward([]),
         lambda: model.forward([(session, [1]), (session, [2])]),
-        lambda: model.forward([(Model(path).session(), [1])]),
+        lambda: model.forward([(Engine(path).session(), [1])]),
         lambda: model.forward([(None, [1])]),  # type: ignore[list-item]
-        lambda: Model(path, threads=0),
-        lambda: Model(path, threads="two"),  # type: ignore[arg-type]
-        lambda: Model(path, kv="f8"),  # type: ignore[arg-type]
-        lambda: Model(path, activations="int4"),  # type: ignore[arg-type]
+        lambda: Engine(path, threads=0),
+        lambda: Engine(path, threads="two"),  # type: ignore[arg-type]
+        lambda: Engine(path, kv="f8"),  # type: ignore[arg-type]
+        lambda: Engine(path, activations="int4"),  # type: ignore[arg-type]
         lambda: engine.set_isa("pentium"),
         lambda: engine.top_k(np.array([1.0, np.nan, 2.0]), 1),
         lambda: engine.top_k(np.ones(3), 4),  # type: ignore[arg-type]
@@ -378,7 +378,7 @@ def test_bad_arguments_raise(model: Model, path: Path) -> None:
 
 
 def test_an_interrupt_leaves_the_session_as_it_was(tmp_path: Path) -> None:
-    model = Model(export_small_model(tmp_path, context=4096, **(SHAPE | {"n_layers": 8})), threads=1)
+    model = Engine(export_small_model(tmp_path, context=4096, **(SHAPE | {"n_layers": 8})), threads=1)
     ids = np.random.default_rng(5).integers(0, 500, 3000)
     session = model.session()
     session.forward(ids[:100])
@@ -398,7 +398,7 @@ def test_an_interrupt_leaves_the_session_as_it_was(tmp_path: Path) -> None:
     assert np.array_equal(session.forward(ids[100:400]), model.session().forward(ids[:400]))
 
 
-def test_threads_sharing_a_model_take_turns(model: Model, ids: np.ndarray, whole: np.ndarray) -> None:
+def test_threads_sharing_a_model_take_turns(model: Engine, ids: np.ndarray, whole: np.ndarray) -> None:
     wrong: list[int] = []
 
     def decode() -> None:
@@ -415,7 +415,7 @@ def test_threads_sharing_a_model_take_turns(model: Model, ids: np.ndarray, whole
     assert not wrong
 
 
-def test_the_gil_is_released(model: Model, ids: np.ndarray) -> None:
+def test_the_gil_is_released(model: Engine, ids: np.ndarray) -> None:
     engine.set_isa("scalar")
     ticks: list[float] = []
     done = threading.Event()
@@ -440,7 +440,7 @@ def test_the_gil_is_released(model: Model, ids: np.ndarray) -> None:
 def test_a_forked_child_can_run_a_model_its_parent_used(
     path: Path, kv: Any, ids: np.ndarray, whole: np.ndarray
 ) -> None:
-    model = Model(path, threads=2, kv=kv)
+    model = Engine(path, threads=2, kv=kv)
     model.session().forward(ids)  # the parent's OpenMP threads exist now
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
@@ -454,14 +454,14 @@ def test_a_forked_child_can_run_a_model_its_parent_used(
 def test_a_session_keeps_its_model_and_the_model_its_file(
     path: Path, kv: Any, ids: np.ndarray, whole: np.ndarray
 ) -> None:
-    session: Session = Model(path, threads=1, kv=kv).session()
+    session: Session = Engine(path, threads=1, kv=kv).session()
     assert np.array_equal(session.forward(ids[:20]), whole[19])
 
 
 def test_threads_and_isa_can_be_asked_for(path: Path) -> None:
-    model = Model(path, threads=3)
+    model = Engine(path, threads=3)
     assert model.threads == (3 if engine.OPENMP else 1)
-    assert Model(path).threads == (default_threads() if engine.OPENMP else 1)
+    assert Engine(path).threads == (default_threads() if engine.OPENMP else 1)
     assert engine.isa() in engine.runnable_isas() and set(engine.runnable_isas()) <= set(engine.ISA_NAMES)
     assert engine.runnable_isas()[0] == "scalar"
 
@@ -472,7 +472,7 @@ import numpy as np
 from qwen3c import engine
 
 path, ids, limited, results = sys.argv[1], np.arange(200), threading.Event(), []
-usual = engine.Model(path, threads=2)
+usual = engine.Engine(path, threads=2)
 
 def another_thread():  # for which OpenMP starts threads of its own
     limited.wait()
@@ -482,7 +482,7 @@ thread = threading.Thread(target=another_thread)
 thread.start()
 size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize:")) << 10
 resource.setrlimit(resource.RLIMIT_AS, (size + (20 << 20), resource.RLIM_INFINITY))  # two stacks of 8 MiB
-model = engine.Model(path, threads=64)
+model = engine.Engine(path, threads=64)
 results.append(model.session().forward(ids, "all"))
 limited.set()
 thread.join()
@@ -508,7 +508,7 @@ def test_a_model_makes_do_with_the_threads_that_can_be_started(path: Path) -> No
 
 
 def test_every_public_name_says_what_it_is_and_how_it_is_called() -> None:
-    for kind in (Model, Session):
+    for kind in (Engine, Session):
         names = {name for name in vars(kind) if not name.startswith("_")}
         assert {"forward"} < names and ("rewind" in names) == (kind is Session)
         for name in names:
@@ -527,27 +527,27 @@ def test_every_public_name_says_what_it_is_and_how_it_is_called() -> None:
     ):
         function = getattr(engine, name)
         assert inspect.signature(function) and len(function.__doc__) > 20, name
-    assert str(inspect.signature(Model.forward)) == "(self, batch, logits='last')"
-    assert Model.__doc__.startswith("Model(path, threads=None, kv=")  # type: ignore[union-attr]
+    assert str(inspect.signature(Engine.forward)) == "(self, batch, logits='last')"
+    assert Engine.__doc__.startswith("Engine(path, threads=None, kv=")  # type: ignore[union-attr]
 
 
 def test_a_session_says_how_full_it_is(path: Path, kv: Any) -> None:
-    session = Model(path, kv=kv).session(100)
+    session = Engine(path, kv=kv).session(100)
     session.forward([1, 2, 3])
     assert repr(session) == f"<Session, 3 of 100 positions, {session.kv_bytes:,} bytes of KV cache>"
 
 
 def test_wrong_calls_are_named_as_they_were_written(path: Path) -> None:
-    model = Model(path)
-    with pytest.raises(TypeError, match=r"^Model\(\) needs the path of a model.bin"):
-        Model()  # type: ignore[call-arg]
+    model = Engine(path)
+    with pytest.raises(TypeError, match=r"^Engine\(\) needs the path of a model.bin"):
+        Engine()  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="the model is open already"):
         model.__init__(path)  # type: ignore[misc]
     for wrong in ((), (None,), (path,)):
         with pytest.raises(TypeError, match=r"^a Session is made by Model.session\(\)$"):
             Session(*wrong)
     with pytest.raises(ValueError, match="the model was never opened"):
-        Model.__new__(Model, path).session()  # type: ignore[call-arg]
+        Engine.__new__(Engine, path).session()  # type: ignore[call-arg]
     for thing, told in ((model, "open its path again"), (model.session(), r"fork\(\) makes a second one")):
         for operation in (pickle.dumps, copy.copy, copy.deepcopy):
             with pytest.raises(TypeError, match=f"cannot be pickled or copied: .*{told}"):
@@ -560,7 +560,7 @@ def test_a_closed_model_gives_its_memory_back_and_refuses_every_call(
 ) -> None:
     path = export_small_model(tmp_path)
     monkeypatch.setattr("qwen3c.engine.engine.in_huge_pages", lambda weights: memoryview(bytes(weights)))
-    model = Model(path, threads=2, huge_pages=huge_pages)
+    model = Engine(path, threads=2, huge_pages=huge_pages)
     session = model.session()
     session.forward([1, 2, 3])
     calls = {
@@ -591,7 +591,7 @@ def test_closing_waits_for_the_pass_of_another_thread(
     path: Path, ids: np.ndarray, kv: Any, whole: np.ndarray
 ) -> None:
     for delay in (0, 0.001, 0.003, 0.01):
-        model = Model(path, threads=2, kv=kv)
+        model = Engine(path, threads=2, kv=kv)
         results: list[Any] = []
 
         def decode(session: Session, results: list[bool] = results) -> None:
@@ -629,7 +629,7 @@ def test_the_estimate_of_the_buffers_is_what_the_engine_lays_out(
 
 def test_buffers_of_a_batch_do_not_overlap(path: Path, ids: np.ndarray, kv: Any, whole: np.ndarray) -> None:
     """A model that grew its buffers row by row computes what one that had them at once does."""
-    model = Model(path, threads=1, kv=kv)
+    model = Engine(path, threads=1, kv=kv)
     for n in (1, 2, 3, 5, 17, 250):
         assert np.array_equal(model.session().forward(ids[:n], "all"), whole[:n])
 
@@ -638,7 +638,7 @@ def test_a_trace_between_two_passes_changes_neither(
     path: Path, ids: np.ndarray, kv: Any, whole: np.ndarray
 ) -> None:
     for threads in (1, 2):
-        model = Model(path, threads=threads, kv=kv)
+        model = Engine(path, threads=threads, kv=kv)
         session = model.session()
         for start in (0, 150, 300):
             assert np.array_equal(
@@ -655,7 +655,7 @@ def test_a_trace_between_two_passes_changes_neither(
 # For the sampler
 
 
-def test_softmax_agrees_with_float64(model: Model) -> None:
+def test_softmax_agrees_with_float64(model: Engine) -> None:
     logits = np.random.default_rng(6).normal(0, 5, 1001).astype(np.float32)
     for temperature in (0.3, 1.0, 2.0):
         scaled = logits.astype(np.float64) / temperature
@@ -680,7 +680,7 @@ def test_top_k_orders_by_value_then_id() -> None:
 
 
 def test_kv_bytes_counts_a_shared_block_once_and_growth_foretells_it(path: Path, kv: Any) -> None:
-    model = Model(path, kv=kv)
+    model = Engine(path, kv=kv)
     block, session = model.kv_block_bytes, model.session()
     assert model.kv_bytes == 0 and session.growth(1) == block
     session.forward([1] * 10)

@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from small_models import export_small_model
 
-from qwen3c.engine import Model
+from qwen3c.engine import Engine
 from qwen3c.format import ModelFile, Tensor
 
 MOE: dict[str, Any] = {
@@ -29,8 +29,8 @@ PAGE = mmap.PAGESIZE
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    model = Model(str(export_small_model(tmp_path_factory.mktemp("model"), **MOE)), threads=2)
+def model(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    model = Engine(str(export_small_model(tmp_path_factory.mktemp("model"), **MOE)), threads=2)
     if not hasattr(os, "posix_fadvise"):
         pytest.skip("this system cannot be told to forget the pages of a file")
     evict(model.file)
@@ -65,7 +65,7 @@ def resident(file: ModelFile) -> NDArray[np.bool_]:
     return (pages & 1).astype(bool)
 
 
-def test_a_file_that_leaves_memory_between_tokens_gives_the_same_bits(model: Model) -> None:
+def test_a_file_that_leaves_memory_between_tokens_gives_the_same_bits(model: Engine) -> None:
     ids = np.random.default_rng(2).integers(0, 500, 24)
     expected = model.session().forward(ids, logits="all")
     session, read = model.session(), []
@@ -77,7 +77,7 @@ def test_a_file_that_leaves_memory_between_tokens_gives_the_same_bits(model: Mod
     assert min(read) > 0 and max(read) < 0.5
 
 
-def test_a_token_reads_the_experts_it_chooses_and_no_others(model: Model) -> None:
+def test_a_token_reads_the_experts_it_chooses_and_no_others(model: Engine) -> None:
     ids = np.random.default_rng(3).integers(0, 500, 10)
     shares = model.trace(ids, "*.gate.shares")
     session = model.session()

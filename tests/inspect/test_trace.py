@@ -21,7 +21,7 @@ from qwen3c.inspect import trace
 Arrays = dict[str, NDArray[np.float32]]
 
 
-def random_ids(model: engine.Model, n: int) -> NDArray[np.int64]:
+def random_ids(model: engine.Engine, n: int) -> NDArray[np.int64]:
     return np.random.default_rng(n).integers(0, model.config.vocab_size, n)
 
 
@@ -35,7 +35,7 @@ def equal(a: Arrays, b: Arrays) -> bool:
 
 @pytest.mark.parametrize("kind", [{}, {"activations": "float32"}, {"kv": "int8"}], ids=str)
 def test_a_trace_has_the_bits_of_the_forward_pass(kind: dict[str, Any], tmp_path: Path) -> None:
-    model = engine.Model(str(export_small_model(tmp_path, context=512)), **kind)
+    model = engine.Engine(str(export_small_model(tmp_path, context=512)), **kind)
     ids = random_ids(model, 300)
     logits = model.session().forward(ids, logits="all")
     trace = model.trace(ids)
@@ -52,20 +52,20 @@ def test_a_trace_has_the_bits_of_the_forward_pass(kind: dict[str, Any], tmp_path
 
 def test_threads_and_instruction_sets_trace_the_same_bits(tmp_path: Path) -> None:
     path = str(export_small_model(tmp_path, context=512, dim=256, hidden_dim=512, n_heads=6))
-    ids = random_ids(engine.Model(path), 300)
-    expected = engine.Model(path, threads=1).trace(ids)
+    ids = random_ids(engine.Engine(path), 300)
+    expected = engine.Engine(path, threads=1).trace(ids)
     usual = engine.isa()
     try:
         for isa in engine.runnable_isas():
             engine.set_isa(isa)
-            assert equal(engine.Model(path, threads=2).trace(ids), expected), isa
+            assert equal(engine.Engine(path, threads=2).trace(ids), expected), isa
     finally:
         engine.set_isa(usual)
 
 
 @pytest.mark.parametrize("kv", ["f16", "int8"])
 def test_attention_weights_are_probabilities_of_what_a_token_sees(kv: engine.KV, tmp_path: Path) -> None:
-    model = engine.Model(str(export_small_model(tmp_path, context=1024)), kv=kv)
+    model = engine.Engine(str(export_small_model(tmp_path, context=1024)), kv=kv)
     for name, weights in model.trace(random_ids(model, 600), "*.attn_weights").items():
         assert weights.shape == (4, 600, 600), name
         assert np.all(weights >= 0)
@@ -74,14 +74,14 @@ def test_attention_weights_are_probabilities_of_what_a_token_sees(kv: engine.KV,
 
 
 def test_the_logit_lens_after_the_last_layer_is_the_logits(tmp_path: Path) -> None:
-    model = engine.Model(str(export_small_model(tmp_path, context=512)))
+    model = engine.Engine(str(export_small_model(tmp_path, context=512)))
     trace = model.trace(random_ids(model, 300))
     assert np.array_equal(model.logit_lens(trace["model.layers.1"]), trace["lm_head"])
     assert not np.array_equal(model.logit_lens(trace["model.layers.0"]), trace["lm_head"])
 
 
 def test_names_choose_what_is_kept(tmp_path: Path) -> None:
-    model = engine.Model(str(export_small_model(tmp_path)))
+    model = engine.Engine(str(export_small_model(tmp_path)))
     whole = model.trace([1, 2, 3])
     for names in (
         "model.layers.0.*",
@@ -101,7 +101,7 @@ def test_names_choose_what_is_kept(tmp_path: Path) -> None:
 def test_what_cannot_be_traced_is_refused_with_the_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = engine.Model(str(export_small_model(tmp_path)))
+    model = engine.Engine(str(export_small_model(tmp_path)))
     with pytest.raises(ValueError, match="no activation of this model is called 'layers.0'"):
         model.trace([1], "layers.0")
     with pytest.raises(ValueError, match="257 more ids from position 0 pass the context of 256"):
@@ -179,7 +179,7 @@ def test_the_weights_have_their_statistics_and_rounding_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = {"dim": 128, "vocab_size": 501, "tied": False}
-    model = engine.Model(str(export_small_model(tmp_path, **shape)))
+    model = engine.Engine(str(export_small_model(tmp_path, **shape)))
     monkeypatch.setattr(trace, "SLICE_WEIGHTS", 5000)
     source = small_weights(**shape)
     tensors = {tensor.name: tensor for tensor in model.file.tensors}

@@ -283,10 +283,10 @@ def pieces(
             break
     joined: list[Piece] = []
     for piece in [*out, stream.finish()]:
-        if piece.tool_call:
+        if piece.tool_calls:
             joined.append(piece)
         elif piece.text:
-            if joined and not joined[-1].tool_call and joined[-1].thinking == piece.thinking:
+            if joined and not joined[-1].tool_calls and joined[-1].thinking == piece.thinking:
                 piece = Piece(joined.pop().text + piece.text, piece.thinking)
             joined.append(piece)
     return joined
@@ -306,9 +306,9 @@ CALL_TEXT = "<tool_call>\n" + json.dumps(CALL) + "\n</tool_call>"
         ("hm", True, [Piece("hm", True)]),
         ("<think>\n\n</think>\n\nyes", False, [Piece("yes")]),
         ("a 🎉</think>b", True, [Piece("a 🎉", True), Piece("b")]),
-        (CALL_TEXT, False, [Piece(tool_call=CALL)]),
+        (CALL_TEXT, False, [Piece(tool_calls=(CALL,))]),
         ("Let me.\n" + CALL_TEXT + "\n" + CALL_TEXT + "\n", False,
-         [Piece("Let me."), Piece(tool_call=CALL), Piece(tool_call=CALL)]),
+         [Piece("Let me."), Piece(tool_calls=(CALL,)), Piece(tool_calls=(CALL,))]),
         ("<tool_call>not json</tool_call>", False, [Piece("<tool_call>not json</tool_call>")]),
         ('<tool_call>{"a": {}}</tool_call>', False, [Piece('<tool_call>{"a": {}}</tool_call>')]),
         ('a\n<tool_call>{"name"', False, [Piece('a<tool_call>{"name"')]),

@@ -16,7 +16,7 @@ END = frozenset({3})
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return engine.Model(str(export_small_model(tmp_path_factory.mktemp("model"), std=0.05)))
+    return engine.Engine(str(export_small_model(tmp_path_factory.mktemp("model"), std=0.05)))
 
 
 def run(

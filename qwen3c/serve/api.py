@@ -1,0 +1,131 @@
+"""What every endpoint has at hand: the models, who asks, the body of the request, and how errors are said."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from .. import __version__
+from .ask import Ask, Stream
+from .errors import ApiError, server_error
+from .fields import Fields, parse_json
+from .models import Models, Served
+from .scheduler import KeyLimits
+from .streams import PING, dump
+
+UNLIMITED = KeyLimits()
+FINGERPRINT = (
+    f"qwen3c-{__version__}"  # OpenAI's name for what the bits of a reply depend on, beside the request
+)
+
+
+class Client(Protocol):
+    """Who asks, as the guard has found. name: of the key, which is a namespace of the prefix cache."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def limits(self) -> KeyLimits: ...
+
+
+@dataclass(frozen=True)
+class Anonymous:
+    """A client of a server without keys."""
+
+    name: str = ""
+    priority: int = 0
+    limits: KeyLimits = UNLIMITED
+
+
+@dataclass
+class Api:
+    """models: those that answer. ping: seconds of silence after which a stream gets a comment.
+
+    ended: told about every stream that has ended, with the request it answers.
+    """
+
+    models: Models
+    ping: float = PING
+    ended: Callable[[Request, Served, Stream], None] = lambda request, served, stream: None
+
+    async def fields(self, request: Request) -> Fields:
+        """The fields of the body. ApiError 400 if it is no JSON object."""
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            raise ApiError(400, "the body ended early") from None
+        return Fields(parse_json(body))
+
+    def client(self, request: Request) -> Client:
+        """Who asks."""
+        client: Client = getattr(request.state, "key", None) or Anonymous()
+        return client
+
+    def request_id(self, request: Request) -> str:
+        """The id in the request's answer, given by the client or made here."""
+        found: str = getattr(request.state, "request_id", None) or secrets.token_hex(12)
+        return found
+
+    def headers(self, served: Served, ignored: list[str], ask: Ask | None = None) -> dict[str, str]:
+        """Headers of an answer of `served`. ignored: fields of the request that nobody knows."""
+        headers = {"x-qwen3c-backend": "local", "x-qwen3c-model": header_text(served.name)}
+        if ignored:
+            headers["x-qwen3c-ignored"] = header_text(", ".join(ignored))
+        if ask is not None and ask.grammar is not None and ask.grammar.dropped:
+            headers["x-qwen3c-dropped"] = header_text(", ".join(ask.grammar.dropped))
+        return headers
+
+    def priority(self, request: Request, fields: Fields) -> int:
+        """When it is the request's turn: vLLM's `priority`, lower comes sooner; no sooner than the key allows."""
+        return max(self.client(request).priority, 0) + (fields.whole("priority", 0, 1000, 0) or 0)
+
+
+def json_answer(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A JSON body."""
+    return Response(dump(value), status, headers, "application/json")
+
+
+def header_text(text: str) -> str:
+    """Text as a header may hold it: printable ASCII, not too long."""
+    return "".join(letter if " " <= letter <= "~" else "?" for letter in text)[:200]
+
+
+# ----------------------------------------------------------------------------
+# Errors
+
+
+async def say_api_error(request: Request, error: Exception) -> Response:
+    """The answer to a request that ended in an ApiError, in the words of its surface."""
+    assert isinstance(error, ApiError)
+    body = error.anthropic() if speaks_anthropic(request) else error.openai()
+    return JSONResponse(body, error.status, error.headers())
+
+
+async def say_http_error(request: Request, error: Exception) -> Response:
+    """The answer where no endpoint is, or not for this method."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        found = ApiError(405, f"{request.method} is not for this address", code="method_not_allowed")
+    else:
+        found = ApiError(error.status_code, "there is nothing at this address", code="not_found")
+    answer = await say_api_error(request, found)
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def say_failure(request: Request, error: Exception) -> Response:
+    """The answer when the server failed: never a traceback, never a path."""
+    return await say_api_error(request, server_error("the server failed"))
+
+
+def speaks_anthropic(request: Request) -> bool:
+    """Whether the surface is Anthropic's."""
+    return request.url.path.startswith("/v1/messages")

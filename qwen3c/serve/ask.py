@@ -1,0 +1,144 @@
+"""What a request comes down to, whichever surface it came by, and its result while it comes.
+
+Ask       prompts of token ids and what is wanted of them
+Update    what a pass of the engine brought one of its sequences
+Stream    the updates of all its sequences, for the event loop
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..drivers.reply import Event, Stats
+from ..drivers.sampler import SamplingOptions
+from ..drivers.score import TokenScore
+from .errors import ApiError
+
+if TYPE_CHECKING:
+    from ..drivers.grammar import Grammar
+    from ..text.tools import ToolSet
+    from .scheduler import Job
+
+Stage = Literal["queued", "reading"]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Sequences that share a key, a priority and the way their tokens are chosen.
+
+    prompts: token ids, one list a sequence; a prompt that is wanted n times is there n times. max_tokens, sampling,
+    stop, logprobs, thinking_budget: see Model.generate. seeds: one for each sequence, in place of the sampling's.
+    grammar: what each reply must follow. tools: whose calls are looked for in each reply. echo: None, or how many of
+    the most likely tokens to give with the log-probability of each token of the prompts. vectors: the final hidden
+    state of each prompt is wanted; rows: the logits after each prompt; either way there is no reply. namespace: of the
+    prefix cache, the name of the key. priority: lower comes sooner.
+    """
+
+    prompts: Sequence[list[int]]
+    max_tokens: int | None = None
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    seeds: Sequence[int] | None = None
+    stop: Sequence[str] = ()
+    logprobs: int | None = None
+    grammar: Grammar | None = None
+    tools: ToolSet | None = None
+    thinking_budget: int | None = None
+    echo: int | None = None
+    vectors: bool = False
+    rows: bool = False
+    namespace: str = ""
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a sequence is before its first token.
+
+    stage: whether it waits or its prompt is read. position: in the queue, from 1. total, cached, processed: tokens of
+    the prompt in all, found in the cache, and read including those. ms: since the request came.
+    """
+
+    stage: Stage
+    position: int
+    total: int
+    cached: int
+    processed: int
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What came of one sequence. index: which. The last update of a sequence has `last`.
+
+    event: a token of a reply. row: with Ask.vectors (dim,), with Ask.rows (vocab_size,).
+    scores: with Ask.echo, before the first event. error: the engine failed.
+    """
+
+    index: int
+    event: Event | None = None
+    progress: Progress | None = None
+    row: NDArray[np.float32] | None = None
+    scores: list[TokenScore] | None = None
+    error: ApiError | None = None
+    last: bool = False
+
+
+class Stream(AsyncIterator[Update]):
+    """The updates of an Ask as they come; it ends after the last one of every sequence.
+
+    An engine that fails raises its ApiError here. stats: of each sequence. Belongs to the event loop that made it.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.jobs: list[Job] = []
+        self._updates: deque[Update] = deque()
+        self._changed = asyncio.Event()
+        self._unfinished = n
+
+    @property
+    def stats(self) -> list[Stats]:
+        """Counts and times of each sequence, complete when it has ended."""
+        return [job.stats for job in self.jobs]
+
+    @property
+    def ended(self) -> bool:
+        """Whether every sequence has had its last update."""
+        return self._unfinished == 0
+
+    def put(self, updates: Sequence[Update]) -> None:
+        """Take in what a pass brought; called in the stream's event loop."""
+        self._updates.extend(updates)
+        self._unfinished -= sum(update.last for update in updates)
+        self._changed.set()
+
+    def cancel(self) -> None:
+        """End every sequence after the pass under way, whatever its state. From any thread, as often as one likes."""
+        for job in self.jobs:
+            job.cancel()
+
+    async def __anext__(self) -> Update:
+        while not self._updates:
+            if self.ended:
+                raise StopAsyncIteration
+            self._changed.clear()
+            await self._changed.wait()
+        update = self._updates.popleft()
+        if update.error is not None:
+            self.cancel()
+            raise update.error
+        return update
+
+    def ready(self) -> list[Update]:
+        """The updates that can be had without waiting, beside the one that was just awaited."""
+        found = []
+        while self._updates and self._updates[0].error is None:
+            found.append(self._updates.popleft())
+        return found

@@ -1,0 +1,241 @@
+"""The models that answer, by alias: loaded when asked for, let go of when memory is short.
+
+Models    aliases -> files; which of them are loaded
+Served    a loaded model with its scheduler; what a surface may ask of it
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..drivers.batch import LastRow
+from ..drivers.reply import ContextFullError, ReplyState, token_budget, token_ids
+from ..drivers.sampler import SamplingOptions
+from ..drivers.score import PromptScores, TokenScore
+from ..engine import Logits
+from ..memory import available, gib
+from ..model import Model
+from .ask import Ask, Stream
+from .errors import ApiError, context_error
+from .pace import Pace
+from .scheduler import Job, KeyLimits, Limits, Scheduler
+
+T = TypeVar("T")
+SHARE_OF_MEMORY = 4  # without --cache-memory the KV cache gets this part of what is available at the start
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How models are served. kv_bytes: None for a part of what is available. context: None for what fits."""
+
+    running: int = 64
+    queue: int = 128
+    kv_bytes: int | None = None
+    max_gap: float | None = None
+    context: int | None = None
+
+
+class Served:
+    """A model that answers. name: its alias. created: when it was loaded, in seconds since 1970."""
+
+    def __init__(self, name: str, model: Model, options: ServeOptions, turn: threading.Lock) -> None:
+        self.name = name
+        self.model = model
+        self.created = int(time.time())
+        self.used = time.monotonic()
+        kv_bytes = options.kv_bytes
+        if kv_bytes is None:
+            kv_bytes = (available() or 4 << 30) // SHARE_OF_MEMORY
+        limits = Limits(options.running, options.queue, max(kv_bytes, 2 * model.kv_block_bytes))
+        self.scheduler = Scheduler(model, limits, Pace(options.max_gap), turn)
+        self.context = min(self.scheduler.context, options.context or model.config.context)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="text")
+        self._pool_seconds = 0.0
+
+    async def work(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What a function returns that takes too long for the event loop: templates, tokens, large JSON.
+
+        One thread does all of it, so that the engine's threads keep their processors.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
+
+    async def submit(self, ask: Ask, limits: KeyLimits | None = None) -> Stream:
+        """The updates of what is asked. ApiError 400 if it cannot be, 429 if the queue is full."""
+        stream = Stream(len(ask.prompts))
+        try:
+            stream.jobs = await self.work(self._jobs, ask, stream, limits or KeyLimits())
+        except ContextFullError:
+            raise context_error(max(map(len, ask.prompts)), self.context) from None
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+        self.used = time.monotonic()
+        self.scheduler.submit(stream.jobs)
+        return stream
+
+    def _jobs(self, ask: Ask, stream: Stream, limits: KeyLimits) -> list[Job]:
+        jobs = []
+        for i, prompt in enumerate(ask.prompts):
+            ids = token_ids(prompt, self.model.config.vocab_size)
+            budget = token_budget(ask.max_tokens, len(ids), self.context, self.context)
+            has_reply = budget > 0 and not ask.vectors and not ask.rows
+            state = self._state(ask, i, ids, budget) if has_reply else LastRow()
+            kind: Logits = "hidden" if ask.vectors else "last" if ask.echo is None else "all"
+            job = Job(stream, i, ids, state, kind, ask.namespace, ask.priority, limits)
+            job.stats.prompt_tokens = len(ids)
+            if isinstance(state, ReplyState):
+                job.stats.seed = state.seed
+            if ask.echo is not None:
+                job.scores = PromptScores(self.model.vocabulary, ids, ask.echo)
+            jobs.append(job)
+        return jobs
+
+    def _state(self, ask: Ask, i: int, ids: list[int], budget: int) -> ReplyState:
+        own: SamplingOptions = {**ask.sampling}
+        if ask.seeds is not None:
+            own["seed"] = ask.seeds[i]
+        sampling = self.model.sampling(self.model.may_think(ids), **own)
+        mask = ask.grammar.mask(ids) if ask.grammar is not None else None
+        return ReplyState(
+            self.model.vocabulary, ids, sampling, budget, stop=ask.stop, logprobs=ask.logprobs, mask=mask,
+            tools=ask.tools, thinking_budget=ask.thinking_budget,
+        )  # fmt: skip
+
+    async def rows(
+        self, ask: Ask, limits: KeyLimits | None = None
+    ) -> tuple[list[NDArray[np.float32]], Stream]:
+        """The row of each prompt of an Ask with `vectors` or `rows`, and the stream they came by."""
+        stream = await self.submit(ask, limits)
+        rows: dict[int, NDArray[np.float32]] = {}
+        try:
+            async for update in stream:
+                if update.row is not None:
+                    rows[update.index] = update.row
+        finally:
+            stream.cancel()
+        return [rows[i] for i in range(len(ask.prompts))], stream
+
+    async def score(self, prompts: Sequence[list[int]], top: int, **ask: Any) -> list[list[TokenScore]]:
+        """The score of every token of each prompt; top: how many of the most likely tokens each lists."""
+        stream = await self.submit(Ask(prompts, max_tokens=0, echo=top, **ask))
+        scores: dict[int, list[TokenScore]] = {}
+        try:
+            async for update in stream:
+                if update.scores is not None:
+                    scores[update.index] = update.scores
+        finally:
+            stream.cancel()
+        return [scores[i] for i in range(len(prompts))]
+
+    def close(self) -> None:
+        """End every reply, then release the model."""
+        self.scheduler.close()
+        self._worker.shutdown(wait=True)
+        self.model.close()
+
+
+class Models:
+    """Models by alias.
+
+    opened: those that are loaded already. paths: alias -> what opens it when it is first asked for. The first alias is
+    the default. A model that is asked for and does not fit beside the others takes the place of the least recently used
+    one that nobody waits for.
+    """
+
+    def __init__(
+        self,
+        openers: Mapping[str, Callable[[], Model]],
+        options: ServeOptions | None = None,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
+        self.options = options or ServeOptions()
+        self._openers = dict(openers)
+        self._sizes = dict(sizes or {})
+        self._served: dict[str, Served] = {}
+        self._loading = asyncio.Lock()
+        self._turn = threading.Lock()
+
+    @property
+    def names(self) -> list[str]:
+        """The aliases, the default first."""
+        return list(self._openers)
+
+    @property
+    def loaded(self) -> list[Served]:
+        """The models that are in memory."""
+        return list(self._served.values())
+
+    def resolve(self, name: str | None) -> str:
+        """The alias that a request means. With one model every name means it; else ApiError 404 for an unknown one."""
+        if name in self._openers:
+            return str(name)
+        if len(self._openers) == 1 or not name:
+            return self.names[0]
+        message = f"there is no model {name!r}; there are {', '.join(self.names)}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def get(self, name: str | None = None) -> Served:
+        """The model that a request names, loaded if it is not. ApiError 503 if it cannot be."""
+        alias = self.resolve(name)
+        served = self._served.get(alias)
+        if served is not None:
+            return served
+        async with self._loading:
+            if alias not in self._served:
+                self._make_room(self._sizes.get(alias, 0))
+                try:
+                    model = await asyncio.to_thread(self._openers[alias])
+                except (ValueError, OSError, MemoryError) as error:
+                    message = f"model {alias!r} cannot be loaded: {_without_paths(error)}"
+                    raise ApiError(503, message, type="server_error", code="model_unavailable") from error
+                self._served[alias] = Served(alias, model, self.options, self._turn)
+        return self._served[alias]
+
+    def _make_room(self, needed: int) -> None:
+        """Let idle models go, the least recently used first, until `needed` bytes are available."""
+        for served in sorted(self._served.values(), key=lambda one: one.used):
+            free = available()
+            if free is None or free >= needed:
+                return
+            if not served.scheduler.n_running and not served.scheduler.n_waiting:
+                self.unload(served.name)
+        free = available()
+        if free is not None and free < needed:
+            raise ApiError(
+                503, f"the model takes {gib(needed)}, {gib(free)} are available while the others are busy",
+                type="server_error", code="model_unavailable", retry_after=10,
+            )  # fmt: skip
+
+    def unload(self, name: str) -> None:
+        """Release a model; it is loaded again when it is asked for."""
+        self._served.pop(name).close()
+
+    def close(self) -> None:
+        """End every reply and release all models."""
+        for name in list(self._served):
+            self.unload(name)
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Models]:
+        """Within, the default model is loaded."""
+        await self.get()
+        try:
+            yield self
+        finally:
+            await asyncio.to_thread(self.close)
+
+
+def _without_paths(error: Exception) -> str:
+    """What went wrong, without saying where files lie."""
+    if isinstance(error, OSError):
+        return error.strerror or "it cannot be read"
+    return "it is damaged or of another version" if isinstance(error, ValueError) else "out of memory"

@@ -1,0 +1,451 @@
+"""The engine thread: who waits, who is in the next pass, and where the memory for it comes from.
+
+    submit -> queue -> admitted: a session with what the cache has of the prompt -> passes -> last update
+                ^                                                            |
+                +------------------- preempted, when KV memory runs out -----+
+
+One thread owns a model. Between two passes it drops what was cancelled, admits what waits, makes room in the KV cache
+and hands over what came, once for all streams. What a sequence computes does not depend on the others, to the bit, and
+its random numbers follow from its positions: so a sequence that was preempted and read again goes on with the same text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from bisect import insort
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..drivers.batch import Batch, CachedSession, LastRow, Member, session_for
+from ..drivers.reply import Event, FinishReason, ReplyState, Stats
+from ..drivers.score import PromptScores
+from ..engine import Logits
+from ..model import Model
+from .ask import Progress, Stream, Update
+from .errors import ApiError, server_error
+from .pace import Pace
+from .prefix import PrefixTree
+
+LOOKED_AT = 16  # waiting sequences, the first in the queue, that an admission considers
+LONGEST_RETRY = 120.0  # seconds that Retry-After says at most
+
+
+@dataclass(frozen=True)
+class Limits:
+    """running, queue: sequences on their way, and waiting. kv_bytes: of KV cache, running sequences and cache together."""
+
+    running: int = 64
+    queue: int = 128
+    kv_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True)
+class KeyLimits:
+    """What one key may have at once; None: as much as all together."""
+
+    running: int | None = None
+    queue: int | None = None
+
+
+@dataclass
+class Counters:
+    """What has happened since the start, for metrics. Written by the engine thread alone."""
+
+    passes: int = 0
+    pass_seconds: float = 0.0
+    prompt_tokens: int = 0  # read, those from the cache aside
+    cached_tokens: int = 0  # of prompts, found in the cache
+    generated_tokens: int = 0
+    preemptions: int = 0
+    evictions: int = 0
+
+
+@dataclass
+class Failed:
+    """The outcome of a sequence whose next token could not be chosen."""
+
+    error: ApiError
+    token: int | None = None
+    finish_reason: FinishReason | None = "cancelled"
+
+
+@dataclass(eq=False)
+class Job:
+    """One sequence of a stream, from its arrival to its last update; to a Batch it is a State.
+
+    number: in order of arrival. state: what makes a reply of logits; a LastRow where there is none to make.
+    kind: what is wanted of the rows of the prompt (see Session.forward).
+    """
+
+    stream: Stream
+    index: int
+    prompt: list[int]
+    state: ReplyState | LastRow
+    kind: Logits
+    namespace: str
+    priority: int
+    limits: KeyLimits
+    scores: PromptScores | None = None
+    number: int = 0
+    stats: Stats = field(default_factory=Stats)
+    arrived: float = field(default_factory=time.monotonic)
+    first_token: float | None = None  # seconds after `arrived`
+    ended: float | None = None  # likewise
+    preempted: int = 0
+    position: int = 0  # in the queue, as last told
+    scheduler: Scheduler | None = None
+    cancelled: bool = False
+
+    def __lt__(self, other: Job) -> bool:
+        """Whether it comes sooner."""
+        return (self.priority, self.number) < (other.priority, other.number)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt and what has been sampled after it."""
+        return self.prompt + self.state.tokens if isinstance(self.state, ReplyState) else self.prompt
+
+    @property
+    def max_tokens(self) -> int:
+        """How many rows its state will take at most."""
+        return self.state.max_tokens
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended the reply, if one has."""
+        return self.state.stop_string if isinstance(self.state, ReplyState) else None
+
+    def cancel(self) -> None:
+        """End it after the pass under way. From any thread."""
+        self.cancelled = True
+        if self.scheduler is not None:
+            self.scheduler.wake()
+
+    def prepare(self) -> None:
+        self.state.prepare()
+
+    def take(self, logits: NDArray[np.float32]) -> Event | LastRow | Failed:
+        try:
+            return self.state.take(logits)
+        except ValueError as error:  # a grammar that allows no token: it is this sequence's fault alone
+            return Failed(server_error(str(error)))
+
+    def end(self, reason: FinishReason) -> Event | LastRow | Failed:
+        return self.state.end(reason)
+
+
+class Scheduler:
+    """The queue and the engine thread of one model.
+
+    turn: held during a pass; models that share a processor share it. close() ends the thread.
+    """
+
+    def __init__(
+        self, model: Model, limits: Limits, pace: Pace | None = None, turn: threading.Lock | None = None
+    ) -> None:
+        self.model = model
+        self.limits = limits
+        self.counters = Counters()
+        self.tree = PrefixTree()
+        self._turn = turn or threading.Lock()
+        self._batch: Batch[Any] = Batch(model, pace or Pace())
+        self._jobs: dict[int, Job] = {}  # running, by number
+        self._queue: list[Job] = []  # waiting, in the order of their turns; the engine thread's
+        self._inbox: deque[Job] = deque()
+        self._waiting: Counter[str] = Counter()  # by namespace: in the inbox or in the queue
+        self._n_submitted = 0
+        self._full = False  # memory ran out, and no sequence has ended since
+        self._job_seconds = 1.0  # of recent jobs, on average
+        self._posts: list[tuple[Stream, Update]] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # ---- from other threads
+
+    @property
+    def context(self) -> int:
+        """How many positions one sequence can have: what the model holds and the KV memory allows."""
+        blocks = max(self.limits.kv_bytes // self.model.kv_block_bytes, 1)
+        return min(self.model.config.context, blocks * 256)
+
+    @property
+    def n_running(self) -> int:
+        """Sequences on their way."""
+        return len(self._jobs)
+
+    @property
+    def n_waiting(self) -> int:
+        """Sequences in the queue."""
+        return len(self._queue) + len(self._inbox)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue the sequences of a stream, all or none. ApiError 429 if the queue has no room for them."""
+        with self._changed:
+            if self._closing:
+                raise ApiError(503, "the server is shutting down", type="server_error", retry_after=5)
+            namespace, own = jobs[0].namespace, jobs[0].limits.queue
+            room = self.limits.running + self.limits.queue - self.n_running - self.n_waiting
+            if own is not None:
+                room = min(room, own + (jobs[0].limits.running or 0) - self._waiting[namespace])
+            if len(jobs) > room:
+                message = f"{len(jobs)} more do not fit into the queue: {self.n_waiting} wait already"
+                raise ApiError(
+                    429,
+                    message,
+                    type="rate_limit_exceeded",
+                    code="queue_full",
+                    retry_after=self._retry_after(),
+                )
+            for job in jobs:
+                self._n_submitted += 1
+                job.number, job.scheduler = self._n_submitted, self
+                self._waiting[namespace] += 1
+                self._inbox.append(job)
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """Something has changed that the engine thread should look at."""
+        with self._changed:
+            self._changed.notify()
+
+    def close(self, timeout: float | None = None) -> None:
+        """End every sequence and the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout)
+
+    def _retry_after(self) -> float:
+        """Seconds until the queue will have moved, as far as recent jobs say."""
+        return min(self._job_seconds * (1 + self.n_waiting / self.limits.running), LONGEST_RETRY)
+
+    # ---- the engine thread
+
+    def _run(self) -> None:
+        while not self._closing:
+            with self._changed:
+                while not (self._inbox or self._queue or self._jobs or self._closing):
+                    self._changed.wait()
+            self._step()
+        for job in [*self._jobs.values(), *self._queue, *self._inbox]:
+            self._post(job, self._final(job, job.end("cancelled")))
+        self._batch.running.clear()
+        self._jobs.clear()
+        self.tree.clear()
+        self._hand_over()
+
+    def _step(self) -> None:
+        """One pass, and what has to be done before and after it."""
+        self._take_in()
+        for member, outcome in self._batch.drop_cancelled():
+            self._settle(member, outcome)
+        self._admit()
+        self._tell_positions()
+        rows = self._affordable()
+        if rows:
+            self._pass(rows)
+        elif not self._jobs and self._queue:
+            with self._changed:  # all that waits waits for something: look again soon, or when woken
+                self._changed.wait(0.05)
+        self._hand_over()
+
+    def _take_in(self) -> None:
+        """The newcomers join the queue; the cancelled leave it."""
+        while self._inbox:
+            insort(self._queue, self._inbox.popleft())
+        for job in [job for job in self._queue if job.cancelled]:
+            self._queue.remove(job)
+            self._leave_queue(job)
+            self._post(job, self._final(job, job.end("cancelled")))
+
+    def _admit(self) -> None:
+        """Give a session to the first that wait, as long as there are places and memory."""
+        if self._full and self._jobs:
+            return
+        running: Counter[str] = Counter(job.namespace for job in self._jobs.values())
+        for job in self._queue[:LOOKED_AT]:
+            if len(self._jobs) >= self.limits.running:
+                return
+            if job.limits.running is not None and running[job.namespace] >= job.limits.running:
+                continue
+            members = [m for m in self._batch.running if self._jobs[m.index].namespace == job.namespace]
+            session = self._session(job, members)
+            if session is None:
+                continue  # a running sequence will soon hold more of its prompt
+            self._start(job, session)
+            running[job.namespace] += 1
+
+    def _session(self, job: Job, members: list[Member[Any]]) -> CachedSession | None:
+        if job.kind == "all":  # the logits of every token are wanted, so that every token is read
+            return CachedSession(self.model)
+        found, _ = self.tree.find(job.namespace, job.tokens)
+        return session_for(job.tokens, self.model, members, [found] if found else [])
+
+    def _start(self, job: Job, session: CachedSession) -> None:
+        self._queue.remove(job)
+        self._leave_queue(job)
+        held = len(session.tokens)
+        if not job.preempted:
+            job.stats.cached_tokens = held
+            self.counters.cached_tokens += held
+        member: Member[Any] = Member(
+            job.number, job, session, job.tokens[held:], job.stats, job.kind,
+            cancelled=lambda: job.cancelled, progress=lambda done, total: self._tell_reading(job, done),
+        )  # fmt: skip
+        if job.scores is not None:
+            member.rows = job.scores.add
+        self._jobs[job.number] = job
+        insort(self._batch.running, member, key=lambda one: self._jobs[one.index])
+        self._tell_reading(job, held)
+
+    def _leave_queue(self, job: Job) -> None:
+        with self._changed:
+            self._waiting[job.namespace] -= 1
+            if not self._waiting[job.namespace]:
+                del self._waiting[job.namespace]
+
+    def _affordable(self) -> list[tuple[Member[Any], list[int]]]:
+        """The rows of the next pass, with room for their keys and values made before any is allocated.
+
+        Sessions that only the cache holds go first, the least recently used before the others; then the youngest
+        sequence goes back to the queue.
+        """
+        while True:
+            rows = self._batch.plan()
+            needed = sum(one.session.session.growth(len(ids)) for one, ids in rows)
+            if self.model.kv_bytes + needed <= self.limits.kv_bytes:
+                return rows
+            if self.tree.evict():
+                self.counters.evictions += 1
+            elif len(self._jobs) > 1:
+                self._preempt(max(self._jobs.values()))
+            else:
+                return rows  # one sequence alone fits: see `context`
+
+    def _preempt(self, job: Job) -> None:
+        """Back to the queue; what was computed of it is let go of when memory is short, and computed again."""
+        member = self._leave_batch(job)
+        if job.kind == "last":
+            self.tree.insert(job.namespace, member.session)
+        if job.scores is not None:
+            job.scores.restart()
+        job.preempted += 1
+        self.counters.preemptions += 1
+        self._full = True
+        with self._changed:
+            self._waiting[job.namespace] += 1
+        insort(self._queue, job)
+
+    def _pass(self, rows: list[tuple[Member[Any], list[int]]]) -> None:
+        begin = time.perf_counter()
+        n_prompt = sum(len(ids) for one, ids in rows if one.reads)
+        try:
+            with self._turn:
+                outcomes = self._batch.run(rows)
+        except (ValueError, MemoryError) as error:
+            for one, _ in rows:
+                self._fail(self._jobs[one.index], error)
+            return
+        self.counters.passes += 1
+        self.counters.pass_seconds += time.perf_counter() - begin
+        self.counters.prompt_tokens += n_prompt
+        for member, outcome in outcomes:
+            self._settle(member, outcome)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """The engine could not compute a pass: nobody can say what is in the sessions that were in it."""
+        self._leave_batch(job)
+        what = (
+            "out of memory" if isinstance(error, MemoryError) else str(error).partition(": ")[2] or str(error)
+        )
+        self._ended(job)
+        self._post(job, Update(job.index, error=server_error(what, code="engine_failed"), last=True))
+
+    def _settle(self, member: Member[Any], outcome: Any) -> None:
+        """What came of a sequence in a pass goes to its stream; one that has ended leaves, its session stays cached."""
+        job = self._jobs[member.index]
+        self.counters.generated_tokens += outcome.token is not None
+        if job.first_token is None and not member.reads:
+            job.first_token = time.monotonic() - job.arrived
+        if job.scores is not None and not member.reads:
+            self._post(job, Update(job.index, scores=job.scores.values))
+            job.scores, job.kind, member.kind = None, "last", "last"
+        if outcome.finish_reason is None:
+            self._post(job, Update(job.index, event=outcome))
+            return
+        del self._jobs[member.index]
+        self._ended(job)
+        if job.kind == "last":
+            self.tree.insert(job.namespace, member.session)
+        self._post(job, self._final(job, outcome))
+
+    def _leave_batch(self, job: Job) -> Member[Any]:
+        member = next(one for one in self._batch.running if one.index == job.number)
+        self._batch.running.remove(member)
+        del self._jobs[job.number]
+        return member
+
+    def _ended(self, job: Job) -> None:
+        self._full = False
+        job.ended = time.monotonic() - job.arrived
+        self._job_seconds += 0.1 * (job.ended - self._job_seconds)
+
+    # ---- to the streams
+
+    def _final(self, job: Job, outcome: Any) -> Update:
+        if job.ended is None:
+            job.ended = time.monotonic() - job.arrived
+        if isinstance(outcome, Failed):
+            return Update(job.index, error=outcome.error, last=True)
+        if isinstance(outcome, LastRow):
+            row = getattr(outcome, "values", None)
+            if row is None:
+                return Update(job.index, error=ApiError(499, "cancelled"), last=True)
+            return Update(job.index, row=row, last=True)
+        job.stats.finish_reason = outcome.finish_reason
+        return Update(job.index, event=outcome, last=True)
+
+    def _tell_positions(self) -> None:
+        """Say to those that wait where they stand in the queue."""
+        for position, job in enumerate(self._queue, 1):
+            if job.position != position:
+                job.position = position
+                self._post(job, Update(job.index, progress=self._progress(job, "queued", 0)))
+
+    def _tell_reading(self, job: Job, done: int) -> None:
+        self._post(job, Update(job.index, progress=self._progress(job, "reading", done)))
+
+    def _progress(self, job: Job, stage: Any, done: int) -> Progress:
+        ms = 1000 * (time.monotonic() - job.arrived)
+        return Progress(stage, job.position, len(job.prompt), job.stats.cached_tokens, done, ms)
+
+    def _post(self, job: Job, update: Update) -> None:
+        self._posts.append((job.stream, update))
+
+    def _hand_over(self) -> None:
+        """All that came since the last time, with one wake-up of each event loop."""
+        loops: dict[asyncio.AbstractEventLoop, dict[Stream, list[Update]]] = {}
+        for stream, update in self._posts:
+            loops.setdefault(stream.loop, {}).setdefault(stream, []).append(update)
+        self._posts.clear()
+        for loop, streams in loops.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, streams)
+            except RuntimeError:  # the loop is closed: nobody listens
+                for stream in streams:
+                    for job in stream.jobs:
+                        job.cancelled = True
+
+
+def _put_all(streams: dict[Stream, list[Update]]) -> None:
+    for stream, updates in streams.items():
+        stream.put(updates)

@@ -1,0 +1,1 @@
+"""What clients speak: one file for each family of endpoints."""
