@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py environment.py \
     $(wildcard qwen3c/*/*.pyx qwen3c/*/*.pxd qwen3c/kernels/*.[ch])
 
-.PHONY: help run test oracles model test-arm bench lint sanitize serial clean
+.PHONY: help run serve test slow oracles model test-arm bench lint sanitize serial clean
 
 help:
 	@grep -E '^## ' Makefile | cut -c4-
@@ -17,9 +17,19 @@ run: $(VENV)/ready
 	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/python run.py; \
 	else $(BIN)/python run.py -m generate --chat-template -i 'What is 27 + 45?' -s 1; fi
 
-## make test       all tests; those that need torch and transformers run after `make oracles`
+# two processes, a file of tests in one of them: on two cores one half waits for terminals while the other computes
+SIDE_BY_SIDE := -n 2 --dist loadfile
+## make serve      the model in the box behind a chat page and an API, at http://127.0.0.1:8080
+serve: $(VENV)/serve
+	$(BIN)/python run.py -m serve
+
+## make test       all tests but the slow; those that need torch and transformers run after `make oracles`
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+
+## make slow       the tests that take minutes: what a terminal shows is broken on purpose, and noticed
+slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
 
 ## make oracles    torch and transformers, to train with and to compare with (about 1 GB)
 oracles: $(VENV)/ready
@@ -81,7 +91,7 @@ lint: $(VENV)/ready
 apart = mkdir -p build/$@ && rm -rf build/$@/qwen3c build/$@/tests \
     && tar -c --exclude '*.so' --exclude __pycache__ \
     qwen3c tests docs *.py *.toml *.md Makefile | tar -x -C build/$@ && $(PIP) $(call extra,build) \
-    && cd build/$@ && $(1) $(abspath $(BIN))/python setup.py -q build_ext --inplace
+    && cd build/$@ && $(1) $(abspath $(BIN))/python setup.py -q build_ext --inplace -j 2
 
 ## make sanitize   engine, format and kernel tests under AddressSanitizer and UBSan (gcc), in build/sanitize
 # without use-after-scope, which takes gcc ten minutes over the hundreds of small structs of scalar.c
@@ -93,7 +103,7 @@ sanitize: $(VENV)/ready
 	    "(CC=gcc-12 names another)" >&2; exit 1;; esac
 	@$(call apart,QWEN3C_CFLAGS="$(SANITIZE)")
 	cd build/$@ && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD=$(ASAN) \
-	    $(abspath $(BIN))/python -m pytest \
+	    $(abspath $(BIN))/python -m pytest $(SIDE_BY_SIDE) \
 	    tests/engine/test_engine.py tests/test_format.py tests/test_reference.py
 	cd build/$@ && $(CC) $(SANITIZE) -std=c11 -Iqwen3c/kernels tests/kernels/kernels.c \
 	    $$(ls build/temp*/qwen3c/kernels/*.o | grep -v /table.o) -lm -o kernels \
@@ -102,15 +112,21 @@ sanitize: $(VENV)/ready
 	    tests/kernels/team.c -o team \
 	    && ./team 5 5 0 400 && ./team 4 4 2 400 && ./team 3 3 1 200
 
-## make serial     engine and kernel tests of a build without OpenMP, in build/serial
+## make serial     what computes, tested in a build without OpenMP, in build/serial
+# without tests/kernels, which builds its own program from kernels that know no OpenMP: `make test` has run the same
 serial: $(VENV)/ready
-	@$(call apart,QWEN3C_OPENMP=0) && $(abspath $(BIN))/python -m pytest \
-	    tests/engine/test_engine.py tests/test_reference.py tests/kernels
+	@$(call apart,QWEN3C_OPENMP=0) && $(abspath $(BIN))/python -m pytest $(SIDE_BY_SIDE) \
+	    tests/engine/test_engine.py tests/test_reference.py tests/test_format.py tests/convert/test_export.py \
+	    tests/drivers
 
 ## make clean      remove everything that was built
 clean:
 	rm -rf $(VENV) build dist *.egg-info qwen3c/*/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/serve: $(VENV)/ready
+	@$(BIN)/python environment.py $(VENV) -e '.[serve,mcp]'
+	@touch $@
 
 $(VENV)/ready: $(SOURCES)
 	@command -v $(PYTHON) > /dev/null \
