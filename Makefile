@@ -17,24 +17,24 @@ run: $(VENV)/ready
 	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/python run.py; \
 	else $(BIN)/python run.py -m generate --chat-template -i 'What is 27 + 45?' -s 1; fi
 
-# two processes, a file of tests in one of them: on two cores one half waits for terminals while the other computes
-SIDE_BY_SIDE := -n 2 --dist loadfile
 ## make serve      the model in the box behind a chat page and an API, at http://127.0.0.1:8080
 serve: $(VENV)/serve
-	$(BIN)/python run.py -m serve
+	@$(BIN)/python run.py -m serve
 
+# two processes, a file of tests in one of them: on two cores one half waits for terminals while the other computes
+SIDE_BY_SIDE := -n 2 --dist loadfile
 ## make test       all tests but the slow; those that need torch and transformers run after `make oracles`
-test: $(VENV)/ready
+test: $(VENV)/tests
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 ## make slow       the tests that take minutes: what a terminal shows is broken on purpose, and noticed
-slow: $(VENV)/ready
+slow: $(VENV)/tests
 	$(BIN)/python -m pytest -m slow
 
 ## make oracles    torch and transformers, to train with and to compare with (about 1 GB)
 oracles: $(VENV)/ready
 	@$(BIN)/python environment.py $(VENV) torch==2.13.0
-	@$(BIN)/python environment.py $(VENV) -e '.[oracles]'
+	@$(BIN)/python environment.py $(VENV) --extras oracles
 
 ## make model      train the model in the box from this Python's library: build/model.bin, 100 min; resumes
 # Every figure of docs/MODEL_CARD.md comes from these lines, seed 1.
@@ -81,7 +81,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
 TYPED = $(sort $(dir $(wildcard tests/*.py tests/*/*.py benchmarks/*.py recipe/*.py)))
 ## make lint       style and types, of the package, its tests and its scripts
-lint: $(VENV)/ready
+lint: $(VENV)/tests
 	$(PIP) $(call extra,lint)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -98,7 +98,7 @@ apart = mkdir -p build/$@ && rm -rf build/$@/qwen3c build/$@/tests \
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all \
     -fno-sanitize-address-use-after-scope -g -O1
 ASAN = $(shell $(CC) -print-file-name=libasan.so)
-sanitize: $(VENV)/ready
+sanitize: $(VENV)/tests
 	@case "$(ASAN)" in /*) ;; *) echo "make sanitize needs gcc with its libasan, $(CC) has none" \
 	    "(CC=gcc-12 names another)" >&2; exit 1;; esac
 	@$(call apart,QWEN3C_CFLAGS="$(SANITIZE)")
@@ -114,7 +114,7 @@ sanitize: $(VENV)/ready
 
 ## make serial     what computes, tested in a build without OpenMP, in build/serial
 # without tests/kernels, which builds its own program from kernels that know no OpenMP: `make test` has run the same
-serial: $(VENV)/ready
+serial: $(VENV)/tests
 	@$(call apart,QWEN3C_OPENMP=0) && $(abspath $(BIN))/python -m pytest $(SIDE_BY_SIDE) \
 	    tests/engine/test_engine.py tests/test_reference.py tests/test_format.py tests/convert/test_export.py \
 	    tests/drivers
@@ -124,13 +124,18 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info qwen3c/*/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
+# what goes beyond `make run`: the server's libraries; those of the tests, some of them clients that others wrote
 $(VENV)/serve: $(VENV)/ready
-	@$(BIN)/python environment.py $(VENV) -e '.[serve,mcp]'
+	@$(BIN)/python environment.py $(VENV) --extras serve mcp
+	@touch $@
+
+$(VENV)/tests: $(VENV)/ready
+	@$(BIN)/python environment.py $(VENV) --extras test
 	@touch $@
 
 $(VENV)/ready: $(SOURCES)
 	@command -v $(PYTHON) > /dev/null \
 	    || { echo "qwen3c: $(PYTHON) is not installed; Python 3.10 or later is needed" >&2; exit 1; }
 	@$(PYTHON) setup.py missing venv
-	@$(PYTHON) environment.py $(VENV) -e '.[test]'
+	@$(PYTHON) environment.py $(VENV) -e .
 	@touch $@
