@@ -35,7 +35,7 @@ LAST_LINES = 25  # of pip's output, shown if it fails
 
 
 def main(arguments: list[str]) -> int:
-    """arguments: the directory of the environment, then what pip is to install in it, or --extras and their names."""
+    """arguments: the directory of the environment, then what pip is to install, or --extras and their names."""
     directory, *packages = arguments
     installed = packages[-1]
     if packages[0] == "--extras":
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
 
 
 def requirements(extras: list[str]) -> list[str]:
-    """The packages that some extras of pyproject.toml name, with those of the extras that they name in turn."""
+    """The packages that extras of pyproject.toml name, with those of the extras that they name in turn."""
     from pip._vendor import tomli  # Python 3.10 has no tomllib, and every environment has pip
 
     with open(Path(__file__).with_name("pyproject.toml"), "rb") as file:
