@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from ..model import Model
+    from ..serve.api import Api
     from ..serve.ask import Stream
     from ..serve.config import Settings
     from ..serve.models import Models, Served
@@ -53,9 +54,11 @@ def serve(args: argparse.Namespace) -> int:
     """Models behind HTTP until a signal ends it; with --print-config only the configuration, on stdout."""
     _check_libraries()
     from ..serve import config
+    from ..serve.app import create_app
     from ..serve.keys import Keys
     from ..serve.scheduler import KeyLimits
     from ..serve.service import Service, open_sockets
+    from ..serve.surfaces.listing import health_body
 
     settings = _settings(args)
     if args.print_config:
@@ -64,8 +67,11 @@ def serve(args: argparse.Namespace) -> int:
     with concerning(settings.api_keys_file or "API keys"):
         keys = Keys(settings.api_keys_file, KeyLimits(settings.key_running, settings.key_queue))
     sockets = open_sockets(settings)
-    app, models = _application(settings)
-    service = Service(app, settings, sockets, keys, says=lambda: _described(models))
+    api = _api(settings)
+    service = Service(
+        create_app(api), settings, sockets, keys,
+        says=lambda: _described(api.models), is_healthy=lambda: health_body(api)["status"] != "failed",
+    )  # fmt: skip
     return service.run()
 
 
@@ -115,12 +121,11 @@ def _alias(path: str) -> str:
     return re.sub(r"[^A-Za-z0-9._:@/-]+", "-", name).strip("-./:@")[:64] or "model"
 
 
-def _application(settings: Settings) -> tuple[Any, Models]:
-    """The ASGI app over the models of the settings, the default one first, and those models."""
+def _api(settings: Settings) -> Api:
+    """What the endpoints have at hand: the models of the settings, the default one first, and the metrics."""
     from .. import engine
     from ..format import ModelFile
     from ..serve.api import Api
-    from ..serve.app import create_app
     from ..serve.metrics import Metrics
     from ..serve.models import Models, ServeOptions
 
@@ -135,14 +140,15 @@ def _application(settings: Settings) -> tuple[Any, Models]:
     options = ServeOptions(
         settings.running, settings.queue, settings.cache_memory, settings.max_gap, settings.context or None
     )
-    models = Models(openers, options, sizes)
+    files = {alias: settings.models[alias].path for alias in openers}
+    models = Models(openers, options, sizes, files)
     metrics = Metrics(lambda: models.loaded)
 
     def ended(request: Request, served: Served, stream: Stream) -> None:
         metrics.of(served.name).ended(stream)
         request.state.record.tell(served.name, stream)
 
-    return create_app(Api(models, settings.ping, ended)), models
+    return Api(models, settings.ping, ended, needs_key=bool(settings.api_keys_file))
 
 
 def _open(settings: Settings, path: str, kv: Any) -> Model:

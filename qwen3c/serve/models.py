@@ -62,7 +62,7 @@ class Card:
 def card_of(file: ModelFile, context: int) -> Card:
     """The card of a model, from its file alone."""
     template, thinks = file.template, file.metadata["thinking"] != "none"
-    calls = "tools" in template and TOOL_CALL.encode() in file.tokenizer
+    calls = "tools" in template and TOOL_CALL in template  # others call in a form that is not read here
     able = {"completion": True, "chat": bool(template), "tools": calls, "thinking": thinks}
     return Card(context, (*(name for name, has in able.items() if has), "embedding"))
 

@@ -130,7 +130,8 @@ def test_an_empty_text_is_what_begins_a_text_where_something_does(tmp_path: Any)
 @pytest.mark.parametrize(
     ("prompt", "param"),
     [
-        (5, "prompt"), ({}, "prompt"), ([1, "a"], "prompt[1]"), ([1, True], "prompt[1]"), ([1.5], "prompt[0]"),
+        (5, "prompt"), ({}, "prompt"), ([1, "a"], "prompt[1]"), ([1, True], "prompt[1]"),
+        ([1.5], "prompt[0]"),
         ([-1], "prompt[0]"), ([[1], [1 << 63]], "prompt[1][0]"), ([[1], "a"], "prompt[0]"), (None, "prompt"),
         ([4096], "prompt[0]"),
     ],
@@ -177,7 +178,9 @@ def test_echo_scores_every_token_of_the_prompt_as_the_engine_does(client: Client
 
 
 def test_is_greedy_can_be_told_by_exact_equality(client: Client, box: Server) -> None:
-    """lm-eval compares a token's log-probability with the largest of those listed: the same float, or greater."""
+    """lm-eval compares a token's log-probability with the largest of those listed: the same float, or
+    greater.
+    """
     ids = box.model.tokenizer.encode(TEXT)
     body = client.ok(PATH, prompt=[ids], max_tokens=1, echo=True, logprobs=1, temperature=0)
     logprobs = body["choices"][0]["logprobs"]
@@ -239,7 +242,8 @@ def test_log_probabilities_are_those_of_the_model_whatever_the_sampling(client: 
     fields: dict[str, Any] = {"prompt": TEXT, "max_tokens": 6, "logprobs": 3, "seed": 2}
     body = client.ok(PATH, **fields, temperature=1.5, presence_penalty=1, return_token_ids=True)
     (choice,) = body["choices"]
-    events = [*box.model.generate(box.model.text_prompt(TEXT), 6, logprobs=3, seed=2, temperature=1.5, presence_penalty=1)]  # fmt: skip
+    options: Any = {"logprobs": 3, "seed": 2, "temperature": 1.5, "presence_penalty": 1}
+    events = [*box.model.generate(box.model.text_prompt(TEXT), 6, **options)]
     assert choice["token_ids"] == [event.token for event in events]
     assert choice["logprobs"]["token_logprobs"] == [event.logprob for event in events]
     for event, top in zip(events, choice["logprobs"]["top_logprobs"], strict=True):
@@ -291,7 +295,8 @@ def test_tags_are_text_and_nothing_is_taken_out(thinker: Client, tiny: Server) -
     tags = [tokenizer.control_id(tag) for tag in ("<think>", "</think>")]
     bias = {str(tag): 100 for tag in tags} | {"198": 99}
     for stream in (False, True):
-        fields: dict[str, Any] = {"prompt": "<think>\n", "max_tokens": 12, "logit_bias": bias, "seed": 1, "temperature": 2,
+        fields: dict[str, Any] = {"prompt": "<think>\n", "max_tokens": 12, "logit_bias": bias, "seed": 1,
+         "temperature": 2,
                                   "return_token_ids": True}  # fmt: skip
         choices = (
             gathered(thinker.events(PATH, **fields)) if stream else thinker.ok(PATH, **fields)["choices"]
@@ -312,7 +317,8 @@ def test_a_format_holds_and_a_bad_one_is_refused_at_once(client: Client) -> None
     [
         ({"suffix": "x"}, "suffix"), ({"best_of": 3}, "best_of"), ({"messages": []}, "messages"),
         ({"logprobs": 21}, "logprobs"), ({"logprobs": True}, "logprobs"), ({"echo": 1}, "echo"),
-        ({"max_tokens": -1}, "max_tokens"), ({"max_token": 5}, "max_token"), ({"temprature": 1}, "temprature"),
+        ({"max_tokens": -1}, "max_tokens"), ({"max_token": 5}, "max_token"),
+        ({"temprature": 1}, "temprature"),
         ({"logit_bias": {"4096": 1}}, "logit_bias.4096"), ({"logit_bias": {"foo": 1}}, "logit_bias.foo"),
         ({"stream_options": {"include_usage": True}}, "stream_options"), ({"ignore_eos": True}, "ignore_eos"),
         ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"), ({"n_predict": 5}, "n_predict"),
@@ -328,7 +334,8 @@ def test_what_changes_the_meaning_and_cannot_be_done_is_refused_by_name(
 
 
 def test_what_changes_nothing_is_taken_and_what_nobody_knows_is_named(client: Client) -> None:
-    answer = client.post(PATH, prompt="x", max_tokens=1, user="me", best_of=1, suffix="", zebra=1, logit_bias={"foo": 0})  # fmt: skip
+    nothing: dict[str, Any] = {"user": "me", "best_of": 1, "suffix": "", "logit_bias": {"foo": 0}}
+    answer = client.post(PATH, prompt="x", max_tokens=1, zebra=1, **nothing)
     assert answer.status == 200
     assert answer.headers["x-qwen3c-ignored"] == "zebra"
 
