@@ -64,7 +64,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
         ),
         CLOUD_FIRST,
     ),
-    "mcp": ("chat",),
+    "mcp": ("chat", "serve"),
     "url": ("mcp",),
 }
 
@@ -380,7 +380,7 @@ def _add_serving(group: Any) -> None:
 
 def _add_mcp(group: Any) -> None:
     add = group.add_argument
-    add("--mcp", metavar="FILE", help="chat: let the model call the tools of the MCP servers that FILE names under "
+    add("--mcp", metavar="FILE", help="chat, serve: let the model call the tools of the MCP servers that FILE names under "
         "mcpServers; each call is asked about first")  # fmt: skip
     add("--url", metavar="URL", help="mcp: serve the tools of the server that runs there, which loads nothing here; "
         "QWEN3C_API_KEY is its key")  # fmt: skip

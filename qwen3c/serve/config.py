@@ -171,6 +171,8 @@ class UpstreamSettings:
     silence_timeout: float = _setting(30.0, seconds(0.01, 600))
     requests_per_day: int | None = _setting(None, whole(0, 1 << 40))
     tokens_per_day: int | None = _setting(None, whole(0, 1 << 50))
+    insecure: bool = _setting(False, flag)
+    env_proxy: bool = _setting(False, flag)
 
 
 @dataclass(frozen=True)

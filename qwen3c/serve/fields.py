@@ -69,9 +69,14 @@ class Fields:
             what = f"{where} is" if where else "the body is"
             raise ApiError(400, f"{what} {_kind(value)}, not an object", param=where or None)
         _check(value, where)
-        self._value = value
+        self._value: dict[str, Any] = value
         self._where = where
         self._known: set[str] = set()
+
+    @property
+    def value(self) -> dict[str, Any]:
+        """The object itself."""
+        return self._value
 
     def __contains__(self, name: str) -> bool:
         """Whether the field is there and not null."""

@@ -2,8 +2,9 @@
 requests finish.
 
 SIGTERM and Ctrl-C: no new connections, what is under way has `drain` seconds, then it is cancelled; a second
-signal cancels at once. Either way the exit status is 0: the server did as it was told. SIGHUP reads the API keys again;
-where a terminal is attached it means that the terminal was closed, and ends the server as SIGTERM does, with 129.
+signal cancels at once. Either way the exit status is 0: the server did as it was told. SIGHUP reads the API
+keys again; where a terminal is attached it means that the terminal was closed, and ends the server as SIGTERM
+does, with status 129.
 """
 
 from __future__ import annotations
@@ -49,11 +50,13 @@ class Service:
         *,
         says: Callable[[], Sequence[str]] = tuple,
         is_healthy: Callable[[], bool] = lambda: True,
+        stopping: Callable[[], None] = lambda: None,
         open_paths: frozenset[bytes] = OPEN,
     ) -> None:
-        """says: further parts of the line that says that the server is ready. is_healthy: whether the watchdog
-        of systemd is told that all is well. open_paths: GET and HEAD of these need no key. ValueError if a
-        socket is open to other computers and there are no keys.
+        """says: further parts of the line that says that the server is ready. is_healthy: whether systemd's
+        watchdog is told that all is well. stopping: called when the server is told to stop. open_paths: GET
+        and HEAD of these need no key. ValueError if a socket is open to other computers and there are no
+        keys.
         """
         public = settings.public or any(_is_public(listener) for listener in sockets)
         if public and keys.path is None:
@@ -64,7 +67,7 @@ class Service:
         self.log = Log(settings.log_level, settings.log_json)
         self.ready = threading.Event()
         self._sockets = list(sockets)
-        self._says, self._is_healthy = says, is_healthy
+        self._says, self._is_healthy, self._stopping = says, is_healthy, stopping
         hosts = {
             *settings.allowed_hosts,
             *([] if public and _is_wildcard(settings.host) else [settings.host]),
@@ -91,6 +94,7 @@ class Service:
 
     def stop(self) -> None:
         """Ask the server to stop; the second time, to stop without waiting for anybody."""
+        self._stopping()
         self._server.ask_to_stop()
 
     def _config(self, guard: Guard) -> uvicorn.Config:

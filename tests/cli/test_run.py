@@ -344,7 +344,7 @@ OPTIONS = [  # and the modes that use them
     (("--json",), ALL - {"bench", "serve", "mcp"}),
     (("--level compact", "--html x"), {"trace"}),
     (("--verify",), {"info"}),
-    (("--mcp x",), {"chat"}),
+    (("--mcp x",), {"chat", "serve"}),
 ]
 
 

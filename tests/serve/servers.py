@@ -52,7 +52,7 @@ def running(paths: Mapping[str, Path], **options: Any) -> Iterator[Server]:
     openers = {alias: opener(path) for alias, path in paths.items()}
     api = Api(Models(openers, ServeOptions(**options), files=paths))
     config = uvicorn.Config(create_app(api), log_level="error", lifespan="on", http="h11")
-    # with its protocol, or asyncio does not turn Nagle off, and each answer waits 40 ms for an acknowledgement
+    # with its protocol, or asyncio leaves Nagle on, and each answer waits 40 ms for an acknowledgement
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.bind(("127.0.0.1", 0))
         server = uvicorn.Server(config)

@@ -295,9 +295,8 @@ def test_tags_are_text_and_nothing_is_taken_out(thinker: Client, tiny: Server) -
     tags = [tokenizer.control_id(tag) for tag in ("<think>", "</think>")]
     bias = {str(tag): 100 for tag in tags} | {"198": 99}
     for stream in (False, True):
-        fields: dict[str, Any] = {"prompt": "<think>\n", "max_tokens": 12, "logit_bias": bias, "seed": 1,
-         "temperature": 2,
-                                  "return_token_ids": True}  # fmt: skip
+        fields: dict[str, Any] = {"prompt": "<think>\n", "max_tokens": 12, "logit_bias": bias, "seed": 1}
+        fields |= {"temperature": 2, "return_token_ids": True}
         choices = (
             gathered(thinker.events(PATH, **fields)) if stream else thinker.ok(PATH, **fields)["choices"]
         )

@@ -174,8 +174,11 @@ def test_axe_finds_nothing(browser: Browser, stub: Stub, view: str) -> None:
         expect(chat.button("Allow once")).to_be_visible()
         chat.page.get_by_text("What its server says of it").click()
         check("tool card")
+        # two cards of one tool
+        stub.script(*calls(("c1", "files__read", "{}")))
         stub.script(*text("Ok."), headers={"x-qwen3c-fallback": "connect_timeout"})
-        chat.button("Allow once").click()
+        chat.button("Always for this tool here").click()
+        expect(chat.answers.last.locator(".prose")).to_have_text("Ok.")
         chat.rest()
         for summary in chat.page.locator(".tool summary").all():
             summary.click()

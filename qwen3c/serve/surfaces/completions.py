@@ -91,7 +91,7 @@ def routes(api: Api) -> list[Route]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: its token ids and its text. hidden: how many tokens, at the beginning, are not in the text."""
+    """A prompt: its token ids and its text. hidden: how many tokens at the beginning are not in the text."""
 
     ids: list[int]
     text: str
