@@ -1,4 +1,4 @@
-"""A body that cannot be meant is an error that names the field, on every surface; none makes the server fail."""
+"""A body that cannot be meant is an error that names the field, on every surface; no server fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""POST /v1/rerank and /rerank give the scores of Model.rerank, to the bit, in the words of Jina and of TEI."""
+"""POST /v1/rerank and /rerank give the scores of Model.rerank, to the bit, in Jina's words and TEI's."""
 
 from __future__ import annotations
 

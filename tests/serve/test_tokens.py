@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize, /apply-template and /tokenizer_info say what the model's tokenizer and template do."""
+"""/tokenize, /detokenize, /apply-template, /tokenizer_info say what the tokenizer and the template do."""
 
 from __future__ import annotations
 
