@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
 from servers import Client, Server, running
-from small_models import export_small_model
+from small_models import token_id, write_small_model
 
 from qwen3c import Model
+from qwen3c.convert.export import export
 from qwen3c.drivers.reply import Vocabulary
 from qwen3c.drivers.sampler import Sampler, Sampling
 
@@ -116,15 +119,45 @@ def test_an_empty_prompt_is_an_error_where_no_token_begins_a_text(
     assert (answer.status, answer.error["param"]) == (400, param)
 
 
-def test_an_empty_text_is_what_begins_a_text_where_something_does(tmp_path: Any) -> None:
-    path = export_small_model(tmp_path, architecture="llama")
-    with running({"m": path}) as server:
-        opening = server.model.tokenizer.opening
-        answer = Client(server.address).post(PATH, prompt="", max_tokens=1, return_token_ids=True)
-        if opening:
-            assert answer.body["choices"][0]["prompt_token_ids"] == opening
-        else:
-            assert answer.status == 400
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a model whose vocabulary puts a token before each text, as Llama's does."""
+    directory = tmp_path_factory.mktemp("opened")
+    source = write_small_model(directory / "source")
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    begin = {"id": "<|endoftext|>", "ids": [token_id("<|endoftext|>")], "tokens": ["<|endoftext|>"]}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|endoftext|>": begin},
+    }
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    export(source, directory / "model.bin")
+    with running({"m": directory / "model.bin"}) as server:
+        yield server
+
+
+def test_what_begins_a_text_is_read_and_scored_but_does_not_show(opened: Server) -> None:
+    client, begin = Client(opened.address), token_id("<|endoftext|>")
+    fields: dict[str, Any] = {"max_tokens": 1, "echo": True, "logprobs": 0, "return_token_ids": True}
+    (empty,) = client.ok(PATH, prompt="", **fields)["choices"]
+    assert empty["prompt_token_ids"] == [begin]
+    ids = opened.model.tokenizer.encode("ab c")
+    (choice,) = client.ok(PATH, prompt="ab c", **fields)["choices"]
+    assert choice["prompt_token_ids"] == [begin, *ids] == opened.model.text_prompt("ab c")
+    assert choice["text"].startswith("ab c")
+    assert choice["logprobs"]["text_offset"][:3] == [0, 0, len(opened.model.tokenizer.decode(ids[:1]))]
+    assert choice["logprobs"]["text_offset"][-1] == len("ab c")
+    for given in ({"prompt": "<|endoftext|>ab c"}, {"prompt": [begin, *ids]}):
+        assert client.ok(PATH, **given, **fields)["choices"][0]["prompt_token_ids"] == [begin, *ids], "once"
+    bare = client.ok(PATH, prompt="ab c", add_special_tokens=False, **fields)
+    assert bare["choices"][0]["prompt_token_ids"] == ids
+    assert client.ok("/tokenize", prompt="ab c")["tokens"] == [begin, *ids]
+    assert client.ok("/tokenize", content="ab c")["tokens"] == ids
 
 
 @pytest.mark.parametrize(
