@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..text.chat import END_THINK, THINK, Piece, ReplyStream, last_control_token
+from ..text.chat import END_THINK, TAGS, THINK, Piece, ReplyStream, last_control_token
 from ..text.tokenizer import Tokenizer
 from ..text.tools import ToolSet
 from .sampler import Sampler, Sampling
@@ -127,7 +127,7 @@ class Vocabulary:
 
     n_tokens: only ids below it exist. end_tokens: ids that end a reply. undefined: ids below n_tokens that stand for
     no token. tokenizer: None for events without text. thinking: the model's kind, "hybrid", "always" or "none".
-    derived: what other modules computed from it once.
+    bare: replies are text alone, in which no tag means anything. derived: what other modules computed from it once.
     """
 
     n_tokens: int
@@ -135,6 +135,7 @@ class Vocabulary:
     undefined: Sequence[int] = ()
     tokenizer: Tokenizer | None = None
     thinking: str = "none"
+    bare: bool = False
     derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def control_id(self, tag: str) -> int | None:
@@ -144,7 +145,7 @@ class Vocabulary:
     def beginning(self, prompt: Sequence[int]) -> Literal["thought", "answer", "either"]:
         """What the reply to `prompt` begins in. A bare text, without control tokens, is answered by text alone."""
         think, end = self.control_id(THINK), self.control_id(END_THINK)
-        if self.tokenizer is None or think is None or end is None:
+        if self.bare or self.tokenizer is None or think is None or end is None:
             return "answer"
         last = last_control_token(self.tokenizer, prompt)
         if last == think:
@@ -181,9 +182,10 @@ class ReplyState:
         self._sampler = Sampler(sampling, prompt, n_tokens, vocabulary.undefined)
         self._stream: ReplyStream | None = None
         if tokenizer is not None:
-            think = tokenizer.control_id(THINK)
-            in_thought = think is not None and last_control_token(tokenizer, prompt) == think
-            self._stream = ReplyStream(tokenizer, in_thought, _stops(stop), tools)
+            think, tags = tokenizer.control_id(THINK), () if vocabulary.bare else TAGS
+            opened = think is not None and last_control_token(tokenizer, prompt) == think
+            in_thought = opened and not vocabulary.bare
+            self._stream = ReplyStream(tokenizer, in_thought, _stops(stop), tools, tags)
         self._end_tokens = vocabulary.end_tokens
         self._logprobs = logprobs
         self._mask = mask

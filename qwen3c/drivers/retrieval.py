@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .batch import last_rows
+from .reply import ContextFullError
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -38,15 +39,32 @@ def instruct(query: str, task: str = TASK) -> str:
 
 def embed(model: Engine, tokenizer: Tokenizer, texts: Sequence[str]) -> NDArray[np.float32]:
     """See Model.embed."""
+    return unit_vectors(
+        last_rows(model, embedding_prompts(model, tokenizer, texts), "hidden"), model.config.dim
+    )
+
+
+def embedding_prompts(model: Engine, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text and its end. ValueError if a text is empty or too long, or there is no such end."""
     _check_list("texts", texts)
-    end = tokenizer.closing or [_control_id(tokenizer, END)]
+    end = embedding_end(tokenizer)
     prompts = []
     for i, text in enumerate(texts):
         if not text:
             raise ValueError(f"text {i} of {len(texts)} is empty")
         prompts.append([*tokenizer.opening, *tokenizer.encode(text), *end])
     _check_lengths(model, "text", prompts)
-    hidden = np.array(last_rows(model, prompts, "hidden"), np.float32).reshape(-1, model.config.dim)
+    return prompts
+
+
+def embedding_end(tokenizer: Tokenizer) -> list[int]:
+    """What stands at the end of a text that becomes a vector. ValueError if the vocabulary has no such token."""
+    return tokenizer.closing or [_control_id(tokenizer, END)]
+
+
+def unit_vectors(rows: Sequence[NDArray[np.float32]], dim: int) -> NDArray[np.float32]:
+    """Final hidden states, (dim,) each, as vectors of length 1, (n, dim)."""
+    hidden = np.array(rows, np.float32).reshape(-1, dim)
     return hidden / np.maximum(np.linalg.norm(hidden, axis=1, keepdims=True), np.float32(1e-12))
 
 
@@ -54,6 +72,14 @@ def rerank(
     model: Engine, tokenizer: Tokenizer, query: str, documents: Sequence[str], instruction: str | None
 ) -> NDArray[np.float32]:
     """See Model.rerank."""
+    prompts, answers = rerank_prompts(model, tokenizer, query, documents, instruction)
+    return relevance(last_rows(model, prompts, "last"), answers)
+
+
+def rerank_prompts(
+    model: Engine, tokenizer: Tokenizer, query: str, documents: Sequence[str], instruction: str | None
+) -> tuple[list[list[int]], list[int]]:
+    """(token ids of the question about each document, the ids of "no" and "yes"); see Model.rerank for errors."""
     _check_list("documents", documents)
     for tag in ("<|im_start|>", "<|im_end|>", "<think>", "</think>"):
         _control_id(tokenizer, tag)
@@ -62,7 +88,12 @@ def rerank(
     question = f"<Instruct>: {TASK if instruction is None else instruction}\n<Query>: {query}\n<Document>: "
     prompts = [[*before, *tokenizer.encode(question + document), *after] for document in documents]
     _check_lengths(model, "document", prompts)
-    logits = [row[answers].astype(np.float64) for row in last_rows(model, prompts, "last")]
+    return prompts, answers
+
+
+def relevance(rows: Sequence[NDArray[np.float32]], answers: list[int]) -> NDArray[np.float32]:
+    """How likely "yes" is beside "no", (n,), by the logits after each question, (vocab_size,) each."""
+    logits = [row[answers].astype(np.float64) for row in rows]
     return np.array([1 / (1 + np.exp(no - yes)) for no, yes in logits], np.float32)
 
 
@@ -76,7 +107,7 @@ def _check_lengths(model: Engine, name: str, prompts: list[list[int]]) -> None:
     for i, prompt in enumerate(prompts):
         if len(prompt) > model.config.context:
             fault = f"takes {len(prompt)} tokens with what goes around it"
-            raise ValueError(
+            raise ContextFullError(
                 f"{name} {i} of {len(prompts)} {fault}, the context of the model is {model.config.context}"
             )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from starlette.exceptions import HTTPException
@@ -49,12 +50,19 @@ class Anonymous:
 class Api:
     """models: those that answer. ping: seconds of silence after which a stream gets a comment.
 
-    ended: told about every stream that has ended, with the request it answers.
+    ended: told about every stream that has ended, with the request it answers. draining: whether the server is about to
+    end, and takes no new work. needs_key, mcp, upstream: what /props says of keys, of the MCP server, and of the
+    provider that is asked first. started: in seconds since 1970.
     """
 
     models: Models
     ping: float = PING
     ended: Callable[[Request, Served, Stream], None] = lambda request, served, stream: None
+    draining: bool = False
+    needs_key: bool = False
+    mcp: bool = False
+    upstream: Callable[[], dict[str, Any] | None] = lambda: None
+    started: int = field(default_factory=lambda: int(time.time()))
 
     async def fields(self, request: Request) -> Fields:
         """The fields of the body. ApiError 400 if it is no JSON object."""

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from .api import Api, say_api_error, say_failure, say_http_error
 from .errors import ApiError
 from .streams import ClientLeftError
-from .surfaces import chat, messages, responses
+from .surfaces import chat, completions, embeddings, listing, messages, rerank, responses, tokens
 
 
 def create_app(api: Api) -> Starlette:
@@ -25,7 +25,8 @@ def create_app(api: Api) -> Starlette:
         async with api.models.open():
             yield
 
-    routes: list[Route] = [*chat.routes(api), *responses.routes(api), *messages.routes(api)]
+    surfaces = (chat, responses, messages, completions, embeddings, rerank, tokens, listing)
+    routes: list[Route] = [route for surface in surfaces for route in surface.routes(api)]
     return Starlette(
         routes=routes,
         lifespan=lifespan,

@@ -33,12 +33,13 @@ Stage = Literal["queued", "reading"]
 class Ask:
     """Sequences that share a key, a priority and the way their tokens are chosen.
 
-    prompts: token ids, one list a sequence; a prompt that is wanted n times is there n times. max_tokens, sampling,
-    stop, logprobs, thinking_budget: see Model.generate. seeds: one for each sequence, in place of the sampling's.
-    grammar: what each reply must follow. tools: whose calls are looked for in each reply. echo: None, or how many of
-    the most likely tokens to give with the log-probability of each token of the prompts. vectors: the final hidden
-    state of each prompt is wanted; rows: the logits after each prompt; either way there is no reply. namespace: of the
-    prefix cache, the name of the key. priority: lower comes sooner.
+    prompts: token ids, one list a sequence; a prompt that is wanted n times is there n times. origin: the field of the
+    request that they come from, which an error names. max_tokens, sampling, stop, logprobs, thinking_budget: see
+    Model.generate. seeds: one for each sequence, in place of the sampling's. grammar: what each reply must follow.
+    tools: whose calls are looked for in each reply. bare: a reply is text alone, in which no tag means anything.
+    echo: None, or how many of the most likely tokens to give with the log-probability of each token of the prompts.
+    vectors: the final hidden state of each prompt is wanted; rows: the logits after each prompt; either way there is no
+    reply. namespace: of the prefix cache, the name of the key. priority: lower comes sooner.
     """
 
     prompts: Sequence[list[int]]
@@ -55,6 +56,8 @@ class Ask:
     rows: bool = False
     namespace: str = ""
     priority: int = 0
+    origin: str = "messages"
+    bare: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,12 +74,12 @@ def server_error(message: str, code: str | None = None) -> ApiError:
     return ApiError(500, message, type="server_error", code=code, should_retry=False)
 
 
-def context_error(n_prompt: int, context: int) -> ApiError:
-    """The prompt does not fit into the context."""
+def context_error(n_prompt: int, context: int, param: str) -> ApiError:
+    """The prompt, which the field `param` holds, does not fit into the context."""
     return ApiError(
         400,
         f"the prompt is {n_prompt} tokens, the context holds {context}",
-        param="messages",
+        param=param,
         code="context_length_exceeded",
         extra={"n_prompt_tokens": n_prompt, "n_ctx": context},
     )

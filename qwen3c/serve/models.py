@@ -7,22 +7,25 @@ Served    a loaded model with its scheduler; what a surface may ask of it
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..drivers.batch import LastRow
-from ..drivers.reply import ContextFullError, ReplyState, token_budget, token_ids
+from ..drivers.reply import ContextFullError, ReplyState, Vocabulary, token_budget, token_ids
 from ..drivers.sampler import SamplingOptions
 from ..drivers.score import PromptScores, TokenScore
 from ..engine import Logits
+from ..format import ModelFile
 from ..memory import available, gib
 from ..model import Model
 from .ask import Ask, Stream
@@ -31,6 +34,8 @@ from .pace import Pace
 from .scheduler import Job, KeyLimits, Limits, Scheduler
 
 T = TypeVar("T")
+ROWS_AT_ONCE = 16  # prompts without a reply that one request has in the queue
+ROWS_RETRY = 0.05  # seconds until a request that is half done looks for room in the queue again
 SHARE_OF_MEMORY = 4  # without --cache-memory the KV cache gets this part of what is available at the start
 
 
@@ -43,6 +48,21 @@ class ServeOptions:
     kv_bytes: int | None = None
     max_gap: float | None = None
     context: int | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is said of a model. context: positions that one request can have. capabilities: what it can be asked for."""
+
+    context: int
+    capabilities: tuple[str, ...]
+
+
+def card_of(file: ModelFile, context: int) -> Card:
+    """The card of a model, from its file alone."""
+    template, thinks = file.template, file.metadata["thinking"] != "none"
+    able = {"completion": True, "chat": bool(template), "tools": "tools" in template, "thinking": thinks}
+    return Card(context, (*(name for name, has in able.items() if has), "embedding"))
 
 
 class Served:
@@ -59,8 +79,8 @@ class Served:
         limits = Limits(options.running, options.queue, max(kv_bytes, 2 * model.kv_block_bytes))
         self.scheduler = Scheduler(model, limits, Pace(options.max_gap), turn)
         self.context = min(self.scheduler.context, options.context or model.config.context)
+        self.card = card_of(model.file, self.context)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="text")
-        self._pool_seconds = 0.0
 
     async def work(self, function: Callable[..., T], *arguments: Any) -> T:
         """What a function returns that takes too long for the event loop: templates, tokens, large JSON.
@@ -75,7 +95,7 @@ class Served:
         try:
             stream.jobs = await self.work(self._jobs, ask, stream, limits or KeyLimits())
         except ContextFullError:
-            raise context_error(max(map(len, ask.prompts)), self.context) from None
+            raise context_error(max(map(len, ask.prompts)), self.context, ask.origin) from None
         except ValueError as error:
             raise ApiError(400, str(error)) from None
         self.used = time.monotonic()
@@ -85,10 +105,9 @@ class Served:
     def _jobs(self, ask: Ask, stream: Stream, limits: KeyLimits) -> list[Job]:
         jobs = []
         for i, prompt in enumerate(ask.prompts):
-            ids = token_ids(prompt, self.model.config.vocab_size)
+            ids = token_ids(prompt, self.model.config.n_tokens)  # the others have no log-probability
             budget = token_budget(ask.max_tokens, len(ids), self.context, self.context)
-            has_reply = budget > 0 and not ask.vectors and not ask.rows
-            state = self._state(ask, i, ids, budget) if has_reply else LastRow()
+            state = LastRow() if ask.vectors or ask.rows else self._state(ask, i, ids, budget)
             kind: Logits = "hidden" if ask.vectors else "last" if ask.echo is None else "all"
             job = Job(stream, i, ids, state, kind, ask.namespace, ask.priority, limits)
             job.stats.prompt_tokens = len(ids)
@@ -105,24 +124,39 @@ class Served:
             own["seed"] = ask.seeds[i]
         sampling = self.model.sampling(self.model.may_think(ids), **own)
         mask = ask.grammar.mask(ids) if ask.grammar is not None else None
+        vocabulary = self.bare_vocabulary if ask.bare else self.model.vocabulary
         return ReplyState(
-            self.model.vocabulary, ids, sampling, budget, stop=ask.stop, logprobs=ask.logprobs, mask=mask,
+            vocabulary, ids, sampling, budget, stop=ask.stop, logprobs=ask.logprobs, mask=mask,
             tools=ask.tools, thinking_budget=ask.thinking_budget,
         )  # fmt: skip
 
+    @cached_property
+    def bare_vocabulary(self) -> Vocabulary:
+        """For replies that are text alone."""
+        return replace(self.model.vocabulary, bare=True)
+
     async def rows(
         self, ask: Ask, limits: KeyLimits | None = None
-    ) -> tuple[list[NDArray[np.float32]], Stream]:
-        """The row of each prompt of an Ask with `vectors` or `rows`, and the stream they came by."""
-        stream = await self.submit(ask, limits)
-        rows: dict[int, NDArray[np.float32]] = {}
-        try:
-            async for update in stream:
-                if update.row is not None:
-                    rows[update.index] = update.row
-        finally:
-            stream.cancel()
-        return [rows[i] for i in range(len(ask.prompts))], stream
+    ) -> tuple[list[NDArray[np.float32]], list[Stream]]:
+        """The row of each prompt of an Ask with `vectors` or `rows`, and the streams they came by.
+
+        However many they are, they take few places of the queue at once. ApiError 429 if there is none at the start.
+        """
+        rows: list[NDArray[np.float32]] = []
+        streams: list[Stream] = []
+        at_once = min(ROWS_AT_ONCE, self.scheduler.most(limits or KeyLimits()))
+        while len(rows) < len(ask.prompts):
+            some = replace(ask, prompts=ask.prompts[len(rows) : len(rows) + at_once])
+            try:
+                stream = await self.submit(some, limits)
+            except ApiError as error:
+                if error.status != 429 or not streams:
+                    raise
+                await asyncio.sleep(ROWS_RETRY)
+                continue
+            streams.append(stream)
+            rows += await _rows_of(stream)
+        return rows, streams
 
     async def score(self, prompts: Sequence[list[int]], top: int, **ask: Any) -> list[list[TokenScore]]:
         """The score of every token of each prompt; top: how many of the most likely tokens each lists."""
@@ -143,12 +177,23 @@ class Served:
         self.model.close()
 
 
+async def _rows_of(stream: Stream) -> list[NDArray[np.float32]]:
+    rows: dict[int, NDArray[np.float32]] = {}
+    try:
+        async for update in stream:
+            if update.row is not None:
+                rows[update.index] = update.row
+    finally:
+        stream.cancel()
+    return [rows[i] for i in range(len(stream.jobs))]
+
+
 class Models:
     """Models by alias.
 
-    opened: those that are loaded already. paths: alias -> what opens it when it is first asked for. The first alias is
-    the default. A model that is asked for and does not fit beside the others takes the place of the least recently used
-    one that nobody waits for.
+    openers: alias -> what opens the model when it is first asked for; the first alias is the default. sizes: bytes that
+    each takes. files: where each lies, so that something can be said of it before it is opened. A model that is asked
+    for and does not fit beside the others takes the place of the least recently used one that nobody waits for.
     """
 
     def __init__(
@@ -156,10 +201,13 @@ class Models:
         openers: Mapping[str, Callable[[], Model]],
         options: ServeOptions | None = None,
         sizes: Mapping[str, int] | None = None,
+        files: Mapping[str, str | os.PathLike[str]] | None = None,
     ) -> None:
         self.options = options or ServeOptions()
         self._openers = dict(openers)
         self._sizes = dict(sizes or {})
+        self._files = dict(files or {})
+        self._cards: dict[str, Card | None] = {}
         self._served: dict[str, Served] = {}
         self._loading = asyncio.Lock()
         self._turn = threading.Lock()
@@ -182,6 +230,24 @@ class Models:
             return self.names[0]
         message = f"there is no model {name!r}; there are {', '.join(self.names)}"
         raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def card(self, alias: str) -> Card | None:
+        """What is known of a model, which need not be in memory; None if that is nothing."""
+        if alias in self._served:
+            self._cards[alias] = self._served[alias].card
+        if alias not in self._cards:
+            self._cards[alias] = await asyncio.to_thread(self._read_card, alias)
+        return self._cards[alias]
+
+    def _read_card(self, alias: str) -> Card | None:
+        if alias not in self._files:
+            return None
+        try:
+            file = ModelFile(self._files[alias])
+        except (ValueError, OSError, MemoryError):
+            return None
+        context: int = file.config.context
+        return card_of(file, min(context, self.options.context or context))
 
     async def get(self, name: str | None = None) -> Served:
         """The model that a request names, loaded if it is not. ApiError 503 if it cannot be."""

@@ -12,6 +12,7 @@ its random numbers follow from its positions: so a sequence that was preempted a
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from bisect import insort
@@ -32,6 +33,8 @@ from .ask import Progress, Stream, Update
 from .errors import ApiError, server_error
 from .pace import Pace
 from .prefix import PrefixTree
+
+log = logging.getLogger(__name__)
 
 LOOKED_AT = 16  # waiting sequences, the first in the queue, that an admission considers
 LONGEST_RETRY = 120.0  # seconds that Retry-After says at most
@@ -132,6 +135,8 @@ class Job:
         self.state.prepare()
 
     def take(self, logits: NDArray[np.float32]) -> Event | LastRow | Failed:
+        if self.max_tokens == 0:  # the prompt alone was to be read
+            return self.state.end("length")
         try:
             return self.state.take(logits)
         except ValueError as error:  # a grammar that allows no token: it is this sequence's fault alone
@@ -166,6 +171,8 @@ class Scheduler:
         self._posts: list[tuple[Stream, Update]] = []
         self._changed = threading.Condition()
         self._closing = False
+        self._failed: ApiError | None = None  # why the thread has ended
+        self._seen = time.monotonic()  # when the thread last ended a step, or found work after idling
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -187,12 +194,34 @@ class Scheduler:
         """Sequences in the queue."""
         return len(self._queue) + len(self._inbox)
 
+    def most(self, limits: KeyLimits) -> int:
+        """How many sequences a key can have at once, running and waiting."""
+        most = self.limits.running + self.limits.queue
+        return most if limits.queue is None else min(most, limits.queue + (limits.running or 0))
+
+    def is_alive(self, bound: float) -> bool:
+        """Whether the engine thread lives and, while there is work, has ended a step within `bound` seconds."""
+        with self._changed:
+            working = bool(self._inbox or self._queue or self._jobs)
+            return self._thread.is_alive() and not (working and time.monotonic() - self._seen > bound)
+
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue the sequences of a stream, all or none. ApiError 429 if the queue has no room for them."""
+        """Queue the sequences of a stream, all or none.
+
+        ApiError 400 if they are more than the queue ever has room for, 429 if it has none for them now.
+        """
         with self._changed:
             if self._closing:
-                raise ApiError(503, "the server is shutting down", type="server_error", retry_after=5)
+                down = ApiError(503, "the server is shutting down", type="server_error", retry_after=5)
+                raise self._failed or down
             namespace, own = jobs[0].namespace, jobs[0].limits.queue
+            most = self.most(jobs[0].limits)
+            if len(jobs) > most:
+                raise ApiError(
+                    400,
+                    f"the request is {len(jobs)} sequences, the server takes at most {most} at once",
+                    code="too_many_sequences",
+                )
             room = self.limits.running + self.limits.queue - self.n_running - self.n_waiting
             if own is not None:
                 room = min(room, own + (jobs[0].limits.running or 0) - self._waiting[namespace])
@@ -205,6 +234,8 @@ class Scheduler:
                     code="queue_full",
                     retry_after=self._retry_after(),
                 )
+            if not (self._inbox or self._queue or self._jobs):
+                self._seen = time.monotonic()
             for job in jobs:
                 self._n_submitted += 1
                 job.number, job.scheduler = self._n_submitted, self
@@ -231,13 +262,23 @@ class Scheduler:
     # ---- the engine thread
 
     def _run(self) -> None:
-        while not self._closing:
-            with self._changed:
-                while not (self._inbox or self._queue or self._jobs or self._closing):
-                    self._changed.wait()
-            self._step()
+        try:
+            while not self._closing:
+                with self._changed:
+                    while not (self._inbox or self._queue or self._jobs or self._closing):
+                        self._changed.wait()
+                self._step()
+                self._seen = time.monotonic()
+        except Exception:  # a fault of this program: whoever waits must hear of it, and /health
+            log.exception("the engine thread has failed")
+            self._failed = server_error("the engine has failed", code="engine_failed")
+        with self._changed:
+            self._closing = True
         for job in [*self._jobs.values(), *self._queue, *self._inbox]:
-            self._post(job, self._final(job, job.end("cancelled")))
+            if self._failed is not None:
+                self._post(job, Update(job.index, error=self._failed, last=True))
+            else:
+                self._post(job, self._final(job, job.end("cancelled")))
         self._batch.running.clear()
         self._jobs.clear()
         self.tree.clear()

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..drivers.reply import Event, Reply, Vocabulary
+from ..drivers.reply import ContextFullError, Event, Reply, Stats, Vocabulary
 from ..drivers.sampler import SamplingOptions
+from ..drivers.score import TokenScore
 from ..text.chat import TOOL_CALL
-from .ask import Ask, Stream, Update
+from .ask import Ask, Progress, Stream
 from .errors import ApiError
 from .fields import Fields
 from .models import Served
@@ -37,6 +38,13 @@ class Format:
     value: Any = None
     strict: bool = True
     path: str = "response_format"  # of the field that asks for it
+
+    def grammar(self, vocabulary: Vocabulary) -> Grammar:
+        """What a reply must follow to look like it. ApiError 400 if it cannot be enforced."""
+        try:
+            return _grammar_of(vocabulary, self)
+        except ValueError as error:
+            raise ApiError(400, f"{self.path}: {error}", param=self.path, code="unsupported_schema") from None
 
 
 @dataclass
@@ -83,12 +91,11 @@ class Talk:
         tools = self._tool_set(served)
         grammar = self._grammar(served, tools) if self.format or tools else None
         ids = self._prompt(served)
-        seed = self.sampling.get("seed")
         return Ask(
             [ids] * self.n,
             max_tokens=self.max_tokens,
             sampling=self.sampling,
-            seeds=None if seed is None else [(seed + i) % (1 << 64) for i in range(self.n)],
+            seeds=seeds_of(self.sampling, self.n),
             stop=self.stop,
             logprobs=self.logprobs,
             grammar=grammar,
@@ -96,6 +103,7 @@ class Talk:
             thinking_budget=self.thinking_budget,
             namespace=namespace,
             priority=priority,
+            origin=self.paths.get("messages", "messages"),
         )
 
     def _tool_set(self, served: Served) -> ToolSet | None:
@@ -112,14 +120,8 @@ class Talk:
         """What the reply must follow, as the format and the tools have it."""
         from ..drivers.grammar import Grammar
 
-        vocabulary, wanted = served.model.vocabulary, self.format
-        try:
-            answer = None if wanted is None else _grammar_of(vocabulary, wanted)
-        except ValueError as error:
-            assert wanted is not None
-            raise ApiError(
-                400, f"{wanted.path}: {error}", param=wanted.path, code="unsupported_schema"
-            ) from None
+        vocabulary = served.model.vocabulary
+        answer = None if self.format is None else self.format.grammar(vocabulary)
         if tools is None or (self.tool_choice == "auto" and vocabulary.control_id(TOOL_CALL) is None):
             return answer  # a model without that token cannot call, and need not
         named = self.tool_choice if self.tool_choice not in ("auto", "required", "none") else None
@@ -153,8 +155,61 @@ def _grammar_of(vocabulary: Vocabulary, wanted: Format) -> Grammar:
 # Fields that several surfaces have
 
 
-def sampling_of(fields: Fields) -> SamplingOptions:
-    """How tokens are chosen: the names of OpenAI, and of llama.cpp and vLLM where those have none."""
+def stream_of(fields: Fields) -> tuple[bool, bool]:
+    """(whether the answer comes piece by piece, whether the usage comes last)."""
+    streams = fields.flag("stream", False) or False
+    options = fields.object("stream_options")
+    if options is None:
+        return streams, False
+    if not streams:
+        raise fields.error("stream_options", "needs stream to be true")
+    usage = options.flag("include_usage", False) or False
+    options.ignore("include_obfuscation", "continuous_usage_stats")
+    options.finish()
+    return streams, usage
+
+
+def prompts_of(fields: Fields, name: str, n_tokens: int) -> list[str | list[int]]:
+    """A text, a list of texts, token ids, or a list of lists of token ids: the prompts, of one kind.
+
+    n_tokens: ids are below it. ApiError 400 if there is no prompt.
+    """
+    value = fields.raw(name)
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise fields.error(name, "is neither a text, nor token ids, nor a list of those")
+    if not value:
+        raise fields.error(name, "is empty")
+    if all(isinstance(item, str) for item in value):
+        return list(value)
+    if all(isinstance(item, list) for item in value):
+        return [_ids(fields, f"{name}[{i}]", item, n_tokens) for i, item in enumerate(value)]
+    return [_ids(fields, name, value, n_tokens)]
+
+
+def ids_of(fields: Fields, name: str, n_tokens: int) -> list[int]:
+    """Token ids, which are below n_tokens; none at all will do."""
+    found = fields.items(name, LARGEST)
+    if found is None:
+        raise fields.error(name, "is missing")
+    return _ids(fields, name, found, n_tokens)
+
+
+def _ids(fields: Fields, name: str, value: list[Any], n_tokens: int) -> list[int]:
+    for i, id in enumerate(value):
+        if type(id) is not int or not 0 <= id < n_tokens:
+            raise fields.error(
+                f"{name}[{i}]", f"is no token id, which is a whole number from 0 to {n_tokens - 1}"
+            )
+    return value
+
+
+def sampling_of(fields: Fields, n_tokens: int = 1 << 32) -> SamplingOptions:
+    """How tokens are chosen: the names of OpenAI, and of llama.cpp and vLLM where those have none.
+
+    n_tokens: of the model; a bias is for an id below it.
+    """
     sampling: SamplingOptions = {
         "temperature": fields.number("temperature", 0, 100),
         "top_p": fields.number("top_p", 0, 1),
@@ -163,12 +218,18 @@ def sampling_of(fields: Fields) -> SamplingOptions:
         "presence_penalty": fields.number("presence_penalty", -100, 100),
         "frequency_penalty": fields.number("frequency_penalty", -100, 100),
         "repetition_penalty": fields.number("repetition_penalty", 0.01, 100),
-        "logit_bias": _logit_bias(fields),
+        "logit_bias": _logit_bias(fields, n_tokens),
         "seed": seed_of(fields),
     }
     if "repeat_penalty" in fields:  # llama.cpp's name
         sampling["repetition_penalty"] = fields.number("repeat_penalty", 0.01, 100)
     return sampling
+
+
+def seeds_of(sampling: SamplingOptions, n: int) -> list[int] | None:
+    """A seed for each of n replies to a prompt: the sampling's, and those that follow it."""
+    seed = sampling.get("seed")
+    return None if seed is None else [(seed + i) % (1 << 64) for i in range(n)]
 
 
 def seed_of(fields: Fields) -> int | None:
@@ -182,7 +243,7 @@ def _top_k(fields: Fields) -> int | None:
     return 0 if top_k == -1 else top_k  # -1 is vLLM's word for all
 
 
-def _logit_bias(fields: Fields) -> dict[int, float] | None:
+def _logit_bias(fields: Fields, n_tokens: int) -> dict[int, float] | None:
     bias = fields.object("logit_bias")
     if bias is None:
         return None
@@ -193,23 +254,66 @@ def _logit_bias(fields: Fields) -> dict[int, float] | None:
     for name in names:
         value = bias.number(name, -1e4, 1e4)
         if value:  # a bias of 0 changes nothing, whatever it is for
-            if not name.isascii() or not name.isdigit() or len(name) > 10:
+            if not name.isascii() or not name.isdigit() or len(name) > 10 or int(name) >= n_tokens:
                 raise bias.error(name, "is no token id")
             found[int(name)] = value
     return found
 
 
+def format_of(fields: Fields) -> Format | None:
+    """What the reply must look like: OpenAI's response_format, or vLLM's and llama.cpp's words for more than JSON."""
+    found = []
+    wanted = fields.object("response_format")
+    if wanted is not None:
+        kind = wanted.text(
+            "type", "text", choices=("text", "json_object", "json_schema", "regex", "choice", "lark")
+        )
+        if kind == "json_object":
+            schema = wanted.raw("schema")  # llama.cpp puts one here
+            found.append(Format("json_object") if schema is None else Format("json_schema", schema))
+        elif kind == "json_schema":
+            inner = wanted.object("json_schema")
+            if inner is None or "schema" not in inner:
+                raise wanted.error("json_schema.schema", "is missing")
+            inner.text("name")
+            inner.text("description")
+            path = "response_format.json_schema.schema"
+            schema = inner.raw("schema")
+            found.append(Format("json_schema", schema, inner.flag("strict", False) or False, path))
+        elif kind != "text":
+            path = f"response_format.{kind}"
+            value = wanted.texts(kind, 4096) if kind == "choice" else wanted.text(str(kind))
+            if not value:
+                raise wanted.error(str(kind), "is missing")
+            found.append(Format(kind, value, path=path))  # type: ignore[arg-type]
+    fields.refuse("grammar", "use response_format of type lark")
+    for name in ("guided_json", "json_schema"):
+        if name in fields:
+            found.append(Format("json_schema", fields.raw(name), path=name))
+    if "guided_regex" in fields:
+        found.append(Format("regex", fields.text("guided_regex"), path="guided_regex"))
+    if "guided_choice" in fields:
+        found.append(Format("choice", fields.texts("guided_choice", 4096), path="guided_choice"))
+    fields.refuse("guided_grammar", "use response_format of type lark")
+    fields.refuse("structured_outputs", "use response_format")
+    if len(found) > 1:
+        raise ApiError(400, f"{found[0].path} and {found[1].path} are two formats", param=found[1].path)
+    return found[0] if found else None
+
+
 def refuse_foreign_sampling(fields: Fields) -> None:
-    """Samplers that other servers have and this one has not: what they are asked for would silently not happen."""
+    """What other servers do and this one does not: it would silently not happen."""
     others: dict[str, tuple[Any, ...]] = {
         "mirostat": (0,), "typical_p": (1, 1.0), "tfs_z": (1, 1.0), "dry_multiplier": (0, 0.0),
         "xtc_probability": (0, 0.0), "dynatemp_range": (0, 0.0), "use_beam_search": (False,),
         "ignore_eos": (False,), "min_tokens": (0,), "best_of": (1,), "length_penalty": (1, 1.0),
         "bad_words": ([],), "allowed_token_ids": ([],), "stop_token_ids": ([],), "min_length": (0,),
         "n_probs": (0,), "top_n_sigma": (-1, -1.0), "logits_processors": ([],), "prompt_logprobs": (),
+        "include_stop_str_in_output": (False,), "skip_special_tokens": (False,), "truncate_prompt_tokens": (),
+        "n_predict": (-1,), "detokenize": (True,), "lora": ([],), "samplers": (),
     }  # fmt: skip
     for name, off in others.items():
-        fields.refuse(name, "this server has no such sampler", unless=off)
+        fields.refuse(name, "this server does not do that", unless=off)
 
 
 def stops_of(fields: Fields, name: str = "stop") -> list[str]:
@@ -228,17 +332,28 @@ def stops_of(fields: Fields, name: str = "stop") -> list[str]:
 
 @dataclass
 class Answer:
-    """One reply, put together of its updates. reasoning_tokens: how many were thought. events: with log-probabilities."""
+    """One reply, put together of its updates.
+
+    reasoning_tokens: how many were thought. ids: of its tokens. events: those with log-probabilities. scores: of the
+    prompt, if they were asked for.
+    """
 
     reply: Reply = field(default_factory=Reply)
     reasoning_tokens: int = 0
-    tokens: int = 0
+    ids: list[int] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    scores: list[TokenScore] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.ids)
 
     def add(self, event: Event) -> None:
         """Take in the next event."""
         self.reply.add(event)
-        self.tokens += event.token is not None
+        if event.token is not None:
+            self.ids.append(event.token)
         self.reasoning_tokens += event.thinking and event.token is not None
         if event.logprob is not None:
             self.events.append(event)
@@ -255,6 +370,8 @@ async def answers(stream: Stream) -> list[Answer]:
     """The whole replies of a stream."""
     found = [Answer() for _ in stream.jobs]
     async for update in stream:
+        if update.scores is not None:
+            found[update.index].scores = update.scores
         if update.event is not None:
             found[update.index].add(update.event)
     return found
@@ -288,6 +405,26 @@ def timings(stream: Stream) -> dict[str, Any]:
     }
 
 
-def is_update_of_reply(update: Update) -> bool:
-    """Whether the update brought a token, and not only word of waiting."""
-    return update.event is not None
+def progress_of(progress: Progress) -> dict[str, Any]:
+    """Where a sequence is before its first token: llama.cpp's prompt_progress, with the stage."""
+    return {
+        "total": progress.total, "cache": progress.cached, "processed": progress.processed,
+        "time_ms": round(progress.ms, 3), "stage": progress.stage, "position": progress.position,
+    }  # fmt: skip
+
+
+def prompt_usage(stats: Sequence[Stats]) -> dict[str, Any]:
+    """Tokens of prompts without replies, in OpenAI's words."""
+    prompt = sum(one.prompt_tokens for one in stats)
+    cached = sum(one.cached_tokens for one in stats)
+    return {
+        "prompt_tokens": prompt,
+        "total_tokens": prompt,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def recipe_error(path: str, error: ValueError) -> ApiError:
+    """A text that cannot become a prompt: it is too long, or the model lacks a token. path: of the field."""
+    code = "context_length_exceeded" if isinstance(error, ContextFullError) else None
+    return ApiError(400, f"{path}: {error}", param=path, code=code)

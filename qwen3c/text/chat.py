@@ -9,7 +9,7 @@ Tags are recognised by token id, never by their text: a model that writes about 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,7 +223,7 @@ class ReplyStream:
 
     thinking: whether the reply starts inside <think>, then whether it is there now. in_call: whether a tool call has
     begun and not ended. `stopped` is set once a stop string has come. tools: those that may be called, in whose
-    format; without them calls are Hermes calls of any name.
+    format; without them calls are Hermes calls of any name. tags: those that mean something; others are text.
     Newlines next to a tag belong to the tag, as they do in the template.
     """
 
@@ -233,8 +233,9 @@ class ReplyStream:
         thinking: bool = False,
         stop: Iterable[str] = (),
         tools: ToolSet | None = None,
+        tags: Collection[str] = TAGS,
     ) -> None:
-        self._tags = {tokenizer.control_id(tag): tag for tag in TAGS}
+        self._tags = {tokenizer.control_id(tag): tag for tag in tags}
         self._decoder = tokenizer.stream()
         self._stops = StopStrings(stop)
         self.thinking = thinking

@@ -20,7 +20,6 @@ from ...drivers.reply import Event
 from ...text.tokenizer import Tokenizer
 from ..api import FINGERPRINT, Api, json_answer
 from ..ask import Progress, Stream
-from ..errors import ApiError
 from ..fields import Fields
 from ..models import Served
 from ..streams import DONE, EventStream, data, unless_left
@@ -29,12 +28,14 @@ from ..talk import (
     MOST_REPLIES,
     MOST_TOP,
     Answer,
-    Format,
     Talk,
     answers,
+    format_of,
+    progress_of,
     refuse_foreign_sampling,
     sampling_of,
     stops_of,
+    stream_of,
     timings,
     usage,
 )  # fmt: skip
@@ -106,21 +107,14 @@ def read(fields: Fields, served: Served) -> Wanted:
         thinking_budget=budget,
         format=format_of(fields),
         max_tokens=older if max_tokens is None else max_tokens,
-        sampling=sampling_of(fields),
+        sampling=sampling_of(fields, served.model.config.n_tokens),
         stop=stops_of(fields),
         logprobs=(top or 0) if logprobs else None,
         n=fields.whole("n", 1, MOST_REPLIES, 1) or 1,
     )
     talk.tool_choice = tool_choice_of(fields, talk)
-    streams = fields.flag("stream", False) or False
-    options = fields.object("stream_options")
-    wanted = Wanted(talk, streams, False, fields.flag("return_progress", False) or False)
-    if options is not None:
-        if not streams:
-            raise fields.error("stream_options", "needs stream to be true")
-        wanted.usage = options.flag("include_usage", False) or False
-        options.ignore("include_obfuscation", "continuous_usage_stats")
-        options.finish()
+    streams, wants_usage = stream_of(fields)
+    wanted = Wanted(talk, streams, wants_usage, fields.flag("return_progress", False) or False)
     refuse_others(fields)
     return wanted
 
@@ -298,47 +292,6 @@ def thinking_wish(fields: Fields, name: str, served: Served) -> bool | None:
     return effort not in ("none", "minimal")
 
 
-def format_of(fields: Fields) -> Format | None:
-    """What the reply must look like: OpenAI's response_format, or vLLM's and llama.cpp's words for more than JSON."""
-    found = []
-    wanted = fields.object("response_format")
-    if wanted is not None:
-        kind = wanted.text(
-            "type", "text", choices=("text", "json_object", "json_schema", "regex", "choice", "lark")
-        )
-        if kind == "json_object":
-            schema = wanted.raw("schema")  # llama.cpp puts one here
-            found.append(Format("json_object") if schema is None else Format("json_schema", schema))
-        elif kind == "json_schema":
-            inner = wanted.object("json_schema")
-            if inner is None or "schema" not in inner:
-                raise wanted.error("json_schema.schema", "is missing")
-            inner.text("name")
-            inner.text("description")
-            path = "response_format.json_schema.schema"
-            schema = inner.raw("schema")
-            found.append(Format("json_schema", schema, inner.flag("strict", False) or False, path))
-        elif kind != "text":
-            path = f"response_format.{kind}"
-            value = wanted.texts(kind, 4096) if kind == "choice" else wanted.text(str(kind))
-            if not value:
-                raise wanted.error(str(kind), "is missing")
-            found.append(Format(kind, value, path=path))  # type: ignore[arg-type]
-    fields.refuse("grammar", "use response_format of type lark")
-    for name in ("guided_json", "json_schema"):
-        if name in fields:
-            found.append(Format("json_schema", fields.raw(name), path=name))
-    if "guided_regex" in fields:
-        found.append(Format("regex", fields.text("guided_regex"), path="guided_regex"))
-    if "guided_choice" in fields:
-        found.append(Format("choice", fields.texts("guided_choice", 4096), path="guided_choice"))
-    fields.refuse("guided_grammar", "use response_format of type lark")
-    fields.refuse("structured_outputs", "use response_format")
-    if len(found) > 1:
-        raise ApiError(400, f"{found[0].path} and {found[1].path} are two formats", param=found[1].path)
-    return found[0] if found else None
-
-
 # ----------------------------------------------------------------------------
 # The answer
 
@@ -437,13 +390,10 @@ class Chat:
         return data(chunk)
 
     def _progress(self, index: int, progress: Progress) -> str:
-        """Where a reply is before its first token: llama.cpp's prompt_progress, with the stage."""
-        found = {
-            "total": progress.total, "cache": progress.cached, "processed": progress.processed,
-            "time_ms": round(progress.ms, 3), "stage": progress.stage, "position": progress.position,
-        }  # fmt: skip
+        """Where a reply is before its first token."""
         choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None}
-        return data(self._head("chat.completion.chunk") | {"choices": [choice], "prompt_progress": found})
+        found = {"choices": [choice], "prompt_progress": progress_of(progress)}
+        return data(self._head("chat.completion.chunk") | found)
 
 
 def call_object(id: str, index: int, i: int, call: dict[str, Any]) -> dict[str, Any]:
