@@ -178,7 +178,7 @@ class Fields:
 
     def refuse(self, name: str, why: str, unless: Sequence[Any] = ()) -> None:
         """ApiError 400 if the field is there and is none of `unless`: it changes the meaning and cannot be done."""
-        value = self._take(name, {"enum": [*unless, None], "description": f"not supported: {why}"})
+        value = self._take(name, {"enum": [*unless, None], "description": why, "x-qwen3c-refused": True})
         # 0 == False, but a client that says one does not mean the other
         if value is not None and not any(type(value) is type(one) and value == one for one in unless):
             raise self.error(name, f"is not supported: {why}", "unsupported_parameter")
@@ -186,7 +186,7 @@ class Fields:
     def ignore(self, *names: str) -> None:
         """These fields change nothing here, and docs/SERVING.md says so."""
         for name in names:
-            self._take(name, {"description": "taken, and changes nothing"})
+            self._take(name, {"description": "taken, and changes nothing", "x-qwen3c-ignored": True})
 
     def finish(self) -> list[str]:
         """Names of fields that nobody asked for; ApiError 400 if one is nearly a known name."""

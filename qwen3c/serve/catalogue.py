@@ -1,0 +1,414 @@
+"""What the document of the API says beside what the code does: summaries, examples, descriptions, shapes of answers.
+
+openapi.py runs the examples through the endpoints to see which fields there are. A field that has no description here,
+and a description that no field has, fail tests/serve/test_openapi.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What is known of an endpoint. answer: the shape of its body, or the type of one that is no JSON.
+
+    events: the shape of an event's data, where the answer may come as a stream. examples: bodies that are accepted; they
+    hold each object and list that a body may have, for what is inside those is seen in no other way. query: its
+    parameters. errors: what it answers when it cannot. open: it needs no key.
+    """
+
+    summary: str
+    answer: str
+    examples: tuple[Json, ...] = ()
+    events: str | None = None
+    query: tuple[str, ...] = ()
+    errors: tuple[int, ...] = (401, 403, 404, 500)
+    open: bool = False
+
+
+READING = (400, 401, 403, 404, 408, 413, 415, 500, 503)  # what can go wrong with any body
+ENGINE = (*READING, 429)  # and with one that the engine works at
+
+ERRORS = {
+    400: "a field is wrong, missing or not supported: `param` names it",
+    401: "no key, or a wrong one",
+    403: "the Host or the Origin is not one of this server's",
+    404: "there is nothing at this address, or no model of this name",
+    408: "the header or the body did not come in time",
+    409: "the tool is another one than was agreed to",
+    413: "the body is too large",
+    415: "the body is not application/json in UTF-8",
+    429: "the queue is full, or the key has enough under way: `retry-after` says when to come again",
+    500: "the server failed; the same request would fail again",
+    503: "the model cannot be loaded, or the server is stopping",
+}
+
+USER: Json = {"role": "user", "content": "Who are you?"}
+WEATHER: Json = {
+    "name": "weather",
+    "description": "The weather of a city.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+TOOL: Json = {"type": "function", "function": WEATHER}
+CALL: Json = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Rome"}'}}
+SCHEMA: Json = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+CHAT: Json = {"messages": [USER], "max_tokens": 8}
+
+
+def _completions(*more: Json) -> tuple[Json, ...]:
+    """Bodies of /v1/completions, the ways of saying what a text must look like among them."""
+    formats: tuple[Json, ...] = (
+        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "number", "schema": SCHEMA, "strict": True}}},
+        {"response_format": {"type": "json_object", "schema": SCHEMA}},
+        {"response_format": {"type": "regex", "regex": "[0-9]+"}},
+        {"response_format": {"type": "choice", "choice": ["yes", "no"]}},
+        {"response_format": {"type": "lark", "lark": 'start: "yes" | "no"'}},
+        {"guided_json": SCHEMA},
+        {"json_schema": SCHEMA},
+        {"guided_regex": "[0-9]+"},
+        {"guided_choice": ["yes", "no"]},
+        {"stream": True, "stream_options": {"include_usage": True}},
+        {"logit_bias": {"5": -100}, "repeat_penalty": 1.1, "stop": ["."], "seed": 1},
+    )
+    return (*more, *formats)
+
+
+ENDPOINTS: dict[tuple[str, str], Endpoint] = {
+    ("POST", "/v1/chat/completions"): Endpoint(
+        "A reply to a conversation",
+        "ChatCompletion",
+        tuple(
+            CHAT | more
+            for more in _completions(
+                {"model": "model", "temperature": 0.7, "seed": 1},
+                {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hello"}]}]},
+                {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                              {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}], "tools": [TOOL]},
+                {"messages": [USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, USER]},
+                {"tools": [TOOL], "tool_choice": "auto"},
+                {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "weather"}}},
+                {"chat_template_kwargs": {"enable_thinking": False}},
+            )
+        ),
+        events="ChatCompletionChunk",
+        errors=ENGINE,
+    ),
+    ("POST", "/v1/completions"): Endpoint(
+        "How a text goes on",
+        "Completion",
+        tuple(
+            {"prompt": "def add(a, b):", "max_tokens": 8} | more
+            for more in _completions(
+                {},
+                {"prompt": ["import ", "from "], "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0},
+                {"prompt": [[5, 6, 7], [8, 9]]},
+            )
+        ),
+        events="CompletionChunk",
+        errors=ENGINE,
+    ),
+    ("POST", "/v1/responses"): Endpoint(
+        "A reply, in the words of OpenAI's newer API; nothing is stored",
+        "Response",
+        tuple(
+            {"max_output_tokens": 8} | more
+            for more in (
+                {"input": "Who are you?", "instructions": "Be brief."},
+                {"input": [{"role": "developer", "content": "Be brief."}, {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello"}]}],
+                 "stream": True},
+                {"input": [USER, {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Rome?"}]},
+                           {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "Rome?"}], "summary": []},
+                           {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": '{"city":"Rome"}'},
+                           {"type": "function_call_output", "call_id": "call_1", "output": "sunny"},
+                           {"type": "function_call_output", "call_id": "call_1", "output": [{"type": "input_text", "text": "sunny"}]}],
+                 "tools": [{"type": "function", **WEATHER, "strict": False}], "tool_choice": "auto"},
+                {"input": "Rome?", "tools": [{"type": "function", **WEATHER}], "tool_choice": {"type": "function", "name": "weather"}},
+                {"input": "A number.", "text": {"format": {"type": "json_schema", "name": "number", "schema": SCHEMA, "strict": True}}},
+                {"input": "An object.", "text": {"format": {"type": "json_object"}}, "stop": ["."], "include": ["message.output_text.logprobs"],
+                 "reasoning": {"effort": "none"}},
+            )
+        ),
+        events="ResponseEvent",
+        errors=ENGINE,
+    ),
+    ("POST", "/v1/messages"): Endpoint(
+        "A reply, in the words of Anthropic's API",
+        "Message",
+        tuple(
+            {"max_tokens": 8} | more
+            for more in (
+                {"messages": [USER], "system": "Be brief.", "stop_sequences": ["."]},
+                {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], "system": [{"type": "text", "text": "Be brief."}],
+                 "thinking": {"type": "disabled"}, "stream": True},
+                {"messages": [USER, {"role": "assistant", "content": [{"type": "thinking", "thinking": "Rome?", "signature": ""}, {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Rome"}}]},
+                              {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "sunny"}], "is_error": False},
+                                                           {"type": "tool_result", "tool_use_id": "toolu_1", "content": "sunny"}]}],
+                 "tools": [{"name": "weather", "description": "The weather.", "input_schema": WEATHER["parameters"]}],
+                 "tool_choice": {"type": "tool", "name": "weather", "disable_parallel_tool_use": True}},
+                {"messages": [USER], "tools": [{"name": "weather", "input_schema": WEATHER["parameters"]}], "tool_choice": {"type": "auto"}},
+            )
+        ),
+        events="MessageEvent",
+        errors=ENGINE,
+    ),
+    ("POST", "/v1/messages/count_tokens"): Endpoint(
+        "How many tokens a conversation is", "InputTokens",
+        ({"messages": [USER], "system": "Be brief."},), errors=READING,
+    ),
+    ("POST", "/v1/embeddings"): Endpoint(
+        "Texts as vectors of length 1", "Embeddings",
+        ({"input": "a text"}, {"input": ["a text", "another"], "encoding_format": "base64"}, {"input": [5, 6, 7], "dimensions": 8}, {"input": [[5, 6, 7], [8]]}),
+        errors=ENGINE,
+    ),
+    **{
+        ("POST", path): Endpoint(
+            "How well documents meet a query: the best first", "Reranked",
+            ({"query": "import", "documents": ["one text", {"text": "another"}], "top_n": 1, "return_documents": True},
+             {"query": "import", "texts": ["one text", "another"], "return_text": True, "raw_scores": True}),
+            errors=ENGINE,
+        )
+        for path in ("/v1/rerank", "/rerank")
+    },
+    ("POST", "/tokenize"): Endpoint(
+        "A text or a conversation as token ids", "Tokens",
+        ({"prompt": "a text"}, {"content": "a text", "with_pieces": True}, {"text": "a text", "return_token_strs": True},
+         {"messages": [USER], "tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False}}),
+        errors=READING,
+    ),
+    ("POST", "/detokenize"): Endpoint("Token ids as a text", "Text", ({"tokens": [5, 6, 7]},), errors=READING),
+    ("POST", "/apply-template"): Endpoint(
+        "A conversation as the text that the model reads", "Prompt",
+        ({"messages": [USER], "tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False}},), errors=READING,
+    ),
+    ("GET", "/tokenizer_info"): Endpoint("The tokenizer, in the words of tokenizer_config.json", "TokenizerInfo", query=("model",)),
+    ("GET", "/v1/models"): Endpoint("The models", "ModelList"),
+    ("GET", "/v1/models/{name}"): Endpoint("One model", "ModelCard"),
+    ("GET", "/props"): Endpoint("What is served and how, as llama-server says it", "Props", query=("model",)),
+    ("GET", "/health"): Endpoint("Whether the server does its work; 503 if not", "Health", errors=(403, 503), open=True),
+    ("GET", "/version"): Endpoint("The version", "Version"),
+    ("GET", "/metrics"): Endpoint("Counters and histograms for Prometheus", "text/plain", errors=(401, 403)),
+    ("GET", "/openapi.json"): Endpoint("This document", "OpenApi"),
+    ("GET", "/"): Endpoint("The page", "text/html", errors=(403,), open=True),
+    ("GET", "/page/tools"): Endpoint("For the page: tools of the MCP servers that are configured", "PageTools"),
+    ("POST", "/page/tools/call"): Endpoint(
+        "For the page: one call of such a tool", "PageResult", errors=(400, 401, 403, 404, 409, 413, 415, 500),
+    ),
+    ("POST", "/mcp"): Endpoint("The MCP server, streamable HTTP", "application/json", errors=(400, 401, 403, 413, 415)),
+}  # fmt: skip
+
+# Field, as a dotted path or by its own name alone -> what it says. The longest path that fits is taken
+DESCRIPTIONS = {
+    "model": "an alias of /v1/models; with one model any name means it",
+    "messages": "the conversation; system messages join into the first",
+    "messages[].role": "system, developer, user, assistant or tool",
+    "messages[].content": "a text, or parts of text",
+    "messages[].reasoning_content": "what the assistant thought; `reasoning` and `thinking` are other names of it",
+    "messages[].reasoning": "see reasoning_content",
+    "messages[].thinking": "see reasoning_content",
+    "messages[].name": "of who speaks, or of the tool, if the template shows it",
+    "messages[].refusal": "the content, where that is missing",
+    "messages[].tool_calls": "calls that the assistant made",
+    "messages[].tool_call_id": "of the call that this is the result of",
+    "tools": "functions that the reply may call; other kinds are left out",
+    "tool_choice": "auto, required, none, or one function",
+    "tool_choice.name": "of the one function",
+    "parallel_tool_calls": "whether a reply may hold several calls",
+    "max_tokens": "the longest reply; without it, what the context holds",
+    "max_completion_tokens": "newer name of max_tokens",
+    "max_output_tokens": "the longest reply, thinking included",
+    "temperature": "0: always the most likely token",
+    "top_p": "tokens of this probability together are considered",
+    "top_k": "so many of the most likely tokens are considered; 0: all",
+    "min_p": "tokens at least so likely, compared to the most likely one",
+    "presence_penalty": "taken from the logit of every token that was there",
+    "frequency_penalty": "the same, times how often it was there",
+    "repetition_penalty": "divides the logit of every token that was there",
+    "repeat_penalty": "llama.cpp's name of repetition_penalty",
+    "logit_bias": "token id -> what is added to its logit",
+    "seed": "the same seed gives the same text, whatever else runs",
+    "stop": "texts that end the reply and are not in it",
+    "stop_sequences": "texts that end the reply and are not in it",
+    "n": "how many replies; reply i has seed + i",
+    "logprobs": "log-probabilities of the reply's tokens",
+    "top_logprobs": "so many of the most likely tokens beside each",
+    "stream": "the answer as server-sent events",
+    "stream_options": "of a stream",
+    "include_usage": "tokens in a last event of their own",
+    "return_progress": "events with `prompt_progress` while the request waits and its prompt is read",
+    "priority": "lower comes sooner; no sooner than the key allows",
+    "thinking_budget": "tokens of thought at most; then the thinking ends and the answer begins",
+    "reasoning_effort": "a wish: none and minimal do not think, if the model can choose",
+    "reasoning": "how much to think",
+    "reasoning.effort": "a wish: none and minimal do not think, if the model can choose",
+    "chat_template_kwargs": "enable_thinking alone",
+    "enable_thinking": "whether to think: an order, refused by a model that cannot obey",
+    "response_format": "what the reply must look like",
+    "response_format.type": "lark, regex and choice go beyond OpenAI",
+    "json_schema": "llama.cpp's name of a schema that the reply must follow",
+    "response_format.json_schema": "name, schema, strict",
+    "schema": "a JSON schema",
+    "strict": "a schema that cannot be enforced to the letter is a 400; without it what cannot be is dropped and named in `x-qwen3c-dropped`",
+    "response_format.regex": "a regular expression for the whole reply",
+    "response_format.choice": "the reply is one of these texts",
+    "response_format.lark": "a grammar in llguidance's Lark",
+    "guided_json": "vLLM's name of a schema that the reply must follow",
+    "guided_regex": "vLLM's name of a regex",
+    "guided_choice": "vLLM's name of a choice",
+    "modalities": '["text"] alone',
+    "prompt": "a text, texts, token ids, or lists of those",
+    "completions prompt": "a text, texts, token ids, or lists of those",
+    "max_tokens of completions": "",
+    "echo": "the prompt stands before the reply; with logprobs its tokens have theirs",
+    "return_token_ids": "token ids of prompt and reply",
+    "return_tokens_as_token_ids": "tokens in logprobs are called token_id:N",
+    "parse_special": "whether the text of a control token is that token",
+    "add_special_tokens": "whether the vocabulary's opening token is put before a text",
+    "add_special": "llama.cpp's name of add_special_tokens",
+    "input": "what is to be answered, or embedded",
+    "instructions": "a system message before all others",
+    "include": "reasoning.encrypted_content (nothing comes of it), message.output_text.logprobs",
+    "text": "a text",
+    "text.format": "what the reply must look like",
+    "system": "a text, or blocks of text",
+    "thinking": "whether to think; budget_tokens bounds it",
+    "budget_tokens": "tokens of thought at most",
+    "disable_parallel_tool_use": "at most one call a reply",
+    "encoding_format": "float, or base64 of little-endian float32",
+    "dimensions": "the first so many numbers, at length 1 again: for models trained for it",
+    "query": "what is looked for",
+    "documents": "texts; the answer is an object, as Jina and Cohere have it",
+    "texts": "texts; the answer is a list, as text-embeddings-inference has it",
+    "top_n": "so many results",
+    "return_documents": "the texts, too",
+    "return_text": "the texts, too",
+    "raw_scores": "logits in place of probabilities",
+    "instruction": "what the search is for; without it the recipe's own",
+    "content": "a text",
+    "tokens": "token ids",
+    "with_pieces": "each id beside its text",
+    "return_token_strs": "the texts in a list of their own",
+    "type": "which kind",
+    "role": "who speaks",
+    "name": "a name",
+    "description": "what it is for",
+    "arguments": "JSON, as a text or an object",
+    "function": "name and arguments",
+    "id": "of the call",
+    "call_id": "of the call",
+    "tool_use_id": "of the call",
+    "refusal": "a text",
+    "output": "the result, a text or parts of text",
+    "summary": "thoughts, in short",
+    "is_error": "the tool failed; the model reads that",
+    "parameters": "a JSON schema",
+    "input_schema": "a JSON schema",
+}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------
+# Answers
+
+
+def shape(fields: str) -> Json:
+    """The schema of an object: "id:string created:integer note?:string|null choices:[Choice] usage:Usage".
+
+    A name with ? may be missing. A type is JSON's, `any`, a shape of ANSWERS, or a list of one in brackets.
+    """
+    properties, required = {}, []
+    for field in fields.split():
+        name, _, kinds = field.partition(":")
+        if not name.endswith("?"):
+            required.append(name)
+        found = [_type(kind) for kind in kinds.split("|")]
+        properties[name.rstrip("?")] = found[0] if len(found) == 1 else {"anyOf": found}
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def _type(kind: str) -> Json:
+    if kind.startswith("["):
+        return {"type": "array", "items": _type(kind[1:-1])}
+    if kind == "any":
+        return {}
+    return {"$ref": f"#/components/schemas/{kind}"} if kind[0].isupper() else {"type": kind}
+
+
+ANSWERS: dict[str, Json] = {
+    "Error": shape("error:ErrorBody"),
+    "ErrorBody": shape("message:string type:string param:string|null code:string|null"),
+    "AnthropicError": shape("type:string error:AnthropicErrorBody"),
+    "AnthropicErrorBody": shape("type:string message:string"),
+    "Usage": shape(
+        "prompt_tokens:integer total_tokens:integer completion_tokens?:integer prompt_tokens_details:object completion_tokens_details?:object"
+    ),
+    "Timings": shape(
+        "cache_n:integer prompt_n:integer prompt_ms:number prompt_per_second:number predicted_n:integer predicted_ms:number "
+        "predicted_per_second:number"
+    ),
+    "Progress": shape("total:integer cache:integer processed:integer time_ms:number stage:string position:integer"),
+    "ChatCompletion": shape(
+        "id:string object:string created:integer model:string choices:[ChatChoice] usage:Usage timings:Timings system_fingerprint:string"
+    ),
+    "ChatChoice": shape("index:integer message:ChatMessage logprobs:object|null finish_reason:string"),
+    "ChatMessage": shape(
+        "role:string content:string|null refusal:null reasoning_content?:string tool_calls?:[ToolCall]"
+    ),
+    "ToolCall": shape("id:string type:string function:object"),
+    "ChatCompletionChunk": shape(
+        "id:string object:string created:integer model:string choices:[ChatDelta] usage?:Usage|null timings?:Timings "
+        "prompt_progress?:Progress system_fingerprint:string"
+    ),
+    "ChatDelta": shape("index:integer delta:object logprobs:object|null finish_reason:string|null"),
+    "Completion": shape(
+        "id:string object:string created:integer model:string choices:[CompletionChoice] usage:Usage timings:Timings "
+        "system_fingerprint:string"
+    ),
+    "CompletionChunk": shape(
+        "id:string object:string created:integer model:string choices:[CompletionChoice] usage?:Usage|null timings?:Timings "
+        "prompt_progress?:Progress system_fingerprint:string"
+    ),
+    "CompletionChoice": shape(
+        "index:integer text:string logprobs:object|null finish_reason:string|null token_ids?:[integer] prompt_token_ids?:[integer]"
+    ),
+    "Response": shape("id:string object:string created_at:integer status:string model:string output:[object] usage:object|null error:null"),
+    "ResponseEvent": shape("type:string sequence_number:integer"),
+    "Message": shape("id:string type:string role:string model:string content:[object] stop_reason:string stop_sequence:string|null usage:object"),
+    "MessageEvent": shape("type:string"),
+    "InputTokens": shape("input_tokens:integer"),
+    "Embeddings": shape("object:string data:[Embedding] model:string usage:Usage"),
+    "Embedding": shape("object:string index:integer embedding:[number]|string"),
+    "Reranked": {"anyOf": [shape("id:string object:string model:string results:[Ranked] usage:Usage"), _type("[Scored]")]},
+    "Ranked": shape("index:integer relevance_score:number document?:object"),
+    "Scored": shape("index:integer score:number text?:string"),
+    "Tokens": shape("tokens:[any] count:integer max_model_len:integer token_strs?:[string]"),
+    "Text": shape("prompt:string content:string"),
+    "Prompt": shape("prompt:string"),
+    "TokenizerInfo": shape("tokenizer_class:string bos_token:any eos_token:any chat_template:string|null model_max_length:integer vocab_size:integer"),
+    "ModelList": shape("object:string data:[ModelCard]"),
+    "ModelCard": shape(
+        "id:string object:string created:integer owned_by:string context_length:integer|null max_model_len:integer|null "
+        "capabilities:[string]|null loaded:boolean"
+    ),
+    "Props": shape(
+        "model_alias:string model_path:null n_ctx:integer default_generation_settings:object total_slots:integer modalities:object "
+        "chat_template:string thinking:string bos_token:any eos_token:any build_info:string upstream:object|null mcp:boolean needs_key:boolean"
+    ),
+    "Health": shape("status:string models:object queue:object"),
+    "Version": shape("version:string"),
+    "OpenApi": shape("openapi:string info:object paths:object"),
+    "PageTools": shape("servers:[object] tools:[object]"),
+    "PageResult": shape("content:string isError:boolean truncated:boolean"),
+}  # fmt: skip
+
+HEADERS = {
+    "x-request-id": "of the request: the client's, or one made here",
+    "x-qwen3c-backend": "who spoke: local or cloud",
+    "x-qwen3c-model": "the alias of the model that answered",
+    "x-qwen3c-fallback": "why the cloud, which was to answer, did not",
+    "x-qwen3c-ignored": "fields of the request that nobody knows",
+    "x-qwen3c-dropped": "keywords of a schema that could not be enforced and were not strict",
+}
