@@ -226,6 +226,13 @@ def measure_speed(args: argparse.Namespace) -> int:
     return 0
 
 
+def serve_models(args: argparse.Namespace) -> int:
+    """Models behind HTTP."""
+    from .serve import serve
+
+    return serve(args)
+
+
 MODES: dict[str, Callable[[argparse.Namespace], int]] = {
     "chat": hold_chat,
     "generate": write_reply,
@@ -233,4 +240,5 @@ MODES: dict[str, Callable[[argparse.Namespace], int]] = {
     "info": describe_file,
     "perplexity": measure_perplexity,
     "bench": measure_speed,
+    "serve": serve_models,
 }

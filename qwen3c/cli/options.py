@@ -27,9 +27,13 @@ SAMPLING = {
     "seed": "the same seed gives the same text on every machine",
 }
 TALKING = ("chat", "generate", "trace")
-COMPUTING = (*TALKING, "perplexity", "bench")
-MODES = (*TALKING, "info", "perplexity", "bench")
-CLOUD_FIRST = ("chat",)  # modes that may ask a provider before the model
+COMPUTING = (*TALKING, "perplexity", "bench", "serve")
+MODES = (*TALKING, "info", "perplexity", "bench", "serve")
+SERVING = (
+    "host", "port", "fd", "config", "print_config", "api_keys", "max_gap", "cache_memory", "queue", "running", "cors_origin",
+    "allowed_host", "drain", "log_json", "metrics", "model_alias", "idle_unload",
+)  # fmt: skip
+CLOUD_FIRST = ("chat", "serve")  # modes that may ask a provider before the model
 # option -> the modes that use it; any other mode refuses it. --mode alone is every mode's
 USED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("prompt", "chat_template", "raw"), ("generate", "trace")),
@@ -39,8 +43,10 @@ USED_BY: dict[str, tuple[str, ...]] = {
         ("system", "system_file", "reasoning", "think", "no_think", "max_tokens", "stop"), TALKING
     ),
     **dict.fromkeys((*SAMPLING, "logit_bias"), TALKING),
-    "context": (*TALKING, "perplexity"),
-    **dict.fromkeys(("threads", "kv", "activations", "huge_pages", "isa"), COMPUTING),
+    "context": (*TALKING, "perplexity", "serve"),
+    **dict.fromkeys(("threads", "kv", "huge_pages", "isa"), COMPUTING),
+    "activations": (*TALKING, "perplexity", "bench"),
+    **dict.fromkeys(SERVING, ("serve",)),
     **dict.fromkeys(("hide_thinking", "logprobs"), ("chat", "generate")),
     "json": (*TALKING, "info", "perplexity"),
     **dict.fromkeys(("level", "html"), ("trace",)),
@@ -74,6 +80,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             owner = f"{', '.join(owners)} or {last}" if owners else last
             parser.error(f"{'/'.join(action.option_strings)} belongs to -m {owner}, not to -m {args.mode}")
     _check_combination(parser, args)
+    args.given = frozenset(given)
     args.thinking = True if args.think else False if args.no_think else args.reasoning
     args.kv, args.activations = args.kv or "f16", args.activations or "int8"
     args.model = _model_path(parser, args)
@@ -109,10 +116,17 @@ def _model_path(parser: Parser, args: argparse.Namespace) -> str:
             parser.error(f"{path}: No such file or directory; did you mean -m {path}?")
     if len(paths) > 1:
         parser.error(f"one model at a time, not {len(paths)}: {' '.join(paths)}")
-    model: str = paths[0] if paths else os.environ.get("QWEN3C_MODEL") or str(MODEL_IN_THE_BOX)
+    if args.mode == "serve":
+        return paths[0] if paths else ""  # its configuration may name models
+    model: str = paths[0] if paths else model_by_default()
     if not paths and not os.path.exists(model):
         parser.error(f"which model? There is none at {model}")
     return model
+
+
+def model_by_default() -> str:
+    """The path of the model that is meant where none is named."""
+    return os.environ.get("QWEN3C_MODEL") or str(MODEL_IN_THE_BOX)
 
 
 def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
@@ -171,13 +185,14 @@ def new_parser() -> Parser:
     )
     add("-m", "--mode", choices=MODES, help="chat; generate: one reply or completion; trace: look inside "
         "while a text flows through; info: what is in the file and the memory it takes; perplexity FILE: how well the model predicts a text; "
-        "bench: how fast it runs here, beside what the machine can do")  # fmt: skip
+        "bench: how fast it runs here, beside what the machine can do; serve: a chat page and OpenAI's API over HTTP")  # fmt: skip
     add("--version", action="version", version=_version())
     _add_text(parser.add_argument_group("text"))
     _add_sampling(parser.add_argument_group("sampling"))
     _add_machine(parser.add_argument_group("machine"))
     _add_output(parser.add_argument_group("output"))
     _add_cloud(parser.add_argument_group("cloud first, the model if it does not answer"))
+    _add_serving(parser.add_argument_group("serve"))
     return parser
 
 
@@ -268,6 +283,79 @@ def _add_cloud(group: Any) -> None:
     add("--upstream-insecure", action="store_true", help="http:// to another machine, for all to read")
     add("--upstream-env-proxy", action="store_true", help="heed HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE")
     add("--offline", action="store_true", help="never ask the provider: no connection is opened")
+
+
+def _alias(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return name, path
+
+
+def _add_serving(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--host",
+        metavar="ADDRESS",
+        help="where to listen (default: 127.0.0.1); any other address needs --api-keys",
+    )
+    add("--port", type=at_least(0), metavar="N", help="(default: 8080); 0: a free one")
+    add(
+        "--fd",
+        type=at_least(0),
+        metavar="N",
+        help="listen on a socket that is open already, by its descriptor",
+    )
+    add("--config", metavar="FILE", help="settings as TOML; flags win over them")
+    add("--print-config", action="store_true", help="print all settings as TOML, and serve nothing")
+    add("--model-alias", action="append", default=[], type=_alias, metavar="NAME=PATH",
+        help="one more model, loaded when a request names it; repeatable")  # fmt: skip
+    add("--api-keys", metavar="FILE", help="only requests with a key of this file are answered; a line: NAME KEY "
+        "[running=N] [queue=N] [priority=N]; SIGHUP reads it again")  # fmt: skip
+    add("--max-gap", type=float, metavar="SECONDS", help="longest pause in a reply while prompts of others are read "
+        "(default: 0.1 to 0.5, as the model allows)")  # fmt: skip
+    add("--cache-memory", metavar="SIZE", help='for keys and values of requests and of what may be asked again, such as '
+        '"2 GiB" (default: a quarter of what is available)')  # fmt: skip
+    add("--running", type=at_least(1), metavar="N", help="sequences at once (default: 64)")
+    add(
+        "--queue",
+        type=at_least(0),
+        metavar="N",
+        help="sequences that wait; the next one is refused (default: 128)",
+    )
+    add(
+        "--idle-unload",
+        type=float,
+        metavar="SECONDS",
+        help="release a model that nobody has asked for so long (default: never)",
+    )
+    add(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a site whose pages may ask; repeatable",
+    )
+    add(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name this server has besides localhost; repeatable",
+    )
+    add(
+        "--drain",
+        type=float,
+        metavar="SECONDS",
+        help="what requests have to finish when the server is stopped (default: 5)",
+    )
+    add("--log-json", action="store_true", help="log lines as JSON")
+    add(
+        "--metrics",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="/metrics for Prometheus (default: yes)",
+    )
 
 
 def _version() -> str:

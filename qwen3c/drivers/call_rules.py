@@ -8,12 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..text.tools import END_FUNCTION, END_PARAMETER, FUNCTION, PARAMETER, Format, Tool, referred, types_of
+from .schema import GrammarError, Part, named
 
-Part = dict[str, Any]
-"""One of llguidance's grammars, {"name", "json_schema"} or {"lark_grammar"}; rules refer to it as @name."""
-
-SPACE = r"[ \n\r\t]{1,64}"  # between the tokens of JSON: bounded, or a weak model would never end it
-OPTIONS = {"coerce_one_of": True, "lenient": False, "whitespace_pattern": SPACE}
 PLAIN = {"type", "title", "description", "default", "examples", "nullable", "anyOf", "deprecated", "$comment",
          "readOnly", "writeOnly"}  # fmt: skip
 """Keywords that a parameter of text may have, whose value then is any text."""
@@ -21,10 +17,6 @@ WHOLE = {"type", "title", "description", "properties", "required", "additionalPr
          "$schema", "$id", "$comment", "examples", "default"}  # fmt: skip
 """Keywords of all parameters together that the rules enforce, or that say nothing of them."""
 ROOTS = ("$defs", "definitions")  # what references point into
-
-
-class GrammarError(ValueError):
-    """A grammar cannot be enforced, or became too complex in the middle of a reply. One line."""
 
 
 class CallRules:
@@ -88,7 +80,7 @@ class CallRules:
 
     def _json(self, tool: Tool, name: str, schema: dict[str, Any], where: str = "") -> str:
         checked, dropped = self._enforceable(tool, schema)
-        self.parts.append(named(name, checked))
+        self.parts.append(named(name, checked, tool.strict))
         self.dropped += [".".join(filter(None, (tool.name, where, place))) for place in dropped]
         return f"@{name}"
 
@@ -99,11 +91,6 @@ class CallRules:
                     f"tool {tool.name}: {where}{keyword} cannot be enforced in this model's format"
                 )
             self.dropped.append(f"{tool.name}.{where}{keyword}")
-
-
-def named(name: str, schema: dict[str, Any]) -> Part:
-    """The grammar of JSON that a schema allows."""
-    return {"name": name, "json_schema": {**schema, "x-guidance": OPTIONS}}
 
 
 def one_of(texts: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from ..text.chat import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
 from ..text.tools import Tool, ToolSet
-from .call_rules import CallRules, GrammarError, named, one_of
+from .call_rules import CallRules, one_of
 from .reply import Mask, Vocabulary
+from .schema import GrammarError, Part, enforceable, named, parsed
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,22 +35,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Choice = Literal["auto", "required", "none"]
 
-MAX_SCHEMA = 1 << 18  # characters of JSON
+NEWLINES = 2  # that belong to </think>
 MAX_LARK = 1 << 16  # characters
-MAX_RULES = 1000  # definitions in a Lark grammar, references in a schema: llguidance follows them recursively
+MAX_RULES = 1000  # definitions in a Lark grammar: llguidance follows them recursively
 MAX_PATTERN = 1 << 13  # characters
 MAX_CHOICES = 4096
+MAX_OPERATORS = 64  # & and ~ in a Lark grammar
+COMPILE_SECONDS = 10.0
+COMPILING = 2  # grammars at once
 STACK = 256 << 20  # bytes of address space for the thread that compiles
 SENTENCE = 300  # characters of what llguidance says
 
 NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 ANY_OBJECT = {"type": "object"}
-
-# keywords whose value is a schema, a list of schemas, or schemas by name
-_ONE = ("items", "additionalItems", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else",
-        "unevaluatedItems", "unevaluatedProperties", "contentSchema")  # fmt: skip
-_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
-_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
 # ----------------------------------------------------------------------------
@@ -64,15 +62,13 @@ class Grammar:
     GrammarError, one line, if it cannot be enforced or passes a limit. ImportError if llguidance is absent.
     """
 
-    def __init__(
-        self, vocabulary: Vocabulary, parts: list[dict[str, Any]], dropped: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary, parts: list[Part], dropped: Sequence[str] = ()) -> None:
         """parts: llguidance's grammars, the first of which may name the others."""
         self.vocabulary = vocabulary
         self.parts = parts
         self.dropped = list(dropped)
-        self._matcher = _compiled(vocabulary, parts)
-        self.warnings: list[str] = self._matcher.get_grammar_warnings()
+        self._compiled = _Compiled(vocabulary, parts)
+        self.warnings = self._compiled.warnings
 
     @classmethod
     def json_object(cls, vocabulary: Vocabulary) -> Grammar:
@@ -82,9 +78,11 @@ class Grammar:
     @classmethod
     def json_schema(cls, vocabulary: Vocabulary, schema: Any, strict: bool = True) -> Grammar:
         """JSON that a schema (a dict, or its text) allows. strict: refuse, not drop, what cannot be enforced."""
-        checked, dropped = _enforceable(vocabulary, _parsed(schema), strict)
+        checked, dropped = _enforced(vocabulary, schema, strict)
         return cls(
-            vocabulary, [{"lark_grammar": f"start: @schema{NO_FORCING}"}, named("schema", checked)], dropped
+            vocabulary,
+            [{"lark_grammar": f"start: @schema{NO_FORCING}"}, named("schema", checked, strict)],
+            dropped,
         )
 
     @classmethod
@@ -108,6 +106,8 @@ class Grammar:
         _check_text("grammar", text, MAX_LARK)
         if len(re.findall(r"^[ \t]*[?!]?\w+[^\n:]*:", text, re.MULTILINE)) > MAX_RULES:
             raise GrammarError(f"grammar has more than {MAX_RULES} rules")
+        if text.count("&") + text.count("~") > MAX_OPERATORS:
+            raise GrammarError(f"grammar has more than {MAX_OPERATORS} & and ~")
         return cls(vocabulary, [{"lark_grammar": text + NO_FORCING}])
 
     @classmethod
@@ -177,7 +177,7 @@ class Grammar:
 
     def mask(self, prompt: Sequence[int]) -> Mask:
         """The state of one reply, the one to `prompt` (token ids)."""
-        return _AnswerMask(self.vocabulary, self._matcher, self.vocabulary.beginning(prompt))
+        return _AnswerMask(self.vocabulary, self._compiled, self.vocabulary.beginning(prompt))
 
 
 class _FreeUntilCall(Grammar):
@@ -186,7 +186,7 @@ class _FreeUntilCall(Grammar):
     def __init__(
         self,
         vocabulary: Vocabulary,
-        parts: list[dict[str, Any]],
+        parts: list[Part],
         dropped: list[str],
         begin: int,
         parallel: bool,
@@ -196,7 +196,7 @@ class _FreeUntilCall(Grammar):
         self._parallel = parallel
 
     def mask(self, prompt: Sequence[int]) -> Mask:
-        return _CallMask(self.vocabulary, self._matcher, self._begin, self._parallel)
+        return _CallMask(self.vocabulary, self._compiled, self._begin, self._parallel)
 
 
 class _WithoutCalls(Grammar):
@@ -220,12 +220,39 @@ class _WithoutCalls(Grammar):
 # The state of one reply
 
 
-class _Matched:
-    """A matcher whose masks are computed in another thread, if asked for in time."""
+class _Compiled:
+    """A grammar that any number of replies may go through.
 
-    def __init__(self, vocabulary: Vocabulary, matcher: LLMatcher) -> None:
+    The matchers of one compilation share what their lexer has worked out, and the limit on that: a reply could fail
+    for what others said. So a matcher that fails is made again, by a compilation of its own.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, parts: list[Part]) -> None:
+        self._vocabulary = vocabulary
+        self._parts = parts
+        self._first = _compiled(vocabulary, parts)
+        self.warnings: list[str] = self._first.get_grammar_warnings()
+
+    def matcher(self) -> LLMatcher:
+        """At the beginning of the text."""
+        return self._first.deep_copy()
+
+    def matcher_after(self, tokens: list[int]) -> LLMatcher:
+        """After `tokens`, of a new compilation, which others go on from."""
+        self._first = _compiled(self._vocabulary, self._parts)
+        matcher = self._first.deep_copy()
+        matcher.consume_tokens(tokens)
+        return matcher
+
+
+class _Matched:
+    """The place of one text in a grammar. Its masks are computed in another thread, if asked for in time."""
+
+    def __init__(self, vocabulary: Vocabulary, compiled: _Compiled) -> None:
         self._n_tokens = vocabulary.n_tokens
-        self._matcher = matcher.deep_copy()
+        self._compiled = compiled
+        self._matcher = compiled.matcher()
+        self._tokens: list[int] = []
         self._coming: Future[bytes] | None = None
 
     @property
@@ -252,11 +279,17 @@ class _Matched:
         if self._coming is not None:  # a matcher does one thing at a time
             self._coming.result()
             self._coming = None
+        self._tokens.append(token)
         if not self._matcher.consume_token(token):
-            raise GrammarError(f"grammar: token {token} is not allowed here")
+            self._matcher = self._compiled.matcher_after(self._tokens)
+            if self._matcher.is_error():
+                raise GrammarError(f"grammar: token {token} cannot follow here")
 
     def _compute(self) -> bytes:
         bits = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            self._matcher = self._compiled.matcher_after(self._tokens)
+            bits = self._matcher.compute_bitmask()
         if self._matcher.is_error():
             raise GrammarError(f"grammar: too complex to go on: {_sentence(self._matcher.get_error())}")
         return bits
@@ -265,16 +298,17 @@ class _Matched:
 class _AnswerMask:
     """The mask of an answer that is held to a grammar, and of the thought before it.
 
-    Thought is free but for what would end the reply in it: end tokens and other tags. The newline that models write
-    after </think> belongs to the tag.
+    Thought is free but for what would end the reply in it: end tokens and other tags. Up to two newlines after
+    </think>, which models write there, belong to the tag.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, matcher: LLMatcher, beginning: Literal["thought", "answer", "either"]
+        self, vocabulary: Vocabulary, compiled: _Compiled, beginning: Literal["thought", "answer", "either"]
     ) -> None:
-        self._matched = _Matched(vocabulary, matcher)
+        self._matched = _Matched(vocabulary, compiled)
         self._vocabulary = vocabulary
-        self._state: Literal["thought", "answer", "either", "newline"] = beginning
+        self._state = beginning
+        self._newlines = 0  # how many may come before the answer
 
     def prepare(self) -> None:
         if self._state != "thought":
@@ -287,29 +321,35 @@ class _AnswerMask:
         allowed = self._matched.allowed()
         if self._state == "either":
             allowed[self._vocabulary.control_id(THINK)] = True
-        elif self._state == "newline":
-            allowed[_newlines(self._vocabulary)] = True
+        for n, token in _newlines(self._vocabulary):
+            if n <= self._newlines:
+                allowed[token] = True
         return allowed
 
     def accept(self, token: int) -> None:
         """See Mask."""
         if self._state == "thought":
-            self._state = "newline" if token == self._vocabulary.control_id(END_THINK) else "thought"
-        elif self._state == "either" and token == self._vocabulary.control_id(THINK):
+            if token == self._vocabulary.control_id(END_THINK):
+                self._state, self._newlines = "answer", NEWLINES
+            return
+        if self._state == "either" and token == self._vocabulary.control_id(THINK):
             self._state = "thought"
-        elif self._state == "newline" and token in _newlines(self._vocabulary):
-            self._state = "answer"
+            return
+        self._state = "answer"
+        n = next((n for n, newlines in _newlines(self._vocabulary) if newlines == token), NEWLINES + 1)
+        if n <= self._newlines:
+            self._newlines -= n
         else:
-            self._state = "answer"
+            self._newlines = 0
             self._matched.accept(token)
 
 
 class _CallMask:
     """The mask of free text with calls in it. parallel: whether anything but an end may follow a call."""
 
-    def __init__(self, vocabulary: Vocabulary, matcher: LLMatcher, begin: int, parallel: bool) -> None:
+    def __init__(self, vocabulary: Vocabulary, compiled: _Compiled, begin: int, parallel: bool) -> None:
         self._vocabulary = vocabulary
-        self._matcher = matcher
+        self._compiled = compiled
         self._begin = begin
         self._parallel = parallel
         self._call: _Matched | None = None
@@ -333,7 +373,7 @@ class _CallMask:
                 self._call = None
                 self._ended = not self._parallel
         elif token == self._begin:
-            self._call = _Matched(self._vocabulary, self._matcher)
+            self._call = _Matched(self._vocabulary, self._compiled)
 
 
 class _Without:
@@ -372,15 +412,15 @@ def _thought(vocabulary: Vocabulary) -> NDArray[np.bool_]:
     return _derived(vocabulary, "thought", mask)
 
 
-def _newlines(vocabulary: Vocabulary) -> list[int]:
-    """The tokens of one newline, and of two."""
+def _newlines(vocabulary: Vocabulary) -> list[tuple[int, int]]:
+    """(how many newlines, the token that stands for them) where there is one."""
 
-    def ids() -> list[int]:
+    def found() -> list[tuple[int, int]]:
         assert vocabulary.tokenizer is not None
-        found = [vocabulary.tokenizer.encode(text) for text in ("\n", "\n\n")]
-        return [ids[0] for ids in found if len(ids) == 1]
+        cut = [(n, vocabulary.tokenizer.encode("\n" * n)) for n in range(1, NEWLINES + 1)]
+        return [(n, ids[0]) for n, ids in cut if len(ids) == 1]
 
-    return _derived(vocabulary, "newlines", ids)
+    return _derived(vocabulary, "newlines", found)
 
 
 def _derived(vocabulary: Vocabulary, name: str, make: Callable[[], T]) -> T:
@@ -441,7 +481,7 @@ def _new_tokens(vocabulary: Vocabulary) -> LLTokenizer:
     return LLTokenizer(TokenizerWrapper(Wrapped()), n_vocab=n_tokens, eos_token=ends)
 
 
-def _compiled(vocabulary: Vocabulary, parts: list[dict[str, Any]]) -> LLMatcher:
+def _compiled(vocabulary: Vocabulary, parts: list[Part]) -> LLMatcher:
     """GrammarError if llguidance refuses."""
     tokens = _tokens(vocabulary)
     from llguidance import LLMatcher, LLParserLimits
@@ -460,10 +500,15 @@ def _compiled(vocabulary: Vocabulary, parts: list[dict[str, Any]]) -> LLMatcher:
 
 
 _stack_size = threading.Lock()  # of the threads that start: a setting of the whole process
+_compiling = threading.Semaphore(COMPILING)
 
 
 def _with_large_stack(function: Callable[[], T]) -> T:
-    """The result of `function`, run in a thread whose stack llguidance's recursion over a chain of rules fits in."""
+    """The result of `function`, run in a thread whose stack llguidance's recursion over a chain of rules fits in.
+
+    GrammarError if it takes longer than COMPILE_SECONDS. Nothing can stop it then, but no more than COMPILING of its
+    kind run at once.
+    """
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -472,27 +517,33 @@ def _with_large_stack(function: Callable[[], T]) -> T:
             results.append(function())
         except BaseException as error:  # raised again where it belongs
             errors.append(error)
+        finally:
+            _compiling.release()
 
-    thread = threading.Thread(target=run, name="qwen3c-grammar")
+    if not _compiling.acquire(timeout=COMPILE_SECONDS):
+        raise GrammarError("other grammars are being compiled and take too long: try again later")
+    thread = threading.Thread(target=run, name="qwen3c-grammar", daemon=True)
     with _stack_size:
         before = threading.stack_size(STACK)
         try:
             thread.start()
         except RuntimeError:
-            raise MemoryError(
-                f"no room for the {STACK >> 20} MiB of stack that a grammar is compiled in"
-            ) from None
+            _compiling.release()
+            size = f"{STACK >> 20} MiB of stack"
+            raise MemoryError(f"no room for the {size} that a grammar is compiled with") from None
         finally:
             threading.stack_size(before)
-    thread.join()
+    thread.join(COMPILE_SECONDS)
     if errors:
         raise errors[0]
+    if not results:
+        raise GrammarError(f"grammar is too complex: it takes longer than {COMPILE_SECONDS:g} s to compile")
     return results[0]
 
 
 def _sentence(message: str) -> str:
     """What llguidance says, in one line."""
-    text = " ".join(re.split(r"\n\s*<state>", message)[0].split())
+    text = " ".join(re.split(r"\n\s*<state>|<non-verbose/>", message)[0].split())
     return text if len(text) <= SENTENCE else text[: SENTENCE - 1] + "…"
 
 
@@ -520,7 +571,7 @@ def _regex(pattern: str) -> str:
 _LARK = {"/": r"\/", "\n": r"\n", "\r": r"\r", "\\\n": r"\n", "\\\r": r"\r"}
 
 
-def _renamed(parts: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+def _renamed(parts: list[Part], name: str) -> list[Part]:
     """The parts under names that begin with `name`, the first under `name` itself."""
     names = {part["name"]: f"{name}_{part['name']}" for part in parts[1:]}
     renamed = [{**part, "name": names.get(part.get("name", ""), name)} for part in parts]
@@ -533,103 +584,26 @@ def _renamed(parts: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 # Schemas
 
 
+def _enforced(vocabulary: Vocabulary, schema: Any, strict: bool) -> tuple[dict[str, Any], list[str]]:
+    """(a schema, or what of it can be enforced if it is not strict, the places of what was dropped)."""
+
+    def refusal(schema: dict[str, Any]) -> str | None:
+        try:
+            _compiled(vocabulary, [named("schema", schema, strict)])
+        except GrammarError as error:
+            return str(error)
+        return None
+
+    return enforceable(parsed(schema), None if strict else refusal)
+
+
 def _tool_schema(
     vocabulary: Vocabulary, tool: Tool, schema: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """What can be enforced of a schema of a tool's, and what was dropped."""
+    """See _enforced; a refusal names the tool."""
     try:
-        return _enforceable(vocabulary, _parsed(schema), tool.strict)
+        checked, dropped = _enforced(vocabulary, schema, tool.strict)
+        _compiled(vocabulary, [named("schema", checked, tool.strict)])
+        return checked, dropped
     except GrammarError as error:
         raise GrammarError(f"tool {tool.name}: {error}") from None
-
-
-def _parsed(schema: Any) -> dict[str, Any]:
-    """A schema as plain JSON, within the limits."""
-    try:
-        text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
-        found = json.loads(text, parse_constant=_no_number)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise GrammarError(f"schema is not JSON: {_sentence(str(error))}") from None
-    if found is True:
-        found = {}
-    if not isinstance(found, dict):
-        raise GrammarError(f"schema is {text[:40]}, not an object")
-    if len(text) > MAX_SCHEMA:
-        raise GrammarError(f"schema has {len(text)} characters, at most {MAX_SCHEMA} are accepted")
-    if text.count('"$ref"') + text.count('"$dynamicRef"') > MAX_RULES:
-        raise GrammarError(f"schema has more than {MAX_RULES} references")
-    return found
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _enforceable(
-    vocabulary: Vocabulary, schema: dict[str, Any], strict: bool
-) -> tuple[dict[str, Any], list[str]]:
-    """(the schema, or what is left of it when it is not strict, the places of what was dropped)."""
-    dropped: list[str] = []
-    if "x-guidance" in schema:
-        if strict:
-            raise GrammarError("schema: x-guidance is not accepted")
-        schema = {name: value for name, value in schema.items() if name != "x-guidance"}
-        dropped.append("x-guidance")
-    if strict:
-        return schema, dropped
-    while (refused := _refusal(vocabulary, schema)) is not None:
-        if refused.startswith("recursion limit"):  # there is no way down to a keyword
-            raise GrammarError(refused)
-        culprit = next((c for c in _subschemas(schema) if _isnamed(vocabulary, refused, c)), None)
-        if culprit is None:
-            raise GrammarError(refused)
-        place, holder, keyword = culprit
-        dropped.append(place)
-        del holder[keyword]
-    return schema, dropped
-
-
-def _refusal(vocabulary: Vocabulary, schema: dict[str, Any]) -> str | None:
-    """What llguidance says against a schema; None if it takes it."""
-    try:
-        _compiled(vocabulary, [named("schema", schema)])
-    except GrammarError as error:
-        return str(error)
-    return None
-
-
-def _isnamed(vocabulary: Vocabulary, refused: str, culprit: tuple[str, dict[str, Any], str]) -> bool:
-    """Whether a refusal is about a keyword, (its place, the schema it is in, its name)."""
-    _, holder, keyword = culprit
-    if refused.startswith("Unimplemented keys"):
-        return json.dumps(keyword) in refused
-    if refused.startswith("Unknown format"):
-        return keyword == "format" and refused.endswith(f": {holder['format']}")
-    if refused.startswith(("Resource ", "Pointer ", "Failed to resolve")):
-        return keyword == "$ref" and not _is_local(holder["$ref"])
-    if keyword in ("pattern", "patternProperties"):
-        patterns = [holder[keyword]] if keyword == "pattern" else list(holder[keyword])
-        alone = ({"type": "string", "pattern": pattern} for pattern in patterns)
-        return any(_refusal(vocabulary, each) is not None for each in alone)
-    return False
-
-
-def _is_local(reference: Any) -> bool:
-    return isinstance(reference, str) and reference.startswith("#")
-
-
-def _subschemas(schema: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Every keyword within a schema: (its place, the schema it is in, its name). Names of properties are none."""
-    if not isinstance(schema, dict):
-        return
-    for keyword, value in list(schema.items()):
-        place = f"{where}.{keyword}".lstrip(".")
-        yield place, schema, keyword
-        if keyword in _NAMED and isinstance(value, dict):
-            for name, each in value.items():
-                yield from _subschemas(each, f"{place}.{name}")
-        if keyword in _LISTS and isinstance(value, list):
-            for i, each in enumerate(value):
-                yield from _subschemas(each, f"{place}[{i}]")
-        if keyword in _ONE:
-            yield from _subschemas(value, place)

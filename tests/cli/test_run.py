@@ -284,7 +284,7 @@ def with_template(file: ModelFile, path: Path, template: str) -> str:
 # ----------------------------------------------------------------------------
 # Modes and options
 
-ALL = {"chat", "generate", "trace", "info", "perplexity", "bench"}
+ALL = {"chat", "generate", "trace", "info", "perplexity", "bench", "serve"}
 MAKES_TEXT = {"chat", "generate", "trace"}
 SAMPLING = (
     "-t 1", "-p 1", "-s 1", "--top-k 1", "--min-p 0.1", "--presence-penalty 1", "--frequency-penalty 1",
@@ -296,10 +296,34 @@ OPTIONS = [  # and the modes that use them
     (("--echo",), {"generate"}),
     (("-y x", "--system-file x", "-r 1", "--think", "--no-think"), MAKES_TEXT),
     (("-n 1", "--stop x", *SAMPLING), MAKES_TEXT),
-    (("-c 0",), MAKES_TEXT | {"perplexity"}),
-    (("-j 1", "--kv f16", "--activations int8", "--huge-pages", "--isa scalar"), ALL - {"info"}),
+    (("-c 0",), MAKES_TEXT | {"perplexity", "serve"}),
+    (("-j 1", "--kv f16", "--huge-pages", "--isa scalar"), ALL - {"info"}),
+    (("--activations int8",), ALL - {"info", "serve"}),
+    (
+        (
+            "--host x",
+            "--port 1",
+            "--fd 3",
+            "--config x",
+            "--print-config",
+            "--api-keys x",
+            "--max-gap 1",
+            "--cache-memory x",
+            "--queue 1",
+            "--running 1",
+            "--cors-origin x",
+            "--allowed-host x",
+            "--drain 1",
+            "--log-json",
+            "--no-metrics",
+            "--metrics",
+            "--model-alias a=b",
+            "--idle-unload 1",
+        ),
+        {"serve"},
+    ),
     (("--hide-thinking", "--json --logprobs 1"), {"chat", "generate"}),
-    (("--json",), ALL - {"bench"}),
+    (("--json",), ALL - {"bench", "serve"}),
     (("--level compact", "--html x"), {"trace"}),
     (("--verify",), {"info"}),
 ]

@@ -392,9 +392,7 @@ def test_tool_calls_come_whole(random_model: Model) -> None:
     said = 'So:\n<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call><|im_end|>'
     generation = scripted(random_model, said, ids(random_model, "a"))
     events = list(generation)
-    assert [call for event in events for call in event.tool_calls] == [
-        {"name": "f", "arguments": {"a": "é"}}
-    ]
+    assert [call for event in events for call in event.tool_calls] == [{"name": "f", "arguments": {"a": "é"}}]
     assert generation.reply.text == "So:" and generation.reply.finish_reason == "stop"
     assert generation.reply.message()["tool_calls"][0]["function"]["arguments"] == {"a": "é"}
 

@@ -1,0 +1,149 @@
+"""-m serve: options and a configuration file -> a server, and what is said before it is ready."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..system import terminal
+from .command import concerning
+from .options import model_by_default
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from ..model import Model
+    from ..serve.ask import Stream
+    from ..serve.config import Settings
+    from ..serve.models import Models, Served
+
+LIBRARIES = ("starlette", "uvicorn", "h11", "prometheus_client", "llguidance")
+# option -> the setting that it sets
+SETTINGS = {
+    "host": "host", "port": "port", "fd": "fd", "api_keys": "api_keys_file", "max_gap": "max_gap",
+    "cache_memory": "cache_memory", "queue": "queue", "running": "running", "cors_origin": "cors_origins",
+    "allowed_host": "allowed_hosts", "drain": "drain", "log_json": "log_json", "metrics": "metrics",
+    "idle_unload": "idle_unload", "context": "context", "threads": "threads", "kv": "kv", "isa": "isa",
+    "huge_pages": "huge_pages", "model_alias": "models",
+}  # fmt: skip
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Models behind HTTP until a signal ends it; with --print-config only the configuration, on stdout."""
+    _check_libraries()
+    from ..serve import config
+    from ..serve.keys import Keys
+    from ..serve.scheduler import KeyLimits
+    from ..serve.service import Service, open_sockets
+
+    settings = _settings(args)
+    if args.print_config:
+        print(config.to_toml(settings), end="")
+        return 0
+    with concerning(settings.api_keys_file or "API keys"):
+        keys = Keys(settings.api_keys_file, KeyLimits(settings.key_running, settings.key_queue))
+    sockets = open_sockets(settings)
+    app, models = _application(settings)
+    service = Service(app, settings, sockets, keys, says=lambda: _described(models))
+    return service.run()
+
+
+def _check_libraries() -> None:
+    """ImportError, in one line, if a library of the extra `serve` is missing."""
+    needed = (*LIBRARIES, *(["tomli"] if sys.version_info < (3, 11) else []))
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"-m serve needs {' and '.join(missing)}: `pip install '.[serve]'` in the folder of qwen3c installs it"
+        )
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    """Defaults, --config and flags. A model that is named on the command line comes first; without any, the usual one."""
+    from ..serve import config
+
+    flags: dict[str, Any] = {SETTINGS[dest]: getattr(args, dest) for dest in args.given if dest in SETTINGS}
+    models = dict(flags.pop("models", ()))
+    alias = ""
+    if args.model:
+        alias = _alias(args.model)
+        models = {alias: args.model, **models}
+        flags["default_model"] = alias
+    if models:
+        flags["models"] = models
+    names = {setting: "--" + dest.replace("_", "-") for dest, setting in SETTINGS.items()}
+    names["default_model"] = "MODEL"
+    made = config.settings(args.config, flags, names)
+    if made.models:
+        return made
+    path = model_by_default()
+    alias = _alias(path)
+    return config.settings(
+        args.config, {**flags, "models": {alias: path}, "default_model": made.default_model or alias}, names
+    )
+
+
+def _alias(path: str) -> str:
+    """What a model is called that got no alias: the name in its file, as far as an alias may have it."""
+    from ..format import ModelFile
+
+    name = str(ModelFile(path).metadata["name"])
+    return re.sub(r"[^A-Za-z0-9._:@/-]+", "-", name).strip("-./:@")[:64] or "model"
+
+
+def _application(settings: Settings) -> tuple[Any, Models]:
+    """The ASGI app over the models of the settings, the default one first, and those models."""
+    from .. import engine
+    from ..format import ModelFile
+    from ..serve.api import Api
+    from ..serve.app import create_app
+    from ..serve.metrics import Metrics
+    from ..serve.models import Models, ServeOptions
+
+    if settings.isa:
+        engine.set_isa(settings.isa)
+    openers: dict[str, Callable[[], Model]] = {}
+    sizes: dict[str, int] = {}
+    for alias in sorted(settings.models, key=lambda alias: alias != settings.default_model):
+        model = settings.models[alias]
+        sizes[alias] = ModelFile(model.path).file_size
+        openers[alias] = functools.partial(_open, settings, model.path, model.kv or settings.kv)
+    options = ServeOptions(
+        settings.running, settings.queue, settings.cache_memory, settings.max_gap, settings.context or None
+    )
+    models = Models(openers, options, sizes)
+    metrics = Metrics(lambda: models.loaded)
+
+    def ended(request: Request, served: Served, stream: Stream) -> None:
+        metrics.of(served.name).ended(stream)
+        request.state.record.tell(served.name, stream)
+
+    return create_app(Api(models, settings.ping, ended)), models
+
+
+def _open(settings: Settings, path: str, kv: Any) -> Model:
+    from ..model import Model
+    from ..system.machine import default_threads
+
+    with terminal.waiting(f"loading {path}" + " into huge pages" * settings.huge_pages):
+        return Model(path, settings.threads or default_threads(), kv, "int8", settings.huge_pages)
+
+
+def _described(models: Models) -> list[str]:
+    """What was chosen for the model that is loaded at the start."""
+    from .. import engine
+    from ..memory import gib
+
+    served = models.loaded[0]
+    return [
+        f"context {served.context} of {served.model.config.context}",
+        f"KV {served.model.kv}: {gib(served.scheduler.limits.kv_bytes)} in all",
+        f"threads {served.model.threads}",
+        engine.isa() + (" (QWEN3C_ISA)" if os.environ.get("QWEN3C_ISA") else ""),
+    ]
