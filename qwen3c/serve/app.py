@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from . import openapi
 from .api import Api, say_api_error, say_failure, say_http_error
 from .errors import ApiError
 from .streams import ClientLeftError
@@ -27,6 +28,7 @@ def create_app(api: Api) -> Starlette:
 
     surfaces = (chat, responses, messages, completions, embeddings, rerank, tokens, listing)
     routes: list[Route] = [route for surface in surfaces for route in surface.routes(api)]
+    routes += openapi.routes(api, surfaces)
     return Starlette(
         routes=routes,
         lifespan=lifespan,

@@ -57,6 +57,24 @@ TOOL: Json = {"type": "function", "function": WEATHER}
 CALL: Json = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Rome"}'}}
 SCHEMA: Json = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 CHAT: Json = {"messages": [USER], "max_tokens": 8}
+KWARGS: Json = {"chat_template_kwargs": {"enable_thinking": False}}
+CONVERSATIONS: tuple[Json, ...] = (
+    {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hello"}]}]},
+    {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL, CALL | {"function": {"name": "weather", "arguments": {}}}]},
+                  {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}], "tools": [TOOL]},
+    {"messages": [USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, USER]},
+)
+BLOCKS: tuple[Json, ...] = (  # of Anthropic's
+    {"messages": [USER], "system": "Be brief.", "stop_sequences": ["."]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], "system": [{"type": "text", "text": "Be brief."}],
+     "thinking": {"type": "disabled"}},
+    {"messages": [USER, {"role": "assistant", "content": [{"type": "thinking", "thinking": "Rome?", "signature": ""}, {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Rome"}}]},
+                  {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "sunny"}], "is_error": False},
+                                               {"type": "tool_result", "tool_use_id": "toolu_1", "content": "sunny"}]}],
+     "tools": [{"name": "weather", "description": "The weather.", "input_schema": WEATHER["parameters"]}],
+     "tool_choice": {"type": "tool", "name": "weather", "disable_parallel_tool_use": True}},
+    {"messages": [USER], "tools": [{"name": "weather", "input_schema": WEATHER["parameters"]}], "tool_choice": {"type": "auto"}},
+)  # fmt: skip
 
 
 def _completions(*more: Json) -> tuple[Json, ...]:
@@ -85,14 +103,11 @@ ENDPOINTS: dict[tuple[str, str], Endpoint] = {
         tuple(
             CHAT | more
             for more in _completions(
-                {"model": "model", "temperature": 0.7, "seed": 1},
-                {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hello"}]}]},
-                {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]},
-                              {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}], "tools": [TOOL]},
-                {"messages": [USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, USER]},
+                *CONVERSATIONS,
+                {"temperature": 0.7, "seed": 1},
                 {"tools": [TOOL], "tool_choice": "auto"},
                 {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "weather"}}},
-                {"chat_template_kwargs": {"enable_thinking": False}},
+                KWARGS,
             )
         ),
         events="ChatCompletionChunk",
@@ -139,26 +154,13 @@ ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ("POST", "/v1/messages"): Endpoint(
         "A reply, in the words of Anthropic's API",
         "Message",
-        tuple(
-            {"max_tokens": 8} | more
-            for more in (
-                {"messages": [USER], "system": "Be brief.", "stop_sequences": ["."]},
-                {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], "system": [{"type": "text", "text": "Be brief."}],
-                 "thinking": {"type": "disabled"}, "stream": True},
-                {"messages": [USER, {"role": "assistant", "content": [{"type": "thinking", "thinking": "Rome?", "signature": ""}, {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Rome"}}]},
-                              {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "sunny"}], "is_error": False},
-                                                           {"type": "tool_result", "tool_use_id": "toolu_1", "content": "sunny"}]}],
-                 "tools": [{"name": "weather", "description": "The weather.", "input_schema": WEATHER["parameters"]}],
-                 "tool_choice": {"type": "tool", "name": "weather", "disable_parallel_tool_use": True}},
-                {"messages": [USER], "tools": [{"name": "weather", "input_schema": WEATHER["parameters"]}], "tool_choice": {"type": "auto"}},
-            )
-        ),
+        tuple({"max_tokens": 8} | more for more in (*BLOCKS, BLOCKS[0] | {"stream": True})),
         events="MessageEvent",
         errors=ENGINE,
     ),
     ("POST", "/v1/messages/count_tokens"): Endpoint(
         "How many tokens a conversation is", "InputTokens",
-        ({"messages": [USER], "system": "Be brief."},), errors=READING,
+        BLOCKS, errors=READING,
     ),
     ("POST", "/v1/embeddings"): Endpoint(
         "Texts as vectors of length 1", "Embeddings",
@@ -177,13 +179,13 @@ ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ("POST", "/tokenize"): Endpoint(
         "A text or a conversation as token ids", "Tokens",
         ({"prompt": "a text"}, {"content": "a text", "with_pieces": True}, {"text": "a text", "return_token_strs": True},
-         {"messages": [USER], "tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False}}),
+         *CONVERSATIONS, CONVERSATIONS[0] | KWARGS),
         errors=READING,
     ),
     ("POST", "/detokenize"): Endpoint("Token ids as a text", "Text", ({"tokens": [5, 6, 7]},), errors=READING),
     ("POST", "/apply-template"): Endpoint(
         "A conversation as the text that the model reads", "Prompt",
-        ({"messages": [USER], "tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False}},), errors=READING,
+        (*CONVERSATIONS, CONVERSATIONS[0] | KWARGS), errors=READING,
     ),
     ("GET", "/tokenizer_info"): Endpoint("The tokenizer, in the words of tokenizer_config.json", "TokenizerInfo", query=("model",)),
     ("GET", "/v1/models"): Endpoint("The models", "ModelList"),
@@ -201,8 +203,15 @@ ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ("POST", "/mcp"): Endpoint("The MCP server, streamable HTTP", "application/json", errors=(400, 401, 403, 413, 415)),
 }  # fmt: skip
 
-# Field, as a dotted path or by its own name alone -> what it says. The longest path that fits is taken
+# Field, by any end of its dotted path -> what it says: the longest end is taken, before it one with the endpoint
 DESCRIPTIONS = {
+    "/v1/responses text": "what the reply must look like, in `format`",
+    "/v1/embeddings input": "a text, texts, token ids, or lists of those",
+    "/v1/completions logprobs": "so many of the most likely tokens beside each token",
+    "/v1/completions max_tokens": "the longest reply; 16 without it",
+    "/tokenize prompt": "a text; it begins with the vocabulary's opening token, if there is one",
+    "/tokenize content": "a text as it is",
+    "/tokenize text": "a text as it is",
     "model": "an alias of /v1/models; with one model any name means it",
     "messages": "the conversation; system messages join into the first",
     "messages[].role": "system, developer, user, assistant or tool",
@@ -214,7 +223,7 @@ DESCRIPTIONS = {
     "messages[].refusal": "the content, where that is missing",
     "messages[].tool_calls": "calls that the assistant made",
     "messages[].tool_call_id": "of the call that this is the result of",
-    "tools": "functions that the reply may call; other kinds are left out",
+    "tools": "functions that the reply may call; tools of other kinds are left out",
     "tool_choice": "auto, required, none, or one function",
     "tool_choice.name": "of the one function",
     "parallel_tool_calls": "whether a reply may hold several calls",
@@ -245,7 +254,7 @@ DESCRIPTIONS = {
     "reasoning_effort": "a wish: none and minimal do not think, if the model can choose",
     "reasoning": "how much to think",
     "reasoning.effort": "a wish: none and minimal do not think, if the model can choose",
-    "chat_template_kwargs": "enable_thinking alone",
+    "chat_template_kwargs": "of the template's switches enable_thinking alone",
     "enable_thinking": "whether to think: an order, refused by a model that cannot obey",
     "response_format": "what the reply must look like",
     "response_format.type": "lark, regex and choice go beyond OpenAI",
@@ -260,22 +269,23 @@ DESCRIPTIONS = {
     "guided_regex": "vLLM's name of a regex",
     "guided_choice": "vLLM's name of a choice",
     "modalities": '["text"] alone',
-    "prompt": "a text, texts, token ids, or lists of those",
-    "completions prompt": "a text, texts, token ids, or lists of those",
-    "max_tokens of completions": "",
+    "prompt": "a text, texts, token ids, or lists of those: what is gone on from",
     "echo": "the prompt stands before the reply; with logprobs its tokens have theirs",
     "return_token_ids": "token ids of prompt and reply",
     "return_tokens_as_token_ids": "tokens in logprobs are called token_id:N",
     "parse_special": "whether the text of a control token is that token",
     "add_special_tokens": "whether the vocabulary's opening token is put before a text",
     "add_special": "llama.cpp's name of add_special_tokens",
-    "input": "what is to be answered, or embedded",
+    "input": "a text, or items: messages, reasoning, function_call, function_call_output",
+    "content[].input": "the arguments",
+    "content[].thinking": "what was thought",
+    "content[].name": "of the tool",
     "instructions": "a system message before all others",
     "include": "reasoning.encrypted_content (nothing comes of it), message.output_text.logprobs",
     "text": "a text",
     "text.format": "what the reply must look like",
     "system": "a text, or blocks of text",
-    "thinking": "whether to think; budget_tokens bounds it",
+    "thinking": "whether to think: enabled, adaptive or disabled",
     "budget_tokens": "tokens of thought at most",
     "disable_parallel_tool_use": "at most one call a reply",
     "encoding_format": "float, or base64 of little-endian float32",

@@ -21,16 +21,16 @@ SHOWN = 60  # characters of a value in an error
 NEAR = 0.84  # how alike an unknown name is to a known one that was meant
 
 
-_recorded: ContextVar[dict[str, dict[str, Any]] | None] = ContextVar("recorded", default=None)
+_recorded: ContextVar[dict[str, list[dict[str, Any]]] | None] = ContextVar("recorded", default=None)
 
 
 @contextmanager
-def recorded() -> Iterator[dict[str, dict[str, Any]]]:
-    """Within, what Fields are asked for is noted: dotted path -> JSON schema of what may be there.
+def recorded() -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """Within, what Fields are asked for is noted: dotted path -> JSON schemas of what may be there, one an inquiry.
 
     So the OpenAPI document says what the code takes, and nothing else.
     """
-    schemas: dict[str, dict[str, Any]] = {}
+    schemas: dict[str, list[dict[str, Any]]] = {}
     token = _recorded.set(schemas)
     try:
         yield schemas
@@ -99,7 +99,7 @@ class Fields:
         noted = _recorded.get()
         if noted is not None:
             path = re.sub(r"\[\d+\]", "[]", self.path(name))
-            noted[path] = noted.get(path) or schema
+            noted.setdefault(path, []).append(schema)
         return self._value.get(name)
 
     def text(
