@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py environment.py $(wildcard qwen3c/*/*.pyx qwen3c/*/*.pxd qwen3c/kernels/*.[ch])
+SOURCES := pyproject.toml setup.py environment.py \
+    $(wildcard qwen3c/*/*.pyx qwen3c/*/*.pxd qwen3c/kernels/*.[ch])
 
 .PHONY: help run test oracles model test-arm bench lint sanitize serial clean
 
@@ -25,7 +26,7 @@ oracles: $(VENV)/ready
 	@$(BIN)/python environment.py $(VENV) torch==2.13.0
 	@$(BIN)/python environment.py $(VENV) -e '.[oracles]'
 
-## make model      train the model in the box from this Python's library, into build/model.bin (100 minutes, two cores); resumes
+## make model      train the model in the box from this Python's library: build/model.bin, 100 min; resumes
 # Every figure of docs/MODEL_CARD.md comes from these lines, seed 1.
 TRAIN := $(BIN)/python train.py
 DATA := build/box
@@ -34,18 +35,22 @@ model: oracles
 	$(TRAIN) pretrain $(DATA)/text/train --validation $(DATA)/text/validation -o build/base --resume --compile \
 	    --preset micro --steps 2900 --batch 8 --learning-rate 3e-3 --warmup 100 --min-learning-rate 0.02 \
 	    --evaluate-every 290 --checkpoint-every 145
-	$(TRAIN) sft $(DATA)/chat.jsonl --validation $(DATA)/chat_validation.jsonl --model build/base -o build/sft --resume --compile \
+	$(TRAIN) sft $(DATA)/chat.jsonl --validation $(DATA)/chat_validation.jsonl --model build/base -o build/sft \
+	    --resume --compile \
 	    --steps 960 --batch 8 --learning-rate 1e-3 --warmup 30 --min-learning-rate 0.05 \
 	    --evaluate-every 160 --checkpoint-every 160
-	$(TRAIN) grpo $(DATA)/functions.jsonl --model build/sft -o build/grpo --resume --reward recipe.rewards:either \
+	$(TRAIN) grpo $(DATA)/functions.jsonl --model build/sft -o build/grpo --resume \
+	    --reward recipe.rewards:either \
 	    --steps 60 --batch 16 --micro-batch 32 --max-tokens 128 --learning-rate 1e-4 --warmup 5 \
 	    --evaluate-every 20 --checkpoint-every 20
 	$(BIN)/python export.py build/grpo build/model.bin --name qwen3c-box
-	$(BIN)/python recipe/evaluate.py --base build/base --sft build/sft --grpo build/grpo --data $(DATA) --json build/figures.json
+	$(BIN)/python recipe/evaluate.py --base build/base --sft build/sft --grpo build/grpo \
+	    --data $(DATA) --json build/figures.json
 
-## make test-arm   the NEON kernels under qemu-user (Debian: qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross)
+## make test-arm   the NEON kernels, emulated (Debian: qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross)
 ARM_CC ?= aarch64-linux-gnu-gcc
-KERNEL_TEST := -O2 -std=c11 -ffp-contract=off -Iqwen3c/kernels tests/kernels/kernels.c $(wildcard qwen3c/kernels/*.c) -lm
+KERNEL_TEST := -O2 -std=c11 -ffp-contract=off -Iqwen3c/kernels tests/kernels/kernels.c \
+    $(wildcard qwen3c/kernels/*.c) -lm
 test-arm:
 	@mkdir -p build/arm
 	$(CC) $(KERNEL_TEST) -o build/arm/here
@@ -56,7 +61,7 @@ test-arm:
 	    grep " $$isa " build/arm/arm.txt | sed "s/ $$isa / scalar /" | diff build/arm/here.txt - \
 	    && echo "$$isa: the same bits as here" || exit 1; done
 
-## make bench      the 0.6B shape beside the machine's limits; AGAINST=llama.cpp,openvino,ctranslate2 adds peers
+## make bench      the 0.6B shape beside the machine's limits; AGAINST=llama.cpp,openvino,ctranslate2: peers
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/bench.py $(if $(AGAINST),--against $(AGAINST))
 
@@ -73,27 +78,34 @@ lint: $(VENV)/ready
 	@for folder in $(TYPED); do echo "mypy $$folder" && $(BIN)/mypy $$folder*.py || exit 1; done
 
 # a build of its own, in a copy: build/NAME/ has the sources, and the engine compiled by what $(1) sets
-apart = mkdir -p build/$@ && rm -rf build/$@/qwen3c build/$@/tests && tar -c --exclude '*.so' --exclude __pycache__ \
+apart = mkdir -p build/$@ && rm -rf build/$@/qwen3c build/$@/tests \
+    && tar -c --exclude '*.so' --exclude __pycache__ \
     qwen3c tests docs *.py *.toml *.md Makefile | tar -x -C build/$@ && $(PIP) $(call extra,build) \
     && cd build/$@ && $(1) $(abspath $(BIN))/python setup.py -q build_ext --inplace
 
-## make sanitize   engine, format and kernel tests under AddressSanitizer and UBSan (gcc), built in build/sanitize
-# without use-after-scope, which takes gcc ten minutes over the hundreds of small structs that scalar.c makes inline
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-sanitize-address-use-after-scope -g -O1
+## make sanitize   engine, format and kernel tests under AddressSanitizer and UBSan (gcc), in build/sanitize
+# without use-after-scope, which takes gcc ten minutes over the hundreds of small structs of scalar.c
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all \
+    -fno-sanitize-address-use-after-scope -g -O1
 ASAN = $(shell $(CC) -print-file-name=libasan.so)
 sanitize: $(VENV)/ready
-	@case "$(ASAN)" in /*) ;; *) echo "make sanitize needs gcc with its libasan, $(CC) has none (CC=gcc-12 names another)" >&2; exit 1;; esac
+	@case "$(ASAN)" in /*) ;; *) echo "make sanitize needs gcc with its libasan, $(CC) has none" \
+	    "(CC=gcc-12 names another)" >&2; exit 1;; esac
 	@$(call apart,QWEN3C_CFLAGS="$(SANITIZE)")
 	cd build/$@ && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD=$(ASAN) \
-	    $(abspath $(BIN))/python -m pytest tests/engine/test_engine.py tests/test_format.py tests/test_reference.py
+	    $(abspath $(BIN))/python -m pytest \
+	    tests/engine/test_engine.py tests/test_format.py tests/test_reference.py
 	cd build/$@ && $(CC) $(SANITIZE) -std=c11 -Iqwen3c/kernels tests/kernels/kernels.c \
-	    $$(ls build/temp*/qwen3c/kernels/*.o | grep -v /table.o) -lm -o kernels && ./kernels > kernels.txt && tail -n 1 kernels.txt
-	cd build/$@ && $(CC) $(SANITIZE) -std=c11 -D_POSIX_C_SOURCE=200809L -pthread -Iqwen3c/kernels tests/kernels/team.c -o team \
+	    $$(ls build/temp*/qwen3c/kernels/*.o | grep -v /table.o) -lm -o kernels \
+	    && ./kernels > kernels.txt && tail -n 1 kernels.txt
+	cd build/$@ && $(CC) $(SANITIZE) -std=c11 -D_POSIX_C_SOURCE=200809L -pthread -Iqwen3c/kernels \
+	    tests/kernels/team.c -o team \
 	    && ./team 5 5 0 400 && ./team 4 4 2 400 && ./team 3 3 1 200
 
 ## make serial     engine and kernel tests of a build without OpenMP, in build/serial
 serial: $(VENV)/ready
-	@$(call apart,QWEN3C_OPENMP=0) && $(abspath $(BIN))/python -m pytest tests/engine/test_engine.py tests/test_reference.py tests/kernels
+	@$(call apart,QWEN3C_OPENMP=0) && $(abspath $(BIN))/python -m pytest \
+	    tests/engine/test_engine.py tests/test_reference.py tests/kernels
 
 ## make clean      remove everything that was built
 clean:
@@ -101,7 +113,8 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/ready: $(SOURCES)
-	@command -v $(PYTHON) > /dev/null || { echo "qwen3c: $(PYTHON) is not installed; Python 3.10 or later is needed" >&2; exit 1; }
+	@command -v $(PYTHON) > /dev/null \
+	    || { echo "qwen3c: $(PYTHON) is not installed; Python 3.10 or later is needed" >&2; exit 1; }
 	@$(PYTHON) setup.py missing venv
 	@$(PYTHON) environment.py $(VENV) -e '.[test]'
 	@touch $@

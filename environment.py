@@ -1,9 +1,9 @@
-"""What make does first: a virtual environment with the engine built in it, every step said as it goes.
+"""Makes the virtual environment of `make` and builds the engine in it, showing each step.
 
     python environment.py .venv -e '.[test]'
 
-On a terminal one line is drawn again and again; elsewhere each step is a line. A second run has nothing to do, as
-make knows. What fails is said with the end of what pip had to say.
+On a terminal one line is drawn again and again; elsewhere each step is a line. A second run has nothing to
+do, as make knows. What fails is said with the end of what pip had to say.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ STEPS = (
     (re.compile(r".* -c (?:\S*/)?(?!openmp)(\w+)\.c .*"), "compiling {0}"),
     (re.compile(r"\s*Installing collected packages"), "installing"),
 )
-REMARK = re.compile(r"\s*qwen3c: (.*)")  # of setup.py
-LAST_LINES = 25  # of pip, where it fails
+REMARK = re.compile(r"\s*qwen3c: (.*)")  # a remark of setup.py in pip's output
+LAST_LINES = 25  # of pip's output, shown if it fails
 
 
 def main(arguments: list[str]) -> int:
@@ -89,7 +89,7 @@ def run(step: str, command: list[str]) -> int:
 
 
 class Steps:
-    """The step that is being done, on stderr: a line that is drawn again with its seconds, or a line for each step."""
+    """Shows the current step on stderr: one line, redrawn with its seconds, or a line for each step."""
 
     def __init__(self, step: str) -> None:
         self._begin = time.monotonic()
@@ -102,7 +102,7 @@ class Steps:
             threading.Thread(target=self._draw, daemon=True).start()
 
     def hear(self, line: str) -> None:
-        """A line of the command: maybe the start of another step."""
+        """Take a line of the command's output, which may begin another step."""
         remark = REMARK.match(line)
         if remark:
             with self._lock:
@@ -115,7 +115,7 @@ class Steps:
                 return
 
     def clear(self) -> None:
-        """No more is drawn."""
+        """Stop drawing."""
         self._ended.set()
         with self._lock:
             self._status.clear()

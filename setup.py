@@ -1,11 +1,11 @@
-"""Builds two Cython modules: the C kernels, and the engine that calls them (everything else is in pyproject.toml).
+"""Builds the Cython modules: the table of C kernels and the engine. All else is in pyproject.toml.
 
 Every instruction set is compiled in, each file names its own by a target pragma, and the widest one the CPU
-runs is chosen at run time. OpenMP is used if the compiler has it. Environment: QWEN3C_OPENMP=0 builds without it;
-QWEN3C_CFLAGS adds compiler flags (for sanitizers, say).
+runs is chosen at run time. OpenMP is used if the compiler has it. Environment: QWEN3C_OPENMP=0 builds without
+it; QWEN3C_CFLAGS adds compiler flags (for sanitizers, say).
 
-`python setup.py missing` says in one line what this machine lacks and exits with 1. Pythons that are too old read
-this file too, to say that they are: it uses nothing newer than Python 3.6 until their version is known.
+`python setup.py missing` says in one line what this machine lacks and exits with 1. Pythons that are too old
+read this file too, to say that they are: it uses nothing newer than Python 3.6 until their version is known.
 """
 
 import os
@@ -40,7 +40,7 @@ METADATA = ("egg_info", "dist_info", "sdist")  # commands that compile nothing
 
 
 def missing(environment):
-    """What building takes and this machine lacks, in one line; "" if it has all. environment: also the module venv."""
+    """What this machine lacks to build, in one line, or "". environment: the module venv is needed too."""
     if old_python():
         return old_python()
     if environment:
@@ -56,7 +56,10 @@ def old_python():
     if sys.version_info >= (3, 10):  # noqa: UP036  older ones come here to be refused
         return ""
     version = ".".join(map(str, sys.version_info[:3]))
-    return f"Python 3.10 or later is needed, {sys.executable} is {version} (make run PYTHON=python3.12 names another)"
+    return (
+        f"Python 3.10 or later is needed, {sys.executable} is {version} (make run PYTHON=python3.12 names "
+        "another)"
+    )
 
 
 def missing_compiler():
@@ -79,7 +82,7 @@ def missing_compiler():
 
 
 def fault_of(compiler, program):
-    """The first error of a compiler with a small program, "" if there is none. OSError if it cannot be run."""
+    """The first error of a compiler on a small program, or "". OSError if it cannot be run."""
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory, "program.c")
         source.write_text("#include <stdlib.h>\n" + program + "int main(void) { return EXIT_SUCCESS; }\n")
@@ -148,7 +151,7 @@ def modules():
             libraries=["m"],
         )
 
-    # C beside a .pyx of its name is what Cython left there before it wrote to build/
+    # a .c beside the .pyx of its name was left by Cython, which now writes to build/
     kernels = sorted(str(path) for path in KERNELS.glob("*.c") if not path.with_suffix(".pyx").exists())
     return cythonize(
         [
@@ -161,7 +164,8 @@ def modules():
 
 
 def main():
-    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")  # none: --version, say
+    # "": only options, such as --version
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     compiles = command not in ("", *METADATA)
     lacking = missing(environment="venv" in sys.argv) if compiles else old_python()
     if lacking or command == "missing":

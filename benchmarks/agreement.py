@@ -4,14 +4,15 @@
     python benchmarks/agreement.py model.gguf --text heldout.txt
     python benchmarks/agreement.py model.gguf --text heldout.txt --exact
 
-Both read the text in windows, each from an empty cache. Per token: does the likeliest next one agree? Both round
-activations, each in its own way, so near ties may fall either way. The noise of a token is the standard deviation,
-over the vocabulary, of what its logits differ by, times sqrt(2) for the difference of two logits. It is each token's
-own because of mixtures: where two experts nearly tie the engines may choose different ones, and differ by more.
-Where the gap between llama.cpp's two likeliest logits is several times the noise the tokens must agree.
+Both engines read the text in windows, each from an empty cache, and the likeliest next tokens are compared.
+Both round activations, in different ways, so near ties may fall either way. A position's noise is the
+standard deviation, over the vocabulary, of the difference between the engines' logits, times sqrt(2) for the
+difference of two logits. Each position has its own, because in a mixture the engines may choose different
+experts at a near tie, and then differ by more. Where the gap between llama.cpp's two largest logits is
+several times the noise, the tokens must agree.
 
---exact: neither rounds activations. qwen3c computes in float32, and llama.cpp reads the file's weights as F32.
-Needs llama-cpp-python and gguf.
+--exact: neither rounds activations. qwen3c computes in float32, and llama.cpp reads the file's weights as
+F32. Needs llama-cpp-python and gguf.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from numpy.typing import NDArray
 from qwen3c import Model
 from qwen3c.convert.export import export
 
-MARGINS = (1, 2, 4)  # times the noise
+MARGINS = (1, 2, 4)  # multiples of the noise for which agreement is printed
 
 
 def windows(model: Model, text: Path | None, window: int, n: int) -> list[NDArray[np.int64]]:
-    """At most n pieces of the text, or n of random tokens."""
+    """At most n windows of the text, or n windows of random tokens."""
     if text is None:
         return list(np.random.default_rng(0).integers(0, model.config.n_tokens, (n, window)))
     ids = np.array(model.tokenizer.encode(text.read_text(encoding="utf-8")))
@@ -43,7 +44,7 @@ def windows(model: Model, text: Path | None, window: int, n: int) -> list[NDArra
 def measure(
     model: Model, peer: Session, pieces: list[NDArray[np.int64]]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """Of every token: llama.cpp's gap, the noise, whether the engines agree; each (n,)."""
+    """For every position, (n,) each: llama.cpp's gap, the noise, whether the engines agree."""
     gaps, noises, agrees = [], [], []
     for ids in pieces:
         peer.rewind(0)

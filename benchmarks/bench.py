@@ -1,17 +1,18 @@
-"""The benchmark: qwen3c, beside other engines, and beside what the machine can do. One run, paired and interleaved.
+"""The benchmark: qwen3c beside other engines and beside the machine's limits, paired in one run.
 
     python benchmarks/bench.py                                    # random weights in the shape of Qwen3-0.6B
     python benchmarks/bench.py path/to/Qwen3-0.6B --against llama.cpp,openvino
     python benchmarks/bench.py --size 4B --tests pp,tg --threads 1,2 --json 4B.json --pictures pictures
 
-All engines get the same weights and tokens, the same threads and the same type of KV cache. Each lives in a
-process of its own and they take turns, first one leading, then the other, so that what else happens on the machine
-happens to all: believe the ratios, which are taken pair by pair. The first round is not counted. Beside every pair the
-machine's own limits are measured, on the same threads; if they vary, the report says that it proves nothing. Before
-anything is timed our logits must be those of the scalar kernels to the bit, and those of the NumPy reference in token.
+All engines get the same weights and tokens, the same threads and the same type of KV cache. Each runs in
+a process of its own. They take turns, so that what else happens on the machine happens to all: believe the
+ratios, which are taken pair by pair. The first round is not counted.
+Beside every pair the machine's own limits are measured, on the same threads; if they vary, the report says
+that it proves nothing. Before anything is timed, our logits must equal the scalar kernels' to the bit, and
+our greedy tokens the NumPy reference's.
 
-    pp, tg        a prompt of --prompts tokens; --decode tokens one by one, and loop: sampled, as a user gets them
-    depth         the same from position --depths on
+    pp, tg        a prompt of --prompts tokens; --decode tokens one by one; loop: as users get them
+    depth         pp and tg from position --depths on
     batch         --batches sessions that decode together
     mixed         one pass that reads a prompt and decodes a token of other sessions, against both apart
     neighbour     what is left of pp and tg while another process spins on one of our cores
@@ -20,8 +21,8 @@ anything is timed our logits must be those of the scalar kernels to the bit, and
     export        source bytes a second, the source being cached
     sampler       one token of 151,936 logits
 
-Figures are medians, ± one standard deviation. Columns as in llama-bench, and: GB/s, weights and KV cache read; G MAC/s,
-multiply-adds of matrices and attention; % of limit, see qwen3c/inspect/bench.py.
+Figures are medians, ± one standard deviation. Columns as in llama-bench, and: GB/s, weights and KV cache
+read; G MAC/s, multiply-adds of matrices and attention; % of limit, see qwen3c/inspect/bench.py.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ from qwen3c.system.machine import cpu_name, default_threads
 OURS = "qwen3c"
 TESTS = ("pp", "tg", "depth", "batch", "mixed", "neighbour", "load", "memory", "export", "sampler")
 SAMPLED_TOKENS = 151936  # the vocabulary of Qwen3
-AGREEING = 8  # prompts of so many tokens that every engine continues, to see that all have the same model
+AGREEING = 8  # tokens of the prompts that every engine continues, to check that all run the same model
 PROMPT = "The first word of"
 
 # ends with its parent, even one that is killed
@@ -73,7 +74,7 @@ while os.getppid() == parent:
 
 RUN_OURS = "from qwen3c.cli.run import main; raise SystemExit(main())"
 
-PLACES = ("--python", "--work", "--json", "--pictures")  # where things lie, which a report does not tell
+PLACES = ("--python", "--work", "--json", "--pictures")  # options about paths, which a report leaves out
 
 
 # ----------------------------------------------------------------------------
@@ -101,7 +102,7 @@ def source_bytes(source: Path) -> int:
 
 @dataclass
 class Figure:
-    """What has no tokens per second: values of one engine, in a unit."""
+    """A measurement without tokens per second: values of one engine, in a unit."""
 
     what: str
     engine: str
@@ -181,7 +182,9 @@ def run_setting(
 
 
 def agreement(contenders: Sequence[Contender], n_tokens: int) -> list[str]:
-    """How often the most likely token of a peer is ours: it rounds differently, but has the same model."""
+    """How many greedy tokens a peer shares with us: many, as it runs the same model, but not all, as it
+    rounds otherwise.
+    """
     prompts = np.random.default_rng(1).integers(0, n_tokens, (AGREEING, AGREEING)).tolist()
     ours, *theirs = ([contender.greedy(ids, 1) for ids in prompts] for contender in contenders)
     return [
@@ -194,7 +197,7 @@ def agreement(contenders: Sequence[Contender], n_tokens: int) -> list[str]:
 def take_turns(
     pairs: int, contenders: Sequence[Contender], machine: Machine, test: Test, missing: list[str]
 ) -> list[Series]:
-    """One series of each engine that can do the test, in alternating order; one round before is not counted."""
+    """One Series for each engine that can do the test, in alternating order, after an uncounted round."""
     series = {contender.name: Series(contender.name, test) for contender in contenders}
     for i in range(-1, pairs):
         taken = {}
@@ -217,7 +220,7 @@ def take_turns(
 
 
 def mixed(pairs: int, ours: Contender, sessions: int, context: int) -> list[Figure]:
-    """A pass full of rows, those of a prompt and one of each session: its time, and that of two passes in its place."""
+    """The time of a full pass (rows of a prompt and one row of each session) against two separate passes."""
     sessions = min(sessions, ROWS // 2)
     together = Test("mix", min(ROWS - sessions, context), batch=sessions)
     apart = Test("pp", together.n), Test("tg", 1, batch=sessions)
@@ -244,11 +247,11 @@ def beside_neighbour(pairs: int, contender: Contender, test: Test) -> Figure:
 
 @contextlib.contextmanager
 def neighbour() -> Iterator[int]:
-    """Another process, by number, that spins on one of the cores that are ours."""
+    """Within, another process spins on one of our cores; yields its process id."""
     with subprocess.Popen([sys.executable, "-c", SPIN], stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout
-            process.stdout.readline()  # it has begun
+            process.stdout.readline()  # wait until it spins
             yield process.pid
         finally:
             process.kill()
@@ -309,7 +312,7 @@ def seconds_to_first_byte(command: Sequence[str]) -> float:
 
 
 def repeat(pairs: int, measure: Callable[[], float]) -> list[float]:
-    """One value for each pair; the first call is not counted."""
+    """Call for one value per pair; the first call is not counted."""
     return [measure() for _ in range(pairs + 1)][1:]
 
 
@@ -387,13 +390,13 @@ def ratio(ours: Series | None, theirs: Series) -> str:
 
 
 def verdict(race: Race) -> str:
-    # every engine of a pair has the same limits beside it: take those of one
+    # the engines of a pair share the limits measured beside it: take those of one
     series = [s for s in race.series if s.engine == race.series[0].engine]
     return bench.verdict([x for s in series for x in s.bandwidth], [x for s in series for x in s.peak])
 
 
 def command_line(words: Sequence[str]) -> str:
-    """The command that repeats a run anywhere: `words` without the options that say where things lie."""
+    """The command that repeats a run on any machine: `words` without the options about paths."""
     kept, values = [], iter(words)
     for word in values:
         name, _, value = word.partition("=")
@@ -416,7 +419,8 @@ def as_json(
         },
         "races": [
             {
-                **asdict(race.setting), "engines": race.engines, "checks": race.checks, "missing": race.missing,
+                **asdict(race.setting), "engines": race.engines, "checks": race.checks,
+                "missing": race.missing,
                 "results": [series.as_json() for series in race.series],
                 "figures": [asdict(figure) for figure in race.figures],
                 "verdict": verdict(race) if race.series else None,
@@ -478,7 +482,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.isa:
             engine.set_isa(args.isa)
-        # say what is missing before anything is made
+        # name missing peers before anything is made
         require_peers(args.against, args.python)
         if args.pictures:
             import pictures  # noqa: F401

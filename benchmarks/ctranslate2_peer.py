@@ -1,4 +1,4 @@
-"""CTranslate2 as an engine of worker.py: int8 weights and activations, its KV cache is float32. Needs ctranslate2."""
+"""CTranslate2 as an engine of worker.py: int8 weights and activations, float32 KV cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def convert(source: Path, target: Path) -> None:
-    """By its own converter, which loads the model with transformers."""
+    """Convert with CTranslate2's own converter, which loads the model with transformers."""
     ctranslate2.converters.TransformersConverter(str(source)).convert(str(target), quantization="int8")
 
 
@@ -22,7 +22,7 @@ class Engine:
         )
         self._tokens: list[str] = json.loads(Path(path, "vocabulary.json").read_text())
         self._ids = {token: i for i, token in enumerate(self._tokens)}
-        self.kv_bytes = 0  # it does not tell
+        self.kv_bytes = 0  # CTranslate2 does not tell
         self.settings = f"{ctranslate2.__version__}, compute type {self._generator.compute_type}, KV float32"
 
     def seconds(self, kind: str, n: int, depth: int, batch: int, seed: int) -> float:
@@ -35,7 +35,7 @@ class Engine:
             self._generate(prompts.tolist(), 1)
             return perf_counter() - begin
         times = self._generate(prompts.tolist(), n + 1)
-        return times[-1] - times[batch - 1]  # from the first token of all to the last
+        return times[-1] - times[batch - 1]  # from when every prompt had its first token to the last token
 
     def greedy(self, ids: list[int], n: int) -> list[int]:
         chosen: list[int] = []
@@ -43,7 +43,7 @@ class Engine:
         return chosen
 
     def _generate(self, prompts: list[list[int]], n: int, chosen: list[int] | None = None) -> list[float]:
-        """When each of n more tokens of all prompts was known; `chosen` gets them."""
+        """The times at which each of n more tokens of all prompts was known; the tokens go to `chosen`."""
         times: list[float] = []
 
         def step(result: ctranslate2.GenerationStepResult) -> bool:

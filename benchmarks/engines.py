@@ -41,7 +41,7 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all engines of one race share."""
+    """The settings that all engines of one race share."""
 
     threads: int
     kv: str
@@ -93,7 +93,7 @@ class Contender:
 
 
 def environment() -> dict[str, str]:
-    """For a child: this qwen3c, wherever it is started."""
+    """The environment of a child: it imports this qwen3c, whatever its directory."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "QWEN3C_ISA": engine.isa()}
 

@@ -5,8 +5,8 @@
     python benchmarks/fidelity.py build/llama --text heldout.txt --rope llama3
 
 The reference is transformers in float32 with the original weights. Text is cut into windows, each read from
-an empty cache. --rope has both read the model with another rotary embedding than its own, stretched from
-256 positions. Without --text the tokens are uniformly random. Per token, with p the reference's
+an empty cache. --rope gives the model another rotary embedding, stretched from 256 positions, for both
+sides. Without --text the tokens are uniformly random. Per token, with p the reference's
 probabilities and q the candidate's: KL divergence sum p ln(p / q) in nats, whether both prefer the same
 token, the loss of the token that really comes next.
 Needs torch and transformers (`make oracles`); --llama-cpp needs llama-cpp-python and gguf.
@@ -33,7 +33,7 @@ from qwen3c.system.machine import default_threads
 
 Ids = NDArray[np.int64]
 Forward = Callable[[Ids], NDArray[np.float32]]  # (n,) tokens from an empty cache -> (n, vocab_size) logits
-ROWS = 64  # logits compared at a time, in float64
+ROWS = 64  # rows of logits compared at a time, in float64
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -50,7 +50,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Expected:
-    """What the reference says of a window."""
+    """The reference's results for a window."""
 
     logits: NDArray[np.float32]  # (n, vocab_size)
     log_probabilities: NDArray[np.float64]

@@ -74,7 +74,7 @@ def write_gguf(source: Path, target: Path, kind: str = "Q8_0") -> None:
 
 
 def _stacked(checkpoint: Checkpoint) -> dict[str, list[StoredTensor]]:
-    """The tensors by name; a matrix of each expert of a layer under one name, without the expert's number."""
+    """The tensors by name; the matrices of a layer's experts together, under a name without the number."""
     result: dict[str, list[StoredTensor]] = {}
     for name, tensor in checkpoint.tensors.items():
         result.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", name), []).append(tensor)
@@ -101,7 +101,7 @@ def _convert(tensor: StoredTensor, kind: Any) -> NDArray[np.uint8]:
 
 
 def _paired(rows: NDArray[np.uint8], head_dim: int) -> NDArray[np.uint8]:
-    """The order of llama.cpp's Llama: rows i and i + head_dim / 2 of a head, which rope turns, are neighbours."""
+    """Rows in the order of llama.cpp's Llama: i and i + head_dim / 2 of a head become neighbours."""
     halves = rows.reshape(-1, 2, head_dim // 2, rows.shape[1])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
 
@@ -136,7 +136,7 @@ def _add_rope(writer: Any, rope: Rope) -> None:
 
 
 def _rope_factors(rope: Rope) -> NDArray[np.float32] | None:
-    """(head_dim / 2,): what divides each frequency of a Llama 3."""
+    """The divisors (head_dim / 2,) of the rotary frequencies of a Llama 3."""
     if rope.type != "llama3":
         return None
     return inverse_frequencies(replace(rope, type="default")) / inverse_frequencies(rope)

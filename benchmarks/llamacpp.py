@@ -45,7 +45,7 @@ class Session:
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(vocabulary)
 
     def reopen(self, context: int, sequences: int) -> None:
-        """An empty cache in place of the one before, for so many sequences of `context` positions."""
+        """Replace the cache by an empty one for `sequences` sequences of `context` positions."""
         if self._context:
             llama_cpp.llama_free(self._context)
         params = llama_cpp.llama_context_default_params()
@@ -61,7 +61,7 @@ class Session:
         self.sequences: int = sequences
 
     def forward(self, ids: ArrayLike, logits: Literal["last", "all"] = "last") -> NDArray[np.float32]:
-        """As our Session.forward, but the last logits are llama.cpp's own buffer, valid until the next call."""
+        """As our Session.forward, but the logits are llama.cpp's own buffer, valid until the next call."""
         tokens = np.ascontiguousarray(ids, np.int32)
         results = []
         for start in range(0, len(tokens), UBATCH):
@@ -86,7 +86,7 @@ class Session:
         self.position = position
 
     def _extend(self, tokens: NDArray[np.int32], every: bool, last: bool) -> NDArray[np.float32]:
-        """The tokens appended to the first sequence: logits of all, or of the last where `last`, else of none."""
+        """Append tokens to the first sequence; logits of all of them, or of the last, or of none."""
         n = len(tokens)
         wanted = [every or (last and i == n - 1) for i in range(n)]
         logits = self._decode(tokens, range(self.position, self.position + n), [0] * n, wanted)
@@ -127,7 +127,7 @@ class Engine:
     def __init__(self, path: str, threads: int, kv: str, context: int, batch: int) -> None:
         self._context, self._depth = context, 0
         self._session = Session(Path(path), threads, context, kv)
-        self.kv_bytes = 0  # it does not tell
+        self.kv_bytes = 0  # llama.cpp does not tell
         version = f"llama-cpp-python {llama_cpp.__version__}"
         self.settings = f"{version}, Q8_0, KV {KV_TYPES[kv]}, flash attention, ubatch {UBATCH}"
 
@@ -164,7 +164,7 @@ class Engine:
         return perf_counter() - begin
 
     def _go_to(self, depth: int) -> None:
-        """The first sequence at position `depth`; what is there already is not computed again."""
+        """Bring the first sequence to position `depth`; tokens already there are not computed again."""
         if self._session.sequences > 1:
             self._session.reopen(self._context, 1)
             self._depth = 0

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI as an engine of worker.py: int8 weights, its paged attention, no prefix cache, prompts uncut.
+"""OpenVINO GenAI as an engine of worker.py: int8 weights, paged attention, no prefix cache, whole prompts.
 
 Needs openvino-genai; to convert, optimum-intel.
 """
@@ -20,7 +20,7 @@ KV_TYPES = {"f16": "f16", "f32": "f32", "int8": "u8"}  # ours -> theirs
 
 
 def convert(source: Path, target: Path) -> None:
-    """What `optimum-cli export openvino --weight-format int8` does."""
+    """Convert as `optimum-cli export openvino --weight-format int8` does."""
     from optimum.exporters.openvino import main_export
     from optimum.intel import OVConfig, OVWeightQuantizationConfig
 
@@ -39,7 +39,7 @@ class Engine:
         self._pipeline = ContinuousBatchingPipeline(path, scheduler, "CPU", properties)
         self._vocab_size = json.loads(Path(path, "config.json").read_text())["vocab_size"]
         self._requests = 0
-        self.kv_bytes = 0  # it does not tell
+        self.kv_bytes = 0  # OpenVINO does not tell
         self.settings = (
             f"GenAI {openvino_genai.__version__}, int8 weights, KV {KV_TYPES[kv]}, no prefix cache"
         )
@@ -61,7 +61,7 @@ class Engine:
         return reply
 
     def _add(self, prompts: Any, n: int) -> list[Any]:
-        """A request for n tokens after each prompt, (batch, tokens). One that is forgotten is cancelled."""
+        """Start a request for n tokens after each prompt (batch, tokens). Dropping its handle cancels it."""
         config = GenerationConfig(max_new_tokens=n, ignore_eos=True, do_sample=False)
         requests = []
         for prompt in prompts:

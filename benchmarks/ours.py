@@ -22,7 +22,7 @@ class Engine:
         return self._player.kv_bytes if self._player else 0
 
     def seconds(self, seed: int, **test: Any) -> float:
-        if self._player is None:  # which waits for the tokenizer; a first token does without
+        if self._player is None:  # Player waits for the tokenizer, which a first token does not need
             self._player = Player(self._model)
         return self._player.seconds(Test(**test), seed)
 

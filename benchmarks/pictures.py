@@ -23,7 +23,7 @@ OURS = "qwen3c"
 
 
 def draw(data: dict[str, Any], directory: Path) -> list[Path]:
-    """Write the PNG files that the data has something to show for."""
+    """Write the pictures for which the data has enough points."""
     directory.mkdir(parents=True, exist_ok=True)
     written = [roofline(data, directory / "roofline.png")]
     for name, kind, value, keep in (
@@ -49,7 +49,7 @@ def curves(
     value: Callable[[dict[str, Any], Result], int],
     keep: Callable[[Result], bool],
 ) -> Path | None:
-    """Tokens per second over `value`, a line for each engine and setting; None where there is one point only."""
+    """Tokens per second over `value`, a line for each engine and setting; None if there is one point only."""
     lines: dict[str, dict[int, Result]] = defaultdict(dict)
     for race, result in results(data):
         if result["kind"] == kind and keep(result):

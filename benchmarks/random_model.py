@@ -1,4 +1,4 @@
-"""A Hugging Face directory with random weights in the shape of a real model: speed does not depend on the values.
+"""A Hugging Face directory with random weights in the shape of a real model, to measure speed with.
 
     python benchmarks/random_model.py models/random-0.6B --size 0.6B
 
@@ -48,7 +48,8 @@ SIZES = {
     ),
     # Qwen2.5-0.5B and Llama-3.2-1B
     "qwen2-0.5B": replace(
-        QWEN3_0_6B, dim=896, hidden_dim=4864, n_layers=24, n_heads=14, n_kv_heads=2, head_dim=64, context=32768,
+        QWEN3_0_6B, dim=896, hidden_dim=4864, n_layers=24, n_heads=14, n_kv_heads=2, head_dim=64,
+        context=32768,
         architecture=3, qk_norm=False, qkv_bias=True,
     ),
     "llama-1B": replace(
@@ -95,7 +96,7 @@ def config_json(c: Config) -> dict[str, object]:
         "num_experts": c.n_experts,
         "num_experts_per_tok": c.n_experts_per_token,
     }
-    # what the older families leave unsaid, and what only they say
+    # keys that older families omit, and keys that only they have
     own = {
         1: {"attention_bias": False, "head_dim": c.head_dim},
         2: {"attention_bias": False, "head_dim": c.head_dim, **experts},
@@ -158,7 +159,7 @@ def random_tokenizer_json(n_tokens: int, seed: int) -> dict[str, object]:
     known, merges = set(vocabulary), []
     n_ordinary = n_tokens - len(SPECIAL_TOKENS)
     while len(vocabulary) < n_ordinary:
-        # short and early tokens are joined most, as in a trained vocabulary
+        # short and early tokens are merged most often, as in a trained vocabulary
         for a, b in (random.random((4096, 2)) ** 2 * len(vocabulary)).astype(int):
             pair = (vocabulary[a], vocabulary[b])
             token = "".join(pair)

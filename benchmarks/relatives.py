@@ -1,14 +1,14 @@
-"""A trained Qwen3 as a Qwen2, a Llama and a Qwen3-MoE: what INT8 costs shows only where a model expects something.
+"""A trained Qwen3 as a Qwen2, a Llama and a Qwen3-MoE, to measure what INT8 costs on models that predict.
 
     python benchmarks/relatives.py model.bin text.txt build/relatives
     python train.py pretrain texts/ --model build/relatives/llama -o build/llama
 
-    Qwen2, Llama   do not norm queries and keys: the weight of the norm over the usual rms goes into the projection
-    Qwen2          has biases: what a projection makes of the mean input becomes one
-    Qwen3-MoE      each expert has as many hidden units as the feed-forward, drawn from it with replacement
+    Qwen2, Llama   have no norm of queries and keys: norm weight / mean rms is multiplied into the projection
+    Qwen2          has biases: the projection of the mean input becomes the bias
+    Qwen3-MoE      an expert has as many hidden units as the feed-forward, drawn from it with replacement
 
-They predict text a little worse than the Qwen3 does; some training makes up for it. The usual rms and the mean
-input are those of the text. Needs a model.bin of a Qwen3, whose dequantised weights are the start.
+They predict text a little worse than the Qwen3 does; some training makes up for it. Mean rms and mean
+input are measured on the text. Needs a model.bin of a Qwen3, whose dequantised weights are the start.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _drop_norms(model: Model, weights: Weights, ids: list[int], biases: bool) ->
 
 
 def _draw_experts(model: Model, weights: Weights) -> None:
-    """Feed-forwards whose mean is that of the dense layer, and a router of which every expert gets its share."""
+    """Experts that on average equal the dense layer, and a router that uses all of them."""
     random, dim, hidden_dim = np.random.default_rng(0), model.config.dim, model.config.hidden_dim
     for layer in range(model.config.n_layers):
         prefix = f"model.layers.{layer}.mlp."

@@ -2,8 +2,9 @@
 
     python benchmarks/rollouts.py build/sft            # a Hugging Face directory
 
-Both sample 16 completions of the same prompts at temperature 1, for exactly --tokens tokens each (no end token),
-on the same threads. Printed: tokens per second, medians and ranges of --pairs pairs, the first one discarded.
+Both sample 16 completions of the same prompts at temperature 1, for exactly --tokens tokens each (no end
+token), on the same threads. Printed: tokens per second, medians and ranges of --pairs pairs, the first one
+discarded.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def main() -> None:
     def run_theirs() -> None:
         with torch.no_grad():
             out = theirs.generate(
-                batch, attention_mask=torch.ones_like(batch), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                batch, attention_mask=torch.ones_like(batch), do_sample=True, temperature=1.0, top_k=0,
+                top_p=1.0,
                 max_new_tokens=args.tokens,
             )  # fmt: skip
         assert out.shape == (args.batch, len(prompt) + args.tokens)

@@ -1,11 +1,11 @@
 """Figures of docs/speed/*.json -> the tables of docs/SPEED.md and the line of speed in README.md.
 
     python benchmarks/bench.py --against llama.cpp,openvino,ctranslate2 --json docs/speed/0.6B.json
-    python benchmarks/tables.py            # writes both documents; --check only says whether they are up to date
+    python benchmarks/tables.py            # writes both documents; --check: are they up to date?
 
-A document has a place for each table, between `<!-- speed NAME -->` and `<!-- end -->`; NAME is the JSON file's, or
-`line`, which is one sentence made of 0.6B.json. What stands in a place comes from the JSON that bench.py wrote and from
-nowhere else, so that two places cannot contradict each other.
+A document has a place for each table, between `<!-- speed NAME -->` and `<!-- end -->`; NAME is the JSON
+file's, or `line`, which is one sentence made of 0.6B.json. The text of a place is made from the JSON alone,
+so two places cannot contradict each other.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def by_test(race: dict[str, Any]) -> list[Results]:
 
 
 def table(report: Report) -> Iterator[str]:
-    """Lines of Markdown: where and how it was measured, then a table for each number of threads and type of KV cache."""
+    """Lines of Markdown: machine and command, then a table for each number of threads and KV type."""
     machine, model = report["machine"], report["model"]
     yield (
         f"{model['name']}, {model['parameters'] / 1e6:,.0f} M parameters, groups of {model['group_size']}; "
@@ -80,7 +80,10 @@ def table(report: Report) -> Iterator[str]:
         pairs = max((len(result["seconds"]) for result in race["results"]), default=0)
         threads = "thread" if race["threads"] == 1 else "threads"
         yield ""
-        yield f"{race['threads']} {threads}, KV {race['kv']}, tok/s, medians of {pairs} pairs; in brackets how many times as"
+        yield (
+            f"{race['threads']} {threads}, KV {race['kv']}, tok/s, medians of {pairs} pairs; in brackets how "
+            "many times as"
+        )
         yield "fast qwen3c is, pair by pair: median, smallest to largest."
         yield ""
         yield from (f"- {engine}: {settings}" for engine, settings in race["engines"].items())
@@ -105,7 +108,7 @@ def row(cells: Sequence[str]) -> str:
 
 
 def cells(results: Results, peers: Sequence[str]) -> list[str]:
-    """A test, our rate, our share of the limit; each peer's rate and ratio, "" where a peer cannot do the test."""
+    """The cells of a test: its name, our rate and share of the limit, each peer's rate and ratio or ""."""
     ours = results[OURS]
     line = [what(ours), rate(ours["tokens_per_second"]), f"{ours['share_of_limit']:.0%}"]
     for peer in peers:
@@ -119,7 +122,7 @@ def cells(results: Results, peers: Sequence[str]) -> list[str]:
 
 
 def figures(measured: Sequence[dict[str, Any]], peers: Sequence[str]) -> Iterator[list[str]]:
-    """What has no tokens per second, one line for each thing measured: medians, in the columns of `cells`."""
+    """The lines of measurements without tokens per second: medians, in the columns of `cells`."""
     found: dict[str, dict[str, str]] = {}
     for figure in measured:
         values = found.setdefault(f"{figure['what']}, {figure['unit']}", {})

@@ -4,9 +4,10 @@
     worker.py first ENGINE MODEL SETTING     one token, printed as soon as it is known
     worker.py convert ENGINE SOURCE TARGET   the engine's form of a Hugging Face directory
 
-Only the engine asked for is imported, so that no other one's threads or settings are in its process. An engine is a
-class: opened with (path, threads, kv, context, batch), it has `settings`, `seconds(kind, n, depth, batch, seed)`,
-`greedy(ids, n)` and `kv_bytes`; ValueError where it cannot do what is asked.
+Only the named engine is imported, so that no other engine's threads or settings are in its process. An
+engine is a class: opened with (path, threads, kv, context, batch), it has `settings`,
+`seconds(kind, n, depth, batch, seed)`, `greedy(ids, n)` and `kv_bytes`; ValueError where it cannot do what is
+asked.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Many prompts at once: one forward pass per step takes a token of every reply that is not finished.
 
-The weights are read once for all of them, so a batch costs little more than one reply, and each reply has the same
-bits as if it had been alone.
+The weights are read once for all of them, so a batch costs little more than one reply, and each reply has the
+same bits as if it had been alone.
 
     python examples/batch.py [model.bin]
 """

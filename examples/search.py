@@ -1,7 +1,7 @@
 """Search by meaning: texts and a query as vectors, the nearest texts first.
 
-Made for Qwen3-Embedding, and good for search only with such a model. The model in the box is not one (it chats),
-so without an argument this shows how it is done, not how well it works.
+Made for Qwen3-Embedding, and good for search only with such a model. The model in the box is not one (it
+chats), so without an argument this shows how it is done, not how well it works.
 
     python examples/search.py [model.bin] [query]
 """

@@ -40,9 +40,9 @@ __all__ = [
     "__version__",
 ]
 
-spin_briefly()  # before the engine, and with it OpenMP, is loaded
+spin_briefly()  # before the engine loads OpenMP
 
-# name -> module; imported on first use, so that `--help` does not wait for NumPy
+# public name -> its module, imported on first use, so that `--help` need not wait for NumPy
 _HOMES = {
     "MODEL_IN_THE_BOX": "system.files",
     "CachedSession": "drivers.batch",

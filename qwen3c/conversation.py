@@ -1,13 +1,14 @@
 """A conversation with a model: its messages, its settings and the session that remembers them.
 
-What the chat on a terminal and any other front end for people share. Tokens already in the session are
-not computed again; a reply that was stopped stays as far as it came.
+The chat on a terminal and other front ends for people share it. Tokens already in the session are not
+computed again; of a stopped reply, the part that came stays.
 """
 
 from __future__ import annotations
 
 import bisect
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,18 @@ from .drivers.sampler import Sampling
 from .model import Model
 from .system.files import write_whole
 from .text.chat import StopStrings, may_think, normalized
+from .text.tools import ToolSet, format_of
 
 SETTINGS = ("max_tokens", *(f.name for f in fields(Sampling)), "context", "overflow", "stop")
 OVERFLOW = ("stop", "drop")
 
 
 class Conversation:
-    """Settings are the names in SETTINGS; None or absent is the default.
+    """A conversation. settings: by the names in SETTINGS; None or absent is the default.
 
     context: positions of the session. overflow: what happens once the conversation no longer fits into them;
-    "stop" refuses the question, "drop" stops telling the model the oldest turns. `messages` keeps them all,
-    the first `forgotten` of them are not told; system messages always are.
+    "stop" refuses the question, "drop" leaves the oldest turns out of the prompt. `messages` keeps all turns;
+    the first `forgotten` are left out of prompts, but for system messages.
     """
 
     def __init__(
@@ -44,20 +46,21 @@ class Conversation:
         self.session = CachedSession(model, context)
         self.system = system
         self.thinking = thinking
+        self.tools: Sequence[dict[str, Any]] | None = None  # what replies may call: see Model.chat_prompt
         self.settings: dict[str, Any] = {}
         self.forgotten = 0
-        self._context = self.session.context  # the default of the setting
+        self._context = self.session.context  # default of the setting "context"
         self._n_replies = 0
         self._before: list[dict[str, Any]] = []  # the messages before the last question
-        self._asked: list[dict[str, Any]] = []  # and with it
-        self._generation: Generation | None = None  # the reply to it
-        # what the template refuses is better known before the first question
+        self._asked: list[dict[str, Any]] = []  # those messages and the last question
+        self._generation: Generation | None = None  # the reply to the last question
+        # render once, so that the template refuses a system prompt now and not at the first question
         model.chat_prompt([{"role": "user", "content": ""}], thinking)
         for name, value in settings.items():
             self.set(name, value)
 
     def set(self, name: str, value: Any) -> None:
-        """Change a setting from the next reply on; None for the default. ValueError if it cannot be."""
+        """Change a setting from the next reply on; None for the default. ValueError for a bad value."""
         if name not in SETTINGS:
             raise ValueError(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}")
         if name == "max_tokens":
@@ -77,7 +80,7 @@ class Conversation:
         self.settings[name] = value
 
     def effective_settings(self) -> dict[str, Any]:
-        """Every setting as the next reply will use it; None is no bound, or a seed nobody chose."""
+        """Every setting as the next reply will use it; None means no bound, or a seed to be drawn."""
         given = {f.name: self.settings.get(f.name) for f in fields(Sampling)}
         sampling = self.model.sampling(may_think(self.model.metadata["thinking"], self.thinking), **given)
         others = {
@@ -100,9 +103,9 @@ class Conversation:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """What was said so far, the system prompt aside, and of the last reply as much as there is.
+        """The messages so far, without the system prompt; the last reply as far as it came.
 
-        Without one token of reply it is as if the question had not been asked.
+        A question whose reply has no token yet is not among them.
         """
         if self._generation is None or not self._generation.tokens:
             return self._before
@@ -111,9 +114,14 @@ class Conversation:
     def ask(self, text: str, **options: Any) -> Generation:
         """Say `text`; the reply to iterate over. options: cancel, progress and logprobs of Model.generate.
 
-        ValueError if the conversation does not fit the context any more; then nothing was said.
+        ValueError, and no change, if the conversation does not fit the context any more.
         """
         return self.answer(self.question(text), **options)
+
+    def answer_calls(self, results: Sequence[str], **options: Any) -> Generation:
+        """Tell what the calls of the last reply came to, in their order; the reply to that. options: see ask."""
+        told = [{"role": "tool", "content": text} for text in results]
+        return self.answer([*self.messages, *told], **options)
 
     def regenerate(self, **options: Any) -> Generation:
         """Another reply in place of the last one. ValueError if there is none."""
@@ -139,7 +147,7 @@ class Conversation:
         self._before, self._generation = [*asked, reply], None
 
     def clear(self) -> None:
-        """Forget what was said, but not the system prompt."""
+        """Forget all messages but the system prompt."""
         self._before, self._generation, self.forgotten = [], None, 0
 
     def answer(self, asked: list[dict[str, Any]], **options: Any) -> Generation:
@@ -149,8 +157,11 @@ class Conversation:
             name: value for name, value in self.settings.items() if name not in ("context", "overflow")
         }
         if settings.get("seed") is not None:
-            settings["seed"] += self._n_replies  # else asking again would bring the same again
+            settings["seed"] += self._n_replies  # or regenerate() would give the same reply
         settings["stop"] = settings.get("stop") or ()
+        format = format_of(self.model.chat_template.source)
+        if self.tools and format != "hermes":
+            options["toolset"] = ToolSet(self.tools, format)
         generation = self.model.generate(prompt, session=self.session, **settings, **options)
         self._before, self._asked, self._generation = self.messages, asked, generation
         self.forgotten = forgotten
@@ -158,11 +169,11 @@ class Conversation:
         return generation
 
     def _fitting(self, asked: list[dict[str, Any]]) -> tuple[int, list[int]]:
-        """How many of the oldest messages are not told, and the prompt of the others.
+        """(how many of the oldest messages are left out, the prompt made of the others).
 
-        With overflow "drop" the prompt leaves room for a reply, unless the last turn alone is too long. Once turns
-        have to go, they go until half of the context is free: what remains is read again from where they stood,
-        and that should be rare.
+        With overflow "drop" the prompt leaves room for a reply, unless the last turn alone is too long. Once
+        turns are dropped, they are dropped until half of the context is free, because all later turns are
+        then read again, which should be rare.
         """
         starts = [i for i, message in enumerate(asked) if message["role"] == "user"] or [0]
         forgotten = min(self.forgotten, starts[-1])
@@ -180,22 +191,26 @@ class Conversation:
 
     def _prompt(self, asked: list[dict[str, Any]], forgotten: int) -> list[int]:
         kept = [message for message in asked[:forgotten] if message["role"] == "system"]
-        return self.model.chat_prompt(self.with_system([*kept, *asked[forgotten:]]), self.thinking)
+        return self.model.chat_prompt(
+            self.with_system([*kept, *asked[forgotten:]]), self.thinking, self.tools
+        )
 
     def save(self, path: str) -> None:
         """Write the conversation to a file: the whole of it or nothing. ~ is the home directory."""
         target = _expanded(path)
         if target.exists():
-            read_conversation(target)  # nothing but a conversation is written over
+            read_conversation(target)  # raises unless the file is a conversation: nothing else is overwritten
         data = {"qwen3c": "conversation", "system": self.system, "messages": self.messages}
         try:
             write_whole(target, json.dumps(data, ensure_ascii=False, indent=1))
         except OSError as error:
-            # the file written first is a temporary one, of which nobody has heard
+            # the error names a temporary file that the user does not know
             raise OSError(error.errno, error.strerror, str(target)) from None
 
     def load(self, path: str) -> None:
-        """Go on from a file that save() wrote. ValueError or OSError, and nothing changed, if it is none."""
+        """Go on from a file that save() wrote. ValueError or OSError, and no change, if it is not such a
+        file.
+        """
         system, messages = read_conversation(_expanded(path))
         self.system, self._before, self._generation, self.forgotten = system, messages, None, 0
 
@@ -210,7 +225,7 @@ def _expanded(path: str) -> Path:
 def read_conversation(path: Path) -> tuple[str | None, list[dict[str, Any]]]:
     """(system prompt, messages) of a file that Conversation.save wrote; ValueError if it is another."""
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a file")  # a pipe would keep its reader waiting
+        raise ValueError(f"{path} is not a file")  # reading a pipe would block
     try:
         data = json.loads(path.read_bytes())
         if data["qwen3c"] != "conversation" or not isinstance(data["system"], (str, type(None))):

@@ -47,19 +47,20 @@ PAGE = 16384  # the tensor region starts on a multiple of this (the largest page
 ALIGNMENT = 64  # every section and tensor starts on a multiple of this
 TILE_ROWS = 16
 GROUP_SIZES = (32, 64, 128, 256)
-ARCHITECTURES = {1: "qwen3", 2: "qwen3_moe", 3: "qwen2", 4: "llama"}  # for people: the numbers say it all
+# for people: the other fields say what to compute
+ARCHITECTURES = {1: "qwen3", 2: "qwen3_moe", 3: "qwen2", 4: "llama"}
 ROPE_TYPES = {
     0: "default",
     1: "linear",
     2: "yarn",
     3: "llama3",
-}  # all kinds reduce to the table of inverse frequencies; this one is for people
-KV_TYPES = ("int8", "f16", "f32")  # of the cache that a model fills, smallest first
+}  # for people: the forward pass needs only the table of inverse frequencies
+KV_TYPES = ("int8", "f16", "f32")  # types of the KV cache, smallest first
 THINKING_KINDS = ("hybrid", "always", "none")
 TEXTS = ("metadata", "tokenizer", "template")
 SECTIONS = (*TEXTS, "checksums")
 MAX_JSON = 1 << 20  # bytes of metadata a reader accepts
-MAX_DEPTH = 32  # of objects and lists in one another in the metadata
+MAX_DEPTH = 32  # nested objects and lists in the metadata
 MAX_TOKENIZER = 64 << 20
 MAX_TEMPLATE = 1 << 20
 
@@ -75,7 +76,7 @@ _U32 = (0, 2**32 - 1)
 _U64 = (0, 2**63 - 1)
 _FLAG = (0, 1)
 
-# (name, struct code, (smallest, largest) accepted); every 8-byte field is aligned
+# (name, struct code, (smallest, largest) accepted value); every 8-byte field is aligned
 HEADER_FIELDS: tuple[tuple[str, str, tuple[float, float]], ...] = (
     ("version", "I", _U32),
     ("header_size", "I", (HEADER_SIZE, HEADER_SIZE)),
@@ -107,7 +108,7 @@ HEADER_FIELDS: tuple[tuple[str, str, tuple[float, float]], ...] = (
     ("tied_embedding", "I", _FLAG),
     ("qk_norm", "I", _FLAG),
     ("qkv_bias", "I", _FLAG),
-    ("n_experts", "I", (0, 1024)),  # mixture of experts; all five are 0 where there is none
+    ("n_experts", "I", (0, 1024)),  # mixture of experts: this and the next four are 0 without one
     ("n_experts_per_token", "I", (0, 64)),
     ("expert_hidden_dim", "I", (0, 1 << 18)),
     ("norm_topk_prob", "I", _FLAG),
@@ -120,7 +121,7 @@ _STRUCT = struct.Struct("<" + "".join(code for _, code, _ in HEADER_FIELDS))
 _FIELDS_OFFSET = len(MAGIC)
 _SECTIONS_CRC_OFFSET = _FIELDS_OFFSET + _STRUCT.size - 4
 _LAYERS_OFFSET, _LAYERS_SIZE = _FIELDS_OFFSET + _STRUCT.size, 128  # mlp_only_layers, one bit per layer
-MAX_EXPERTS = 1 << 16  # in all layers together: bounds the list of tensors
+MAX_EXPERTS = 1 << 16  # in all layers together; bounds the length of the list of tensors
 _CRC_OFFSET = HEADER_SIZE - 4  # the last four bytes: CRC-32 of all before them; zeros fill the gap
 
 
@@ -171,14 +172,14 @@ class Config:
 
     @property
     def n_parameters(self) -> int:
-        """Weights counted once: a tied embedding is one matrix."""
+        """How many weights; a tied embedding counts once."""
         return sum(math.prod(t.shape) for t in tensors(self) if t.role is not Role.ROPE_FREQUENCIES)
 
     def kv_bytes_per_token(self, kv: str) -> int:
-        """Bytes of KV cache one position takes, kv one of KV_TYPES."""
+        """Bytes of KV cache that one position takes. kv: one of KV_TYPES."""
         padded = -(-self.head_dim // 16) * 16
         head = {
-            "int8": 2 * (padded + 2),  # codes and an fp16 scale, for the key and for the value
+            "int8": 2 * (padded + 2),  # key and value: codes and an fp16 scale each
             "f16": 2 * (self.head_dim + padded),
             "f32": 4 * (self.head_dim + padded),
         }[kv]
@@ -189,14 +190,15 @@ class Config:
 # Tensors: the one ordered list
 
 ROPE_TENSOR = "rope.inverse_frequencies"
-ROUTER = "mlp.gate.weight"  # of a layer with experts; float32, as a rounding may choose other experts
+# the router of a layer with experts; float32, because rounding could change which experts are chosen
+ROUTER = "mlp.gate.weight"
 
 
 class Role(enum.Enum):
     """What a tensor is to the forward pass."""
 
     ROPE_FREQUENCIES = "rope frequencies"
-    EMBEDDING = "embedding"  # only of a model whose LM_HEAD is another matrix
+    EMBEDDING = "embedding"  # an embedding that is not also the LM_HEAD
     ATTENTION_NORM = "attention norm"
     QKV = "qkv"
     QKV_BIAS = "qkv bias"
@@ -205,7 +207,7 @@ class Role(enum.Enum):
     O = "o"  # noqa: E741
     FFN_NORM = "ffn norm"
     ROUTER = "router"
-    GATE_UP = "gate up"  # with experts, of each of them in order
+    GATE_UP = "gate up"  # with experts: one tensor for each, in order
     DOWN = "down"
     FINAL_NORM = "final norm"
     LM_HEAD = "lm head"
@@ -242,7 +244,7 @@ class Tensor:
 
     @property
     def quantized(self) -> bool:
-        """Whether it is codes with scales. Vectors and routers are not."""
+        """Whether it is stored as codes with scales; vectors and routers are float32."""
         return self.encoding is not Encoding.FLOAT32
 
 
@@ -256,7 +258,7 @@ def matrix_size(rows: int, columns: int, group_size: int) -> int:
 
 
 def tile_fields(group_size: int) -> list[tuple[str, str, int | tuple[int, ...]]]:
-    """The fields of one tile, for numpy.dtype: codes[column // 4, row, column % 4], then a scale for each row."""
+    """The fields of a tile for numpy.dtype: codes[column // 4, row, column % 4], then one scale per row."""
     return [("codes", "i1", (group_size // 4, TILE_ROWS, 4)), ("scales", "<f2", TILE_ROWS)]
 
 
@@ -264,7 +266,7 @@ _Planned = tuple[Role, int | None, str, tuple[int, ...], list[tuple[str, int]]]
 
 
 def _planned(c: Config) -> Iterator[_Planned]:
-    """(role, layer, name, shape, [(Hugging Face name, rows), ...]) in the order the forward pass reads them."""
+    """(role, layer, name, shape, [(Hugging Face name, rows), ...]) in the order of the forward pass."""
     yield Role.ROPE_FREQUENCIES, None, ROPE_TENSOR, (c.head_dim // 2,), []
     embedding = "model.embed_tokens.weight"
     if not c.tied_embedding:
@@ -277,7 +279,7 @@ def _planned(c: Config) -> Iterator[_Planned]:
 
 
 def _planned_layer(c: Config, layer: int) -> Iterator[_Planned]:
-    # q, k and v read the same input, so do gate and up: one matrix each, one sweep each
+    # q, k and v read the same input, so they are stored as one matrix, read in one sweep; so are gate and up
     p = f"model.layers.{layer}."
     qkv = [(f"{p}self_attn.{x}_proj", n) for x, n in (("q", c.q_dim), ("k", c.kv_dim), ("v", c.kv_dim))]
     q_k_v_rows = c.q_dim + 2 * c.kv_dim
@@ -292,8 +294,8 @@ def _planned_layer(c: Config, layer: int) -> Iterator[_Planned]:
     o_proj = p + "self_attn.o_proj.weight"
     yield Role.O, layer, o_proj, (c.dim, c.q_dim), [(o_proj, c.dim)]
     yield _vector(Role.FFN_NORM, layer, p + "post_attention_layernorm.weight", c.dim)
-    # one feed-forward block, or the router and every expert's: all that lead up, then all that lead down,
-    # so that the chosen ones are read from front to back
+    # one feed-forward block; or the router, gate_up of every expert, then down of every expert: the order in
+    # which the chosen experts are read
     blocks, hidden_dim = [p + "mlp."], c.hidden_dim
     if c.has_experts(layer):
         yield Role.ROUTER, layer, p + ROUTER, (c.n_experts, c.dim), [(p + ROUTER, c.n_experts)]
@@ -311,7 +313,7 @@ def _vector(role: Role, layer: int | None, name: str, n: int) -> _Planned:
 
 
 def tensors(config: Config) -> list[Tensor]:
-    """Every tensor of the file, in file order, with its place: the only list there is."""
+    """Every tensor of the file, in file order, with its offset. The project has no second such list."""
     result, offset = [], 0
     for role, layer, name, shape, sources in _planned(config):
         parts, row = [], 0
@@ -393,12 +395,13 @@ class ModelFile:
             header = file.read(HEADER_SIZE)
             fields = self._read_header(header)
             self._check_layout(fields)
-            # a size that matches was checked first, so this maps what exists and reads nothing
+            # the size was checked before, so the map covers exactly the file; nothing is read yet
             try:
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except OSError as error:
                 raise MemoryError(
-                    f"{self.path}: its {self.file_size:,} bytes cannot be mapped: {error.strerror} (see `ulimit -v`)"
+                    f"{self.path}: its {self.file_size:,} bytes cannot be mapped: {error.strerror} (see "
+                    "`ulimit -v`)"
                 ) from None
         self._fields = fields
         self.weights = memoryview(self.map)[fields["tensors_offset"] :]
@@ -431,13 +434,13 @@ class ModelFile:
         return self.weights[tensor.offset : tensor.offset + tensor.size]
 
     def use_copy(self, weights: memoryview) -> None:
-        """Take the tensors from a copy of `self.weights` from now on; the pages of the map are let go."""
+        """Read tensors from `weights`, a copy of self.weights, from now on; the mapped pages are released."""
         self.weights = weights
         if hasattr(self.map, "madvise"):
             self.map.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
-        """Let go of the map; a view of it that somebody still holds keeps it mapped."""
+        """Release the map. Views of it that are still alive keep it mapped."""
         with contextlib.suppress(BufferError):
             self.weights.release()
             self.map.close()
@@ -445,8 +448,8 @@ class ModelFile:
     def verify(self) -> Iterator[tuple[Tensor, bool]]:
         """Read every tensor; yield it with whether it is sound.
 
-        Its bytes match the checksum, the gap before it is zero, no code is -128, every scale is finite and
-        not negative, every number of a vector is finite.
+        Sound: the checksum matches, the gap before the tensor is zero, no code is -128, every scale is finite
+        and not negative, every number of a vector is finite.
         """
         end = self.tensors_offset
         for tensor, checksum in zip(self.tensors, self.checksums, strict=True):
@@ -462,7 +465,7 @@ class ModelFile:
         data = np.frombuffer(self.data(tensor), np.uint8)
         codes_size = TILE_ROWS * self.config.group_size
         tiles = data.reshape(-1, codes_size + 2 * TILE_ROWS)
-        for i in range(0, len(tiles), 4096):  # bounds the memory
+        for i in range(0, len(tiles), 4096):  # some tiles at a time, to bound the memory
             codes = tiles[i : i + 4096, :codes_size].view(np.int8)
             scales = tiles[i : i + 4096, codes_size:].copy().view("<f2")
             if codes.min() < -127 or not (np.isfinite(scales) & (scales >= 0)).all():
@@ -527,7 +530,7 @@ class ModelFile:
         for section in SECTIONS:
             self._expect(f"{section}_offset", fields[f"{section}_offset"], offset)
             offset = align(offset + fields[f"{section}_size"])
-        # counted first: a file as small as its header says cannot ask for a long list
+        # count tensors before listing them, so that a small hostile file cannot ask for a long list
         n_tensors = sum(1 for _ in _planned(self.config))
         self._expect("checksums_size", fields["checksums_size"], 4 * n_tensors)
         self.tensors = tensors(self.config)
@@ -537,7 +540,7 @@ class ModelFile:
         self._expect("file_size", self.file_size, fields["tensors_offset"] + fields["tensors_size"])
 
     def _check_gaps(self) -> None:
-        """Texts have no zero bytes and the gaps nothing else, so no section's size can be off by a little."""
+        """Texts hold no zero byte, gaps nothing but zeros; so a size that is slightly wrong is noticed."""
         end = HEADER_SIZE
         for part in (*SECTIONS, "tensors"):
             start, size = self._fields[f"{part}_offset"], self._fields[f"{part}_size"]
@@ -549,7 +552,7 @@ class ModelFile:
                 raise ModelFileError(f"{self.path}: {part} is {size} bytes, but byte {zero - start} is zero")
 
     def _check_vectors(self) -> None:
-        """Norms, biases, rope frequencies and routers are small, and one NaN in them is in every logit."""
+        """Vectors must be finite. They are few bytes, and one NaN in them would reach every logit."""
         import numpy as np
 
         for tensor in self.tensors:
@@ -629,14 +632,14 @@ def _check_printable(value: Any, where: str, depth: int) -> None:
 
 
 def _place(where: str, key: str | int) -> str:
-    """A key of the object at `where`, or an index of the list, as code would write it."""
+    """The place of a key or index within `where`, as code writes it: a.b or a[0]."""
     if isinstance(key, str) and key.isidentifier() and len(key) <= 40:
         return f"{where}.{key}" if where else key
     return f"{where}[{_shown(key)}]"
 
 
 def _shown(value: Any) -> str:
-    """`value` in an error message: not more of it than fits there."""
+    """`value` for an error message, cut if it is long."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -679,12 +682,12 @@ class ModelWriter:
         self._fields = self._layout()
         self._checksums: list[int] = []
         self._crc = 0
-        self._written = 0  # bytes of the tensor region
+        self._written = 0  # bytes of the tensor region so far
         self._temporary = self._new_name()
 
     @property
     def file_size(self) -> int:
-        """Bytes of the file once it is whole."""
+        """Bytes of the finished file."""
         return int(self._fields["file_size"])
 
     def __enter__(self) -> ModelWriter:
@@ -719,9 +722,8 @@ class ModelWriter:
         try:
             if kind is None:
                 self._finish()
-                if (
-                    fcntl is None
-                ):  # Windows renames no open file; elsewhere the lock is kept until it has its name
+                # Windows cannot rename an open file; elsewhere it stays open, and locked, until it is renamed
+                if fcntl is None:
                     self._file.close()
                 os.replace(self._temporary, self.path)
                 sync_directory(self.path.parent)
@@ -732,13 +734,15 @@ class ModelWriter:
                 self._temporary.unlink(missing_ok=True)
 
     def _create_temporary(self) -> None:
-        """Open a locked file beside the target: the lock tells it from what a killed writer left behind."""
+        """Open a locked file beside the target. The lock marks it as in use; a killed writer leaves an
+        unlocked one.
+        """
         while True:
             self._file = open(self._temporary, "xb")
             _lock(self._file, wait=True)
             if os.fstat(self._file.fileno()).st_nlink:
                 return
-            self._file.close()  # another writer found it before it was locked, and removed it
+            self._file.close()  # before it was locked, another writer took it for a leftover and removed it
             self._temporary = self._new_name()
 
     def _new_name(self) -> Path:
@@ -773,7 +777,7 @@ class ModelWriter:
         return fields
 
     def _finish(self) -> None:
-        """Everything before the tensors; the header, and with it the magic, only once the rest is on disk."""
+        """Write all parts before the tensors; last the header, when everything else is on the disk."""
         if len(self._checksums) != len(self.tensors):
             raise ValueError(f"wrote {len(self._checksums)} of {len(self.tensors)} tensors")
         sections = self._sections | {"checksums": struct.pack(f"<{len(self._checksums)}I", *self._checksums)}
@@ -801,9 +805,9 @@ def pack_header(fields: dict[str, Any]) -> bytes:
 
 
 def sections_crc(header: bytes, sections: bytes | bytearray | memoryview) -> int:
-    """The CRC that ties the numbers to the texts: a patched number is noticed even under a right header CRC."""
+    """A CRC over numbers and texts, so that a number changed together with the header CRC is noticed."""
     crc = zlib.crc32(sections, zlib.crc32(header[_FIELDS_OFFSET:_SECTIONS_CRC_OFFSET]))
-    # without the zeros at its end: for a model without such layers there is nothing to add
+    # trailing zeros are stripped, so a model without mlp_only_layers hashes nothing here
     return zlib.crc32(header[_LAYERS_OFFSET : _LAYERS_OFFSET + _LAYERS_SIZE].rstrip(b"\0"), crc)
 
 

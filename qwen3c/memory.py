@@ -13,24 +13,25 @@ from typing import Any
 from .format import KV_TYPES, Config
 from .system import machine
 
-DEFAULT_CONTEXT = 8192  # enough for a long conversation; longer ones are asked for
+DEFAULT_CONTEXT = 8192  # enough for a long conversation; -c asks for more
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 CONTEXTS = (1024, 4096, 8192, 16384, 32768, 65536, 131072)
-ROWS = 256  # the engine's MAX_ROWS: rows of a prompt in flight
+ROWS = 256  # the engine's MAX_ROWS: rows of a pass
 PROGRAM = 45 << 20  # bytes of Python, NumPy, tokenizers and Jinja (measured)
 TOKENIZER = 8  # bytes of memory for each byte of tokenizer.json (measured: 90 MB for the 11 MB of Qwen3)
 # Address space in bytes (measured), which is more than what is resident
-PROGRAM_SPACE = 130 << 20  # of NumPy and the engine
-TOKENIZER_SPACE = 14  # while the tokenizer loads, for each byte of tokenizer.json
-THREAD_SPACE = 100 << 20  # of the thread that loads it: the allocator's arena, its stack, the library
-STACK = 8 << 20  # of each further thread
-COPIED = 16 << 20  # bytes at a time, so that a signal or another thread need not wait for all
+PROGRAM_SPACE = 130 << 20  # address space of NumPy and the engine
+TOKENIZER_SPACE = 14  # address space for each byte of tokenizer.json, while the tokenizer loads
+THREAD_SPACE = 100 << 20  # address space of the loading thread: its stack, its malloc arena, the library
+STACK = 8 << 20  # address space of each further thread
+COPIED = 16 << 20  # bytes copied at a time; between two copies signals and other threads get their turn
 
 
 def available(mapped: int = 0) -> int | None:
-    """Bytes that can be used without swapping, within every limit on this process; None if nobody says.
+    """Bytes that can be used without swapping, within every limit on this process; None if unknown.
 
-    mapped: bytes of a file that the caller counts as needed, although their address space is taken already.
+    mapped: bytes of a mapped file. The caller counts them as needed, so the address space they take is added
+    back.
     """
     free, limit = _of_machine(), _tightest(mapped)
     bounds = [free, None if limit is None else limit.left]
@@ -38,14 +39,16 @@ def available(mapped: int = 0) -> int | None:
 
 
 def check_space_for_program() -> None:
-    """MemoryError if `ulimit -v` leaves too little to load NumPy and the engine, which would end the process."""
+    """MemoryError if `ulimit -v` leaves too little to load NumPy and the engine: loading would end the
+    process.
+    """
     _check_address_space("NumPy and the engine", PROGRAM_SPACE)
 
 
 def check_space_for_model(config: Config, tokenizer_size: int, threads: int) -> None:
     """MemoryError if `ulimit -v` leaves too little to load the tokenizer and run a prompt.
 
-    It is asked beforehand because the tokenizer's library ends the process where it gets no memory.
+    Checked in advance, because the tokenizer's library ends the process when it gets no memory.
     """
     _check_address_space("tokenizer and buffers", _address_space(config, tokenizer_size, threads))
 
@@ -60,7 +63,9 @@ def _check_address_space(what: str, needed: int) -> None:
 
 
 def default_context(config: Config, kv: str) -> int:
-    """min(the model's, 8192, what fits in half of the memory available), at least 512 or the model's."""
+    """min(the model's context, 8192, what fits in half of the available memory), but at least min(512,
+    model's).
+    """
     context = min(config.context, DEFAULT_CONTEXT)
     memory = available()
     if memory is not None:
@@ -70,7 +75,7 @@ def default_context(config: Config, kv: str) -> int:
 
 
 def run_state_bytes(config: Config, rows: int = ROWS) -> int:
-    """Bytes of the buffers of a forward pass of `rows` rows."""
+    """Bytes of the buffers of a forward pass of `rows` rows, by a formula close to the engine's own count."""
     c, k = config, config.n_experts_per_token
     hidden_dim = max(c.hidden_dim, k * c.expert_hidden_dim)
     widest = max(c.dim, c.q_dim, hidden_dim, k * c.dim)
@@ -87,8 +92,8 @@ def _address_space(config: Config, tokenizer_size: int, threads: int) -> int:
 def table(config: Config, file_size: int, tokenizer_size: int, mapped: int = 0) -> list[dict[str, Any]]:
     """By context, in bytes: the KV cache when full, all that is resident then, and whether that is available.
 
-    Resident are the mapped file, the KV cache, the buffers, the tokenizer and the program. `fits` is None where
-    nobody says how much there is. mapped: how much of the file is mapped already.
+    Resident are the mapped file, the KV cache, the buffers, the tokenizer and the program. `fits` is None if
+    the available memory is unknown. mapped: how many bytes of the file are mapped already.
     """
     program = file_size + run_state_bytes(config) + PROGRAM + TOKENIZER * tokenizer_size
     free, rows, space = available(mapped), [], machine.address_space()
@@ -109,9 +114,10 @@ def table(config: Config, file_size: int, tokenizer_size: int, mapped: int = 0) 
 
 
 def lines(config: Config, file_size: int, tokenizer_size: int, mapped: int = 0) -> Iterator[str]:
-    """The same for people, on 80 columns but for the name of a limit."""
+    """table() as lines of text, within 80 columns unless the name of a limit is long."""
     free, limit = available(mapped), _tightest(mapped)
-    verdicts = ("no", f"{KV_TYPES[0]} only", f"not {KV_TYPES[-1]}", "yes")  # by how many of the types fit
+    # indexed by how many of the KV types fit
+    verdicts = ("no", f"{KV_TYPES[0]} only", f"not {KV_TYPES[-1]}", "yes")
     yield f"{'':<8}{'KV cache when full':^30}{'all that is resident then':^30}"
     yield f"{'context':>8}" + "".join(f"{kv:>10}" for kv in KV_TYPES) * 2 + "  fits here"
     for row in table(config, file_size, tokenizer_size, mapped):
@@ -135,11 +141,11 @@ def gib(n_bytes: float) -> str:
 
 
 def in_huge_pages(weights: memoryview) -> memoryview:
-    """A copy in memory that asks the system for pages of 2 MiB.
+    """A copy of `weights` in memory for which the system is asked to use pages of 2 MiB.
 
-    A file is mapped in pages of 4 KiB, and looking up each of them costs bandwidth. The price of the copy is the time
-    to read the whole file, and memory that no other process shares and the system cannot take back.
-    ValueError if the system has no such pages to give or not so much memory.
+    A file is mapped in pages of 4 KiB, and looking up each page costs bandwidth. The copy costs the time to
+    read the whole file, and memory that cannot be shared with other processes nor reclaimed.
+    ValueError if the system has no such pages or not enough memory.
     """
     size, free = len(weights), available()
     if not hasattr(mmap, "MADV_HUGEPAGE") or "[never]" in _huge_pages_setting():
@@ -171,7 +177,7 @@ def _of_machine() -> int | None:
 
 
 def _tightest(mapped: int) -> machine.MemoryLimit | None:
-    """The limit that leaves the least; one on address space counts the `mapped` bytes as left."""
+    """The limit that leaves the fewest bytes; a limit on address space counts the `mapped` bytes as left."""
     limits = machine.group_memory_limits()
     space = machine.address_space()
     if space is not None:

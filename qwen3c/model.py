@@ -39,18 +39,19 @@ CONSTRAINTS = ("schema", "regex", "choice", "grammar")  # options of which a cal
 class Model(Engine):
     """A model.bin, ready to be asked.
 
-    path: the file. threads: None for as many as this machine can feed. kv: "f16", "f32" or "int8", the KV cache.
+    path: the file. threads: None for as many as this machine can feed. kv: the KV cache, "f16", "f32" or
+    "int8".
     activations: "int8", or "float32" to compare with other implementations. huge_pages: copy the weights into
-    memory of large pages (memory.in_huge_pages says what that costs and gains). renderer: of chat templates, if
-    one has been started already; any number of models may share it.
-    ModelFileError, one line, if the file is not a model.bin that this version can run. MemoryError where `ulimit -v`
-    leaves too little address space.
+    memory of large pages (memory.in_huge_pages says what that costs and gains). renderer: a
+    Renderer of chat templates that runs already, to share; None starts one when needed.
+    ModelFileError, one line, if the file is not a model.bin that this version can run. MemoryError where
+    `ulimit -v` leaves too little address space.
 
-    config: the numbers of the model, such as config.n_layers and config.context. metadata: what else the file says
-    of it, such as metadata["name"]. file: the mapped file itself. closed: whether close() was called.
+    config: the numbers of the model, such as config.n_layers and config.context. metadata: what else the file
+    says of it, such as metadata["name"]. file: the mapped file itself. closed: whether close() was called.
 
-    Threads may share a model: calls take turns. Another process gets its own by pickling, which carries the path
-    and the options and opens the file there; a copy is such a second model. `with Model(path) as model:` closes it.
+    Threads may share a model: calls take turns. A pickle holds the path and the options, so unpickling, in
+    another process too, opens the file again; so does copying. `with Model(path) as model:` closes it.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Model(Engine):
         self._renderer = renderer or Renderer()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        # before the engine, which opens the file, sees arguments that __init__ will refuse
+        # check the arguments here: Engine would open the file before __init__ refuses them
         _check_keywords(cls.__init__, kwargs, (), cls.__name__)
         try:
             inspect.signature(cls.__init__).bind(None, *args, **kwargs)
@@ -104,8 +105,8 @@ class Model(Engine):
     def close(self) -> None:
         """Release the weights, the buffers, the tokenizer and the process that renders templates.
 
-        A call under way in another thread ends first. A closed model still has its path, config and metadata; all
-        else, its sessions included, is a ValueError. The memory of a session goes with the session.
+        A call under way in another thread ends first. A closed model keeps its path, config and metadata; any
+        other use of it or its sessions is a ValueError. The memory of a session is freed with the session.
         """
         super().close()
         for name in ("_tokenizer", "_renderer", "chat_template", "undefined_tokens", "vocabulary"):
@@ -181,7 +182,7 @@ class Model(Engine):
     # Text -> tokens -> events
 
     def text_prompt(self, text: str) -> list[int]:
-        """Token ids of a bare text, with what the vocabulary puts before one."""
+        """Token ids of a bare text, behind the ids that the tokenizer puts before one (Tokenizer.opening)."""
         return [*self.tokenizer.opening, *self.tokenizer.encode(text)]
 
     def chat_prompt(
@@ -205,7 +206,7 @@ class Model(Engine):
         return self.chat_template.prompt(messages, thinking, tools)
 
     def sampling(self, thinking: bool, **given: Unpack[SamplingOptions]) -> Sampling:
-        """What is given (see Sampling; None counts as not given) over the defaults of the model."""
+        """Sampling with the given fields, the model's defaults for the others; None counts as not given."""
         _check_keywords(Model.sampling, given, SamplingOptions.__optional_keys__)
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return Sampling(**{**default_sampling(self.metadata, thinking), **chosen})
@@ -225,8 +226,8 @@ class Model(Engine):
     ) -> Generation:
         """The reply to `prompt` (token ids), as an iterator of events, also `async for`; see Generation.
 
-        max_tokens: None for what the context holds. session: one to go on with; what its tokens have
-        in common with the prompt is not computed again. stop: texts that end the reply and are not
+        max_tokens: None for as many as the context holds. session: a session to use; tokens that it shares
+        with the beginning of the prompt are not computed again. stop: texts that end the reply and are not
         part of it. logprobs: None, or how many of the most likely tokens to give with each event.
         mask: says before each token which may come; see reply.Mask.
         cancel: asked before every token and every piece of the prompt; true ends the reply.
@@ -258,8 +259,8 @@ class Model(Engine):
     ) -> Iterator[tuple[int, Event]]:
         """The replies to many prompts in shared passes: (index of the prompt, event) pairs as they come.
 
-        At most `running` replies are on their way at once. What prompts have in common at their beginning is computed
-        once. A reply is the same, to the bit, as generate's for its prompt alone.
+        At most `running` replies are on their way at once. What prompts have in common at their beginning is
+        computed once. A reply is the same, to the bit, as generate's for its prompt alone.
         seeds: one for each prompt, in place of `seed` for all. The other arguments are those of generate.
         ValueError, before anything is computed, if an argument is out of range or a prompt does not fit.
         """
@@ -286,7 +287,7 @@ class Model(Engine):
             return self._state(ids, budget, own, stop=stop, logprobs=logprobs, mask=mask)
 
         for i in range(min(1, len(checked))):
-            state(i)  # an argument out of range is an error of this call, not of the first event
+            state(i)  # raises for an argument out of range now, not at the first event
         return drive(self, ((checked[i][0], state(i)) for i in range(len(checked))), running)
 
     def _grammar(self, options: AnswerOptions, mask: Mask | None = None) -> Grammar | None:
@@ -321,7 +322,7 @@ class Model(Engine):
         )
 
     def may_think(self, prompt: Sequence[int]) -> bool:
-        """Whether the reply to `prompt` may begin with thought; a hybrid's may unless the prompt ends it."""
+        """Whether the reply to `prompt` may begin with thought; a hybrid's may, unless told not to."""
         closed = last_control_token(self.tokenizer, prompt) == self.tokenizer.control_id(END_THINK)
         return may_think(self.metadata["thinking"], not closed)
 
@@ -331,10 +332,10 @@ class Model(Engine):
     def forward(
         self, batch: Sequence[tuple[Session, ArrayLike]], logits: Logits = "last"
     ) -> list[NDArray[np.float32]]:
-        """ONE ragged batch over any sessions of this model; a list of what Session.forward returns, in order.
+        """One ragged batch over any sessions of this model; a list of what Session.forward returns, in order.
 
-        ValueError also if the logits of a token, or the hidden state, come out NaN or infinite: every call that
-        asks the model anything comes by here. model.trace shows where such a number came from.
+        ValueError also if the logits of a token, or the hidden state, are NaN or infinite; every other method
+        computes through this one. model.trace shows where such a number comes from.
         """
         outputs = super().forward(batch, logits)
         for output in outputs:
@@ -343,7 +344,8 @@ class Model(Engine):
         return outputs
 
     def _check_finite(self, row: NDArray[np.float32], hidden: bool) -> None:
-        finite = np.isfinite(row if hidden else row[: self.config.n_tokens])  # rows beyond are padding
+        # embedding rows beyond n_tokens are padding
+        finite = np.isfinite(row if hidden else row[: self.config.n_tokens])
         if finite.all():
             return
         bad = [i for i in np.flatnonzero(~finite).tolist() if hidden or i not in self.undefined_tokens]
@@ -353,11 +355,12 @@ class Model(Engine):
             raise ValueError(f"{self.path}: {found}: the file is damaged or its weights overflow")
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """The texts as vectors of length 1, (n, dim): products of rows are cosines. As Qwen3-Embedding's card has it.
+        """Texts as vectors of length 1, (n, dim), by Qwen3-Embedding's recipe; dot products of rows are
+        cosines.
 
-        A text ends with the vocabulary's own end, else <|endoftext|>; its vector is the final hidden state there.
-        A query goes through retrieval.instruct first. ValueError, before anything is computed, if a text is empty
-        or passes the context, or the vocabulary has no such token.
+        A text ends with the token that its tokenizer adds, else <|endoftext|>; its vector is the final hidden
+        state there. A query goes through retrieval.instruct first. ValueError, before anything is computed,
+        if a text is empty or passes the context, or the vocabulary has no such end token.
         """
         return retrieval.embed(self, self.tokenizer, texts)
 
@@ -366,8 +369,8 @@ class Model(Engine):
     ) -> NDArray[np.float32]:
         """How likely each document meets the query, (n,) in 0..1, asked as Qwen3-Reranker's card has it.
 
-        instruction: what the search is for; None for a web search. ValueError, before anything is computed, if
-        a document passes the context or the vocabulary lacks a token of the recipe.
+        instruction: what the search is for; None for a web search. ValueError, before anything is computed,
+        if a document passes the context or the vocabulary lacks a token of the recipe.
         """
         return retrieval.rerank(self, self.tokenizer, query, documents, instruction)
 
@@ -388,9 +391,10 @@ def _checked_session(session: CachedSession, model: Model) -> CachedSession:
 def _check_keywords(
     function: Callable[..., Any], given: Iterable[str], options: Collection[str], name: str | None = None
 ) -> None:
-    """TypeError, in Python's own words and with the nearest name there is, for a keyword `function` does not have.
+    """TypeError, worded as Python's own and with the nearest name, for a keyword that `function` does not
+    have.
 
-    given: the keywords. options: those that a **parameter of the function stands for. name: what to call it.
+    given: the keywords. options: those that its **parameter accepts. name: what to call the function.
     """
     parameters = inspect.signature(function).parameters.values()
     known = [*options, *(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))]

@@ -2,9 +2,9 @@
 
     python -m qwen3c.reference model.bin "def fibonacci(n):"
 
-This is what the engine computes, without its speed: no cache, no threads, no integers. Every step is a few lines
-of array code with its shapes beside it; tests hold the engine to it. n is the number of tokens, and a weight
-matrix is (outputs, inputs), so that a linear layer is x @ w.T.
+This is what the engine computes, without its speed: no cache, no threads, no integers. Every step is a few
+lines of array code with its shapes beside it; tests compare the engine with it. n is the number of tokens,
+and a weight matrix is (outputs, inputs), so that a linear layer is x @ w.T.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def softmax(x: Array) -> Array:
 
 
 def attention(x: Array, c: Config, w: dict[str, Array], prefix: str) -> Array:
-    """Causal self-attention with grouped queries: n_heads / n_kv_heads query heads share a KV head. x (n, dim)."""
+    """Causal attention of x (n, dim); n_heads / n_kv_heads query heads share each KV head."""
     n = len(x)
     q, k, v = (x @ w[f"{prefix}{name}_proj.weight"].T for name in "qkv")
     if c.qkv_bias:  # Qwen2
@@ -111,7 +111,7 @@ def feed_forward(x: Array, w: dict[str, Array], prefix: str) -> Array:
 
 
 def mixture(x: Array, c: Config, w: dict[str, Array], prefix: str) -> Array:
-    """Mixture of experts: each token goes through the few feed-forward blocks its router likes best. x (n, dim)."""
+    """Mixture of experts: each token of x (n, dim) goes through the experts its router scores highest."""
     probabilities = softmax(x @ w[prefix + "gate.weight"].T)  # (n, n_experts)
     chosen = np.argsort(-probabilities, axis=-1, kind="stable")[:, : c.n_experts_per_token]
     shares = np.take_along_axis(probabilities, chosen, axis=-1)
@@ -146,7 +146,7 @@ def forward(c: Config, w: dict[str, Array], ids: Sequence[int]) -> Array:
 
 
 def main() -> None:
-    """Greedy completion, the whole text recomputed for every token: slow, and nothing hidden."""
+    """Greedy completion that recomputes the whole text for every token: slow but plain."""
     from .text.tokenizer import Tokenizer
 
     path, prompt = sys.argv[1:3]

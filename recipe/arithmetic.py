@@ -1,10 +1,11 @@
 """Sums for a small model: problems with one answer, asked in several ways.
 
-A problem (its operator and operands) belongs to one of three sets by a hash: those that conversations show, those
-that reinforcement learning asks, and those held out for measuring. One-digit problems are all shown.
+A problem (its operator and operands) belongs to one of three sets by a hash: those that conversations show,
+those that reinforcement learning asks, and those held out for measuring. One-digit problems are all shown.
 
-An answer works digit by digit from the right, as on paper, before it says the result: each step is a sum of one-digit
-numbers, of which there are few enough for a small model to know (https://arxiv.org/abs/2307.03381, section 5).
+An answer works digit by digit from the right, as on paper, before it says the result: each step is a sum of
+one-digit numbers, of which there are few enough for a small model to know (https://arxiv.org/abs/2307.03381,
+section 5).
 """
 
 from __future__ import annotations
@@ -20,21 +21,24 @@ LARGER = 14_000  # problems with a number of three digits
 
 QUESTIONS = {
     "+": [
-        "What is {a} + {b}?", "{a} + {b}", "{a} + {b} =", "{a}+{b}", "What is {a}+{b}?", "Calculate {a} + {b}.",
+        "What is {a} + {b}?", "{a} + {b}", "{a} + {b} =", "{a}+{b}", "What is {a}+{b}?",
+        "Calculate {a} + {b}.",
         "How much is {a} + {b}?", "Compute {a} + {b}.", "What is {a} plus {b}?", "Add {a} and {b}.",
         "What is the sum of {a} and {b}?", "How much is {a} plus {b}?",
         "I have {a} apples and get {b} more. How many apples do I have?",
         "There are {a} red and {b} blue balls. How many balls are there?",
     ],
     "-": [
-        "What is {a} - {b}?", "{a} - {b}", "{a} - {b} =", "{a}-{b}", "What is {a}-{b}?", "Calculate {a} - {b}.",
+        "What is {a} - {b}?", "{a} - {b}", "{a} - {b} =", "{a}-{b}", "What is {a}-{b}?",
+        "Calculate {a} - {b}.",
         "How much is {a} - {b}?", "Compute {a} - {b}.", "What is {a} minus {b}?", "Subtract {b} from {a}.",
         "Take {b} away from {a}.", "How much is {a} minus {b}?",
         "I have {a} apples and give {b} away. How many apples are left?",
         "A list has {a} items and {b} are removed. How many remain?",
     ],
     "*": [
-        "What is {a} * {b}?", "{a} * {b}", "{a} * {b} =", "{a}*{b}", "Calculate {a} * {b}.", "How much is {a} * {b}?",
+        "What is {a} * {b}?", "{a} * {b}", "{a} * {b} =", "{a}*{b}", "Calculate {a} * {b}.",
+        "How much is {a} * {b}?",
         "What is {a} times {b}?", "Multiply {a} by {b}.", "What is the product of {a} and {b}?",
         "How much is {a} times {b}?",
     ],
@@ -57,7 +61,7 @@ class Problem:
 
     @property
     def solution(self) -> str:
-        """The steps, if there are any to take, and the equation: "7 + 5 = 12, 2 + 4 + 1 = 7: 27 + 45 = 72"."""
+        """The steps, if any, and the equation: "7 + 5 = 12, 2 + 4 + 1 = 7: 27 + 45 = 72"."""
         result = f"{self.equation} = {self.answer}"
         if max(self.a, self.b) < 10 or self.operator == "*":
             return result
@@ -92,8 +96,8 @@ class Problem:
 def problems(use: Use, seed: int) -> list[Problem]:
     """Problems of a set, shuffled.
 
-    Every sum and difference (not below 0) of 0 to 99, every product of 0 to 12, and LARGER sums and differences drawn
-    of numbers up to 999.
+    Every sum and difference (not below 0) of 0 to 99, every product of 0 to 12, and LARGER sums and
+    differences drawn of numbers up to 999.
     """
     random = Random(f"{seed}:problems")
     found = []

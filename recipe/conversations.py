@@ -15,13 +15,14 @@ LONGEST_SAMPLE = 1500  # characters of all messages: about a context of 512 toke
 LONGEST_SOURCE = 450  # characters of code in a question about it
 LONGEST_DOCSTRING = 400  # characters of a docstring in a question
 LONGEST_FUNCTION = 40  # lines to write in an answer
-EVERYDAY = """argparse base64 bisect calendar collections contextlib copy csv dataclasses datetime difflib enum fnmatch
-    fractions functools glob gzip hashlib heapq html inspect json keyword logging operator os os.path pathlib pickle platform
-    pprint queue random re secrets shelve shlex shutil socket statistics string subprocess tempfile textwrap threading
-    timeit traceback types typing unittest urllib.parse urllib.request uuid warnings webbrowser zipfile""".split()
-# modules whose functions and classes people ask about: each is asked about in so many ways
+EVERYDAY = """argparse base64 bisect calendar collections contextlib copy csv dataclasses datetime difflib
+    enum fnmatch fractions functools glob gzip hashlib heapq html inspect json keyword logging operator os
+    os.path pathlib pickle platform pprint queue random re secrets shelve shlex shutil socket statistics
+    string subprocess tempfile textwrap threading timeit traceback types typing unittest urllib.parse
+    urllib.request uuid warnings webbrowser zipfile""".split()
+# modules that people ask about most: each of their definitions is asked about in several ways
 EVERYDAY_FORMS = 5
-SAME_ANSWER = 3  # definitions that may share a sentence: more of them teach nothing
+SAME_ANSWER = 3  # definitions that may share a first sentence; further ones teach nothing
 
 WHAT_BY_NAME = [
     "What does {name} do?", "What does the {kind} {name} do?", "Explain {name}.", "What is {name} for?",
@@ -29,11 +30,14 @@ WHAT_BY_NAME = [
     "Tell me what {name} does.", "what does {name} do",
 ]  # fmt: skip
 WHAT_OF_CODE = [
-    "What does this {kind} do?\n\n{code}", "Explain this {kind}:\n\n{code}", "Describe this {kind} in one sentence:\n\n{code}",
-    "{code}\n\nWhat does this {kind} do?", "Write a docstring for this {kind}:\n\n{code}", "What is this for?\n\n{code}",
+    "What does this {kind} do?\n\n{code}", "Explain this {kind}:\n\n{code}",
+    "Describe this {kind} in one sentence:\n\n{code}",
+    "{code}\n\nWhat does this {kind} do?", "Write a docstring for this {kind}:\n\n{code}",
+    "What is this for?\n\n{code}",
 ]  # fmt: skip
 COMPLETE = [
-    "Complete this function:\n\n{code}", "Complete this function.\n\n{code}", "Write the body of this function:\n\n{code}",
+    "Complete this function:\n\n{code}", "Complete this function.\n\n{code}",
+    "Write the body of this function:\n\n{code}",
     "Finish this function:\n\n{code}", "{code}", "Complete:\n\n{code}",
 ]  # fmt: skip
 WRITE = [
@@ -45,7 +49,8 @@ SIGNATURE = [
     "What are the parameters of {name}?", "How is {name} called?", "Signature of {name}?",
 ]  # fmt: skip
 HEADER = [
-    "Write a header for this function: {sentence}", "Write the signature of a function that does this: {sentence}",
+    "Write a header for this function: {sentence}",
+    "Write the signature of a function that does this: {sentence}",
     "What could this function be called? {sentence}",
 ]  # fmt: skip
 WHICH_MODULE = [
@@ -53,7 +58,8 @@ WHICH_MODULE = [
     "Which module do I import to use {short}?",
 ]  # fmt: skip
 MODULE = [
-    "What is the module {module} for?", "What does the module {module} do?", "What is {module}?", "Explain the module {module}.",
+    "What is the module {module} for?", "What does the module {module} do?", "What is {module}?",
+    "Explain the module {module}.",
     "Describe {module}.",
 ]  # fmt: skip
 CONTENTS = [
@@ -242,7 +248,7 @@ def in_several_turns(
 
 
 def with_system(samples: Iterable[Sample], seed: int) -> Iterator[Sample]:
-    """One sample in twenty follows a system message, so that one does no harm."""
+    """One sample in twenty begins with a system message, so that the model can cope with one."""
     random = Random(f"{seed}:system")
     for sample in samples:
         yield Sample(sample.kind, sample.turns, SYSTEM) if random.random() < 0.05 else sample

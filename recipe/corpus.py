@@ -13,7 +13,7 @@ writes
     questions_validation.jsonl               200 definitions to explain  } for evaluate.py
     manifest.json                            every document and file, with size and SHA-256
 
-The same library and seed give the same bytes. Whatever is held out comes from validation documents alone.
+The same library and seed give the same bytes. Held-out data comes from validation documents alone.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ DATA_LINE = re.compile(r"""[\s\d(){}\[\],:+.\-"'\\xXa-fA-F]*(#.*)?""")
 
 @dataclass(frozen=True)
 class Document:
-    """One module: `path` relative to the library, its normalised source, and which side of the split it is on."""
+    """One module: `path` relative to the library, normalised source, side of the split."""
 
     path: str
     text: str
@@ -131,8 +131,8 @@ def read_library(source: Path, seed: int) -> Iterator[Document]:
 def short_functions(definitions: Iterable[Definition]) -> dict[str, list[str]]:
     """By path, the documented short functions of a module and of its classes, each at the margin.
 
-    In a module most functions are methods, indented and in the company of others; here a header at the margin is
-    followed by one body and an end, as whoever wants a single function completed writes it.
+    In a module most functions are indented methods among others. Here each is alone and at the margin, as
+    people write a function that is to be completed.
     """
     found: dict[str, list[str]] = {}
     for d in definitions:
@@ -206,7 +206,7 @@ def chat_samples(side: Side, validation: bool, parameters: str, seed: int) -> li
 
 
 def held_out_headers(train: Side, validation: Side, count: int, seed: int) -> list[dict[str, Any]]:
-    """Headers with docstring of functions in validation documents whose docstring is nowhere in the training text."""
+    """Headers of functions in validation documents whose docstring is nowhere in the training text."""
     known = {d.docstring for d in train.definitions}
     chosen = [
         d
@@ -228,7 +228,7 @@ def held_out_headers(train: Side, validation: Side, count: int, seed: int) -> li
 
 
 def held_out_questions(train: Side, validation: Side, count: int, seed: int) -> list[dict[str, Any]]:
-    """What does this code do: of validation documents, with a sentence that no training definition has."""
+    """Questions "what does this code do" about validation documents whose answers no training sample has."""
     known = {d.sentence for d in train.definitions}
     chosen = list(
         {d.sentence: d for d in validation.definitions if d.sentence and d.sentence not in known}.values()
@@ -296,7 +296,7 @@ def function_tasks(samples: list[Sample], count: int, seed: int) -> list[dict[st
             question, code = sample.turns
             name, parameters = functions.name_and_parameters(code)
             if f"def {name}(" not in question:
-                continue  # asked for by what it does: its name cannot be known
+                continue  # asked for by its description: the reply cannot know the name
             message = {"role": "user", "content": question}
             tasks.append({"messages": [message], "function": name, "parameters": parameters})
     return Random(f"{seed}:functions").sample(tasks, min(count, len(tasks)))
@@ -349,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
         "--parameters", default="4 million", help="how many the model says it has (%(default)s)"
     )
     args = parser.parse_args(argv)
-    # modules of old hold escapes that newer Pythons complain about
+    # old modules hold escapes that newer Pythons warn about
     warnings.simplefilter("ignore", SyntaxWarning)
     documents = list(read_library(args.source, args.seed))
     if len({document.validation for document in documents}) < 2:

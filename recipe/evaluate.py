@@ -1,30 +1,31 @@
 #!/usr/bin/env python3
 """What each stage of the model in the box can do, on data that none was trained on.
 
-    python recipe/evaluate.py --base build/base --sft build/sft --grpo build/grpo --data build/box --json figures.json
+    python recipe/evaluate.py --base build/base --sft build/sft --grpo build/grpo --data build/box
 
-A stage is a Hugging Face directory or a model.bin; replies come from the INT8 engine. The table on stdout has:
+A stage is a Hugging Face directory or a model.bin; replies come from the INT8 engine. It prints a table:
 
 functions parse (text)
-    share of 100 held-out headers with docstring whose greedy completion as plain text parses. The model reads the
-    header and writes up to 256 tokens; the completion is cut before the first line that starts at the margin (not
-    with a blank). One that ends its text earlier is taken whole, and so is one that never reaches such a line, its
-    last, perhaps unfinished line included. Header and completion together must satisfy `ast.parse` and have a
-    statement besides the docstring, so writing nothing does not count.
+    share of 100 held-out headers with docstring whose greedy completion as plain text parses. The model reads
+    the header and writes up to 256 tokens; the completion is cut before the first line that starts at the
+    margin (not with a blank). One that ends its text earlier is taken whole, and so is one that never reaches
+    such a line, its last, perhaps unfinished line included. Header and completion together must satisfy
+    `ast.parse` and have a statement besides the docstring, so writing nothing does not count.
 functions parse (chat)
-    the same headers as the message "Complete this function:"; the whole reply, nothing cut, must parse and begin
-    with a function that has a statement besides its docstring.
+    the same headers as the message "Complete this function:"; the whole reply, nothing cut, must parse and
+    begin with a function that has a statement besides its docstring.
 docstring F1
-    mean over 200 held-out questions about code of the token F1 between the reply (greedy, at most 64 tokens) and the
-    first sentence of the definition's docstring: words in lower case, counted with repetition,
-    F1 = 2 common / (words of reply + words of reference). Every stage is given the same chat prompt.
+    mean over 200 held-out questions about code of the token F1 between the reply (greedy, at most 64 tokens)
+    and the first sentence of the definition's docstring: words in lower case, counted with repetition, F1 = 2
+    common / (words of reply + words of reference). Every stage is given the same chat prompt.
     Beside it the share of replies that end their turn, and the F1 of answering with the words of the
     definition's own name, which takes no model.
 sums: reward, right
-    on 200 held-out problems: mean of rewards.arithmetic over 4 replies each, sampled at temperature 1 with fixed
-    seeds (at most 96 tokens), and share of greedy replies with reward 1.
+    on 200 held-out problems: mean of rewards.arithmetic over 4 replies each, sampled at temperature 1 with
+    fixed seeds (at most 96 tokens), and share of greedy replies with reward 1.
 functions: reward
-    mean of rewards.function over 4 replies each to the 100 headers as messages, sampled likewise (at most 256 tokens).
+    mean of rewards.function over 4 replies each to the 100 headers as messages, sampled in the same way (at
+    most 256 tokens).
 perplexity
     of the validation text, INT8 engine against transformers in float32 with the directory's own weights, over
     the same windows of the model's context (only for a directory; needs torch and transformers).
@@ -57,7 +58,8 @@ FUNCTION_TOKENS, ANSWER_TOKENS, SUM_TOKENS = 256, 64, 96  # the longest reply of
 SAMPLES = 4  # replies to each problem at temperature 1
 END_OF_TEXT = "<|endoftext|>"
 PROMPTS = [
-    "Hello!", "Who are you?", "What can you do?", "What does textwrap.wrap do?", "Write the signature of shutil.copyfile.",
+    "Hello!", "Who are you?", "What can you do?", "What does textwrap.wrap do?",
+    "Write the signature of shutil.copyfile.",
     "Complete this function:\n\ndef is_even(n):\n    \"\"\"Return True if n is even.\"\"\"",
     "Write a function: Return the last line of a file.", "Which module has OrderedDict?", "What is 27 + 45?",
     "Sort 31, 4 and 15.", "What is the capital of France?", "Thanks, goodbye",
@@ -139,7 +141,7 @@ def explanations(model: Model, questions: list[dict[str, Any]]) -> dict[str, flo
 def rewards_of(
     model: Model, tasks: list[dict[str, Any]], max_tokens: int, n: int, temperature: float, seed: int
 ) -> list[float]:
-    """Of n replies to each task."""
+    """The mean reward of n replies to each task."""
     found = []
     for i, task in enumerate(tasks):
         for s in range(seed, seed + n):
@@ -161,7 +163,7 @@ def sums(model: Model, tasks: list[dict[str, Any]], seed: int) -> dict[str, floa
 
 
 def text_ids(model: Model, folder: Path) -> list[int]:
-    """The documents of a folder as tokens, each ended by the end-of-text token where the vocabulary has one."""
+    """The documents of a folder as tokens, each ended by the end-of-text token if there is one."""
     end = model.tokenizer.control_id(END_OF_TEXT)
     ids: list[int] = []
     for file in sorted(folder.iterdir()):
@@ -171,7 +173,7 @@ def text_ids(model: Model, folder: Path) -> list[int]:
 
 
 def float32_perplexity(directory: Path, ids: list[int], window: int, n_tokens: int) -> float:
-    """qwen3c.inspect.perplexity's figure as transformers computes it in float32, over the first n_tokens of the vocabulary."""
+    """qwen3c.inspect.perplexity by transformers in float32, over the first n_tokens of the vocabulary."""
     try:
         import torch
         import transformers

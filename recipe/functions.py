@@ -1,4 +1,4 @@
-"""What a module defines: its functions, methods and classes, with their headers, bodies and first sentences."""
+"""The definitions of a module: functions, methods and classes with header, body and first sentence."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def module_name(path: str) -> str:
 
 
 def public_homes(texts: Mapping[str, str]) -> dict[str, str]:
-    """ "asyncio.runners.run" -> "asyncio": where users find what a package or a public module imports to pass on.
+    """ "asyncio.runners.run" -> "asyncio": the public module that re-exports a definition.
 
     texts: of all modules, by path. A package passes on what it imports from its own modules, any module what
     it imports from one whose name begins with an underscore; `import *` means that module's __all__.
@@ -181,7 +181,7 @@ def _header(node: Node) -> str:
 
 
 def _body(node: Node, lines: list[str]) -> str:
-    """The statements after the docstring as they stand in the source; "" if there are none on lines of their own."""
+    """The source of the statements after the docstring; "" if none has a line of its own."""
     statements = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
     if not statements:
         return ""

@@ -9,7 +9,7 @@ from typing import Any
 
 ONE_DIGIT_WRONG = 0.2
 NO_PARAMETER = 0.5  # a function that does something, but not with what it is given
-SAME_LINE = 2  # a line may come so often; more is a model that has lost its thread
+SAME_LINE = 2  # how often a line may be repeated; a model that repeats it more has lost its thread
 
 
 def either(prompt: object, completion: str, task: Mapping[str, Any]) -> float:
@@ -18,16 +18,17 @@ def either(prompt: object, completion: str, task: Mapping[str, Any]) -> float:
 
 
 def function(prompt: object, completion: str, task: Mapping[str, Any]) -> float:
-    """1 for a turn that ends after one whole function of the asked name, whose body uses a parameter; 0.5 if it uses none.
+    """1 for a reply that is one whole function of the asked name and uses a parameter; 0.5 if it uses none.
 
-    task: a line of functions.jsonl, with "ended". Text that does not parse, other code beside the function, a body
-    that is empty or begins with the return of a bare name or constant, and a line repeated over and over have none. Whether the function is right cannot be checked.
+    task: a line of functions.jsonl, with "ended". Text that does not parse, other code beside the function, a
+    body that is empty or begins with the return of a bare name or constant, and a line repeated over and over
+    have none. Whether the function is right cannot be checked.
     """
     lines = [line.strip() for line in completion.splitlines() if line.strip()]
     if not task["ended"] or max(map(lines.count, lines), default=0) > SAME_LINE:
         return 0.0
     try:
-        with warnings.catch_warnings():  # of odd literals, that no one asked for
+        with warnings.catch_warnings():  # no warnings about odd literals
             warnings.simplefilter("ignore")
             tree = ast.parse(completion)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -49,11 +50,12 @@ def function(prompt: object, completion: str, task: Mapping[str, Any]) -> float:
 
 
 def arithmetic(prompt: object, completion: str, task: Mapping[str, Any]) -> float:
-    """1 for a turn that ends after the right answer, alone or as `equation = answer`; 0.2 if one digit is wrong.
+    """1 for a reply that ends in the right answer, alone or as `equation = answer`; 0.2 if a digit is wrong.
 
-    task: a line of tasks.jsonl, with "ended". What stands before the last colon, the working, is the model's own
-    affair. The partial reward is for groups in which nobody is right: a slipped carry is better than nonsense, so
-    there is something to learn. It is small, so that being right now and then pays more than being nearly right always.
+    task: a line of tasks.jsonl, with "ended". What stands before the last colon, the working, is the model's
+    own affair. The partial reward is for groups in which nobody is right: a slipped carry is better than
+    nonsense, so there is something to learn. It is small, so that being right now and then pays more than
+    being nearly right always.
     """
     if not task["ended"]:
         return 0.0

@@ -1,4 +1,4 @@
-"""docs/FORMAT.md's quantisation rule and tile layout in NumPy, the slow and obvious way: what the C code must equal."""
+"""docs/FORMAT.md's quantisation rule and tile layout in plain NumPy; the C code must give equal bytes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def quantize(weights: NDArray[np.float32], group_size: int) -> tuple[NDArray[np.
 
 
 def _fp16_scales(scales: NDArray[np.float32], largest: NDArray[np.float32]) -> NDArray[np.float16]:
-    """Rounded; the next larger one where the largest weight would lie more than half a step beyond 127."""
-    with np.errstate(over="ignore"):  # where the next one is not needed
+    """Scales as fp16, rounded, or up where the largest weight would lie over half a step beyond 127."""
+    with np.errstate(over="ignore"):  # of next-larger values that are not used
         halves = scales.astype(np.float16)
         too_small = largest > np.float32(127.5) * halves.astype(np.float32)
         return np.where(too_small, np.nextafter(halves, np.float16(np.inf)), halves)
@@ -47,7 +47,7 @@ def _loss(
 
 
 def _sum(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Over the last axis in float32: 16 lanes one after the other, then lane i + lane i + 8, + 4, + 2, + 1."""
+    """The kernels' float32 sum over the last axis: 16 lanes, then lane i + lane i + 8, + 4, + 2, + 1."""
     lanes = values.reshape(*values.shape[:-1], -1, 16)
     total = np.zeros(lanes.shape[:-2] + (16,), np.float32)
     for i in range(lanes.shape[-2]):

@@ -3,7 +3,7 @@
     keys, tensors = small_gguf(n_layers=3, tied=False, dtype="Q8_0")
     path = write_gguf(tmp_path / "model.gguf", keys, tensors)
 
-The same model as small_models.write_small_model makes of the same shape, as llama.cpp's converter would write it.
+For a given shape it is the model of small_models.write_small_model, as llama.cpp's converter would write it.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def rope_keys(architecture: str, rope: dict[str, Any]) -> Keys:
 
 
 def llama3_factors(rope: dict[str, Any], theta: float, head_dim: int) -> NDArray[np.float32]:
-    """What divides each frequency: 1 where it makes many turns in the original context, `factor` where few."""
+    """The divisor of each frequency: 1 for many turns in the original context, `factor` for few."""
     factors = []
     for i in range(head_dim // 2):
         turns = rope["original_max_position_embeddings"] * theta ** (-2 * i / head_dim) / (2 * np.pi)
@@ -194,7 +194,9 @@ def encode(weights: NDArray[np.float32], dtype: str) -> tuple[str, tuple[int, ..
 def write_gguf(
     path: Path, keys: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...], bytes]]
 ) -> Path:
-    """One GGUF file, version 3: integers as u32, negative ones as i32, floats as f32, NumPy arrays as they are."""
+    """Write a GGUF file of version 3: integers as u32 or, if negative, i32; floats as f32; arrays as they
+    are.
+    """
     alignment = keys.get("general.alignment", 32)
     header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys))
     header += b"".join(_text(key) + _value(value) for key, value in keys.items())

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# A Qwen3 of 4 million parameters, trained on Python source, that can think: for what random weights cannot show
+# A trained Qwen3 of 4 million parameters that can think, for tests that random weights do not serve
 TINY_QWEN3 = Path(__file__).with_name("tiny-qwen3.bin")
 
-# Everything write_small_model understands, and what it assumes where the caller says nothing
+# The options of write_small_model and their defaults
 DEFAULTS: dict[str, Any] = {
     "dim": 64,
     "hidden_dim": 192,
@@ -40,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "std": 0.1,  # large enough that a small model's logits are far from flat
     "seed": 0,
     "architecture": "qwen3",  # or qwen3_moe, qwen2, llama
-    "n_experts": 6,  # of qwen3_moe, with the next six
+    "n_experts": 6,  # this and the next six: of qwen3_moe
     "n_experts_per_token": 2,
     "expert_hidden_dim": 64,
     "norm_topk_prob": True,
@@ -66,7 +66,7 @@ SPLIT_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TAG_TOKENS = ("<tool_call>", "</tool_call>", "<think>", "</think>")  # ordinary text to skip_special_tokens
+TAG_TOKENS = ("<tool_call>", "</tool_call>", "<think>", "</think>")  # tokens that skip_special_tokens keeps
 
 _TEMPLATE = """\
 {%- for message in messages %}

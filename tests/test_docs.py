@@ -169,14 +169,14 @@ def test_what_runs_before_a_commit_is_what_lint_installs() -> None:
 
 
 def test_ci_runs_what_contributing_promises() -> None:
-    """And the README's test command as it stands there, once the oracles are installed."""
+    """It installs the oracles, then runs lint, the README's test command and the ARM tests."""
     parts = re.findall(r"^part make (.*)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     assert parts == ["oracles", "lint", "test", "test-arm"]
     assert "make test" in indented(README)[1]
 
 
 def test_every_test_that_is_named_is_there() -> None:
-    """In documents, in the Makefile, in what tests and sources say themselves."""
+    """Checked in documents, the Makefile, tests and sources."""
     folders = ("tests", "qwen3c", "benchmarks", "recipe", "examples")
     sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     pages = [path for path in PAGES if path.name not in OF_THEIR_TIME]

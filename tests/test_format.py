@@ -333,7 +333,7 @@ def test_every_header_field_at_extremes_is_refused(tmp_path: Path, model: Path) 
 
 
 def test_pairs_of_header_fields_are_refused(tmp_path: Path, model: Path) -> None:
-    """Two lies at once, under a CRC that fits: swapped and exchanged sizes do not cancel out."""
+    """Two wrong fields under a matching CRC do not cancel out, such as swapped sizes."""
     path, data, fields = tmp_path / "model.bin", model.read_bytes(), ModelFile(model).fields()
     integers = [name for name, code, _ in format.HEADER_FIELDS if code != "d" and "crc" not in name]
     refused = 0
@@ -502,7 +502,7 @@ def test_wrong_kinds_of_file_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_versions_are_refused_by_number(tmp_path: Path, model: Path) -> None:
-    """Also one whose header this version cannot make sense of."""
+    """A file of another version is named as such, even if its header has another form."""
     path = tmp_path / "model.bin"
     for version in (0, 2, 99, 2**32 - 1):
         path.write_bytes(format.MAGIC + version.to_bytes(4, "little") + os.urandom(5000))
@@ -635,7 +635,7 @@ def test_exception_while_writing_leaves_the_target_untouched(tmp_path: Path) -> 
 
 
 def test_unfinished_file_is_never_loadable(tmp_path: Path) -> None:
-    """Not even just before the header is written: the magic comes last."""
+    """Interrupted anywhere, even just before the header: the magic is written last."""
     path = tmp_path / "model.bin"
     with pytest.raises(KeyboardInterrupt), ModelWriter(path, CONFIG, METADATA, TOKENIZER, TEMPLATE) as writer:
         for tensor in writer.tensors:
@@ -740,7 +740,7 @@ def test_writer_refuses_sections_no_reader_accepts(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
-    """But no one else's file, and not the temporary of a writer that is at work."""
+    """Files of others, and the temporary of a writer at work, are left alone."""
     path = tmp_path / "model[1].bin"
     dead = tmp_path / f".{path.name}.0123abcd.tmp"
     others = [

@@ -35,9 +35,12 @@ def nested(depth: int) -> list[Any]:
 
 
 VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 2**31, 2**64, 10**30, 10**400, -(10**4000), 0.0, -0.5, 1e-300, 1e300, float("inf"),
-    float("nan"), "", "x", "x" * 100_000, "\x1b[2J\x07\r\n", "\ud800", "\0", "\u202e☃", [], [None], [[]], ["x"] * 1000,
-    [10**400], {}, {"": None}, {"name": "default"}, [{"name": "default"}], [{"name": "default", "template": 3}],
+    None, True, False, 0, 1, -1, 2**31, 2**64, 10**30, 10**400, -(10**4000), 0.0, -0.5, 1e-300, 1e300,
+    float("inf"),
+    float("nan"), "", "x", "x" * 100_000, "\x1b[2J\x07\r\n", "\ud800", "\0", "\u202e☃", [], [None], [[]],
+    ["x"] * 1000,
+    [10**400], {}, {"": None}, {"name": "default"}, [{"name": "default"}],
+    [{"name": "default", "template": 3}],
     {"content": 5}, {"\ud800": 1}, {"x" * 5000: "y" * 5000}, nested(90), nested(500), REMOVED,
 ]  # fmt: skip
 
@@ -53,12 +56,14 @@ CONFIGS: list[dict[str, Any]] = [
     MOE,
 ]
 MORE_KEYS = {
-    "config.json": ["_name_or_path", "quantization_config", "partial_rotary_factor", "layer_types", "mlp_bias",
+    "config.json": ["_name_or_path", "quantization_config", "partial_rotary_factor", "layer_types",
+                    "mlp_bias",
                     "rope_parameters", "num_local_experts", "shared_expert_intermediate_size", "note"],
     "generation_config.json": ["min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"],
     "tokenizer_config.json": ["add_bos_token", "pad_token", "unk_token", "note"],
     "model.safetensors.index.json": ["weight_map", "metadata", "note"],
-    "adapter_config.json": ["use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform",
+    "adapter_config.json": ["use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules",
+                            "layers_to_transform",
                             "target_parameters", "init_lora_weights", "use_dora", "note"],
 }  # fmt: skip
 
@@ -137,8 +142,10 @@ def test_any_value_of_any_key_ends_in_a_model_or_in_one_short_line(
         ("config.json", "note", nested(500), "is nested deeper than 100"),
         ("config.json", "hidden_size", 10**400, "hidden_size is 100000000"),
         ("config.json", "_name_or_path", "\ud800", "config.json: _name_or_path is not Unicode"),
-        ("tokenizer_config.json", "chat_template", [{"name": "default"}], "chat_template is not text, nor a list"),
-        ("tokenizer_config.json", "chat_template", [{"name": "default", "template": 1}], "chat_template is not"),
+        ("tokenizer_config.json", "chat_template", [{"name": "default"}],
+         "chat_template is not text, nor a list"),
+        ("tokenizer_config.json", "chat_template", [{"name": "default", "template": 1}],
+         "chat_template is not"),
         ("generation_config.json", "temperature", 10**400, "temperature is 100000000"),
     ],
     ids=range(9),
@@ -176,7 +183,7 @@ def test_names_with_escape_sequences_reach_no_terminal(
 
 
 def test_a_sound_copy_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the cases start from: otherwise all of them could be refused for another reason."""
+    """The sources that the cases change are sound; otherwise all could be refused for another reason."""
     monkeypatch.chdir(tmp_path)
     for _, arguments in sources(tmp_path):
         assert main(arguments) == 0

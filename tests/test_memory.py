@@ -92,7 +92,7 @@ PARENTS = {2: Path("/cgroup"), 1: Path("/cgroup/memory")}
 
 
 def in_group(monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
-    """This process is in the groups that `files` describes, on a machine of 64 GB without a limit of its own."""
+    """Put this process into the control groups of `files`, on a machine of 64 GB without other limits."""
     monkeypatch.setattr(machine, "CGROUP_ROOT", Path("/cgroup"))
     monkeypatch.setattr(machine, "read_text", lambda path: files.get(str(path)))
     monkeypatch.setattr(memory, "_of_machine", lambda: 64 << 30)
@@ -181,7 +181,8 @@ def test_no_limit_on_address_space_ends_in_an_abort(megabytes: int, tmp_path: Pa
     script = (
         f"import resource\nresource.setrlimit(resource.RLIMIT_AS, ({megabytes} << 20, {megabytes} << 20))\n"
     )
-    script += f"from qwen3c.cli.run import main\nraise SystemExit(main([{str(path)!r}, '-i', 'x', '-n', '1', '-j', '1']))"
+    script += "from qwen3c.cli.run import main\n"
+    script += f"raise SystemExit(main([{str(path)!r}, '-i', 'x', '-n', '1', '-j', '1']))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode in (0, 2), done.stderr
     if done.returncode:

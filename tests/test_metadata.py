@@ -24,7 +24,8 @@ ROOM = 1 << 16  # bytes
 VALUES: list[Any] = [
     None, True, 0, -1, 3, 10**400, -(10**30), 2**64, 0.5, 1e308, float("nan"), float("inf"),
     "", "a", "x" * 3000, "\ud800", "a\udfffb", "\x1b[31m", "\n", "\U0001f642",
-    [], {}, [1], ["a"], [None], [[]], [-1], [10**400], {"a": 1}, {"\ud800": 1}, {"": None}, {"temperature": "x"},
+    [], {}, [1], ["a"], [None], [[]], [-1], [10**400], {"a": 1}, {"\ud800": 1}, {"": None},
+    {"temperature": "x"},
     {"temperature": 1e308}, {"top_k": 0.5}, {"logit_bias": 3}, {"seed": 1}, {"bos_token": 1}, {"config": []},
 ]  # fmt: skip
 
@@ -50,7 +51,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def mutant(metadata: dict[str, Any], seed: int) -> bytes:
-    """One value of the metadata, at any depth, or a key that they lack, is another; a few are nested deeply."""
+    """The metadata with one value at any depth replaced, or one key added; some are nested deeply."""
     r = random.Random(seed)
     value: Any = json.loads(json.dumps(metadata))
     del value["room"]

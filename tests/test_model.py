@@ -52,7 +52,7 @@ def opened() -> Iterator[Model]:
 
 
 class Scripted(Model):
-    """A model whose tokens are given: what it would say is what the test needs it to."""
+    """A model whose next tokens the test chooses."""
 
     said = ""
 
@@ -375,7 +375,9 @@ def fill_norm(value: float) -> Callable[[bytearray], None]:
 
 
 def largest_scales_in_the_last_rows(data: bytearray) -> None:
-    """Of the last 16 rows of a matrix (512, 64) in groups of 64: one tile, its scales behind its codes."""
+    """Change the scales of the last 16 rows of a matrix (512, 64), group 64: one tile, scales behind its
+    codes.
+    """
     np.frombuffer(data, "<f2")[-16:] = 65504
 
 
@@ -473,7 +475,7 @@ def members(kind: type) -> dict[str, Any]:
 
 
 def undocumented(kind: type, names: set[str]) -> list[str]:
-    """Of `names`: what has no docstring, or is called and has no signature."""
+    """The members among `names` without a docstring, or callable without a signature."""
     faults = [] if inspect.getdoc(kind) else [f"{kind.__name__}: no docstring"]
     for name in sorted(names):
         value = members(kind)[name]
@@ -561,7 +563,8 @@ def test_objects_say_what_they_are_in_one_line(model: Model, tmp_path: Path) -> 
     generation = model.generate(model.text_prompt("import"), 30, seed=1)
     assert (
         repr(generation)
-        == f"<Generation, not begun: {generation.stats.prompt_tokens} tokens of prompt; iterate, or call result()>"
+        == f"<Generation, not begun: {generation.stats.prompt_tokens} tokens of prompt; iterate, or call "
+        "result()>"
     )
     next(generation)
     assert re.fullmatch(r"<Generation of <Reply ['\"].*['\"], 1 tokens, unfinished>>", repr(generation))

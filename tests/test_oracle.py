@@ -2,7 +2,7 @@
 
 The dequantised weights of a model.bin are loaded into Qwen3ForCausalLM, so quantisation drops out: with
 float32 activations and cache only the order of summation may differ, and a wrong constant shows at once.
-INT8 activations are then measured by what they do to the probabilities, on a trained one.
+The effect of INT8 activations on the probabilities is measured on a trained model.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def nmse(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
 
 
 def hooked_activations(hf: Any, ids: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
-    """What every module of `hf` returns for `ids`, under its name; inputs of two of them; attention weights."""
+    """By name, what every module of `hf` returns for `ids`, two modules' inputs, and attention weights."""
     seen: dict[str, NDArray[np.float32]] = {}
 
     def keep(name: str, value: Any) -> None:
@@ -250,7 +250,7 @@ def hooked_activations(hf: Any, ids: NDArray[np.int64]) -> dict[str, NDArray[np.
         def hook(module: Any, inputs: Any, output: Any) -> None:
             if name.endswith("self_attn"):
                 keep(f"{name}.attn_weights", output[1])
-            elif name.endswith("mlp.gate"):  # the rows are flat: there is no batch axis
+            elif name.endswith("mlp.gate"):  # its rows have no batch axis
                 logits, shares, chosen = output
                 seen[name] = logits.numpy()
                 seen[f"{name}.shares"] = torch.zeros_like(logits).scatter(1, chosen, shares).numpy()
@@ -289,7 +289,7 @@ def test_every_float32_activation_is_what_transformers_computes(
     ) in found.items():  # in order, so that the first wrong module is named; the last are the logits
         assert values.shape == expected[name].shape
         assert nmse(values, expected[name]) <= NMSE_BOUND, name
-    # what the engine does not keep: blocks that only pass on what is inside them, and SiLU, fused with the product
+    # modules without a trace: containers, and SiLU, which the engine fuses with the product
     assert all(name.endswith((".mlp", ".act_fn")) for name in expected.keys() - found.keys())
 
 
@@ -343,10 +343,10 @@ def test_the_bound_notices_a_slightly_wrong_constant(wrong: dict[str, float], tm
 # ----------------------------------------------------------------------------
 # INT8 activations: what they do to the probabilities
 
-# Against the same dequantised weights, on 4096 tokens each of three modules of the standard library, measured:
-# KL divergence 3.6e-4 to 4.0e-4 nats, same top token 98.5 to 98.8 %, perplexity 1.0001 to 1.0012 times as high.
-# Its relatives of the other architectures: 3.1e-4 to 1.1e-3, 97.2 to 99.2 %, 0.998 to 1.001; of the experts' tokens
-# 6 to 8 % are routed otherwise, and with those the divergence is 4.3e-3 to 5.3e-3.
+# Against the same dequantised weights, on 4096 tokens each of three modules of the standard library,
+# measured: KL divergence 3.6e-4 to 4.0e-4 nats, same top token 98.5 to 98.8 %, perplexity 1.0001 to 1.0012
+# times as high. Its relatives of the other architectures: 3.1e-4 to 1.1e-3, 97.2 to 99.2 %, 0.998 to 1.001;
+# of the experts' tokens 6 to 8 % are routed otherwise, and with those the divergence is 4.3e-3 to 5.3e-3.
 # benchmarks/fidelity.py measures the whole loss, against the original weights.
 
 
@@ -381,7 +381,7 @@ def test_int8_activations_keep_the_probabilities_of_its_relatives(
 
 
 def rerouted(model: engine.Engine, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """The tokens that some layer sends to other experts than it would with float32 activations, (n,)."""
+    """(n,) bool: tokens that some layer routes to other experts than with float32 activations."""
     exact = engine.Engine(model.path, kv="f32", activations="float32")
     different = np.zeros(len(ids), bool)
     if model.config.n_experts:
@@ -402,7 +402,7 @@ def check_int8(
 ) -> None:
     """The probabilities of `model` are nearly those of `hf`, which expects something of the text.
 
-    Where two experts nearly tie and the other one is taken, a token's may differ by more; that is seldom.
+    A token may differ by more if two experts nearly tie and another one is chosen; that is rare.
     """
     divergences, tops, losses, expected_losses = [], [], [], []
     for ids in windows:

@@ -68,7 +68,7 @@ class {title}er:
 
 
 def write_library(folder: Path) -> Path:
-    """A library of 120 modules in packages, and beside them what is to be left out."""
+    """A library of 120 modules in packages, with files that must be left out."""
     for i in range(120):
         verb = VERBS[i % len(VERBS)]
         file = folder / f"package{i % 7}" / f"module{i}.py"
@@ -112,7 +112,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def conversation_lines(path: Path) -> list[dict[str, Any]]:
-    """Without the plain text among them."""
+    """The conversations of a file, without its plain text."""
     return [line for line in lines(path) if "messages" in line]
 
 

@@ -72,7 +72,7 @@ def test_rounding_to_int8_stays_close_to_the_reference(path: Path, rounded: dict
     file = ModelFile(path)
     ids = np.random.default_rng(0).integers(0, file.config.vocab_size, 300)
     expected = forward(file.config, load_weights(file), ids)  # type: ignore[arg-type]
-    # one rounding to 8 bits costs about 1e-4 of a product's energy (group 64); a few layers add up to some of it
+    # rounding to 8 bits costs about 1e-4 of a product's energy (group 64); a few layers add up
     assert 1e-6 < nmse(Engine(path, **rounded).session().forward(ids, logits="all"), expected) < 3e-2
 
 

@@ -26,7 +26,10 @@ def missing(
 ) -> subprocess.CompletedProcess[str]:
     """`python setup.py missing`, in a Python that claims to be of another version if one is given."""
     claim = f"sys.version_info = {version}; " if version else ""
-    script = f"import sys, runpy; {claim}sys.argv = ['setup.py', *sys.argv[1:]]; runpy.run_path('setup.py', run_name='__main__')"
+    script = (
+        f"import sys, runpy; {claim}sys.argv = ['setup.py', *sys.argv[1:]]; runpy.run_path('setup.py', "
+        "run_name='__main__')"
+    )
     return subprocess.run(
         [sys.executable, "-c", script, *(words or ("missing",))],
         cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=60,

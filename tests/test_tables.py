@@ -35,7 +35,7 @@ tables = load("tables")
 
 
 def result(engine: str, test: str, rate: float, seconds: list[float], **more: Any) -> dict[str, Any]:
-    """As bench.py writes it, but for what tables.py does not read."""
+    """A report as bench.py writes it, without the parts that tables.py does not read."""
     fields = {
         "kind": test[:2],
         "n": int(test[2:].split("@")[0]),
@@ -106,7 +106,8 @@ def test_the_line_has_the_rates_of_the_table(project: Path) -> None:
     tables.main(["--root", str(project)])
     _, _, _, said, *_ = lines(project / "README.md")
     assert said == (
-        "Speed, on 2 cores of Some CPU, 0.6B parameters, 2001-02-03: prefill of 512 at 1,160 tok/s (4.1 times llama.cpp); "
+        "Speed, on 2 cores of Some CPU, 0.6B parameters, 2001-02-03: prefill of 512 at 1,160 tok/s (4.1 "
+        "times llama.cpp); "
         "decode at 70.1 tok/s (1.3 times llama.cpp). [Every figure, and how it was measured](docs/SPEED.md)."
     )
 
@@ -159,7 +160,7 @@ def test_what_bench_writes_is_what_tables_read(project: Path, tmp_path: Path) ->
 
 
 def test_the_documents_of_this_project_say_what_its_figures_say(capsys: pytest.CaptureFixture[str]) -> None:
-    """Figures that nobody has measured yet leave their places empty."""
+    """Places without measured figures stay empty."""
     figures = {path.stem: json.loads(path.read_text()) for path in ROOT.glob("docs/speed/*.json")}
     named: set[str] = set()
     for document in tables.DOCUMENTS:

@@ -1,7 +1,7 @@
-"""What run.py, export.py and train.py have in common: how they end, what they say then, by which name.
+"""How run.py, export.py and train.py end: exit status, last line, and the name they go by.
 
-Exit statuses: 0 done, 1 stdout or stderr cannot be written to, 2 refused, 128 + N ended by signal N. Whatever goes
-wrong is one line on stderr, "NAME: error: ...", and never a traceback.
+Exit statuses: 0 done, 1 stdout or stderr cannot be written to, 2 refused, 128 + N ended by signal N. Whatever
+goes wrong is one line on stderr, "NAME: error: ...", and never a traceback.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def answer(
 ) -> int:
     """The exit status of a command: `work` does what `parse` read from argv (None: the command line).
 
-    script: what the program is called where nothing says how it was started.
-    ended: (arguments, what a signal did) -> the last line after a signal; None: there is none.
-    cure: what takes less memory, where memory runs out.
+    script: the program's name if its start does not tell one (see program_name).
+    ended: (arguments, what the signal did) -> the last line after a signal; None: no such line.
+    cure: advice for when memory runs out: what takes less.
     """
     open_streams()
     args = parse(argv)
@@ -58,7 +58,7 @@ def answer(
 
 
 def _failed(script: str, error: Exception, cure: str) -> int:
-    """A reader of stdout that has had enough (`| head`) is no error: the status is as if SIGPIPE had ended it."""
+    """Report an error; returns the status. A closed stdout (`| head`) is no error but ends as by SIGPIPE."""
     if not is_write_error(error):
         say_error(script, one_line(error, cure))
         return REFUSED
@@ -69,7 +69,7 @@ def _failed(script: str, error: Exception, cure: str) -> int:
 
 
 def _say_last(line: str) -> None:
-    """A line in place of the terminal's ^C; without one, what comes next must not stand behind the ^C either."""
+    """Print `line` in place of the ^C that the terminal shows; if it is empty, end the line of the ^C."""
     begin = ""
     if sys.stderr.isatty():
         begin = CLEAR_LINE if line and can_redraw(sys.stderr) else "\n"
@@ -78,7 +78,7 @@ def _say_last(line: str) -> None:
 
 
 def say_error(script: str, message: str) -> None:
-    """One line on stderr, "NAME: error: ...", whoever still reads it."""
+    """One line on stderr, "NAME: error: ..."; if stderr is closed, nothing."""
     with unheard():
         text = escaped(" ".join(message.split()))
         print(f"{program_name(script)}: error: {text}", file=sys.stderr, flush=True)
@@ -86,7 +86,7 @@ def say_error(script: str, message: str) -> None:
 
 @contextmanager
 def concerning(path: str) -> Iterator[None]:
-    """Within, an error of the system that names no file, or memory that runs out, is an error about `path`."""
+    """Within, a MemoryError, or an OSError that names no file, becomes an error about `path`."""
     try:
         yield
     except (OSError, MemoryError) as error:
@@ -102,7 +102,7 @@ def concerning(path: str) -> Iterator[None]:
 def program_name(script: str) -> str:
     """What a person typed to start this program: an installed command, `python -m` and a module, or a script.
 
-    Where none of the three says it (`python -c`, a test), it is `script`.
+    If it was started in no such way (`python -c`, a test), the name is `script`.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None and spec.name.startswith(PACKAGE):
@@ -116,7 +116,7 @@ def program_name(script: str) -> str:
 
 
 def one_line(error: Exception, cure: str = "") -> str:
-    """What went wrong, for a person. cure: what takes less memory, said where nothing else is known."""
+    """An error in one line for people. cure: advice for a MemoryError without any text."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         about = " ".join(str(error).split()) if isinstance(error, MemoryError) else ""
         about = about or _room_left() or cure
@@ -129,12 +129,12 @@ def one_line(error: Exception, cure: str = "") -> str:
 
 
 def is_write_error(error: Exception) -> bool:
-    """Whether a write to stdout or stderr failed, which have no file name that an error could give."""
+    """Whether an error comes from writing to stdout or stderr: an OSError without a file name."""
     return isinstance(error, OSError) and error.filename is None and error.errno in WRITE_ERRORS
 
 
 def _room_left() -> str:
-    """What a limit on this process leaves of its address space, "" if nothing limits it."""
+    """How much address space is left under this process's limit, in words; "" without a limit."""
     from ..system.machine import address_space
 
     limit = address_space()
@@ -146,7 +146,7 @@ def _room_left() -> str:
 def _missing(error: ImportError) -> str:
     """Why a module could not be imported, and what to do about it."""
     if isinstance(error.__cause__, ImportError):
-        error = error.__cause__  # NumPy wraps the reason in a page of advice
+        error = error.__cause__  # NumPy's ImportError is a page of advice around the real reason
     if (error.name or "").startswith(PACKAGE) and not _is_built():
         return "the engine is not built: `make run` (or `pip install .`) in the folder of qwen3c builds it"
     text = " ".join(str(error).split())
@@ -159,7 +159,7 @@ def _is_built() -> bool:
     try:
         return all(importlib.util.find_spec(f"{PACKAGE}.{name}") for name in COMPILED)
     except ImportError:
-        return False  # to look into a package imports it, and it imports what is not there
+        return False  # find_spec of a submodule imports its package, which may itself import what is missing
 
 
 # ----------------------------------------------------------------------------

@@ -31,13 +31,13 @@ def _ended(args: argparse.Namespace, word: str) -> str:
 
 
 def _subject(args: argparse.Namespace) -> str:
-    """What a message is about that names no file itself."""
+    """The file that an error is about if the error names none."""
     subject: str = args.target or args.source
     return subject
 
 
 def _work(args: argparse.Namespace) -> int:
-    # the export has threads of its own; where a limit lets OpenBLAS start none, it would end the process
+    # the export has its own threads, and OpenBLAS would end the process if a limit keeps it from starting any
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     progress = None if args.quiet else Progress(describe_bytes)
     try:
@@ -55,7 +55,7 @@ def _work(args: argparse.Namespace) -> int:
 
 
 def _lines(args: argparse.Namespace, progress: Progress | None) -> list[str]:
-    """Do what was asked for; the lines to print about it."""
+    """Export, or only estimate; returns the lines to print."""
     options = {key: getattr(args, key) for key in ("force", "group_size", "name", "yarn", "yarn_attn_factor")}
     if progress:
         progress.say(f"reading {args.source}")
@@ -88,7 +88,7 @@ def describe_bytes(done: float, total: float, rate: float) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """What export.py is told; exits after what cannot be meant."""
+    """The arguments of export.py; exits with an error if they contradict each other."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.threads is not None and args.threads < 1:
@@ -122,7 +122,8 @@ def _parser() -> Parser:
     )
     add("--force", action="store_true", help="replace OUT.bin whatever it is")
     add("--estimate", action="store_true",
-        help="only say how large the file and the memory it takes would be; reads no weight, writes nothing")  # fmt: skip
+        help="only say how large the file and the memory it takes would be; reads no weight, writes "
+            "nothing")  # fmt: skip
     sizes = ", ".join(map(str, format.GROUP_SIZES))
     add("--group-size", type=int, help=f"weights per scale: {sizes} (default: 64; 32 for Q8_0)")
     add("--lora", metavar="DIR", help="merge this PEFT adapter into the weights")
@@ -130,7 +131,8 @@ def _parser() -> Parser:
     add("--name", help="what the model calls itself (default: from config.json)")
     add("--yarn", type=float, metavar="FACTOR", help="stretch the context by this factor (default: as it is)")
     add("--yarn-attn-factor", type=float, metavar="X",
-        help="factor on the rotary cosine and sine of a YaRN model (default: as transformers computes it)")  # fmt: skip
+        help="factor on the rotary cosine and sine of a YaRN model (default: as transformers computes "
+            "it)")  # fmt: skip
     add("--quiet", action="store_true", help="print errors only")
     return parser
 

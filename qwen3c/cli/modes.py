@@ -27,6 +27,7 @@ def hold_chat(args: argparse.Namespace) -> int:
     """Messages in, replies out, until there are no more messages."""
     from ..conversation import Conversation
     from .repl import Repl
+    from .tools import opened_tools
 
     cloud = _cloud(args)
     model = open_model(args, chats=True)
@@ -43,13 +44,16 @@ def hold_chat(args: argparse.Namespace) -> int:
     say_what_was_chosen(args, model, conversation.session.context, args.thinking is not False)
     if cloud:
         terminal.note(cloud.describe())
-    if sys.stdin.isatty():
-        terminal.note("/help lists the commands, Ctrl-D leaves")
-    try:
-        return Repl(conversation, lambda: new_writer(args, model), cloud, logprobs=args.logprobs).run()
-    finally:
-        if cloud:
-            cloud.close()
+    with opened_tools(args.mcp, model) as tools:
+        conversation.tools = tools.functions if tools else None
+        if sys.stdin.isatty():
+            terminal.note("/help lists the commands, Ctrl-D leaves")
+        try:
+            repl = Repl(conversation, lambda: new_writer(args, model), cloud, tools, logprobs=args.logprobs)
+            return repl.run()
+        finally:
+            if cloud:
+                cloud.close()
 
 
 def _cloud(args: argparse.Namespace) -> Cloud | None:
@@ -102,7 +106,7 @@ def _grammar(path: str, model: Model) -> Grammar:
 
 
 def trace_text(args: argparse.Namespace) -> int:
-    """Follow the activations of a prompt and of what the model says next."""
+    """Show the activations of a prompt and of its continuation."""
     from ..drivers.batch import CachedSession
     from ..inspect import trace, trace_page
 
@@ -160,7 +164,7 @@ def describe_file(args: argparse.Namespace) -> int:
 
 
 def _damaged_tensors(file: ModelFile) -> list[str]:
-    """Names of the tensors that do not match their checksums, found while a progress line counts bytes."""
+    """Names of the tensors that do not match their checksums; a progress line counts bytes meanwhile."""
     progress = terminal.Progress(
         lambda done, total, rate: f"{done / 1e9:.2f} of {total / 1e9:.2f} GB checked"
     )
@@ -233,6 +237,13 @@ def serve_models(args: argparse.Namespace) -> int:
     return serve(args)
 
 
+def serve_tools(args: argparse.Namespace) -> int:
+    """The model as tools of an MCP host."""
+    from .mcp import serve_over_stdio
+
+    return serve_over_stdio(args)
+
+
 MODES: dict[str, Callable[[argparse.Namespace], int]] = {
     "chat": hold_chat,
     "generate": write_reply,
@@ -241,4 +252,5 @@ MODES: dict[str, Callable[[argparse.Namespace], int]] = {
     "perplexity": measure_perplexity,
     "bench": measure_speed,
     "serve": serve_models,
+    "mcp": serve_tools,
 }

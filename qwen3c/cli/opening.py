@@ -20,7 +20,7 @@ def open_model(args: argparse.Namespace, chats: bool = False) -> Model:
         from ..text.template import Renderer
 
         renderer = Renderer()
-        renderer.start()  # beside all that follows, which takes longer
+        renderer.start()  # starts in the background while the model is opened, which takes longer
 
     from .. import engine
     from ..model import Model
@@ -74,7 +74,8 @@ def say_what_was_chosen(
     mode = {"always": "always thinks", "none": "no thinking"}.get(kind, switch)
     isa = "--isa" if args.isa else "QWEN3C_ISA" if os.environ.get("QWEN3C_ISA") else "widest here"
     parts = [
-        f"{terminal.escaped(str(model.metadata['name']))} int8 g{config.group_size} {gib(model.file.file_size)}",
+        f"{terminal.escaped(str(model.metadata['name']))} int8 g{config.group_size} "
+        f"{gib(model.file.file_size)}",
         "raw text" if raw else mode if args.mode == "chat" else f"chat template, {mode}",
         f"temperature {s.temperature:g} top-p {s.top_p:g} top-k {s.top_k}",
         f"context {context} of {config.context} (KV {model.kv}: {gib(kv_bytes)} when full)",

@@ -12,10 +12,10 @@ from ..system.files import MODEL_IN_THE_BOX
 from .command import Parser, at_least, program_name
 
 SCRIPT = "run.py"
-SMALLER_CONTEXT = "a smaller context (-c) takes less"  # where memory runs out
-RAW_TOKENS = 256  # of a completion nobody bounds: without a chat template text need not come to an end
-TRACED_TOKENS = 24  # of the reply in a traced page
-WINDOW = 2048  # tokens of a perplexity window, if the model's context holds as many
+SMALLER_CONTEXT = "a smaller context (-c) takes less"  # said when memory runs out
+RAW_TOKENS = 256  # default -n of a completion, because bare text need not end by itself
+TRACED_TOKENS = 24  # default -n of -m trace --html
+WINDOW = 2048  # tokens of a perplexity window, or the model's context if that is shorter
 SAMPLING = {
     "temperature": "0 always takes the most likely token",
     "top_p": "only the most likely tokens that together reach this probability",
@@ -27,8 +27,8 @@ SAMPLING = {
     "seed": "the same seed gives the same text on every machine",
 }
 TALKING = ("chat", "generate", "trace")
-COMPUTING = (*TALKING, "perplexity", "bench", "serve")
-MODES = (*TALKING, "info", "perplexity", "bench", "serve")
+COMPUTING = (*TALKING, "perplexity", "bench", "serve", "mcp")
+MODES = (*TALKING, "info", "perplexity", "bench", "serve", "mcp")
 SERVING = (
     "host", "port", "fd", "config", "print_config", "api_keys", "max_gap", "cache_memory", "queue", "running", "cors_origin",
     "allowed_host", "drain", "log_json", "metrics", "model_alias", "idle_unload",
@@ -43,9 +43,9 @@ USED_BY: dict[str, tuple[str, ...]] = {
         ("system", "system_file", "reasoning", "think", "no_think", "max_tokens", "stop"), TALKING
     ),
     **dict.fromkeys((*SAMPLING, "logit_bias"), TALKING),
-    "context": (*TALKING, "perplexity", "serve"),
+    "context": (*TALKING, "perplexity", "serve", "mcp"),
     **dict.fromkeys(("threads", "kv", "huge_pages", "isa"), COMPUTING),
-    "activations": (*TALKING, "perplexity", "bench"),
+    "activations": (*TALKING, "perplexity", "bench", "mcp"),
     **dict.fromkeys(SERVING, ("serve",)),
     **dict.fromkeys(("hide_thinking", "logprobs"), ("chat", "generate")),
     "json": (*TALKING, "info", "perplexity"),
@@ -64,11 +64,15 @@ USED_BY: dict[str, tuple[str, ...]] = {
         ),
         CLOUD_FIRST,
     ),
+    "mcp": ("chat",),
+    "url": ("mcp",),
 }
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of one of MODES, the model's path and defaults filled in; exits after what cannot be meant."""
+    """The arguments of one of MODES, with the model's path and defaults; exits with an error if they are
+    wrong.
+    """
     parser = new_parser()
     args = parser.parse_intermixed_args(argv)
     given = {action.dest: action for action in parser._actions if _is_given(action, args)}
@@ -92,9 +96,9 @@ def _is_given(action: argparse.Action, args: argparse.Namespace) -> bool:
 
 
 def _mode_without_m(given: Collection[str]) -> str:
-    """The mode that alone uses an option that is given; else chat on a terminal without a prompt; else generate.
+    """The only mode that uses one of the given options; else chat on a terminal; else generate.
 
-    With a prompt it is never chat, whose messages are typed.
+    With a prompt the mode is never chat, where messages are typed.
     """
     has_prompt = not {"prompt", "file", "chat_template", "raw"}.isdisjoint(given)
     for mode, *others in map(USED_BY.__getitem__, given):
@@ -104,7 +108,7 @@ def _mode_without_m(given: Collection[str]) -> str:
 
 
 def _model_path(parser: Parser, args: argparse.Namespace) -> str:
-    """The model that is named, else that of the environment, else the one in the box."""
+    """The path of the model: the argument, else QWEN3C_MODEL, else the model in the box."""
     paths = args.paths
     if args.mode == "perplexity":
         if args.file is None and paths:
@@ -130,6 +134,8 @@ def model_by_default() -> str:
 
 
 def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
+    if args.mcp is not None and args.upstream is not None:
+        parser.error("--mcp gives tools to the model here, --upstream asks a provider: use one of them")
     if args.echo and args.json:
         parser.error("--echo is for text; with --json the prompt is not shown")
     if args.hide_thinking and args.json:
@@ -148,6 +154,8 @@ def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--raw completes text, which has no system prompt (-y, --system-file)")
     if args.raw and (args.think or args.no_think or args.reasoning is not None):
         parser.error("--raw completes text, which has no switch for thinking (-r, --think, --no-think)")
+    if args.url is not None and args.paths:
+        parser.error("--url serves the model of a running server; another one cannot be named")
 
 
 def _zero_or_one(text: str) -> bool:
@@ -165,13 +173,15 @@ def _bias(text: str) -> tuple[int, float]:
 
 
 def new_parser() -> Parser:
-    """The options in the order of --help."""
+    """The parser; its options are in the order of --help."""
     parser = Parser(
         SCRIPT,
         usage=f"{program_name(SCRIPT)} [MODEL] [-m {'|'.join(MODES)}] [options]",
         description="Run a model.bin: chat with it, complete text, look into it, measure it.",
-        epilog="Without -m a model with a chat template chats on a terminal and answers what comes with -i, --file "
-        "or a pipe; -m generate, --raw and a model without a template complete it as text, and --chat-template, -y, "
+        epilog="Without -m a model with a chat template chats on a terminal and answers what comes with -i, "
+        "--file "
+        "or a pipe; -m generate, --raw and a model without a template complete it as text, and "
+        "--chat-template, -y, "
         "-r, --think and --no-think make -m generate answer too. "
         "Sampling that is not given comes from the model's generation_config, else from what its "
         "makers recommend (thinking: 0.6/0.95/20, not thinking: 0.7/0.8/20).",
@@ -185,7 +195,8 @@ def new_parser() -> Parser:
     )
     add("-m", "--mode", choices=MODES, help="chat; generate: one reply or completion; trace: look inside "
         "while a text flows through; info: what is in the file and the memory it takes; perplexity FILE: how well the model predicts a text; "
-        "bench: how fast it runs here, beside what the machine can do; serve: a chat page and OpenAI's API over HTTP")  # fmt: skip
+        "bench: how fast it runs here, beside what the machine can do; serve: a chat page and OpenAI's API over HTTP; "
+        "mcp: the model as tools of an MCP host, over stdin and stdout")  # fmt: skip
     add("--version", action="version", version=_version())
     _add_text(parser.add_argument_group("text"))
     _add_sampling(parser.add_argument_group("sampling"))
@@ -193,6 +204,7 @@ def new_parser() -> Parser:
     _add_output(parser.add_argument_group("output"))
     _add_cloud(parser.add_argument_group("cloud first, the model if it does not answer"))
     _add_serving(parser.add_argument_group("serve"))
+    _add_mcp(parser.add_argument_group("MCP"))
     return parser
 
 
@@ -201,7 +213,8 @@ def _add_text(group: Any) -> None:
     add("-i", "--prompt", metavar="TEXT", help="the prompt; - is stdin, as is no -i at all")
     add("--file", metavar="FILE", help="read the prompt, or the text of perplexity, from a file; after -i")
     kind = group.add_mutually_exclusive_group().add_argument
-    kind("--chat-template", action="store_true", help="the prompt is a message to answer, also with -m generate "
+    kind("--chat-template", action="store_true", help="the prompt is a message to answer, also with -m "
+        "generate "
         "(implied by -y, -r, --think and --no-think)")  # fmt: skip
     kind("--raw", action="store_true", help="the prompt is text to complete, also without -m")
     add("--echo", action="store_true", help="generate: print the prompt before what follows it")
@@ -247,7 +260,8 @@ def _add_machine(group: Any) -> None:
         help="positions; 0: the model's "
         "(default: 8192, or what the model and half of the free memory hold; perplexity: windows of 2048)",
     )
-    add("--overflow", choices=("stop", "drop"), help="chat: what happens when the context is full: stop refuses "
+    add("--overflow", choices=("stop", "drop"), help="chat: what happens when the context is full: stop "
+        "refuses "
         "the message (the default), drop lets the oldest turns go")  # fmt: skip
     add("-j", "--threads", type=at_least(1), metavar="N",
         help="default: QWEN3C_THREADS, else OMP_NUM_THREADS, else what this machine can feed")  # fmt: skip
@@ -255,7 +269,8 @@ def _add_machine(group: Any) -> None:
         help="type of the KV cache: int8 takes half the memory of f16 (default: f16)")  # fmt: skip
     add("--activations", choices=("int8", "float32"),
         help="float32 is slow and for comparing with other programs (default: int8)")  # fmt: skip
-    add("--huge-pages", action="store_true", help="copy the weights into memory of large pages: more bandwidth for "
+    add("--huge-pages", action="store_true", help="copy the weights into memory of large pages: more "
+        "bandwidth for "
         "a slower start and memory of their own")  # fmt: skip
     add("--isa", metavar="NAME", help="instruction set (default: QWEN3C_ISA, else the widest here)")
 
@@ -267,9 +282,11 @@ def _add_output(group: Any) -> None:
     add("--logprobs", type=at_least(0), metavar="N", help="with --json: log-probability of each token of "
         "the reply, and the N most likely ones beside it")  # fmt: skip
     add("--level", choices=("input_flow", "compact", "verbose"), help="trace: the modules and their shapes "
-        "(the default); the range of every activation; also types, bytes, errors and every weight")  # fmt: skip
+        "(the default); the range of every activation; also types, bytes, errors and every "
+        "weight")  # fmt: skip
     add("--html", metavar="FILE", help="trace: write one page to look at: norms, attention, the predictions "
-        f"after each layer, and what else the next tokens might have been (-n, default {TRACED_TOKENS})")  # fmt: skip
+        "after each layer, and what else the next tokens might have been (-n, default "
+        f"{TRACED_TOKENS})")  # fmt: skip
     add("--verify", action="store_true", help="info: read every tensor and compare its checksum")
 
 
@@ -356,6 +373,14 @@ def _add_serving(group: Any) -> None:
         default=None,
         help="/metrics for Prometheus (default: yes)",
     )
+
+
+def _add_mcp(group: Any) -> None:
+    add = group.add_argument
+    add("--mcp", metavar="FILE", help="chat: let the model call the tools of the MCP servers that FILE names under "
+        "mcpServers; each call is asked about first")  # fmt: skip
+    add("--url", metavar="URL", help="mcp: serve the tools of the server that runs there, which loads nothing here; "
+        "QWEN3C_API_KEY is its key")  # fmt: skip
 
 
 def _version() -> str:

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 from ..drivers.generate import Generation
 from ..drivers.reply import Event, Reply, Stats
-from ..system.terminal import DIM, RESET, Progress, StatusLine, columns, escaped, has_colour, note
+from ..system.terminal import DIM, RESET, Progress, StatusLine, columns, escaped, has_colour, note, visible
 from .signals import interruptible
 
-WAIT = 1.0  # seconds after which a reply that is shown when it has ended says how long it is by now
-PREDICTED_FROM = 0.1  # of a prompt: with less of it read, how long the rest takes would be a guess
+WAIT = 1.0  # seconds after which a reply that is shown only at its end reports its length so far
+PREDICTED_FROM = 0.1  # share of a prompt that must be read before the time left is estimated
 
 
 class Replied(Protocol):
@@ -24,9 +24,9 @@ class Replied(Protocol):
 
 
 class ReplyWriter:
-    """A reply on its way to stdout: the answer as it is; thoughts dim, or between tags, or not at all.
+    """Writes a reply to stdout: the answer as it is; thoughts dim, or between tags, or not at all.
 
-    A terminal gets no control characters of the model's, which could move its cursor, retitle or reprogram it.
+    For a terminal the model's control characters are escaped: they could move its cursor or reprogram it.
     """
 
     def __init__(self, hide_thinking: bool = False) -> None:
@@ -42,8 +42,9 @@ class ReplyWriter:
             self._switch()
         if event.text and not (event.thinking and self._hide):
             self._put_models(event.text)
-        for call in event.tool_calls:
-            self._put_models(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>\n")
+        for tool_call in event.tool_calls:
+            call = json.dumps(tool_call, ensure_ascii=False)
+            self._put_models(f"<tool_call>\n{visible(call) if self._is_terminal else call}\n</tool_call>\n")
 
     def end(self, replied: Replied, speaker: str = "") -> None:
         """Leave the terminal as it was, at the start of a line. Call this however the reply ended."""
@@ -102,14 +103,14 @@ class JsonWriter:
 class Reading:
     """Progress through a prompt: call it with the statistics of its reply after every piece.
 
-    A token costs what the weights cost, the same for each, and attention to all before it, which grows with depth.
-    The time left follows from both: a line through the seconds per token of the pieces read so far.
+    The cost of a token is constant for the weights, and grows with its depth for attention. So the time left
+    is estimated by a straight line through the seconds per token of the pieces read so far.
     """
 
     def __init__(self) -> None:
         self._progress = Progress(self._words, predict=self._seconds_left)
         self._stats = Stats()
-        # tokens, depth of the middle one, seconds per token
+        # of each piece: tokens, depth of its middle token, seconds per token
         self._pieces: list[tuple[float, float, float]] = []
 
     def __call__(self, stats: Stats, done: int, total: int) -> None:
@@ -144,7 +145,7 @@ def cost_by_depth(pieces: list[tuple[float, float, float]]) -> tuple[float, floa
     spread = sum(tokens * (depth - mean_depth) ** 2 for tokens, depth, _ in pieces)
     together = sum(tokens * (depth - mean_depth) * (cost - mean_cost) for tokens, depth, cost in pieces)
     slope = max(together / spread, 0.0) if spread else 0.0
-    slope = min(slope, mean_cost / mean_depth)  # a steeper one would cost less than nothing at depth 0
+    slope = min(slope, mean_cost / mean_depth)  # a steeper line would be negative at depth 0
     return mean_cost - slope * mean_depth, slope
 
 
@@ -196,7 +197,7 @@ def _end_part(generation: Generation) -> str:
 
 
 def _rate(tokens_per_second: float) -> str:
-    """Nothing where no rate was seen: no token was computed, or one alone, which the prompt brought."""
+    """A rate in words; "" for 0, when no token, or only the one that prefill gives, was computed."""
     digits = 0 if tokens_per_second >= 100 else 1
     return f" {tokens_per_second:.{digits}f} tok/s" if tokens_per_second else ""
 

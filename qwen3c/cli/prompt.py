@@ -1,4 +1,4 @@
-"""What a model is asked, out of options, files and stdin: a system prompt, and a message or a text to complete."""
+"""The prompt, from options, files and stdin: a system prompt, and a message or a text to complete."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def system_prompt(args: argparse.Namespace) -> str | None:
 
 
 def prompt_text(args: argparse.Namespace) -> str:
-    """-i and --file one after the other, or stdin; one newline at the end of a file is not part of it."""
+    """The texts of -i and --file, joined, or else stdin; one newline at the end of a file is dropped."""
     texts = []
     if args.prompt is not None and args.prompt != "-":
         texts.append(_utf8(args.prompt, "--prompt"))
@@ -41,7 +41,7 @@ def _is_message(args: argparse.Namespace) -> bool:
 
 
 def may_chat(args: argparse.Namespace) -> bool:
-    """Whether the chat template is used, as far as the options alone say."""
+    """Whether the chat template may be used; only the options are considered, not the model."""
     return _is_message(args) or (args.without_mode and not args.raw)
 
 
@@ -68,7 +68,7 @@ def read_text(path: str) -> str:
 
 
 def _utf8(argument: str, name: str) -> str:
-    """Python hands over arguments that are not UTF-8 as lone surrogates."""
+    """Refuse an argument that is not UTF-8: Python turns its bytes into lone surrogates."""
     try:
         argument.encode()
     except UnicodeEncodeError as error:

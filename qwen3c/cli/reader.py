@@ -17,24 +17,24 @@ from ..system.terminal import can_redraw
 
 FENCE = '"""'
 HISTORY_ENTRIES = 1000
-# stands for a line break within an entry of the history file: one line is one entry
+# stands for a line break within an entry of the history file, where an entry is one line
 NEWLINE_IN_ENTRY = "\x1f"
 LIBEDIT = b"_HiStOrY_V2_"  # the first line of a history file by libedit
-PASTE_PAUSE = 0.02  # seconds: lines that follow faster than this were not typed
+PASTE_PAUSE = 0.02  # seconds; lines that follow faster than this were pasted
 
 
 class MessageReader:
     """Messages from stdin: a line each; a block between lines of three quotes, or a paste, is one message.
 
-    complete: the line typed so far -> the lines that the Tab key may make of it.
+    complete: the line typed so far -> the lines that Tab may complete it to.
     """
 
     def __init__(self, complete: Callable[[str], list[str]] = lambda line: []) -> None:
         self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self._readline = _load_readline() if self._interactive else None
         self._history = History(self._readline) if self._readline is not None else None
-        # libedit, which some Pythons have for readline, takes a paste line by line; so does a dumb terminal,
-        # which has no codes to say where a paste begins and ends
+        # libedit, which some Pythons have instead of readline, reads a paste line by line; so does a dumb
+        # terminal, which cannot mark where a paste begins and ends
         libedit = self._readline is not None and "libedit" in (self._readline.__doc__ or "")
         self._gathers_pastes = self._readline is not None and not libedit and can_redraw(sys.stdout)
         if self._readline is not None:
@@ -54,6 +54,14 @@ class MessageReader:
         if self._history is not None:
             self._history.add(typed)
         return _without_fences(typed) if is_block else typed
+
+    def ask(self, question: str) -> str:
+        """One line, in answer to a question; what was typed before it was asked is no answer."""
+        if os.name == "posix" and sys.stdin.isatty():
+            import termios
+
+            termios.tcflush(sys.stdin, termios.TCIFLUSH)
+        return self._line(question)
 
     def _whole_block(self, text: str) -> str:
         while not text.strip()[len(FENCE) :].endswith(FENCE):
@@ -80,11 +88,11 @@ class MessageReader:
 
 
 class _Suspended(Exception):
-    """Ctrl-Z while a line is typed; the argument is what it holds so far."""
+    """Ctrl-Z while a line is typed; the argument is the text typed so far."""
 
 
 def _edited_line(readline: Any, prompt: str) -> str:
-    """input(), but Ctrl-Z gives the shell its terminal as it was, and `fg` shows prompt and text again."""
+    """input(), but Ctrl-Z restores the terminal for the shell, and `fg` shows prompt and text again."""
     typed = ""
 
     def suspend(number: int, frame: FrameType | None) -> None:
@@ -103,7 +111,7 @@ def _edited_line(readline: Any, prompt: str) -> str:
         finally:
             readline.set_startup_hook()
             signal.signal(signal.SIGTSTP, previous)
-        signal.raise_signal(signal.SIGTSTP)  # here it stops, until `fg`
+        signal.raise_signal(signal.SIGTSTP)  # the process stops here until `fg`
 
 
 def _without_fences(block: str) -> str:
@@ -111,7 +119,7 @@ def _without_fences(block: str) -> str:
 
 
 def _completer(readline: Any, complete: Callable[[str], list[str]]) -> Callable[[str, int], str | None]:
-    """What readline.set_completer takes: the n-th text for the word that the cursor is in."""
+    """A function for readline.set_completer, which asks it for the n-th completion of a word."""
 
     def completer(word: str, n: int) -> str | None:
         line = readline.get_line_buffer()[: readline.get_endidx()]
@@ -124,22 +132,22 @@ def _completer(readline: Any, complete: Callable[[str], list[str]]) -> Callable[
 
 
 class History:
-    """What was typed before, for the arrow keys, here and after a restart.
+    """The messages typed before, for the arrow keys; kept in a file for later runs.
 
-    An entry goes to the file as soon as there is one, so that no end of the program loses it. Where the file
-    cannot be read or written there is none: a read-only home is no reason to complain.
+    An entry is written at once, so that no end of the program loses it. A file that cannot be read or written
+    is ignored: a read-only home is no error.
     """
 
     def __init__(self, readline: Any) -> None:
         self._readline = readline
         self._path = history_path()
         self._last = ""
-        readline.set_auto_history(False)  # it would take the lines of a block one by one
+        readline.set_auto_history(False)  # or each line of a block would become an entry
         for entry in self._read():
             self._remember(entry)
 
     def add(self, text: str) -> None:
-        """Append `text`, of any number of lines, as one entry, unless it is empty or the last one again."""
+        """Append `text`, of any number of lines, as one entry, unless it is empty or the last entry again."""
         if not text.strip() or text == self._last:
             return
         self._remember(text)
@@ -157,10 +165,10 @@ class History:
         try:
             self._readline.add_history(text)
         except ValueError:
-            pass  # the locale has no such character
+            pass  # the locale cannot encode a character of it
 
     def _read(self) -> list[str]:
-        """The entries of the file; one that has grown long is cut to its end."""
+        """The entries of the file; a long file is cut to its newest entries."""
         try:
             if self._path is None or not self._path.is_file():
                 return []
@@ -176,7 +184,7 @@ class History:
 
 
 def _plain(data: bytes) -> bytes:
-    """A history file as lines; libedit's own kind begins with a line of its name and has characters in octal."""
+    """The lines of a history file. libedit's files begin with the line LIBEDIT and have octal escapes."""
     if not data.startswith(LIBEDIT):
         return data
     lines = data.partition(b"\n")[2]
@@ -184,7 +192,7 @@ def _plain(data: bytes) -> bytes:
 
 
 def state_directory() -> Path | None:
-    """Where what should outlive a chat is kept; None if there is no home."""
+    """The directory for files that outlive a chat; None if there is no home directory."""
     state = os.environ.get("XDG_STATE_HOME")
     try:
         return (Path(state) if state else Path.home() / ".local" / "state") / "qwen3c"
@@ -193,7 +201,7 @@ def state_directory() -> Path | None:
 
 
 def history_path() -> Path | None:
-    """Where lines typed are kept between runs; None if there is no home."""
+    """The path of the history file; None if there is no home directory."""
     directory = state_directory()
     return directory and directory / "history"
 

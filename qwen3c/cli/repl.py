@@ -1,7 +1,7 @@
 """Chat on a terminal: messages and slash commands in, replies out.
 
-A line that begins with / and a word is a command. What Qwen understands itself stays a message: /no_think, and
-/think with text after it; so does a path such as /usr/bin. A space before the / makes any line a message.
+A line that begins with / and a word is a command. What Qwen itself understands stays a message: /no_think,
+and /think with text after it. So does a path such as /usr/bin. A space before the / makes any line a message.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import functools
 import glob
 import json
 import os
@@ -22,13 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..conversation import OVERFLOW, SETTINGS, Conversation
 from ..drivers.generate import Generation
-from ..drivers.reply import ContextFullError
+from ..drivers.reply import ContextFullError, Reply
 from ..system.terminal import abandon_closed_streams, escaped, note
 from .command import one_line
 from .options import SMALLER_CONTEXT
 from .output import JsonWriter, ReplyWriter, show
 from .reader import MessageReader, history_path, state_directory
 from .signals import answering, endable
+from .tools import Tools
 
 if TYPE_CHECKING:
     from .cloud import Cloud
@@ -40,6 +42,7 @@ HELP = """\
 /set [NAME [VALUE]] show or change settings; VALUE "default" takes it back
 /think, /nothink    switch thinking on or off
 /regen              another reply to the last question
+/tools              the tools of other servers (--mcp), and how these are
 /save FILE          write the conversation to a file
 /load FILE          go on from a saved conversation
 /exit               leave; also /quit, /bye and Ctrl-D
@@ -47,7 +50,8 @@ HELP = """\
 A space before / makes the line a message. Tab completes commands, settings and files.
 Ctrl-C stops a reply; what it said until then is kept."""
 ALIASES = {"?": "help", "quit": "exit", "bye": "exit"}
-NO_ARGUMENT = ("clear", "think", "nothink", "regen")
+NO_ARGUMENT = ("clear", "think", "nothink", "regen", "tools")
+ROUNDS = 10  # of calls in answer to one message
 WAYS_OUT = (
     "/clear forgets what was said, /set overflow drop lets the oldest turns go, /set context N makes room"
 )
@@ -56,9 +60,10 @@ KEPT = 9  # interrupted conversations: the older ones go
 
 
 class Repl:
-    """Reads messages until there are no more. writer: makes what shows a reply. options: Model.generate.
+    """Reads messages until there are no more.
 
-    cloud: who is asked before the model.
+    writer: makes what shows a reply. cloud: who is asked before the model. tools: those that replies may call.
+    options: Model.generate.
     """
 
     def __init__(
@@ -66,14 +71,17 @@ class Repl:
         conversation: Conversation,
         writer: Callable[[], ReplyWriter | JsonWriter],
         cloud: Cloud | None = None,
+        tools: Tools | None = None,
         **options: Any,
     ) -> None:
         self._conversation = conversation
         self._cloud = cloud
+        self._tools = tools
+        self._reader = MessageReader(self._completions)
         self._writer = writer
         self._options = options
         self._failed = False
-        self._typed = sys.stdin.isatty()  # asked once: a terminal that was closed is none any more
+        self._typed = sys.stdin.isatty()  # asked now, because a closed terminal is no longer a tty
         self._ended: Callable[[], int] = lambda: 0
         self._commands: dict[str, Callable[[str], None]] = {
             "help": lambda _: note(HELP),
@@ -85,11 +93,14 @@ class Repl:
             "regen": lambda _: self._answer(conversation.last_question()),
             "save": self._save,
             "load": self._load,
+            "tools": self._list_tools,
             "exit": lambda _: None,
         }
 
     def run(self) -> int:
-        """The exit status: 2 if something failed and nobody sat there to see it, 128 + N after signal N."""
+        """Run until the input ends. Returns 0, 2 if an error came up while stdin was no terminal, 128 + N
+        after signal N.
+        """
         if not self._typed:
             self._take_all()
             return 2 if self._failed else 0
@@ -108,15 +119,14 @@ class Repl:
                 return 128 + number
 
     def _take_all(self) -> None:
-        reader = MessageReader(self._completions)
-        while self._take(reader):
+        while self._take():
             if self._ended():
                 raise KeyboardInterrupt
 
-    def _take(self, reader: MessageReader) -> bool:
+    def _take(self) -> bool:
         """One message or command; False when there are no more."""
         try:
-            text = reader.read()
+            text = self._reader.read()
             command = parse_command(text)
             if command and command[0] == "exit":
                 return False
@@ -135,7 +145,7 @@ class Repl:
             note("(Ctrl-D or /exit leaves)")
         except (ValueError, OSError, MemoryError) as error:
             if isinstance(error, OSError) and error.filename is None:
-                raise  # stdout is gone
+                raise  # stdout is closed
             self._failed = True
             ways_out = f"; {WAYS_OUT}" if isinstance(error, ContextFullError) else ""
             note(f"error: {one_line(error, SMALLER_CONTEXT)}{ways_out}")
@@ -169,8 +179,27 @@ class Repl:
             speaker = f"local: {name}"
             if got != "route_local":
                 speaker += f" (fallback: {got})"
-        generation = self._answer_locally(asked, speaker)
-        self._end(bool(generation.tokens), generation.reply.finish_reason)
+        generation = self._show(functools.partial(self._conversation.answer, asked), speaker)
+        self._answer_calls(generation.reply)
+
+    def _answer_calls(self, reply: Reply) -> None:
+        """The replies to what the tools come to that a reply calls, and those they call in turn."""
+        for _ in range(ROUNDS):
+            if self._tools is None or not reply.tool_calls or reply.finish_reason == "cancelled":
+                return
+            confirm = self._reader.ask if self._typed and sys.stderr.isatty() else None
+            try:
+                results = [self._tools.run(call, confirm) for call in reply.tool_calls]
+            except KeyboardInterrupt:
+                if not self._typed or self._ended():
+                    raise
+                print(file=sys.stderr)
+                note("(cancelled; the model is not told)")
+                return
+            self._conversation.tools = self._tools.functions
+            reply = self._show(functools.partial(self._conversation.answer_calls, results)).reply
+        if reply.tool_calls:
+            note(f"({ROUNDS} rounds of calls are enough for one message)")
 
     def _end(self, said: bool, finish_reason: str | None) -> None:
         if not said:
@@ -178,17 +207,29 @@ class Repl:
         if finish_reason == "cancelled" and not self._typed:
             raise KeyboardInterrupt  # nobody is there to go on
 
-    def _answer_locally(self, asked: list[dict[str, Any]], speaker: str) -> Generation:
+    def _show(self, ask: Callable[..., Generation], speaker: str = "") -> Generation:
+        """Show the reply that `ask` begins. speaker: who it is from, where that could be somebody else."""
+
         def told(**options: Any) -> Generation:
             before = self._conversation.forgotten
-            generation = self._conversation.answer(asked, **options, **self._options)
+            generation = ask(**options, **self._options)
             if self._conversation.forgotten > before:
                 note(
-                    f"({self._conversation.forgotten - before} oldest messages are no longer told to the model)"
+                    f"({self._conversation.forgotten - before} oldest messages are no longer told to the "
+                    "model)"
                 )
             return generation
 
-        return show(told, self._writer(), speaker)
+        generation = show(told, self._writer(), speaker)
+        self._end(bool(generation.tokens), generation.reply.finish_reason)
+        return generation
+
+    def _list_tools(self, _: str) -> None:
+        if self._tools is None:
+            raise ValueError("there are no tools: --mcp FILE names servers that have some")
+        self._tools.refresh()
+        self._conversation.tools = self._tools.functions
+        note(self._tools.listed())
 
     def _clear(self, _: str) -> None:
         self._conversation.clear()
@@ -245,7 +286,7 @@ class Repl:
         return f"{name} {value}{'' if chosen else ' (default)'}"
 
     def _completions(self, line: str) -> list[str]:
-        """What `line`, a command typed so far, may become."""
+        """The lines that `line`, a command typed so far, can be completed to."""
         command, space, argument = line.partition(" ")
         if not space:
             words = [name + " " * (name not in NO_ARGUMENT) for name in (*self._commands, *ALIASES)]
@@ -262,7 +303,7 @@ class Repl:
         return [f"/set {name} {each}" for each in values if each.startswith(value)]
 
     def _keep(self) -> None:
-        """Save the conversation that a signal ended, where the next chat tells of it."""
+        """Save the conversation that a signal ended; the next chat says where."""
         directory = state_directory()
         if directory is None or not self._conversation.messages:
             return
@@ -281,13 +322,13 @@ class Repl:
 
 
 def _interrupted() -> list[Path]:
-    """The conversations that signals ended, the last one last."""
+    """The files of conversations that signals ended, oldest first."""
     directory = state_directory()
     return sorted(directory.glob("interrupted-*.json")) if directory else []
 
 
 def _tell_of_interrupted() -> None:
-    """Say where the last interrupted conversation is, unless something was typed since then."""
+    """Say where the last interrupted conversation is, unless a message was typed after it."""
     history = history_path()
     with contextlib.suppress(OSError):
         for path in _interrupted()[-1:]:
@@ -319,7 +360,7 @@ def _unquoted(text: str) -> str:
 
 
 def _value(name: str, text: str) -> Any:
-    """The value of a setting as it was typed. stop: a text, or JSON for a text or a list of them."""
+    """The value of a setting from the text typed. stop: a text, or JSON of a text or a list of texts."""
     if text == "default":
         return None
     try:
@@ -331,12 +372,12 @@ def _value(name: str, text: str) -> Any:
     if name == "stop":
         return value if isinstance(value, list) else [value if isinstance(value, str) else text]
     if name == "logit_bias" and isinstance(value, dict):
-        return {int(id): bias for id, bias in value.items()}  # JSON has no keys but texts
+        return {int(id): bias for id, bias in value.items()}  # in JSON the keys are texts
     return value
 
 
 def _paths(start: str) -> list[str]:
-    """Files and folders whose path begins with `start`, the folders with a / at the end; ~ stays as it is."""
+    """Paths that begin with `start`; folders end in /, and a leading ~ stays as typed."""
     home = os.path.expanduser(start)
     found = sorted(glob.glob(glob.escape(home) + "*"))
     return [start + path[len(home) :] + "/" * os.path.isdir(path) for path in found]

@@ -4,8 +4,8 @@
     python run.py model.bin -i "Why is the sky blue?"
     python run.py model.bin -m generate -i "def fibonacci(n):" -n 64
 
-The story: arguments, the model, one line on stderr that says what was chosen, then one of the modes.
-stdout gets model text, or what info, perplexity and bench were asked for.
+In order: arguments, the model, one line on stderr that says what was chosen, then one of the modes. stdout
+gets the model's text, or the result of info, perplexity and bench.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Ctrl-C, SIGTERM and SIGHUP: a signal ends the program, ends the reply at hand, or is only noted.
 
-All of it is answering(): a handler for some signals, for as long as a block runs.
+All are built on answering(): a handler for some signals, for as long as a block runs.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ ENDING = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "its termi
 
 
 class Ended(KeyboardInterrupt):
-    """A signal that ends the program, as an exception, so that all that is open is closed and removed."""
+    """A signal that ends the program, as an exception, so that open files are closed and temporary ones
+    removed.
+    """
 
     def __init__(self, number: int = signal.SIGINT) -> None:
         super().__init__()
         self.number = number
         self.word = ENDING[signal.Signals(number).name]
-        self.status = 128 + number  # as a shell says it
+        self.status = 128 + number  # the shell's convention
 
 
 @contextmanager
 def answering(answer: Callable[[int, FrameType | None], None], *names: str) -> Iterator[None]:
-    """Within, `answer` handles the named signals; a signal that the caller ignores (nohup, `&`) stays ignored.
+    """Within, `answer` handles the named signals, but for those that are ignored already (nohup, `&`).
 
-    At the end the handlers of before come back, but not for a signal that got another handler meanwhile.
+    At the end the old handlers are restored, except for a signal that got another handler meanwhile.
     """
     previous = {
         number: signal.getsignal(number)
@@ -50,9 +52,10 @@ def answering(answer: Callable[[int, FrameType | None], None], *names: str) -> I
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Within, the first signal that asks the program to end raises Ended. From then on all are ignored: it ends.
+    """Within, the first signal that asks the program to end raises Ended; later ones are ignored.
 
-    A closed terminal sends two signals, and people press Ctrl-C thrice; neither disturbs what is done at the end.
+    A closed terminal sends two signals, and people press Ctrl-C again and again; cleaning up must not be
+    disturbed.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -67,9 +70,10 @@ def ending() -> Iterator[None]:
 
 @contextmanager
 def leaving_at_once(name: str) -> Iterator[None]:
-    """Within, a signal ends the process where it is: libraries that are interrupted while they load raise anything.
+    """Within, a signal ends the process at once: an exception inside a library that loads could end as any
+    error.
 
-    name: of the program, for its last line.
+    name: the program's name, for its last line.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
@@ -83,7 +87,9 @@ def leaving_at_once(name: str) -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C makes the yielded function return True; another one raises."""
+    """Within, the yielded function returns True after the first Ctrl-C; a second one raises
+    KeyboardInterrupt.
+    """
     interrupted = False
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -98,9 +104,10 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def endable() -> Iterator[Callable[[], int]]:
-    """Within, the first SIGTERM or SIGHUP acts as Ctrl-C does; the yielded function returns its number, 0 before.
+    """Within, the first SIGTERM or SIGHUP acts as Ctrl-C does; the yielded function returns its number, else
+    0.
 
-    Later ones are ignored, so that nothing disturbs what is done at the end.
+    Later ones are ignored, so that they do not disturb cleaning up.
     """
     number = 0
 

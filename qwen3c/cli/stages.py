@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    """Settings, and the threads they run on."""
+    """The Settings of a run; sets PyTorch's threads too."""
     import torch
 
     from ..system.machine import default_threads
@@ -37,14 +37,16 @@ def _settings(args: argparse.Namespace) -> Settings:
         warmup=max(1, args.steps // 20) if args.warmup is None else args.warmup,
         **{
             name: getattr(args, name)
-            for name in ("steps", "batch", "micro_batch", "learning_rate", "min_learning_rate", "weight_decay", "clip",
-                         "precision", "seed", "evaluate_every", "checkpoint_every", "keep", "shard", "compile", "quiet")
+            for name in ("steps", "batch", "micro_batch", "learning_rate", "min_learning_rate",
+                         "weight_decay", "clip", "precision", "seed", "evaluate_every", "checkpoint_every",
+                         "keep", "shard",
+                         "compile", "quiet")
         },
     )  # fmt: skip
 
 
 def _checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint to go on from. TrainingError if there is something in the way that nobody asked to replace."""
+    """The checkpoint to resume from, None for a new run. TrainingError if -o holds something else."""
     found = checkpoints(args.out)
     if found and args.resume:
         return found[-1]
@@ -121,7 +123,7 @@ def _pretrain(args: argparse.Namespace, telling: Telling) -> None:
 
 
 def _keep_out_of_data(args: argparse.Namespace) -> None:
-    """TrainingError if the run would write into a folder that it reads all of."""
+    """TrainingError if the run would write into a folder whose files are its training data."""
     for path in [*args.data, *(args.validation or [])]:
         if path.is_dir() and args.out.resolve().is_relative_to(path.resolve()):
             raise TrainingError(

@@ -1,4 +1,4 @@
-"""The ways in: `qwen3c`, `qwen3c-export` and `qwen3c-train`, `python -m qwen3c`, and the scripts in the root."""
+"""Entry points: `qwen3c`, `qwen3c-export`, `qwen3c-train`, `python -m qwen3c`, the scripts in the root."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def train() -> int:
 
 
 def _start(command: str) -> int:
-    """Ctrl-C while the modules load, or at the very end, is an end without a traceback; between, main() answers it."""
+    """Import a command and run it. Ctrl-C during the import, or at the very end, gives no traceback."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     status: int = importlib.import_module(f".{command}", __package__).main()

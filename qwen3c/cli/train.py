@@ -24,11 +24,11 @@ from .train_options import SCRIPT, parse
 
 LIBRARIES = ("torch", "transformers", "accelerate", "matplotlib")
 NEEDED = "needs the extra `train`: pip install torch==2.13.0, then pip install -e '.[train]'"
-SMALLER_BATCH = "a smaller --micro-batch or --context takes less"  # where memory runs out
+SMALLER_BATCH = "a smaller --micro-batch or --context takes less"  # said when memory runs out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command train.py; its exit status, as cli/command.py lists them. 2 is also a loss that diverged."""
+    """The command train.py; its exit status, as cli/command.py lists them, and 2 if the loss diverges."""
     return answer(
         argv, script=SCRIPT, parse=parse, work=_work, ended=lambda args, word: word, cure=SMALLER_BATCH
     )
@@ -56,7 +56,8 @@ def _load_libraries() -> None:
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"training {NEEDED} ({', '.join(missing)} missing)")
-    from accelerate import Accelerator  # noqa: F401  (what takes seconds is imported here, where that is told)
+    # these take seconds to import: do it here, where a status line says so
+    from accelerate import Accelerator  # noqa: F401
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM  # noqa: F401
     from transformers.utils import logging
 
@@ -66,7 +67,7 @@ def _load_libraries() -> None:
 
 @contextlib.contextmanager
 def _memory_of_torch() -> Iterator[None]:
-    """Within, the RuntimeError that PyTorch raises for want of memory is a MemoryError, which says what takes less."""
+    """Within, PyTorch's RuntimeError about too little memory becomes a MemoryError, which has advice."""
     try:
         yield
     except RuntimeError as error:

@@ -11,12 +11,12 @@ from ..training.shapes import PRESETS, Shape
 from .command import Parser, at_least
 
 SCRIPT = "train.py"
-# None where nobody gave them, so that it can be told from a default
+# their defaults are None, to tell whether the user gave them
 NEW_MODEL = {"preset": "nano", "tokenizer": "bpe", "vocab_size": 4096}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """A stage and its options, defaults filled in; exits after what cannot be meant."""
+    """A stage and its options, with defaults; exits with an error if they are wrong."""
     parser = new_parser()
     args = parser.parse_args(argv)
     if args.resume and args.force:
@@ -52,7 +52,7 @@ class _StageParser(Parser):
 
 
 def new_parser() -> Parser:
-    """The stages and their options in the order of --help."""
+    """The parser; stages and options are in the order of --help."""
     parser = Parser(
         SCRIPT, description="Train a model: text in, a Hugging Face directory out, which export.py reads."
     )
@@ -142,7 +142,7 @@ def _new_model_arguments(parser: Parser) -> None:
 
 
 def _common_arguments(parser: Parser, **defaults: float) -> None:
-    """The options of every stage. defaults: of steps, batch, micro_batch and learning_rate."""
+    """Add the options of every stage. defaults: those of steps, batch, micro_batch and learning_rate."""
     add = parser.add_argument
     add("-o", "--out", type=Path, required=True, metavar="DIR",
         help="where the model, checkpoints and metrics go")  # fmt: skip

@@ -1,1 +1,1 @@
-"""From what people have to a model.bin: Hugging Face directories, GGUF files, LoRA adapters. Inference needs none of it."""
+"""Hugging Face directories, GGUF files and LoRA adapters -> model.bin. Inference needs none of this."""

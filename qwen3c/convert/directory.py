@@ -32,7 +32,7 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 class Directory:
     """The files of a directory; leaving the `with` block closes those that were opened. A Source.
 
-    expected: the file that makes it such a directory, for the error if there is no directory at all.
+    expected: the file that such a directory must have; the error names it if there is no directory.
     """
 
     group_size = 64
@@ -66,9 +66,10 @@ class Directory:
         return self.keys("generation_config.json", optional=True)
 
     def tokenizer(self) -> tuple[Path, bytes]:
-        """With a step that puts bos_token first, if tokenizer_config.json alone asks for it.
+        """tokenizer.json, with a step added that puts bos_token first if only tokenizer_config.json asks for
+        that.
 
-        transformers adds it for LlamaTokenizerFast, which is what DeepSeek's distilled models name.
+        transformers does this for LlamaTokenizerFast, the class that DeepSeek's distilled models name.
         """
         path, data = self.path("tokenizer.json"), self.bytes("tokenizer.json", format.MAX_TOKENIZER)
         keys = self.keys("tokenizer_config.json", optional=True)
@@ -91,7 +92,7 @@ class Directory:
         return path, data if puts_it_already else _with_opening(data, str(bos), id)
 
     def template(self) -> str:
-        """From chat_template.jinja, else tokenizer_config.json, else chat_template.json."""
+        """The chat template of chat_template.jinja, else tokenizer_config.json, else chat_template.json."""
         if self.exists("chat_template.jinja"):
             return self.text("chat_template.jinja")
         for name in ("tokenizer_config.json", "chat_template.json"):
@@ -109,7 +110,7 @@ class Directory:
         return ""
 
     def special_tokens(self) -> dict[str, str]:
-        """From tokenizer_config.json, where each is text or {"content": text}."""
+        """The special tokens of tokenizer_config.json, where each is text or {"content": text}."""
         values, result = self.keys("tokenizer_config.json", optional=True).values, {}
         for key in _SPECIAL_TOKENS:
             value = values.get(key)
@@ -119,7 +120,7 @@ class Directory:
         return result
 
     def licence(self) -> str | None:
-        """`license:` in the front matter of the model card."""
+        """The value of `license:` in the front matter of the model card."""
         if not self.path("README.md").is_file():
             return None
         card = self.bytes("README.md").decode(errors="replace")
@@ -166,7 +167,7 @@ class Directory:
             raise SourceError(f"{self.path(name)}: is not UTF-8: byte {error.start}") from None
 
     def keys(self, name: str, optional: bool = False) -> Keys:
-        """The JSON object in a file; a file that may be missing is then an empty object."""
+        """The JSON object in a file. optional: a missing file counts as an empty object."""
         path = self.path(name)
         return Keys(path, {} if optional and not self.exists(name) else parse_json(path, self.bytes(name)))
 
@@ -203,7 +204,7 @@ def _shards(files: Directory) -> dict[str, set[str] | None]:
         raise SourceError(f"{index.path}: weight_map is not an object that names tensors")
     shards: dict[str, set[str] | None] = {}
     for name, file_name in sorted(weight_map.items()):
-        # only files beside the index: no path, no drive
+        # a file name alone: an index must not lead to other folders
         if not isinstance(file_name, str) or not re.fullmatch(r"[^/\\:\0]+\.safetensors", file_name):
             raise SourceError(
                 f"{index.path}: {cut(name)}: {shown(file_name)} is not the name of a safetensors file"
@@ -235,11 +236,11 @@ def open_safetensors(files: Directory, file_name: str) -> dict[str, StoredTensor
     if end != file_size:
         raise SourceError(f"{path}: {file_size} bytes, its header describes {end} (cut short?)")
     try:
-        # the library's own checks: overlap, holes, sizes that do not follow from dtype and shape
+        # the library checks for overlap, holes, and sizes that do not follow from dtype and shape
         with safe_open(path, "numpy"):
             return tensors
     except SafetensorError as error:
         raise SourceError(f"{path}: {cut(error)}") from None
-    except OSError:  # it is open already: what the library says, no such file, is not so
+    except OSError:  # the library says "no such file", which is wrong: the file is open already
         limit = reason(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
         raise SourceError(f"{path}: cannot be opened a second time: {limit}") from None

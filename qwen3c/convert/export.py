@@ -32,7 +32,7 @@ from .lora import merge
 from .quantise import Converted, Slice, stream
 from .source import Source, SourceError, cut
 
-ProgressCallback = Callable[[int, int], None]  # bytes of the source done, and all
+ProgressCallback = Callable[[int, int], None]  # bytes of the source done, and in all
 
 
 @dataclass
@@ -46,7 +46,7 @@ class KindError:
 
     @property
     def relative(self) -> float:
-        """Root mean square of the error over that of the weights."""
+        """rms of the error / rms of the weights."""
         return math.sqrt(self.squared_error / self.squared_weight) if self.squared_weight else 0.0
 
 
@@ -57,15 +57,15 @@ class Report:
     path: Path
     name: str
     file_size: int = 0
-    source_size: int = 0  # bytes of the source's tensors, and how many of them are converted
+    source_size: int = 0  # bytes of the source's tensors; bytes of them converted so far
     source_done: int = 0
     seconds: float = 0.0
-    anonymous_bytes: int = 0  # most seen at once; 0 where the system does not tell
+    anonymous_bytes: int = 0  # most seen after any slice; 0 where the system does not tell
     errors: dict[str, KindError] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def add(self, piece: Slice, converted: Converted) -> None:
-        """Count a slice as done, add its error to its kind, and look how much memory is in use."""
+        """Count a slice as done, add its error to that of its kind, and measure the memory in use."""
         self.source_done += converted.source_size
         self.anonymous_bytes = max(self.anonymous_bytes, anonymous_bytes())
         if not piece.tensor.quantized:
@@ -110,11 +110,11 @@ def export(
 
     force: replace `target` whatever it is. Without it only a model.bin or an empty file is replaced.
     group_size: weights that share a scale (default: 64; 32 for a GGUF file with Q8_0 weights).
-    threads: for the quantisation (default: cpu.default_threads()); the result does not depend on it.
+    threads: for the quantisation (default: machine.default_threads()); the result does not depend on it.
     name: what the model calls itself (default: from config.json).
     lora: directory of a PEFT adapter, merged into the weights on their way.
-    yarn: stretch the context of a model of default rope by this factor. yarn_attn_factor: the factor on cos and
-    sin, in place of what transformers computes from the configuration.
+    yarn: stretch the context of a model of default rope by this factor. yarn_attn_factor: the factor on cos
+    and sin, in place of what transformers computes from the configuration.
     Raises SourceError or OSError; the target is then what it was before.
     """
     start = time.monotonic()
@@ -159,7 +159,10 @@ class ExportEstimate:
         weights = f"{self.config.n_parameters / 1e6:,.1f} M parameters, {gib(self.source_size)} of weights"
         verdict = "fits" if self.file_size <= self.free else "does not fit"
         yield f"{self.name}: {weights} as they are"
-        yield f"file: {gib(self.file_size)} ({self.file_size:,} bytes), INT8 in groups of {self.config.group_size}"
+        yield (
+            f"file: {gib(self.file_size)} ({self.file_size:,} bytes), INT8 in groups of "
+            f"{self.config.group_size}"
+        )
         yield f"disk: {gib(self.free)} free in {self.directory}: {verdict}"
         yield ""
         yield from memory.lines(self.config, self.file_size, self.tokenizer_size)
@@ -175,7 +178,7 @@ def estimate(
     yarn: float | None = None,
     yarn_attn_factor: float | None = None,
 ) -> ExportEstimate:
-    """What `export` with the same arguments would take; without a target, beside the caller.
+    """What `export` with these arguments would take. Without a target the current directory counts.
 
     No weight is read and nothing is written. Raises SourceError or OSError, as export does.
     """
@@ -207,7 +210,7 @@ def _writer(path: Path, checkpoint: Checkpoint) -> format.ModelWriter:
 
 
 def _check_target(target: str | os.PathLike[str], source: Source, force: bool) -> Path:
-    """Where the file will really be (a link stays a link), if it can be there."""
+    """The path to write, symbolic links followed. SourceError if no file can be written there."""
     path = Path(os.path.realpath(target))
     if path.is_dir():
         raise SourceError(f"{target}: is a directory; name the file to write")
@@ -236,7 +239,7 @@ def _check_space(path: Path, needed: int) -> None:
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file backs; 0 where the system does not tell."""
+    """Bytes of memory of this process that no file backs; 0 where the system does not tell."""
     try:
         resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
     except OSError:

@@ -1,4 +1,4 @@
-"""A GGUF file as a Source: what its keys and tensors are in transformers' words.
+"""A GGUF file as a Source: its keys and tensors under the names that transformers uses.
 
     general.*, ARCH.*        -> the keys of config.json and generation_config.json
     tokenizer.ggml.*         -> tokenizer.json, rebuilt (gguf_vocabulary.py), and special tokens
@@ -36,7 +36,9 @@ _NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_ROPE_FACTORS = "rope_freqs.weight"  # (head_dim / 2,): what divides each frequency of Llama 3.1 and later
+_ROPE_FACTORS = (
+    "rope_freqs.weight"  # (head_dim / 2,) divisors of the rotary frequencies, of Llama 3.1 and later
+)
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -122,13 +124,15 @@ class GGUF:
             file.close()
 
     def config(self) -> Keys:
-        """The keys of config.json. head_count_kv and key_length have the defaults that the specification gives them."""
+        """The keys of config.json; head_count_kv and key_length have their defaults of the GGUF
+        specification.
+        """
         keys, own = self._keys, f"{self.architecture}."
         expert_keys = _EXPERT_KEYS if self.architecture == "qwen3moe" else {}
         self._check_keys({*_KNOWN_KEYS, *expert_keys.values()})
         required = _CONFIG_KEYS | expert_keys
         config = {name: keys.require(own + key) for name, key in required.items()}
-        if expert_keys:  # what GGUF does not say, llama.cpp does always
+        if expert_keys:  # GGUF has no key for these; llama.cpp always does so
             config |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
         n_heads = keys.integer(f"{own}attention.head_count")
         embedding = self._infos.get("token_embd.weight")
@@ -155,7 +159,9 @@ class GGUF:
         return Keys(self.location, {"head_dim": head_dim}).integer("head_dim")
 
     def _check_keys(self, known: set[str]) -> None:
-        """Raise SourceError if a key of this architecture is not in `known`, or asks for what this engine does not do."""
+        """SourceError for a key of this architecture that is not in `known`, or that asks for what the engine
+        lacks.
+        """
         keys, own = self._keys, f"{self.architecture}."
         for key in keys.values:
             if key.startswith(own) and key.removeprefix(own) not in known:
@@ -164,16 +170,18 @@ class GGUF:
             ("attention.value_length", self.head_dim),
             ("rope.dimension_count", self.head_dim),
             ("attention.causal", True),
-            ("rope.scaling.attn_factor", 1.0),  # converters do not agree what it multiplies
+            # refused otherwise: converters disagree about what it multiplies
+            ("rope.scaling.attn_factor", 1.0),
         ):
             value = keys.values.get(own + key, only)
             if value != only:
                 raise SourceError(f"{keys.path}: {own}{key} is {shown(value)}, supported: {only!r}")
 
     def _llama3_scaling(self, config: dict[str, Any]) -> dict[str, Any] | None:
-        """rope_scaling of config.json from the factors that follow from it, if the file has them.
+        """rope_scaling of config.json, recovered from the frequency divisors that follow from it; None
+        without them.
 
-        Only `factor` differs between the Llamas there are; factors that come of other numbers are refused.
+        Known Llamas differ in `factor` alone; divisors that no `factor` gives are refused.
         """
         import numpy as np
 
@@ -190,7 +198,7 @@ class GGUF:
         factors = to_float32(data, info.kind)
         scaling = {"rope_type": "llama3", "factor": float(factors.max())}
         scaling |= {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        with np.errstate(all="ignore"):  # a base that is no base is refused with the other numbers
+        with np.errstate(all="ignore"):  # an invalid base is refused later, with the other numbers
             plain, scaled = (
                 inverse_frequencies(read_rope(Keys(self.location, config | rope), self.head_dim))
                 for rope in ({}, {"rope_scaling": scaling})
@@ -245,7 +253,8 @@ class GGUF:
 class _PairedRows(StoredTensor):
     """q_proj or k_proj of a Llama, whose heads GGUF stores for a rotary embedding of neighbouring rows.
 
-    There pair i of a head is rows 2i and 2i + 1; here, as in transformers, rows i and i + head_dim / 2.
+    In the file, pair i of a head is rows 2i and 2i + 1; read() gives rows i and i + head_dim / 2, as
+    transformers does.
     """
 
     head_dim: int
@@ -261,7 +270,7 @@ class _PairedRows(StoredTensor):
 
 
 def _check_kind(keys: Keys) -> str:
-    """Return the architecture; SourceError unless the file holds one whole model of a supported architecture."""
+    """The architecture. SourceError unless the file is one whole model of a supported architecture."""
     kind = keys.values.get("general.type", "model")
     if kind != "model":
         raise SourceError(f"{keys.path}: general.type is {shown(kind)}, expected 'model'")
@@ -280,7 +289,7 @@ def _check_kind(keys: Keys) -> str:
 
 
 def _rope_scaling(keys: Keys, architecture: str) -> dict[str, Any] | None:
-    """rope_scaling of config.json; what kinds there are, and what each needs, is checked there."""
+    """rope_scaling of config.json, from the keys rope.scaling.*; rope.py checks its type and numbers."""
     prefix = f"{architecture}.rope.scaling."
     kind = keys.values.get(f"{prefix}type", "none")
     if kind == "none":

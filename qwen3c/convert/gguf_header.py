@@ -30,20 +30,22 @@ MAX_HEADER = 64 << 20  # bytes before the data, most of them the vocabulary
 MAX_ENTRIES = 1 << 16  # keys, and tensors
 MAX_ITEMS = (
     1 << 21
-)  # of all arrays that are read item by item; a vocabulary of 262,144 tokens has half as many
-SHORT = 64  # items of an array that is read whatever it is called
+)  # items of all arrays that are read, together; twice those of a vocabulary of 262,144 tokens
+SHORT = 64  # an array of at most so many items is read whatever its name is
 MAX_DIMENSIONS = 4
 
-# kind of a value -> struct code; 8 and 9 are texts and arrays
+# kind of a value -> struct code; kind 8 is text, kind 9 an array
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY, _FLOAT32 = 8, 9, 6
-# The arrays that are read, whatever their length
+# Arrays that are read even if they are long
 _READ = {f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")}
 
 # kind of a tensor -> its name in ggml
 TENSOR_KINDS = dict(enumerate(
-    "F32 F16 Q4_0 Q4_1 Q4_2 Q4_3 Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S "
-    "IQ4_NL IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M BF16 Q4_0_4_4 Q4_0_4_8 Q4_0_8_8 TQ1_0 TQ2_0 IQ4_NL_4_4 "
+    "F32 F16 Q4_0 Q4_1 Q4_2 Q4_3 Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS "
+    "IQ1_S "
+    "IQ4_NL IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M BF16 Q4_0_4_4 Q4_0_4_8 Q4_0_8_8 TQ1_0 TQ2_0 "
+    "IQ4_NL_4_4 "
     "IQ4_NL_4_8 IQ4_NL_8_8 MXFP4 NVFP4".split()
 ))  # fmt: skip
 
@@ -53,7 +55,7 @@ class Info:
     """What the header says about one tensor."""
 
     name: str
-    shape: tuple[int, ...]  # slowest dimension first, as everywhere else
+    shape: tuple[int, ...]  # slowest dimension first (the file has the fastest first)
     kind: str
     offset: int  # of its first byte in the file
 
@@ -74,14 +76,14 @@ class Skipped:
 
 
 class Header:
-    """The header of an open file, read from the start; no step past its end or past MAX_HEADER."""
+    """The header of an open file, read from the start, never past the file's end or MAX_HEADER."""
 
     def __init__(self, path: Path, file: FileIO) -> None:
         self.path = path
         self.file = open(file.fileno(), "rb", closefd=False)
         self.file_size = os.fstat(file.fileno()).st_size
         self.position = 0
-        self.items = 0  # of arrays, read so far
+        self.items = 0  # array items read so far
 
     def read(self) -> tuple[Keys, dict[str, Info]]:
         """The keys, and the tensors in file order."""
@@ -122,7 +124,7 @@ class Header:
         return data
 
     def check(self, n: int, what: str) -> None:
-        """The next n bytes are in the file, and before MAX_HEADER."""
+        """SourceError unless the next n bytes are in the file and before MAX_HEADER."""
         if n > min(self.file_size, MAX_HEADER) - self.position:
             of_file = f"the file has {self.file_size}"
             limit = of_file if self.file_size < MAX_HEADER else f"at most {MAX_HEADER}"
@@ -147,7 +149,7 @@ class Header:
         return self.scalars(kind, key, 1)[0]
 
     def array(self, kind: int, key: str, n: int) -> list[Any] | Skipped:
-        """The items of an array that is needed or short; of any other array only the number of items is kept."""
+        """The items of an array if it is needed or short, else Skipped, which has only their number."""
         name, is_read = shown(key), key in _READ or n <= SHORT
         if is_read or kind == _TEXT:
             self.items += n
@@ -165,7 +167,7 @@ class Header:
         return Skipped(n)
 
     def texts(self, name: str, n: int) -> Iterator[str]:
-        """n texts, one after the other; there may be a million, so nothing is called for each that need not be."""
+        """The next n texts. There may be a million, so the loop avoids calls."""
         read, end = self.file.read, min(self.file_size, MAX_HEADER)
         for i in range(n):
             size = int.from_bytes(read(8), "little")
@@ -184,7 +186,7 @@ class Header:
             return list(struct.unpack(f"<{n}{_SCALARS[kind]}", data))
         import numpy as np
 
-        # the shortest decimal: 1e-06, as config.json says it, not 9.999999974752427e-07
+        # the shortest decimal that gives this float32: 1e-06, as in config.json, not 9.999999974752427e-07
         return [float(str(x)) for x in np.frombuffer(data, "<f4")]
 
     def scalar_size(self, kind: int, key: str) -> int:

@@ -1,4 +1,4 @@
-"""The vocabulary of a GGUF file -> tokenizer.json, rebuilt as Hugging Face's tokenizers have it."""
+"""The vocabulary of a GGUF file -> the tokenizer.json that it was made from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
 def _pattern(digits: str) -> str:
-    """The split of GPT-4's kind: contractions, words, `digits`, punctuation, newlines, spaces."""
+    """A split pattern of GPT-4's kind: contractions, words, `digits` (a pattern), punctuation, newlines,
+    spaces.
+    """
     return (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
         + digits
@@ -22,19 +24,19 @@ def _pattern(digits: str) -> str:
 
 @dataclass(frozen=True)
 class _PreTokenizer:
-    """What the name in tokenizer.ggml.pre stands for."""
+    """The settings that a name in tokenizer.ggml.pre stands for."""
 
     pattern: str
     nfc: bool
     ignore_merges: bool  # a whole word that is a token is that token, whatever the merges
-    add_bos: bool  # where tokenizer.ggml.add_bos_token does not say
+    add_bos: bool  # the default of tokenizer.ggml.add_bos_token
 
 
 _QWEN2 = _PreTokenizer(_pattern(r"\p{N}"), nfc=True, ignore_merges=False, add_bos=False)
 _LLAMA3 = _PreTokenizer(_pattern(r"\p{N}{1,3}"), nfc=False, ignore_merges=True, add_bos=True)
 PRE_TOKENIZERS = {"qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "llama-bpe": _LLAMA3}
 
-# Control tokens that end a text whoever the model's maker is; the file names but one or two ids
+# Control tokens that end a text in any model that has them; the file's keys name only one or two ids
 _END_TOKENS = {
     *("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"),
     "<｜end▁of▁sentence｜>",
@@ -64,7 +66,7 @@ class GGUFVocabulary:
         self.special_tokens = self._special_tokens()
 
     def tokenizer_json(self) -> str:
-        """tokenizer.json; what is wrong in the merges, tokenizers itself will say."""
+        """The text of a tokenizer.json. The library `tokenizers` checks its merges."""
         n = self.kinds.count(_NORMAL)
         added = [
             {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False}
@@ -132,7 +134,7 @@ class GGUFVocabulary:
         return merges
 
     def _bos_processor(self) -> dict[str, Any]:
-        """Puts the begin-of-text token before a text, where special tokens are asked for."""
+        """The step of tokenizer.json that puts the begin-of-text token before a text."""
         bos = self.special_tokens.get("bos_token")
         if bos is None:
             raise self._fault("tokenizer.ggml.add_bos_token is set, but there is no bos_token_id")
@@ -146,7 +148,9 @@ class GGUFVocabulary:
         }
 
     def _eos_ids(self) -> list[int]:
-        """eos, end of turn, end of message, and what else ends a text by its name."""
+        """Ids that end a text: those of the keys for eos, end of turn and end of message, and tokens known by
+        name.
+        """
         ids = [self._id("eos"), self._id("eot"), self._id("eom")]
         ids += [i for i, t in enumerate(self.tokens) if t in _END_TOKENS and self.kinds[i] == _CONTROL]
         found = list(dict.fromkeys(i for i in ids if i is not None))
@@ -155,7 +159,9 @@ class GGUFVocabulary:
         return found
 
     def _special_tokens(self) -> dict[str, str]:
-        """bos_token and the like. A bos_token that is never put before a text is left out: Qwen's files name one."""
+        """bos_token and the like; no bos_token, which Qwen's files name too, if it is never put before a
+        text.
+        """
         ids = {
             name: self._id(name)
             for name in ("bos", "eos", "padding", "unknown")

@@ -1,4 +1,4 @@
-"""A model in transformers' words, read and checked: everything the exporter needs and nothing it has to guess.
+"""A Source -> a Checkpoint: everything the exporter needs to know of a model, read and checked.
 
     config.json (transformers 4 and 5 dialects)    -> format.Config
     generation_config.json, special tokens         -> metadata: where a text ends, sampling defaults, origin
@@ -33,9 +33,9 @@ from .source import (
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the name of an architecture says and its config.json does not."""
+    """What is known of an architecture by its name alone, without its config.json."""
 
-    number: int  # in format.ARCHITECTURES
+    number: int  # its number in format.ARCHITECTURES
     qk_norm: bool
     qkv_bias: bool
     experts: bool = False
@@ -106,7 +106,7 @@ class Checkpoint:
         yarn: float | None = None,
         yarn_attn_factor: float | None = None,
     ) -> None:
-        """yarn: stretch a model of default rope by this factor. yarn_attn_factor: its factor on cos and sin."""
+        """yarn: stretch a default rope by this factor. yarn_attn_factor: its factor on cosine and sine."""
         self.source = source
         if group_size is not None and group_size not in format.GROUP_SIZES:
             sizes = ", ".join(map(str, format.GROUP_SIZES))
@@ -125,7 +125,7 @@ class Checkpoint:
         self.template = source.template()
         stored = source.tensors()
         if "embed_tokens.weight" in stored:
-            # saved without a head, as Qwen3-Embedding is: the embedding stands in
+            # saved without a head, as Qwen3-Embedding is: use the embedding as the head
             stored = {f"model.{tensor}": stored[tensor] for tensor in stored}
             self.config = replace(self.config, tied_embedding=True)
         self.tensors = _open_tensors(source, stored, self.config)
@@ -137,7 +137,7 @@ class Checkpoint:
         return sum(tensor.size for tensor in self.tensors.values())
 
     def _metadata(self, keys: Keys, name: str | None) -> dict[str, Any]:
-        """What docs/FORMAT.md says about the model itself."""
+        """The metadata section of model.bin (docs/FORMAT.md)."""
         generation = self.source.generation()
         return {
             "name": name or _base_name(keys.values) or _describe_size(self.config),
@@ -149,7 +149,9 @@ class Checkpoint:
         }
 
     def _provenance(self, architecture: str, config: dict[str, Any]) -> dict[str, Any]:
-        """Where the model comes from. It depends on the contents of files, never on their names, their split or a date."""
+        """Where the model comes from: a function of the contents of files, never of their names, split or
+        dates.
+        """
         from .. import __version__
 
         licence = self.source.licence()
@@ -169,7 +171,7 @@ class Checkpoint:
 
 
 def _supported_architecture(keys: Keys) -> str:
-    """The architecture's name, if it and every key that would change the forward pass are supported."""
+    """The architecture's name. SourceError if it, or a key that changes the pass, is not supported."""
     for key in ("quantization_config", "compression_config"):
         quantization = keys.values.get(key)
         if quantization is not None:
@@ -219,7 +221,7 @@ def _read_config(
         qkv_bias=architecture.qkv_bias,
     )
     try:
-        format.check_config(config)  # also that rope_theta is in range
+        format.check_config(config)  # checks the range of every field, rope_theta too
     except ValueError as error:
         others = [size for size in format.GROUP_SIZES if _is_sound(replace(config, group_size=size))]
         if others:
@@ -257,7 +259,7 @@ def _read_experts(keys: Keys) -> dict[str, Any]:
 
 
 def _head_dim(keys: Keys, architecture: Architecture) -> int:
-    """head_dim, which Qwen2 and Llama leave to hidden_size / num_attention_heads."""
+    """head_dim; Qwen2 and Llama may omit it, then it is hidden_size / num_attention_heads."""
     if "head_dim" not in architecture.implied or keys.values.get("head_dim") is not None:
         return keys.integer("head_dim")
     dim, n_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
@@ -269,7 +271,7 @@ def _head_dim(keys: Keys, architecture: Architecture) -> int:
 
 
 def _longer(keys: Keys, config: format.Config, rope: Rope) -> format.Config:
-    """`config` with the context that a rope stretched by the user reaches."""
+    """`config` with the longer context of a rope that the user has stretched (--yarn)."""
     config = replace(config, context=int(rope.factor * rope.original_context))
     try:
         format.check_config(config)
@@ -312,7 +314,7 @@ def thinking_kind(template: str) -> str:
 
 
 def _eos_token_ids(config: Keys, generation: Keys, n_tokens: int) -> list[int]:
-    """The union of both files' eos_token_id: Qwen3 ends on ids that only one of them names."""
+    """The union of eos_token_id of config.json and generation_config.json: each may lack an id (Qwen3)."""
     found = []
     for keys in (config, generation):
         value = keys.values.get("eos_token_id")
@@ -333,7 +335,7 @@ def _base_name(config: dict[str, Any]) -> str:
 
 
 def _describe_size(config: format.Config) -> str:
-    """Such as "Qwen3 596M"."""
+    """A name for a model without one, such as "Qwen3 596M"."""
     n = config.n_parameters
     unit, letter = next((u, letter) for u, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if n >= u)
     return f"{format.ARCHITECTURES[config.architecture].capitalize()} {n / unit:.3g}{letter}"
@@ -369,9 +371,10 @@ def _open_tensors(
 
 
 def _split_experts(stored: dict[str, StoredTensor], config: format.Config) -> dict[str, StoredTensor]:
-    """`stored` with the matrices of experts that are fused into one tensor, (n_experts, rows, columns), by name.
+    """`stored` with each tensor of fused experts (n_experts, rows, columns) replaced by the experts'
+    matrices.
 
-    gate_up holds the rows of gate, then those of up, of each expert; GGUF has a tensor for each of the three.
+    gate_up holds, for each expert, the rows of gate, then of up. GGUF has three tensors: gate, up and down.
     """
     result: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
@@ -388,7 +391,7 @@ def _split_experts(stored: dict[str, StoredTensor], config: format.Config) -> di
 
 
 def _experts_of(tensor: StoredTensor, prefix: str, kinds: list[str]) -> dict[str, StoredTensor]:
-    """The matrices in a fused tensor, by name; what each is called says where in the tensor it is."""
+    """The matrices in a fused tensor by name. kinds: the projections it holds for each expert, in order."""
     n_experts, rows, columns = tensor.shape
     rows //= len(kinds)
     result, offset = {}, tensor.offset
@@ -402,5 +405,5 @@ def _experts_of(tensor: StoredTensor, prefix: str, kinds: list[str]) -> dict[str
 
 
 def _is_redundant(name: str, config: format.Config) -> bool:
-    """A tied head is a copy of the embedding; inverse frequencies follow from rope_theta."""
+    """Whether a tensor can be ignored: a tied head (it copies the embedding), or inverse frequencies."""
     return (name == "lm_head.weight" and config.tied_embedding) or name.endswith("rotary_emb.inv_freq")

@@ -5,11 +5,13 @@
 
     W' = W + s B A,  s = alpha / r, or alpha / sqrt(r) (rsLoRA)       Hu et al. 2021; Kalajdzievski 2023
 
-as peft's merge_and_unload computes it, in float32: W (rows, columns), A (r, columns), B (rows, r). What would make
-peft compute anything else is refused by name. Nothing is kept in memory: the rows of B and A are read with those of W.
+as peft's merge_and_unload computes it, in float32: W (rows, columns), A (r, columns), B (rows, r). A key by
+which peft would compute anything else is refused by name. Nothing is kept in memory: rows of B and A are read
+together with those of W.
 
-transformers 5 holds the experts of a layer in two parameters, (n_experts, rows, columns), which peft adapts as
-target_parameters: A (n_experts r, columns) has r rows for each expert, B (rows, r n_experts) every n_experts-th column.
+transformers 5 holds the experts of a layer in two parameters, (n_experts, rows, columns), which peft adapts
+as target_parameters: A (n_experts r, columns) has r rows for each expert, B (rows, r n_experts) every
+n_experts-th column.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ _PREFIX = "base_model.model."
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate|up|down)_proj\.weight")  # a tensor of the checkpoint
 _FUSED = re.compile(r".*\.experts\.(gate_up|down)_proj")  # a parameter in transformers
 
-# Keys that are honoured, and keys of training or of where things came from. All others must be empty.
+# Keys that merge() uses, and keys that concern only training or origin. All others must be empty.
 _HONOURED = {
     *(
         "peft_type",
@@ -50,7 +52,7 @@ _HONOURED = {
     ),
     *("exclude_modules", "layers_to_transform", "init_lora_weights"),
     "target_parameters",
-    "fan_in_fan_out",  # peft ignores it where the base has Linear layers, as all of ours have
+    "fan_in_fan_out",  # peft ignores it for Linear layers, and all supported models have those
 }
 _WITHOUT_EFFECT = {
     *(
@@ -64,15 +66,15 @@ _WITHOUT_EFFECT = {
     *("task_type", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "ensure_weight_tying"),
 }
-# The other kinds of start (PiSSA, OLoRA, CorDA, LoftQ, ...) change the base as well
+# Other initialisations (PiSSA, OLoRA, CorDA, LoftQ, ...) change the base weights as well
 _INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def merge(checkpoint: Checkpoint, adapter: Directory) -> None:
     """Make the tensors of `checkpoint` that the adapter changes deliver the changed weights.
 
-    Raises SourceError, before any weight is read, where the adapter is damaged, asks for something else than
-    LoRA, or was trained on a model of another shape.
+    Raises SourceError, before any weight is read, if the adapter is damaged, is no plain LoRA, or was trained
+    on a model of another shape.
     """
     keys = adapter.keys(CONFIG_NAME)
     _check_keys(keys)
@@ -99,7 +101,7 @@ def merge(checkpoint: Checkpoint, adapter: Directory) -> None:
 def _adapt(
     keys: Keys, checkpoint: Checkpoint, target: str, names: list[str], a: StoredTensor, b: StoredTensor
 ) -> None:
-    """Merge A and B into the tensors that make up `target`: of each expert in turn, in the order of their rows."""
+    """Merge A and B into the tensors that make up `target`, expert by expert, in the order of the rows."""
     first = checkpoint.tensors[names[0]]
     n_experts = checkpoint.config.n_experts if _FUSED.fullmatch(target) else 1
     n_parts = len(names) // n_experts
@@ -140,7 +142,8 @@ class MergedTensor(StoredTensor):
 
         row_size = 4 * self.shape[1]
         first, n = start // row_size, len(out) // row_size
-        with np.errstate(all="ignore"):  # what is not finite is refused, by place, when it is quantised
+        # quantising refuses values that are not finite, and says where they are
+        with np.errstate(all="ignore"):
             a, b = _rows(self.a, 0, self.a.shape[0]), _rows(self.b, first, n)[:, self.b_columns]
             delta = self.scale * (b.astype(np.float64) @ a.astype(np.float64))
             merged = _rows(self.base, first, n) + delta.astype(np.float32)
@@ -183,7 +186,7 @@ def _check_keys(keys: Keys) -> None:
 
 
 def _pairs(adapter: Directory) -> dict[str, tuple[StoredTensor, StoredTensor]]:
-    """Module -> its A and B, from tensors all of which are known by name."""
+    """Module -> its (A, B). SourceError for a tensor that is neither."""
     path = adapter.path(TENSORS_NAME)
     if not adapter.exists(TENSORS_NAME):
         pickle = adapter.exists("adapter_model.bin")
@@ -211,7 +214,9 @@ def _pairs(adapter: Directory) -> dict[str, tuple[StoredTensor, StoredTensor]]:
 
 
 def _parameters(keys: Keys, checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """Parameter of transformers' that target_parameters names -> the tensors that make it up, in order."""
+    """Each parameter of transformers that target_parameters names -> the checkpoint's tensors in it, in
+    order.
+    """
     targets = keys.values.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
         raise SourceError(f"{keys.path}: target_parameters is {shown(targets)}, expected a list of names")
@@ -243,9 +248,8 @@ def _places(parameters: Iterable[str]) -> dict[str, str]:
 def _check_targets(keys: Keys, pairs: dict[str, Any], checkpoint: Checkpoint) -> None:
     """Raise SourceError unless the adapter has every matrix that target_modules names in this base.
 
-    So it also has as many layers as the base.
-
-    Where target_modules is text, a regular expression, the adapter's own tensors say what it changes.
+    This also finds an adapter for another number of layers. A target_modules that is text is a regular
+    expression; then nothing is checked, and the adapter's tensors say what it changes.
     """
     targets = keys.require("target_modules")
     if targets is None and keys.values.get("target_parameters"):
@@ -264,7 +268,7 @@ def _check_targets(keys: Keys, pairs: dict[str, Any], checkpoint: Checkpoint) ->
     def named(module: str, names: list[str]) -> bool:
         return any(module == name or module.endswith(f".{name}") for name in names)
 
-    # to transformers 5, experts are parameters and not modules: names of modules pass them by, all or none
+    # in transformers 5 experts are parameters, not modules: target_modules then adapts none of them
     fused = not any(".experts." in module for module in pairs)
     for name, tensor in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
@@ -302,9 +306,10 @@ def _scale(keys: Keys, target: str, rank: int) -> float:
 
 
 def _of_pattern(keys: Keys, key: str, target: str) -> Any:
-    """The value of the first pattern that matches the end of the target's name, None if none does.
+    """The value of the first pattern of `key` that matches the end of the target's name; None if none does.
 
-    The patterns are regular expressions; those with groups, or many repetitions, could take forever.
+    The patterns are regular expressions. Those with groups or many repetitions are refused: they could run
+    forever.
     """
     patterns = keys.values.get(key) or {}
     if not isinstance(patterns, dict):

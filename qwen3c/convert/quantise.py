@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
     from .huggingface import Checkpoint
 
-SLICE_WEIGHTS = 1 << 20  # read, quantised and written at a time: source and result fit in a core's cache
+SLICE_WEIGHTS = 1 << 20  # weights in a slice: its source and result fit in a core's cache
 MAX_BUFFERS = 256 << 20  # bytes of all slices in flight
-MAX_WEIGHT = 127 * 65504  # more than this no fp16 scale can express
+MAX_WEIGHT = 127 * 65504  # a larger weight needs a scale beyond fp16
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Consecutive rows of one tensor; a vector is one slice, its numbers rows of one column."""
+    """Consecutive rows of one tensor. A vector is one slice, with rows of one number."""
 
     tensor: format.Tensor
     row: int
@@ -67,11 +67,11 @@ class _Part(NamedTuple):
 
     @property
     def n(self) -> int:
-        """Weights."""
+        """How many weights."""
         return len(self.data) * math.prod(self.stored.shape) // self.stored.size
 
     def to_float32(self) -> NDArray[np.float32]:
-        """Shape (n,); exact."""
+        """The weights as float32 (n,), exactly."""
         return to_float32(self.data, self.stored.dtype)
 
 
@@ -93,16 +93,17 @@ def stream(
 ) -> None:
     """Workers read and quantise slices; this thread writes them in order and lets the next ones start.
 
-    `written` is called behind each slice, in this thread. SourceError, by place, for a weight that cannot be stored.
+    written: called after each slice, in this thread. SourceError, with its place, for a weight that cannot be
+    stored.
 
-    They talk through SimpleQueues, the one kind that a signal cannot leave locked: Ctrl-C raises in this thread
-    wherever it is, and inside an executor's locks that would hang it and its workers for ever, inside those of
-    threading.Thread.start break them. For the same reason nobody waits for a worker to end: with nothing left to do it
-    ends by itself.
+    Threads talk through SimpleQueues, the one kind of queue that a signal cannot leave locked. Ctrl-C raises
+    in this thread at any line; inside the locks of an executor or of threading.Thread.start that would hang
+    or break the program. For the same reason this thread does not join the workers: they end by themselves
+    when there is nothing left to do.
     """
     work = [piece for tensor in writer.tensors for piece in slices(tensor)]
     size = 4 * max(piece.rows * piece.columns for piece in work)
-    # slices in flight: each worker's, and two that are ready when their turn comes
+    # slices in flight: one for each worker, and two finished ones that wait to be written
     window = max(3, min(threads + 2, MAX_BUFFERS // (2 * size)))
     sources, targets = ([_buffer(size) for _ in range(window)] for _ in range(2))
     jobs: SimpleQueue[int | None] = SimpleQueue()
@@ -113,7 +114,7 @@ def stream(
             place = job % window
             try:
                 results[place].put(_convert(checkpoint, work[job], sources[place], targets[place]))
-            except BaseException as error:  # whoever waits must hear of it
+            except BaseException as error:  # the writing thread raises it
                 results[place].put(error)
 
     try:
@@ -143,7 +144,7 @@ def stream(
 
 
 def _start_threads(n: int, target: Callable[[], None]) -> int:
-    """Start up to n threads that run `target`; how many the limits of processes and of memory let start."""
+    """Start up to n threads that run `target`; returns how many the system let start."""
     for started in range(n):
         try:
             start_new_thread(target, ())
@@ -165,7 +166,9 @@ def _convert(checkpoint: Checkpoint, piece: Slice, source: memoryview, target: m
 
 
 def _read(checkpoint: Checkpoint, piece: Slice, buffer: memoryview) -> list[_Part]:
-    """The source bytes of a slice, in `buffer`, by the Hugging Face tensor they come from."""
+    """Read the source bytes of a slice into `buffer`; returns them as parts, one for each Hugging Face
+    tensor.
+    """
     parts = []
     for part in piece.tensor.parts:
         first, last = max(part.row, piece.row), min(part.row + part.rows, piece.row + piece.rows)
@@ -202,10 +205,10 @@ def _quantize(
         np.frombuffer(out, np.uint8)[:] = 0  # the rows that pad the last tile
         _take_over(piece, parts, out)
         return 0.0, 0.0, 0.0
-    if "Q8_0" in dtypes:  # zeros, until their own codes take their place
+    if "Q8_0" in dtypes:  # the Q8_0 parts are zeros here; _take_over puts their codes in
         weights = [np.zeros(p.n, np.float32) if p.stored.dtype == "Q8_0" else p.to_float32() for p in parts]
         sources = [(w.view("u1"), "F32") for w in weights]
-    elif len(dtypes) > 1:  # of q, k and v, or of gate and up; widening is exact
+    elif len(dtypes) > 1:  # q, k and v, or gate and up, may differ in dtype; widening to float32 is exact
         sources = [(part.to_float32().view("u1"), "F32") for part in parts]
     n_tiles = -(-piece.rows // format.TILE_ROWS)
     *errors, bad = engine.quantize_tiles(sources, piece.columns, group_size, n_tiles, out)
@@ -219,8 +222,8 @@ def _quantize(
 def _take_over(piece: Slice, parts: list[_Part], out: memoryview) -> None:
     """Put the codes and scales of Q8_0 parts where docs/FORMAT.md wants them, in tiles of group size 32.
 
-    A negative scale becomes positive with its codes. There is no code -128 in model.bin, nor a scale that
-    is not finite: both are refused.
+    A negative scale and its codes change sign. The code -128 and scales that are not finite are refused:
+    model.bin must not hold them.
     """
     import numpy as np
 
@@ -265,7 +268,7 @@ def _float32_bytes(vector: NDArray[np.float32]) -> memoryview:
 
 
 def _buffer(size: int) -> memoryview:
-    """Writable bytes that take no memory until they are used."""
+    """A buffer of `size` bytes that takes no memory until it is written (an anonymous map)."""
     import numpy as np
 
     return np.empty(size, np.uint8).data

@@ -1,6 +1,6 @@
-"""The rotary embedding of every kind that is supported: what config.json says about it, and its frequencies.
+"""Every supported kind of rotary embedding: what config.json says about it, and its frequencies.
 
-model.bin holds the table of inverse frequencies alone, so this is the one place that knows how each kind makes it.
+model.bin holds only the table of inverse frequencies, so only this module knows how each kind computes it.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ class Rope:
     head_dim: int
     attention_scale: float = 1.0  # factor on cos and sin
     factor: float = 1.0
-    original_context: int = 0  # positions the model had before the stretching: yarn, llama3
+    original_context: int = 0  # yarn, llama3: the context before it was stretched
     beta_fast: float = 32.0  # yarn: a pair that makes more turns in original_context keeps its frequency
-    beta_slow: float = 1.0  # yarn: a pair that makes fewer turns has it divided by `factor`
+    beta_slow: float = 1.0  # yarn: the frequency of a pair that makes fewer turns is divided by `factor`
     truncate: bool = True  # yarn: the ramp between the two limits begins and ends at a whole pair
-    low_freq_factor: float = 1.0  # llama3: beta_slow under another name
-    high_freq_factor: float = 4.0  # llama3: beta_fast under another name
+    low_freq_factor: float = 1.0  # llama3: its name for beta_slow
+    high_freq_factor: float = 4.0  # llama3: its name for beta_fast
 
     @property
     def number(self) -> int:
         return next(n for n, name in format.ROPE_TYPES.items() if name == self.type)
 
     def description(self) -> dict[str, Any]:
-        """For the metadata: the numbers of this type."""
+        """The numbers that this type uses, for the metadata."""
         fields = ["type", "theta", "attention_scale", *_ROPE_FIELDS[self.type]]
         return {field: getattr(self, field) for field in dict.fromkeys(fields)}
 
@@ -57,12 +57,12 @@ def _linear_frequencies(rope: Rope) -> NDArray[np.float64]:
 
 
 def _yarn_frequencies(rope: Rope) -> NDArray[np.float64]:
-    """Fast pairs keep their frequency, slow ones have it divided by `factor`; between the two limits a linear ramp
-    mixes both (YaRN, Peng et al. 2023, 3.2)."""
+    """Fast pairs keep their frequency, slow ones have it divided by `factor`; between the two limits a linear
+    ramp mixes both (YaRN, Peng et al. 2023, 3.2)."""
     import numpy as np
 
     def pair(turns: float) -> float:
-        """The index of the pair that makes `turns` turns in the original context; a fraction of an index too."""
+        """The index, not rounded, of the pair that makes `turns` turns in the original context."""
         period = rope.original_context / (turns * 2 * math.pi)
         return rope.head_dim * math.log(period) / (2 * math.log(rope.theta))
 
@@ -77,7 +77,7 @@ def _yarn_frequencies(rope: Rope) -> NDArray[np.float64]:
 
 
 def _llama3_frequencies(rope: Rope) -> NDArray[np.float64]:
-    """As in YaRN, but the ramp runs over turns in the original context, between the two `freq_factor`s."""
+    """As yarn, but the ramp is linear in the turns a pair makes, from low_freq_factor to high_freq_factor."""
     import numpy as np
 
     frequencies = _default_frequencies(rope)
@@ -107,12 +107,12 @@ _ROPE_FIELDS: dict[str, dict[str, str]] = {
 }
 _ROPE_OPTIONS = {"yarn": ("beta_fast", "beta_slow", "truncate")}
 _ANY_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-# DeepSeek-R1-0528-Qwen3-8B has attn_factor, which transformers ignores: see export.py --yarn-attn-factor
+# DeepSeek-R1-0528-Qwen3-8B has attn_factor, which transformers ignores: export.py --yarn-attn-factor sets it
 _YARN_SCALE_KEYS = {"attention_factor", "mscale", "mscale_all_dim", "attn_factor"}
 
 
 def read_rope(keys: Keys, head_dim: int) -> Rope:
-    """What config.json says, in the manner of transformers 4 or 5."""
+    """The rope that config.json describes, in the form of transformers 4 or 5."""
     name, values = _rope_object(keys)
     rope_type = values.get("rope_type", values.get("type", "default"))
     if not isinstance(rope_type, str) or rope_type not in _FREQUENCIES:
@@ -136,7 +136,9 @@ def read_rope(keys: Keys, head_dim: int) -> Rope:
 
 
 def _rope_object(keys: Keys) -> tuple[str, dict[str, Any]]:
-    """rope_parameters (transformers 5) or rope_scaling (transformers 4) and its name; empty if there is neither."""
+    """(key, object) of rope_parameters (transformers 5) or rope_scaling (4); the object is empty without
+    either.
+    """
     found = [key for key in ("rope_parameters", "rope_scaling") if keys.values.get(key)]
     if not found:
         return "", {}
@@ -153,7 +155,7 @@ def _rope_object(keys: Keys) -> tuple[str, dict[str, Any]]:
 
 
 def _read_rope_numbers(keys: Keys, rope: Rope) -> Rope:
-    """`rope` with the numbers of its type from its dict."""
+    """`rope` with the numbers that its type takes from the rope object."""
     numbers: dict[str, Any] = {}
     for field, key in _ROPE_FIELDS[rope.type].items():
         numbers[field] = keys.integer(key) if field == "original_context" else keys.number(key)
@@ -180,7 +182,7 @@ def _yarn_scale(factor: float, scales: dict[str, int | float]) -> float:
     numerator, denominator = scales.get("mscale"), scales.get("mscale_all_dim")
     if not numerator or not denominator:
         return scale(1)
-    return scale(numerator) / (scale(denominator) or math.nan)  # not a number: refused with the other numbers
+    return scale(numerator) / (scale(denominator) or math.nan)  # NaN for a divisor of 0: _checked refuses it
 
 
 def _checked(keys: Keys, rope: Rope) -> Rope:
@@ -200,7 +202,7 @@ def _checked(keys: Keys, rope: Rope) -> Rope:
 
 
 def stretched(keys: Keys, rope: Rope, factor: float | None, attention_scale: float | None) -> Rope:
-    """`rope` with YaRN by `factor`, or with another factor on cos and sin; None leaves what there is."""
+    """`rope` stretched by YaRN by `factor`, or with another attention_scale; None leaves that as it is."""
     if factor is not None:
         if rope.type != "default":
             raise SourceError(f"{keys.path}: --yarn {factor:g}: the rope is {rope.type!r} already")

@@ -1,6 +1,6 @@
-"""What a model is converted from, in the words that every kind of source shares.
+"""What a model is converted from: the interface and the types that all kinds of source share.
 
-    Source        what a Checkpoint asks of one: a Hugging Face directory (directory.py), a GGUF file (gguf.py)
+    Source        the interface: a Hugging Face directory (directory.py) or a GGUF file (gguf.py)
     Keys          the names and values that describe a model, read with errors that name file and key
     StoredTensor  a tensor in an open file, read a few rows at a time
     SourceError   what is wrong with a source, in one line
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_DEPTH = 100  # of lists and objects in JSON
-MAX_INTEGER = 1 << 127  # what is larger is no count of anything
+MAX_INTEGER = 1 << 127  # a larger number is no sensible count
 
 # dtype -> weights and bytes of its smallest unit; Q8_0 (GGUF alone) is an fp16 scale and 32 codes
 BLOCKS = {"BF16": (1, 2), "F16": (1, 2), "F32": (1, 4), "Q8_0": (32, 34)}
@@ -55,21 +55,20 @@ _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong, _SHORT.maxlevel = 60, 60, 40,
 
 
 def shown(value: Any) -> str:
-    """A value of a file as a message shows it: its repr, cut in the middle where it is long."""
+    """A value of a file for an error message: its repr, a long one cut in the middle."""
     return cut(_SHORT.repr(value))
 
 
 def cut(text: object, length: int = 120) -> str:
-    """A name, or a message of a library, in one line of at most `length` characters; the middle goes."""
+    """`text` in one line of at most `length` characters, cut in the middle."""
     line = " ".join(str(text).split())
     return line if len(line) <= length else f"{line[: length - 33]}...{line[-30:]}"
 
 
 class Source(Protocol):
-    """A model as it is found, with its files open until the `with` block ends.
+    """A model to convert, its files open until the `with` block ends.
 
-    Keys and tensors have the names that transformers gives them. A method raises SourceError where what it reads
-    is damaged.
+    Keys and tensors have the names that transformers gives them. Methods raise SourceError for damaged data.
     """
 
     @property
@@ -78,7 +77,7 @@ class Source(Protocol):
 
     @property
     def group_size(self) -> int:
-        """The group size to store its weights with, unless the caller asks for another."""
+        """The group size for its weights, unless the caller chooses another."""
 
     @property
     def opened(self) -> list[FileIO]:
@@ -92,7 +91,7 @@ class Source(Protocol):
         """The keys of config.json: the numbers of the forward pass."""
 
     def generation(self) -> Keys:
-        """The keys of generation_config.json: sampling defaults, and the tokens that end a text; may be empty."""
+        """The keys of generation_config.json, such as sampling defaults and end tokens; may be empty."""
 
     def tokenizer(self) -> tuple[Path, bytes]:
         """The file that messages about the tokenizer name, and the bytes of tokenizer.json."""
@@ -101,10 +100,10 @@ class Source(Protocol):
         """The chat template, "" if there is none."""
 
     def special_tokens(self) -> dict[str, str]:
-        """bos_token, eos_token, pad_token, unk_token: those there are, for templates that print them."""
+        """Those of bos_token, eos_token, pad_token and unk_token that exist; templates may print them."""
 
     def licence(self) -> str | None:
-        """The licence by the name that the source gives it, None if it gives none."""
+        """The licence as the source names it; None if it names none."""
 
     def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor there is, by its Hugging Face name."""
@@ -119,7 +118,7 @@ class Source(Protocol):
 
 
 class Keys:
-    """Names and values, such as the object in a JSON file, read one by one; errors name the file and the key."""
+    """Names and values, such as a JSON object, read one at a time; errors name the file and the key."""
 
     def __init__(self, path: Path, values: dict[str, Any]) -> None:
         self.path = path
@@ -140,7 +139,8 @@ class Keys:
 
     def number(self, key: str) -> float:
         value = self.require(key)
-        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # integers may be longer
+        # integers can exceed every float
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             raise SourceError(f"{self.path}: {key} is {shown(value)}, expected a finite number")
         return float(value)
 
@@ -161,7 +161,7 @@ class Keys:
 def parse_json(path: Path, data: bytes) -> dict[str, Any]:
     """The object in `data`. A key given twice, NaN and Infinity are errors: readers differ on them.
 
-    So are numbers beyond a float, lone surrogates, which no file can hold, and objects nested deeper than MAX_DEPTH.
+    So are numbers beyond a float, lone surrogates (UTF-8 has none), and nesting deeper than MAX_DEPTH.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def parse_json(path: Path, data: bytes) -> dict[str, Any]:
 
 def _check_values(path: Path, values: dict[str, Any]) -> None:
     """Raise SourceError unless everything in the JSON object can be written as JSON again."""
-    # the keys that lead to a value, and the value
+    # a stack of (keys that lead to a value, the value)
     waiting: list[tuple[tuple[Any, ...], Any]] = [((), values)]
     while waiting:
         place, value = waiting.pop()
@@ -216,7 +216,7 @@ def _has_surrogate(text: Any) -> bool:
 
 
 def open_regular(path: Path, opened: list[FileIO]) -> FileIO:
-    """Open a file, unbuffered, and add it to `opened`; what is no regular file or only stands for one is refused."""
+    """Open a file, unbuffered, and add it to `opened`. SourceError if it is a pointer or no regular file."""
     try:
         # a FIFO would block and a device has no end: only regular files are opened
         if not stat.S_ISREG(path.stat().st_mode):
@@ -265,7 +265,7 @@ def to_float32(data: memoryview, dtype: str) -> NDArray[np.float32]:
         return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
     if dtype == "Q8_0":
         blocks = np.frombuffer(data, Q8_0_BLOCK)
-        with np.errstate(invalid="ignore"):  # a scale that is no number is found by who uses the weights
+        with np.errstate(invalid="ignore"):  # quantising refuses a scale that is NaN
             return (blocks["scale"].astype(np.float32)[:, None] * blocks["codes"]).ravel()
     return np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float32)
 

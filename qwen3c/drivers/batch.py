@@ -2,10 +2,11 @@
 
     CachedSession    a session that knows its tokens
     Batch            sequences in ragged passes: pieces of prompts and single tokens, mixed freely
-    drive            many sequences, at most so many at once, what they begin with in common computed once
+    drive            many sequences, `running` of them at once; common beginnings are computed once
     last_rows        the row of logits, or the hidden state, at the end of each of many prompts
 
-What a sequence makes of its logits is not known here: a ReplyState samples a token, a LastRow keeps the row.
+This module does not know what a sequence does with its logits: a ReplyState samples a token, a LastRow keeps
+the row.
 What a sequence computes does not depend on the others, to the bit.
 """
 
@@ -28,9 +29,8 @@ if TYPE_CHECKING:
     from ..engine import Engine, Logits, Session
 
 FIRST_PIECE = 64  # tokens of prompts forwarded in the first pass
-PIECE_SECONDS = (
-    0.5  # about how long a pass with a piece of a prompt takes: how soon a cancel or a progress line comes
-)
+# how long a pass with a piece of a prompt should take; a cancel or a progress line waits that long
+PIECE_SECONDS = 0.5
 LARGEST_PIECE = 256  # tokens; the engine computes no more at once
 LARGEST_ALL = (
     64  # tokens of a sequence that wants the logits of all: each row of them is as long as the vocabulary
@@ -48,8 +48,8 @@ WORTH_WAITING = 32  # tokens in common with a prompt that is being read: fewer a
 class CachedSession:
     """A session that knows its tokens, so that a prompt costs only what differs from what went before.
 
-    tokens: those whose keys and values the session holds. context: how many it can hold. One reply at a time
-    goes on in it, the newest: an older one that is asked for more is a ValueError.
+    tokens: those whose keys and values the session holds. context: how many it can hold. Only the newest
+    reply may go on in a session: asking an older one for more is a ValueError.
     """
 
     def __init__(self, model: Engine, context: int | None = None, *, session: Session | None = None) -> None:
@@ -77,14 +77,14 @@ class CachedSession:
     def reuse(self, prompt: Sequence[int]) -> int:
         """Keep the longest common prefix with `prompt`, but for its last token; return its length.
 
-        Only what `tokens` says is kept, whatever else the session may hold.
+        Positions of the session beyond `tokens`, left by an interrupted pass, are forgotten too.
         """
         n = min(common_prefix(self.tokens, prompt), len(prompt) - 1)  # the last token's logits are wanted
         self.rewind(n)
         return n
 
     def fork(self) -> CachedSession:
-        """A second future of the same past; it costs no memory until the two differ."""
+        """A second session with the same tokens; it takes no memory until one of the two goes on."""
         other = CachedSession(self.model, session=self.session.fork())
         other.tokens = self.tokens.copy()
         return other
@@ -98,17 +98,20 @@ class CachedSession:
 def forward(
     model: Engine, rows: Sequence[tuple[CachedSession, list[int]]], kind: Logits = "last"
 ) -> Sequence[NDArray[np.float32]]:
-    """One pass that appends tokens to each session; of each its row `kind` (see Session.forward)."""
+    """One pass that appends tokens to each session; returns each session's row, by `kind` (see
+    Session.forward).
+    """
     outputs = model.forward([(cached.session, ids) for cached, ids in rows], kind)
     for cached, ids in rows:
-        cached.tokens += ids  # an interrupt before this leaves tokens too many in the session: see reuse()
+        # an interrupt before this line leaves the session longer than `tokens`: see reuse()
+        cached.tokens += ids
     return outputs
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two lists have in common from their beginning."""
     limit = min(len(a), len(b))
-    # the first length at which they differ: slices compare at the speed of C
+    # bisect the first length at which the slices differ: slices compare at the speed of C
     return bisect_left(range(limit), True, key=lambda n: a[: n + 1] != b[: n + 1])
 
 
@@ -117,7 +120,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class Outcome(Protocol):
-    """What a sequence's logits came to: the token to go on with, or the reason why there is none."""
+    """What a State makes of one row of logits: the token to go on with, or the reason to end."""
 
     @property
     def token(self) -> int | None:
@@ -143,10 +146,10 @@ class State(Protocol[OutcomeT_co]):
         """A pass begins that will end in take(): what can be computed beside it may start now."""
 
     def take(self, logits: NDArray[np.float32]) -> OutcomeT_co:
-        """The logits, or hidden state, after all tokens so far."""
+        """Take the row (logits or hidden state) after all tokens so far."""
 
     def end(self, reason: FinishReason) -> OutcomeT_co:
-        """The sequence is ended from outside."""
+        """End the sequence for a reason that does not come from its logits, such as a cancel."""
 
 
 @dataclass(eq=False)
@@ -289,7 +292,7 @@ class Batch(Generic[OutcomeT]):
     def _take(
         self, one: Member[OutcomeT], row: NDArray[np.float32]
     ) -> list[tuple[Member[OutcomeT], OutcomeT]]:
-        if one.cancelled():  # while its prompt was read
+        if one.cancelled():  # cancelled while its prompt was read
             self.running.remove(one)
             return [(one, one.state.end("cancelled"))]
         begin = time.perf_counter()
@@ -316,8 +319,8 @@ def drive(
 ) -> Iterator[tuple[int, OutcomeT]]:
     """The outcomes of many sequences as they come, each with the number of its sequence.
 
-    sequences: (prompt, state) pairs, taken in their order when there is room; at most `running` are on their way at
-    once. What a prompt has in common with another is computed once and forked.
+    sequences: (prompt, state) pairs, started in order as soon as fewer than `running` are on their way. A
+    common beginning of two prompts is computed once, and its session forked.
     """
     batch: Batch[OutcomeT] = Batch(model)
     ended: deque[CachedSession] = deque(maxlen=KEPT)
@@ -346,7 +349,10 @@ def drive(
 def session_for(
     prompt: list[int], model: Engine, running: Iterable[Member[Any]], others: Iterable[CachedSession]
 ) -> CachedSession | None:
-    """A session that holds as much of `prompt` as any session does; None if a running one will soon hold more."""
+    """The session to read `prompt` in: a fork of the one with the longest common prefix, else a new one.
+
+    None if a running sequence will soon hold a longer prefix: the prompt then waits for it.
+    """
     n_useful = len(prompt) - 1  # the last token's logits are wanted
     best, n_best, n_coming = None, 0, 0
     sessions = [*others]
@@ -385,7 +391,7 @@ class LastRow:
         return self
 
     def end(self, reason: FinishReason) -> LastRow:
-        """Nobody ends it from outside."""
+        """Never called: nothing cancels these sequences."""
         return self
 
 

@@ -1,6 +1,6 @@
 """A reply as its caller sees it: an iterator of events, for code with and without an event loop.
 
-The loop is that of batch.py, here with one sequence; what a token means is known to reply.py.
+It runs batch.py's loop with one sequence; reply.py turns logits into tokens and text.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class ReplyOptions(AnswerOptions, total=False):
 
 
 class Generation(Iterator[Event], AsyncIterator[Event]):
-    """One reply on its way. Model.generate makes it, and nothing is computed before the first event is asked for.
+    """One reply on its way, made by Model.generate. Nothing is computed before the first event is asked for.
 
     for event in generation          the events, as they come
-    async for event in generation    the same, each computed in a thread, so that an event loop is not held up;
+    async for event in generation    the events, each computed in a thread so that the event loop runs on;
                                      cancelling the task ends the reply
     generation.result()              run to the end: the whole Reply
     with generation: ...             close() at the end of the block: the reply ends there, if it has not
 
-    `reply`, `tokens` (those sampled) and `stats` fill as the events come, and are empty before the first. The
-    iteration may be left at any time.
+    `reply`, `tokens` (the sampled ones) and `stats` grow with every event. The iteration may be left at any
+    time.
     """
 
     def __init__(
@@ -90,18 +90,18 @@ class Generation(Iterator[Event], AsyncIterator[Event]):
             return event
 
     async def __anext__(self) -> Event:
-        import asyncio  # not needed by those who do not wait, and slow to import
+        import asyncio  # here, because it is slow to import and only `async for` needs it
 
-        # no asyncio.to_thread: a loop that shuts down would cancel its task, and the step still runs
+        # no asyncio.to_thread: a loop that shuts down cancels that task while its thread still runs the step
         step = asyncio.get_running_loop().run_in_executor(None, next, self, None)
         try:
             await asyncio.wait([step])
         except asyncio.CancelledError:
             self._closed = True
-            while not step.done():  # the session is nobody else's before
+            while not step.done():  # until then the thread uses the session
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([step])
-            step.exception()  # of the step, if it failed: the cancellation is what the task hears of
+            step.exception()  # retrieve the step's error, if any: the task is told of the cancellation alone
             self.close()
             raise
         event = step.result()
@@ -120,13 +120,13 @@ class Generation(Iterator[Event], AsyncIterator[Event]):
     def close(self) -> None:
         """End the reply here: what has come stays, and there are no more events.
 
-        The finish_reason of a reply that had not ended is "cancelled". The memory of a session that was made for
-        this reply alone is released.
+        The finish_reason of a reply that had not ended is "cancelled". The memory of a session that was made
+        for this reply alone is released.
         """
         self._closed = True
         with self._lock:
             if inspect.getgeneratorstate(self._events) == inspect.GEN_RUNNING:
-                return  # called by `cancel` or `progress`: the step under way ends the reply
+                return  # called by `cancel` or `progress`, inside a step: that step ends the reply
             for _ in self:  # at most one event, and nothing is computed for it
                 pass
             if self._owns_session:

@@ -2,9 +2,9 @@
 
     logits -> mask, Sampler -> token -> ReplyStream -> Event (text, thinking, tool call, finish reason)
 
-A ReplyState computes no logits. Whoever has a model drives it: one reply (generate.py), many in a batch (batch.py).
-The text depends on the logits, the sampling and the seed alone, for the random number of a token follows from the
-seed and the token's position. So a reply is the same alone, in a batch, and with its tokens computed again.
+A ReplyState computes no logits; its driver does: generate.py for one reply, batch.py for many. The text
+depends on the logits, the sampling and the seed alone, because a token's random number follows from the seed
+and the token's position. So a reply is the same alone, in a batch, and with its tokens computed again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Event:
     """What one token of a reply brought; the last event of a reply has a finish_reason."""
 
     token: int | None  # None if the reply ended without a further token
-    text: str  # what can be shown now: often "" while a character, tag or stop string is unfinished
+    text: str  # text to show now; "" while a character, tag or stop string is unfinished
     thinking: bool  # whether `text` is thought, not answer
     finish_reason: FinishReason | None = None
     tool_calls: tuple[
@@ -47,8 +47,8 @@ class Stats:
 
     seed: int = 0
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt, found in the session
-    read_tokens: int = 0  # of the prompt, computed for this reply; a cancel leaves it short of all
+    cached_tokens: int = 0  # prompt tokens found in the session
+    read_tokens: int = 0  # prompt tokens computed for this reply; after a cancel some are left
     prefill_seconds: float = 0.0
     generated_tokens: int = 0
     decode_seconds: float = 0.0  # from the first token to the last
@@ -56,12 +56,12 @@ class Stats:
 
     @property
     def prefill_rate(self) -> float:
-        """Tokens per second over what was computed of the prompt."""
+        """Prompt tokens computed per second; cached ones do not count."""
         return self.read_tokens / max(self.prefill_seconds, 1e-9)
 
     @property
     def decode_rate(self) -> float:
-        """Tokens per second after the first token, which the prefill brought; 0 if there was one only."""
+        """Tokens per second after the first token, which belongs to prefill; 0 if there is no second one."""
         return max(self.generated_tokens - 1, 0) / max(self.decode_seconds, 1e-9)
 
 
@@ -109,13 +109,13 @@ class Reply:
 
 
 class Mask(Protocol):
-    """Says which tokens may come next, as a grammar does."""
+    """Restricts the next token, as a grammar does."""
 
     def allowed(self) -> NDArray[np.bool_] | None:
         """(n_tokens,), true where a token may come next; None where every token may."""
 
     def accept(self, token: int) -> None:
-        """Take note that `token` came."""
+        """Advance by `token`, which was sampled."""
 
     def prepare(self) -> None:
         """The next allowed() is coming: begin to compute it beside what the caller does meanwhile."""
@@ -207,7 +207,7 @@ class ReplyState:
 
     @property
     def sampled_logprob(self) -> float:
-        """Of the last token, in nats, under the distribution it was drawn from (see Sampler)."""
+        """Log-probability (nats) of the last token under the distribution it was drawn from; see Sampler."""
         return self._sampler.logprob
 
     def prepare(self) -> None:
@@ -216,7 +216,7 @@ class ReplyState:
             self._mask.prepare()
 
     def take(self, logits: NDArray[np.float32]) -> Event:
-        """Sample the next token from `logits`, (vocab_size,), of the position before it.
+        """Sample the next token from `logits` (vocab_size,), those after the last token so far.
 
         ValueError if the logits are not finite, or if the mask allows no token.
         """
@@ -257,7 +257,7 @@ class ReplyState:
         return Event(None, piece.text, piece.thinking, reason, piece.tool_calls)
 
     def _last_piece(self, piece: Piece) -> Piece:
-        """`piece` and what was held back after it."""
+        """`piece` joined with the text that the stream still holds back."""
         rest = self._stream.finish() if self._stream else Piece()
         thinking = (piece if piece.text else rest).thinking
         return Piece(piece.text + rest.text, thinking, piece.tool_calls + rest.tool_calls)

@@ -3,8 +3,8 @@
     embed   text + end token -> final hidden state of the last token, at length 1
     rerank  the question "does this document meet the query?" -> softmax of the logits of "no" and "yes"
 
-Both are as the model cards have them (https://arxiv.org/abs/2506.05176), but for two things: what a text spells is
-never a control token, and no text is cut short. Model.embed and Model.rerank call them.
+Both follow the model cards (https://arxiv.org/abs/2506.05176) but for two things: text never becomes a
+control token, and a text that is too long is refused, not cut. Model.embed and Model.rerank call them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ END = "<|endoftext|>"
 TASK = "Given a web search query, retrieve relevant passages that answer the query"
 
 _BEFORE = (
-    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the "
+    "Instruct "
     'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
 )
 _AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
 def instruct(query: str, task: str = TASK) -> str:
-    """What Qwen3-Embedding embeds for a query; the documents it is compared with are embedded bare."""
+    """The text to embed for a query, with its instruction; documents are embedded without one."""
     return f"Instruct: {task}\nQuery:{query}"
 
 
@@ -103,7 +104,7 @@ def _check_list(name: str, texts: Sequence[str]) -> None:
 
 
 def _check_lengths(model: Engine, name: str, prompts: list[list[int]]) -> None:
-    """All of them, before anything is computed."""
+    """ValueError, naming the first text by number, if a prompt passes the context."""
     for i, prompt in enumerate(prompts):
         if len(prompt) > model.config.context:
             fault = f"takes {len(prompt)} tokens with what goes around it"

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ..kernels.table import log_sum_exp, softmax, top_k
 
-GREEDY_BELOW = 1e-5  # a lower temperature picks the largest logit: dividing by it would overflow
+GREEDY_BELOW = 1e-5  # lower temperatures count as 0, because dividing by them would overflow
 
 # What the makers of Qwen3 recommend (its README): with thinking, without
 RECOMMENDED = {
@@ -43,7 +43,7 @@ class Sampling:
     top_p: float = 1.0  # only the fewest most likely that together have probability top_p
     min_p: float = 0.0  # only those at least min_p times as likely as the most likely
     presence_penalty: float = 0.0  # subtracted from the logit of each token of the reply so far
-    frequency_penalty: float = 0.0  # ... times how often it came
+    frequency_penalty: float = 0.0  # subtracted as often as the token came so far
     repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of prompt and reply
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit
     seed: int | None = None  # None: a fresh one, see Sampler.seed
@@ -80,7 +80,7 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def _check(name: str, value: Any, low: float, high: float, kind: type = float) -> None:
-    # bool is an int to Python, but never meant as a number
+    # a bool is an int to Python, but no number is meant by it
     number = isinstance(value, (int, np.integer) if kind is int else (int, float, np.integer, np.floating))
     if not number or isinstance(value, bool) or not low <= value <= high:
         what = "a whole number" if kind is int else "a number"
@@ -90,12 +90,12 @@ def _check(name: str, value: Any, low: float, high: float, kind: type = float) -
 def default_sampling(metadata: Mapping[str, Any], thinking: bool) -> dict[str, float]:
     """The model's own defaults, where it has any, over the recommended ones.
 
-    metadata: of a model.bin. thinking: whether the reply may think. The generation_config of a model
-    that can do both describes thinking alone, so it does not count when thinking is off.
+    metadata: of a model.bin. thinking: whether the reply may think. The generation_config of a
+    hybrid model describes thinking, so it is not used when thinking is off.
     """
     own = metadata["generation"] if thinking or metadata["thinking"] != "hybrid" else {}
     names = {f.name for f in fields(Sampling)} - {"logit_bias", "seed"}
-    # a JSON writer may have made 20 of top_k into 20.0
+    # top_k: a JSON writer may have stored 20 as 20.0
     own = {name: int(x) if abs(x) < 2**53 and x == int(x) else x for name, x in own.items() if name in names}
     return {**RECOMMENDED[thinking], **own}
 
@@ -104,8 +104,9 @@ class Sampler:
     """Chooses the tokens of one reply, one after the other.
 
     prompt: its token ids, which the repetition penalty covers. n_tokens: only ids below it exist.
-    undefined: ids below it that stand for no token. `seed` is the seed in use. `logprob` is the log-probability,
-    in nats, of the last token under the distribution it was drawn from: after penalties, temperature and filters.
+    undefined: ids below it that stand for no token. `seed` is the seed in use. `logprob` is the
+    log-probability, in nats, of the last token under the distribution it was drawn from: after penalties,
+    temperature and filters.
     """
 
     def __init__(
@@ -151,7 +152,8 @@ class Sampler:
     ) -> tuple[float, list[tuple[int, float]]]:
         """(log-probability of `token`, the n most likely tokens with theirs), in nats.
 
-        Of the model's own distribution over the tokens that exist, before penalties and temperature.
+        They are those of the model's own distribution over the tokens that exist, before penalties and
+        temperature.
         """
         logits = self._existing(logits)
         total = log_sum_exp(logits)
@@ -192,7 +194,7 @@ class Sampler:
             )
         if s.temperature < GREEDY_BELOW:
             return int(largest), 0.0
-        ids: NDArray[np.int32] | None = None  # of the tokens that p is about; None: all, in order
+        ids: NDArray[np.int32] | None = None  # p[i] belongs to token ids[i]; None: to token i
         if s.top_k and s.top_k < len(logits):
             ids = top_k(logits, s.top_k)
             p = softmax(logits[ids], s.temperature)
@@ -209,7 +211,7 @@ class Sampler:
 
 
 class Random:
-    """Random numbers by position: number i of a seed is the same whenever and however often it is asked for.
+    """Random numbers by position: number i is a function of the seed and i, in whatever order they are drawn.
 
     Philox is a function of key and counter (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3").
     """
@@ -226,10 +228,11 @@ class Random:
 
 
 def pick(p: NDArray[np.float32], uniform: float) -> tuple[int, float]:
-    """The index that `uniform`, in [0, 1), picks in proportion to `p`, and its share; never one of probability 0.
+    """(index, its share of the sum) that `uniform`, in [0, 1), picks in proportion to `p`; never where p is
+    0.
 
-    A tree of sums of pairs, each level added at once, then the way down from the root: the same
-    additions on every machine, and ten times faster than one sum after the other.
+    A tree of sums of pairs, each level added at once, is descended from its root: the additions are the same
+    on every machine, and ten times faster than a running sum.
     """
     leaves = np.zeros(1 << (len(p) - 1).bit_length())
     leaves[: len(p)] = p
@@ -262,7 +265,7 @@ def kept(p: NDArray[np.float32], top_p: float, min_p: float) -> NDArray[np.bool_
 
 
 def _most_likely(p: NDArray[np.float32], top_p: float) -> NDArray[np.int32]:
-    """Ids, largest probability first, enough of them to reach top_p; all in their own order if that is 1."""
+    """Ids by falling probability, as many as top_p needs; all ids, unsorted, if top_p is 1."""
     if top_p == 1:
         return np.arange(len(p), dtype=np.int32)
     for n in (64, 512, 4096):

@@ -4,7 +4,8 @@
     engine.pyx     Engine and Session around it, where arguments are checked
     probes.py      the activations that a pass can leave copies of
 
-What the kernels offer beside a pass is here too: which instruction set they use, and the sums that a sampler needs.
+Here too: what the kernels offer outside of a pass, such as the choice of the instruction set, and softmax and
+top_k for the sampler.
 """
 
 from ..kernels.table import (

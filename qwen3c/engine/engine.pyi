@@ -1,4 +1,4 @@
-"""The types of the compiled engine. What its names mean is said where they are defined, in engine.pyx."""
+"""The types of the compiled engine. engine.pyx documents them."""
 
 import os
 from collections.abc import Iterable, Sequence

@@ -2,9 +2,9 @@
 """The engine: tokens in, logits out.
 
 A forward pass (forward.pyx) takes rows (token, position, sequence) of any number of sessions: a prompt is
-many rows of one session, decoding is one row, a batch is both mixed. One body serves them all. Here are the
-sessions with their KV cache, the mapped file and its weights, and the Python surface, where every argument is
-checked.
+many rows of one session, decoding is one row, a batch is both mixed. This module has what surrounds the pass:
+sessions with their KV cache, the mapped file and its weights, and the Python surface, which checks every
+argument.
 """
 
 import fnmatch
@@ -62,7 +62,7 @@ cdef Py_ssize_t SERIAL_WORK = 8_000_000
 cdef class KVBlock:
     """Keys and values of KV_BLOCK positions: (n_layers, n_kv_heads, keys | values), zero where unwritten.
 
-    The memory comes untouched from the operating system, so a page costs nothing until a position uses it.
+    calloc leaves large memory to the operating system untouched, so a page costs nothing until it is written.
     """
 
     cdef char *data
@@ -155,15 +155,15 @@ cdef class Session:
     def forward(self, ids, logits="last"):
         """Append token ids; return (vocab_size,) logits of the last one, or (len(ids), vocab_size) of all.
 
-        logits: "last", "all", or "hidden": (dim,) of the last one after the final norm, of which the logits
-        would be made.
+        logits: "last", "all", or "hidden": instead of logits the hidden state (dim,) of the last id after the
+        final norm, which the product with the vocabulary would turn into logits.
         ValueError, with both numbers and the session unchanged, if ids is empty, an id is outside the
         vocabulary or the positions would pass the context. KeyboardInterrupt leaves the session as it was.
         """
         return self._model.forward([(self, ids)], logits)[0]
 
     def rewind(self, position):
-        """Forget everything from `position` on; the memory behind it is given back."""
+        """Forget everything from `position` on and free the cache blocks behind it."""
         cdef Py_ssize_t target = _integer("position", position)
         with self._model.lock:
             if not 0 <= target <= self._position:
@@ -202,7 +202,7 @@ cdef class Session:
         return block
 
     cdef _make_room(self, Py_ssize_t n):
-        """Blocks for n more positions; of those that will be written none is shared with another session."""
+        """Make blocks for n more positions; a shared block that will be written is copied."""
         cdef Py_ssize_t i
         cdef KVBlock block
         for i in range(self._position // KV_BLOCK, ceil_div(self._position + n, KV_BLOCK)):
@@ -264,7 +264,7 @@ cdef class Engine:
             raise MemoryError(f"no memory for {self.m.n_layers} layers")
         self._reserve_stages()
         self._reserve(1)
-        self.lock = threading.Lock()  # last: a model without one was never opened
+        self.lock = threading.Lock()  # last: without a lock a model counts as never opened
 
     def __dealloc__(self):
         cdef Py_ssize_t l
@@ -302,7 +302,7 @@ cdef class Engine:
 
     @property
     def threads(self):
-        """How many threads a pass has: those asked for that could be started."""
+        """How many threads a pass has: as many as were asked for, if the system could start them."""
         return self.m.threads
 
     @property
@@ -330,7 +330,7 @@ cdef class Engine:
 
     @property
     def activations(self):
-        """What meets the weights: "int8" or "float32"."""
+        """The type of the activations that are multiplied by the weights: "int8" or "float32"."""
         return self._activations
 
     @property
@@ -341,8 +341,8 @@ cdef class Engine:
     def close(self):
         """Release the weights and the buffers; a call under way in another thread ends first.
 
-        From then on every call that needs them is a ValueError, also of the model's sessions. The KV cache of
-        a session goes with the session.
+        From then on every call that needs them, of the model or its sessions, raises ValueError. The KV cache
+        of a session is freed with the session.
         """
         with self.lock:
             self._closed = True
@@ -363,10 +363,10 @@ cdef class Engine:
         return Session(self, context)
 
     def forward(self, batch, logits="last"):
-        """ONE ragged batch over any sessions of this model; a list of what Session.forward returns, in order.
+        """One ragged batch over any sessions of this model; a list of what Session.forward returns, in order.
 
         batch: pairs of a session and the token ids to append to it, each session once. Prompts and single
-        tokens may be mixed: what is computed of a session does not depend on the others, not by a bit.
+        tokens may be mixed: the results of a session do not depend on the others by a single bit.
         """
         self._check_open()
         if logits not in ("last", "all", "hidden"):
@@ -454,7 +454,7 @@ cdef class Engine:
             raise_pending()
 
     cdef int _begin_pass(self, Py_ssize_t n):
-        """Ready for a pass of n rows; returns for how many threads."""
+        """Make the team ready for a pass of n rows; returns its number of threads."""
         cdef bint alone = forked or n * self.m.row_work < SERIAL_WORK
         cdef int threads = 1 if alone else startable_team(self.m.threads)
         team_begin(&self.m.team, threads)
@@ -531,7 +531,7 @@ cdef class Engine:
         return <const uint8_t *><uintptr_t>np.frombuffer(self._file.data(tensor), dtype=np.uint8).ctypes.data
 
     cdef const float *_vector(self, list tensors) except? NULL:
-        """The numbers of the one tensor; NULL if the model has none of that role."""
+        """The float32 data of the one tensor in `tensors`; NULL if the list is empty: the model has none."""
         return <const float *>self._data(tensors[0]) if tensors else NULL
 
     cdef Matrix _matrix(self, tensor) except *:
@@ -562,7 +562,7 @@ cdef class Engine:
         raise KeyError(name)
 
     cdef _rows_of(self, tensor, Py_ssize_t first, Py_ssize_t n):
-        """Rows of a tensor as float32."""
+        """Rows first..first + n - 1 of a tensor as float32 (n, columns)."""
         cdef Matrix w
         cdef float[:, ::1] view
         cdef Py_ssize_t r
@@ -580,7 +580,7 @@ cdef class Engine:
     # ---- trace
 
     def trace(self, ids, names="*"):
-        """What a forward pass of `ids` (n) computed, by name, in order: float32, copied in that pass.
+        """The activations of a forward pass of `ids` (n), by name, in the order of the pass; float32 copies.
 
         A name is that of a module in transformers, and the array is what the module returns, (n, width):
         model.embed_tokens, model.layers.0.self_attn.q_proj, ..., model.norm, lm_head. Heads keep their axis:
@@ -590,8 +590,8 @@ cdef class Engine:
         beside the router's logits mlp.gate, mlp.gate.shares, (n, n_experts): the shares of the chosen
         experts, zero for the others. probes.py lists them all.
         names: a pattern such as "model.layers.*.attn_weights", or several, to keep less.
-        ValueError if nothing is called that, ids are not as in Session.forward, or the arrays pass the memory
-        available.
+        ValueError if no activation matches `names`, ids are not as Session.forward takes them, or the arrays
+        need more memory than is available.
         """
         self._check_open()
         ids = _token_ids(ids, self.m.vocab_size)
@@ -612,7 +612,10 @@ cdef class Engine:
         return arrays
 
     cdef dict _begin_trace(self, names, Py_ssize_t n):
-        """Arrays for the activations of n rows whose names match, in order; `probe` gets pointers to them."""
+        """Allocate arrays for the activations of n rows that match `names`; `probe` gets pointers to them.
+
+        Returns {name: array}, in the order of the pass.
+        """
         config = self._file.config
         wanted = {name for name, _, _ in places(config) if _matches(name, names)}
         widths, found, arrays = defaultdict(list), {}, {}
@@ -667,10 +670,10 @@ cdef class Engine:
 
 
 # ----------------------------------------------------------------------------
-# The numbers of an engine
+# The numbers of a network
 
 cdef void set_numbers(Network *m, c):
-    """The numbers of the model from its format.Config; m.kv_type is set already."""
+    """Set the numbers of `m` from a format.Config; m.kv_type must be set before."""
     m.n_layers, m.n_heads, m.n_kv_heads, m.head_dim = c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim
     m.dim, m.hidden_dim, m.q_dim, m.kv_dim = c.dim, c.hidden_dim, c.q_dim, c.kv_dim
     m.vocab_size, m.group_size = c.vocab_size, c.group_size
@@ -684,7 +687,7 @@ cdef void set_numbers(Network *m, c):
 
 
 def run_state_bytes(config, Py_ssize_t rows=MAX_ROWS, int threads=1):
-    """Bytes of the buffers of passes of `rows` rows: what memory.run_state_bytes estimates by a formula."""
+    """Bytes of the buffers for passes of `rows` rows; memory.run_state_bytes has a formula for them."""
     cdef Network m
     memset(&m, 0, sizeof(Network))
     m.threads = threads
@@ -699,7 +702,7 @@ _ENCODINGS = {Encoding.INT8: ENCODING_INT8}
 
 
 cdef int _team(int wanted) noexcept:
-    """How many threads a pass can have if `wanted` are asked for."""
+    """How many threads, at most `wanted`, a pass can have, found by running a team of that size."""
     cdef int i, size = 1
     wanted = 1 if forked else startable_team(wanted)
     for i in prange(wanted, nogil=True, schedule="static", num_threads=wanted, use_threads_if=wanted > 1):
@@ -713,7 +716,7 @@ cdef void store_team_size(int *size) noexcept nogil:
 
 
 def _matches(str name, names):
-    """Whether `name` is one of `names`: a pattern, or several."""
+    """Whether `name` matches `names`: one pattern or a list of patterns."""
     patterns = [names] if isinstance(names, str) else names
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
@@ -726,7 +729,7 @@ def _integer(str name, value):
 
 
 def _token_ids(ids, Py_ssize_t vocab_size):
-    """ids as int32 (n,), n >= 1, every one a row of the embedding."""
+    """ids as int32 (n,). ValueError unless n >= 1 and every id is in 0..vocab_size - 1."""
     array = np.asarray(ids)
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
         raise ValueError("ids must be a non-empty one-dimensional sequence of integers, "

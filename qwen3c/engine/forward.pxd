@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""The nouns of the forward pass: what its threads know of a model, plain numbers and pointers.
+"""The structs of the forward pass: plain numbers and pointers, without Python.
 
     dim, hidden_dim      width of the residual stream x, width inside the feed-forward
     q_dim, kv_dim        n_heads * head_dim, n_kv_heads * head_dim
@@ -43,7 +43,7 @@ cdef struct Layer:
     const float *k_norm  # (head_dim,) or NULL
     Matrix o  # (dim, q_dim)
     const float *ffn_norm  # (dim,)
-    const float *router  # (n_experts, dim) or NULL: without experts the next two are one matrix each
+    const float *router  # (n_experts, dim), or NULL: no experts, gate_up and down are one matrix each
     Matrix *gate_up  # (n_experts or 1,) of (2 hidden_dim, dim)
     Matrix *down  # (n_experts or 1,) of (dim, hidden_dim)
 
@@ -56,10 +56,10 @@ cdef struct Weights:
     Matrix lm_head  # (vocab_size, dim), the embedding if tied
 
 
-# Consecutive rows of activations that meet the same one of several matrices.
+# Consecutive rows of activations that are multiplied by the same matrix, such as that of one expert.
 cdef struct Group:
     Py_ssize_t row, n_rows
-    Py_ssize_t matrix  # index
+    Py_ssize_t matrix  # its index among the layer's matrices
 
 
 # ----------------------------------------------------------------------------
@@ -84,7 +84,7 @@ cdef struct RunState:
     Py_ssize_t n_groups
     float *cosine  # (n, head_dim / 2)
     float *sine  # (n, head_dim / 2)
-    Int8Rows xq  # (n, widest input of a matrix) int8 of what the next product reads
+    Int8Rows xq  # (n, widest input of a matrix) the input of the next product as int8
     float *scratch  # (threads, ATTENTION_SCRATCH)
 
 
@@ -118,18 +118,18 @@ cdef enum Point:
 
 cdef struct Trace:
     bint on
-    Py_ssize_t n, row  # rows of the arrays; where the current pass begins in them
+    Py_ssize_t n, row  # rows of the arrays; the row of them at which the current pass begins
     float **arrays  # (n_layers, N_ARRAYS), NULL: not wanted
 
 
-# All that the threads of a pass know of a model: plain numbers and pointers, nothing of Python.
+# A model as the threads of a pass see it: plain numbers and pointers, no Python objects.
 cdef struct Network:
     Py_ssize_t n_layers, n_heads, n_kv_heads, head_dim, dim, hidden_dim, q_dim, kv_dim, vocab_size, group_size
     Py_ssize_t n_experts, n_experts_per_token, expert_hidden_dim
     bint norm_topk_prob
     float eps, rope_scale
     KVType kv_type
-    bint int8  # activations
+    bint int8  # whether activations are int8 (else float32)
     Py_ssize_t block_bytes, head_bytes  # of a KV block; of one (layer, KV head) in it
     Py_ssize_t row_work  # multiply-adds of the matrices for one row
     int threads

@@ -6,8 +6,8 @@
            -> rmsnorm -> logits
 
 All threads of a pass run the same `forward`, in which every block is a stage: tasks that the threads share
-out. A task is output rows, heads or tokens, never a part of a sum, so the number of threads changes no bit
-(kernels/team.h). Arguments were checked at the Python edge (engine.pyx); in here nothing can fail.
+out (kernels/team.h). A task is output rows, heads or tokens, never a part of a sum, so the number of threads
+changes no bit. Arguments were checked at the Python edge (engine.pyx); in here nothing can fail.
 The nouns are in forward.pxd; what the kernels compute is written in kernels/kernels.h.
 """
 
@@ -24,7 +24,7 @@ cdef extern from "Python.h" nogil:
     int CheckSignals "PyErr_CheckSignals"()  # an exception stays pending, for the end of the pass
 
 
-# A pass of more rows takes so long that it looks at every layer whether a signal (Ctrl-C) has come.
+# A pass of more rows than this takes long: it checks for a signal (Ctrl-C) at every layer.
 cdef Py_ssize_t LONG_PASS = 16
 
 # The size of a task: large enough to be worth taking, small enough that the threads finish together.
@@ -37,7 +37,7 @@ cdef Py_ssize_t TASK_COLUMNS = 1024  # of one row in the feed-forward, rounded u
 # The forward pass
 
 cdef size_t forward(Network *m, size_t thread, const Pass *p) noexcept nogil:
-    """One pass, as one of its threads; returns how many stages it has."""
+    """One pass, as thread number `thread` of the team; returns how many stages the pass has."""
     cdef RunState *s = &m.s
     cdef const Weights *weights = &m.weights
     cdef Worker worker = team_worker(&m.team, thread)
@@ -134,7 +134,7 @@ cdef void matmul_tiles(
     Network *m, float *y, const float *x, const Group *group,
     const Matrix *w, Py_ssize_t tile, Py_ssize_t n_tiles,
 ) noexcept nogil:
-    """The part of y that rows of `group` and n_tiles tile rows of w from `tile` on make."""
+    """The part of y = x w^T for the rows of `group` and n_tiles tile rows of w, from `tile` on."""
     cdef Py_ssize_t row = tile * LANES, rows = min(n_tiles * LANES, w.rows - row)
     cdef Py_ssize_t tile_row = w.columns // m.group_size * tile_bytes(w.encoding, m.group_size)
     cdef const uint8_t *tiles = w.tiles + tile * tile_row
@@ -164,7 +164,7 @@ cdef void matmul(
 
 cdef void matmul_groups(
     Network *m, Worker *worker, float *y, const float *x,
-    const Group *groups, const Py_ssize_t *n_groups,  # known when the stage has begun
+    const Group *groups, const Py_ssize_t *n_groups,  # an earlier stage computes them
     Py_ssize_t max_groups, const Matrix *matrices,
 ) noexcept nogil:
     """matmul for experts: rows of group i times matrices[groups[i].matrix], all of one shape."""
@@ -316,7 +316,7 @@ cdef void attention(Network *m, Worker *worker, const Pass *p, Py_ssize_t l) noe
     """xb (n, q_dim) for all rows. A task: a span, a KV head and at most ATTENTION_ROWS of its query heads."""
     cdef Py_ssize_t group = m.n_heads // m.n_kv_heads, heads = min(group, ATTENTION_ROWS), n = p.n_spans
     cdef Py_ssize_t parts = ceil_div(group, heads), task = stage(worker, n * m.n_kv_heads * parts)
-    # span after span of one head: what they all read of the cache stays near
+    # all spans of one head in a row: they share keys and values, which then stay in the CPU's cache
     while take(worker, &task):
         attend(m, worker.index, &p.spans[task % n], l, task // n // parts, task // n % parts, heads)
 
@@ -373,9 +373,9 @@ cdef void route(Network *m, Worker *worker, const float *router, Py_ssize_t n) n
 
 
 cdef void choose_experts(Network *m, Py_ssize_t row) noexcept nogil:
-    """chosen, shares of a row from its scores: the largest by softmax, of equal ones the lower id.
+    """chosen and shares of a row: the experts of largest softmax(scores), of equal ones the lower id.
 
-    chosen is in order of id.
+    chosen is sorted by id.
     """
     cdef Py_ssize_t i, j, k = m.n_experts_per_token
     cdef float *scores = m.s.scores + row * m.n_experts
@@ -384,9 +384,10 @@ cdef void choose_experts(Network *m, Py_ssize_t row) noexcept nogil:
     cdef int32_t expert
     cdef float total, not_finite = 0, sum_chosen = 0
     if kernels.top_k(chosen, scores, m.n_experts, k):
-        for i in range(k):  # NaN: any experts will do, the shares are NaN too and so are the logits
+        for i in range(k):  # NaN: any experts will do, as their shares, and so the logits, are NaN
             chosen[i] = i
-    for i in range(m.n_experts):  # 0, or NaN: softmax would give an expert of -infinity the share 0
+    # 0, or NaN if a score is not finite: softmax alone would turn a score of -infinity into a share of 0
+    for i in range(m.n_experts):
         not_finite = not_finite + scores[i] * 0
     for i in range(1, k):
         expert, j = chosen[i], i
@@ -404,14 +405,14 @@ cdef void choose_experts(Network *m, Py_ssize_t row) noexcept nogil:
 
 
 cdef void choose(Network *m, Worker *worker, Py_ssize_t n) noexcept nogil:
-    """chosen, shares of all rows."""
+    """choose_experts for n rows."""
     cdef Py_ssize_t task = stage(worker, n)
     while take(worker, &task):
         choose_experts(m, task)
 
 
 cdef void group_rows(Network *m, Py_ssize_t n) noexcept nogil:
-    """slots, choices and groups from the choices of n rows."""
+    """Sort the choices of n rows by expert: slots, choices and groups from chosen."""
     cdef Py_ssize_t i, expert, start = 0, n_groups = 0, k = m.n_experts_per_token
     cdef Group *groups = m.s.groups
     memset(groups, 0, m.n_experts * sizeof(Group))
@@ -434,7 +435,7 @@ cdef void group_rows(Network *m, Py_ssize_t n) noexcept nogil:
 
 
 cdef void group_by_expert(Network *m, Worker *worker, Py_ssize_t n) noexcept nogil:
-    """Every choice of n rows gets its slot, where the rows of one expert lie together."""
+    """group_rows as a stage of one task: choices get slots in which the rows of one expert lie together."""
     cdef Py_ssize_t task = stage(worker, 1)
     while take(worker, &task):
         group_rows(m, n)
@@ -466,7 +467,7 @@ cdef void combine(Network *m, Worker *worker, Py_ssize_t n) noexcept nogil:
 # Trace: at each point of a pass the buffers still hold what the stages before it computed
 
 cdef void probe(Network *m, Worker *worker, const Pass *p, Py_ssize_t l, Point point) noexcept nogil:
-    """Copy what a trace wants to keep at this point of layer l. A stage; without a trace there is none."""
+    """A stage that copies the activations a trace wants at this point of layer l; none without a trace."""
     cdef Py_ssize_t row
     if not m.trace.on:
         return
@@ -495,7 +496,7 @@ cdef void probe(Network *m, Worker *worker, const Pass *p, Py_ssize_t l, Point p
 
 
 cdef float *traced(Network *m, Py_ssize_t l, Array which, Py_ssize_t row, Py_ssize_t columns) noexcept nogil:
-    """Where a trace keeps row `row` of the pass in an array of so many columns, or NULL."""
+    """Where a trace keeps row `row` of the pass in an array of `columns` columns; NULL if it does not."""
     cdef float *array = m.trace.arrays[l * N_ARRAYS + which]
     return array + (m.trace.row + row) * columns if array != NULL else NULL
 
@@ -532,7 +533,7 @@ cdef void copy_normed(
 
 
 cdef void copy_choices(Network *m, Py_ssize_t l, Py_ssize_t row) noexcept nogil:
-    """The router's logits, computed again as their buffer holds their exp, and what the chosen experts did."""
+    """Copy what the experts did. The router's logits are computed again: their buffer now holds their exp."""
     cdef Py_ssize_t i, slot, k = m.n_experts_per_token, wide = m.expert_hidden_dim
     cdef float *logits = traced(m, l, ROUTER, row, m.n_experts)
     cdef float *shares = traced(m, l, SHARES, row, m.n_experts)
@@ -557,14 +558,14 @@ cdef void copy_choices(Network *m, Py_ssize_t l, Py_ssize_t row) noexcept nogil:
 # Run state
 
 cdef void *place(char *memory, size_t *used, size_t n) noexcept:
-    """The next n values of 4 bytes of `memory`, 64-byte aligned; NULL in memory that is NULL."""
+    """Take n values of 4 bytes, 64-byte aligned, from `memory` behind `used` bytes; NULL if it is NULL."""
     cdef size_t start = used[0]
     used[0] = (start + max(n, 1) * 4 + 63) // 64 * 64
     return memory + start if memory != NULL else NULL
 
 
 cdef size_t lay_out(Network *m, Py_ssize_t rows, char *memory) noexcept:
-    """Place the buffers for passes of `rows` rows; returns their size in bytes. With NULL, the size alone."""
+    """Place the buffers for passes of `rows` rows in `memory`, if not NULL; returns their size in bytes."""
     cdef RunState *s = &m.s
     cdef size_t used = 0
     cdef Py_ssize_t k = m.n_experts_per_token, hidden = max(m.hidden_dim, k * m.expert_hidden_dim)

@@ -1,6 +1,6 @@
-"""The activations that Engine.trace can return: one table for the engine, which copies them, and for -m trace.
+"""The activations that Engine.trace can return, in one table for the engine and for -m trace.
 
-The names are those of the modules in transformers, whose output the activation is.
+An activation has the name of the module in transformers whose output it is.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ class Probe:
     """One activation.
 
     name: of its module within the layer ("x": the layer itself), or from "model." on outside of the layers.
-    array: of ARRAYS; probes of one array are columns of it, in order. "" for the logits, which a pass returns.
-    shape: n (tokens) and fields of Config. source: the activation it is computed from. what: for people.
+    array: one of ARRAYS; several probes of one array are its columns, in order. "" for the logits, which the
+    pass returns anyway.
+    shape: names, n (tokens) or fields of Config. source: the activation it is computed from. what: a line for
+    people.
     """
 
     name: str
@@ -169,7 +171,7 @@ PROBES = {probe.name: probe for probe in (*BEFORE_LAYERS, *IN_LAYER, *AFTER_LAYE
 def places(config: Config) -> list[tuple[str, int, Probe]]:
     """(full name, layer, probe) of every activation that the engine copies, in the order of the forward pass.
 
-    Those outside of the layers count as of layer 0.
+    Activations outside of the layers have layer 0.
     """
     result = [(probe.name, 0, probe) for probe in BEFORE_LAYERS]
     for layer in range(config.n_layers):

@@ -1,12 +1,14 @@
 """How fast a model.bin runs here, beside what the machine can do at most: `run.py model.bin -m bench`.
 
-    pp512         a prompt of 512 tokens into an empty cache, for the logits of its last
-    tg64          64 tokens one by one, logits alone; tg64 @ d8192 from position 8192, tg64 x16 by 16 sessions together
+    pp512         a prompt of 512 tokens into an empty cache, for the logits of its last token
+    tg64          64 tokens one by one, logits alone; tg64 @ d8192: from position 8192; tg64 x16:
+                  16 sessions at once
     loop64        64 tokens as a user gets them: sampled, turned into text, checked for an end
 
-Two limits hold for every test: no pass is faster than reading its weights and keys and values once, and none
-faster than its multiply-adds on registers alone. Both are measured between the tests, on the same threads; "% of limit"
-compares with the later of the two, run by run. benchmarks/bench.py sets the same figures beside other engines.
+Two limits hold for every test: a pass takes at least the time to read its weights, keys and values once, and
+at least the time of its multiply-adds on registers alone. Both limits are measured between the tests, on the
+same threads; "% of limit" is the longer of the two times as a share of the time the run took.
+benchmarks/bench.py sets the same figures beside other engines.
 """
 
 from __future__ import annotations
@@ -30,17 +32,18 @@ from ..system.terminal import escaped, wrapped
 if TYPE_CHECKING:
     from ..model import Model
 
-PROBE_BYTES = 512 << 20  # of memory read to find the bandwidth: more than any cache keeps
-# standard deviation, as a share of the median, from which on the machine's own figures mean little
+PROBE_BYTES = 512 << 20  # read to measure the bandwidth: more than any cache holds
+# standard deviation / median of the machine's limits, above which the figures prove nothing
 NOISE = 0.05
-CHECKED = (8, 4)  # tokens of the prompt and of the reply that are compared before anything is timed
-# what run.py -m bench measures: kind, tokens, and what that is in words
+CHECKED = (8, 4)  # tokens of prompt and reply that are compared with the reference before anything is timed
+# the tests of run.py -m bench: kind, tokens, description
 QUICK = (
     ("pp", 512, "reading a prompt of {n} tokens in one go"),
     ("tg", 64, "{n} tokens one after the other, the engine alone"),
     ("loop", 64, "{n} tokens as a chat gets them: sampled and turned into text"),
 )
-QUICK_SECONDS, QUICK_RUNS = 5.0, (2, 5)  # of each: until so long, at least and at most so often
+# each test is repeated for so many seconds, but at least and at most so often
+QUICK_SECONDS, QUICK_RUNS = (5.0, (2, 5))
 CHAT: dict[str, Any] = {**RECOMMENDED[False], "seed": 1}
 
 
@@ -50,9 +53,10 @@ CHAT: dict[str, Any] = {**RECOMMENDED[False], "seed": 1}
 
 @dataclass(frozen=True)
 class Test:
-    """n tokens of each of `batch` sequences, from position `depth` on."""
+    """A test: n tokens of each of `batch` sequences, from position `depth` on."""
 
-    kind: str  # pp, tg, loop; mix: n tokens of a prompt in one pass with one token of each of `batch` other sequences
+    # pp, tg, loop; or mix: n tokens of a prompt in one pass with one token of each of `batch` other sequences
+    kind: str
     n: int
     depth: int = 0
     batch: int = 1
@@ -75,14 +79,14 @@ class Work:
     multiply_adds: float
 
     def seconds(self, bandwidth: float, peak: float) -> float:
-        """On a machine of so many bytes and multiply-adds per second."""
+        """The shortest time on a machine. bandwidth: bytes per second. peak: multiply-adds per second."""
         return max(self.bytes / bandwidth, self.multiply_adds / peak)
 
 
 def work(config: Config, kv: str, test: Test) -> Work:
-    """Weights are read once a pass, keys and values once a pass and sequence; attention is causal."""
+    """The Work of a test: weights are read once a pass, keys and values once a pass and sequence."""
     rows = min(test.n, ROWS) if test.kind == "pp" else test.batch
-    # (first position, positions after it) of the passes; the logits of a prompt are those of the last
+    # (first, end) positions of each pass; of a prompt only the last pass computes logits
     if test.kind == "pp":
         passes = [(start, min(start + ROWS, test.n)) for start in range(0, test.n, ROWS)]
         heads = 1
@@ -101,7 +105,7 @@ def work(config: Config, kv: str, test: Test) -> Work:
 def weight_bytes(config: Config, rows: int) -> tuple[float, float]:
     """Bytes of weights that a pass of `rows` rows reads: in the layers, and for the logits.
 
-    Of experts, as many as so many rows choose on average if every choice is equally likely.
+    Experts count as often as `rows` rows choose them on average, if every choice is equally likely.
     """
     *body, head = tensors(config)
     return sum(tensor.size * _share_read(config, tensor, rows) for tensor in body), float(head.size)
@@ -110,13 +114,14 @@ def weight_bytes(config: Config, rows: int) -> tuple[float, float]:
 def _share_read(config: Config, tensor: Tensor, rows: int) -> float:
     if ".experts." in tensor.name:
         return 1 - (1 - config.n_experts_per_token / config.n_experts) ** rows
-    if tensor.name.startswith("model.embed_tokens"):  # here it is not the head as well: one row a token
+    # an embedding that is not also the head: one row is read for each token
+    if tensor.name.startswith("model.embed_tokens"):
         return min(1.0, rows / config.vocab_size)
     return 1.0
 
 
 def multiply_adds(config: Config) -> tuple[int, int]:
-    """Of the matrices, for one row: in the layers, and for the logits."""
+    """Multiply-adds of the matrices for one row: (in the layers, for the logits)."""
     *body, head = tensors(config)
     of_body = 0.0
     for tensor in body:
@@ -135,7 +140,7 @@ class Player:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        # it loads in the background: wait, so that it is neither timed nor missing from memory
+        # the tokenizer loads in the background: wait, so that the tests do not time it and memory includes it
         _ = model.tokenizer
         self._sessions: list[engine.Session] = []
         self._depth = 0
@@ -176,7 +181,7 @@ class Player:
         return time.perf_counter() - begin
 
     def _at(self, depth: int, batch: int) -> list[engine.Session]:
-        """So many sessions at position `depth`, with random tokens behind them."""
+        """`batch` sessions at position `depth`, filled with random tokens."""
         if len(self._sessions) != batch or self._depth != depth:
             self._sessions, self._depth = [self.model.session() for _ in range(batch)], depth
             for i, session in enumerate(self._sessions):
@@ -188,7 +193,8 @@ class Player:
         return self._sessions
 
     def _loop(self, n: int, prompt: list[int]) -> float:
-        never = dict.fromkeys(self.model.metadata["eos_token_ids"], -1e4)  # or a text could end early
+        # end tokens are never sampled, or the loop could end early
+        never = dict.fromkeys(self.model.metadata["eos_token_ids"], -1e4)
         reply = self.model.generate(prompt, n + 1, logit_bias=never, **CHAT)
         for _ in reply:
             pass
@@ -203,7 +209,7 @@ def greedy(model: Model, ids: Sequence[int], n: int) -> list[int]:
 
 
 def sampler_seconds(sampling: dict[str, Any], n_tokens: int, times: int = 50) -> float:
-    """Seconds to choose one token from so many logits."""
+    """Median seconds to sample one token from n_tokens logits."""
     logits = np.random.default_rng(0).standard_normal(n_tokens, np.float32) * 4
     sampler = Sampler(Sampling(**sampling), [], n_tokens)
     sampler.sample(logits)
@@ -218,7 +224,9 @@ def sampler_seconds(sampling: dict[str, Any], n_tokens: int, times: int = 50) ->
 
 
 def check_bits(model: Model) -> str:
-    """What was compared with the scalar kernels. RuntimeError if one bit is different."""
+    """Compare logits with those of the scalar kernels; says what was compared. RuntimeError if one bit
+    differs.
+    """
     n_prompt, n_reply = CHECKED
     prompt = np.random.default_rng(0).integers(0, model.config.n_tokens, n_prompt, np.int32)
     isa = engine.isa()
@@ -230,11 +238,17 @@ def check_bits(model: Model) -> str:
         engine.set_isa(isa)
     if ours[0] != expected[0] or ours[1].tobytes() != expected[1].tobytes():
         raise RuntimeError(f"the kernels of {isa} and the scalar ones give different logits")
-    return f"{n_prompt} tokens and {n_reply} chosen greedily: the logits of {isa} are the scalar kernels', bit for bit"
+    return (
+        f"{n_prompt} tokens and {n_reply} chosen greedily: the logits of {isa} are the scalar kernels', bit "
+        "for bit"
+    )
 
 
 def check_reference(path: str, threads: int) -> str:
-    """What was compared with the NumPy reference, or why nothing was. RuntimeError if a token is different."""
+    """Compare greedy tokens with the NumPy reference; says what was compared, or why nothing was.
+
+    RuntimeError if a token differs.
+    """
     from .. import reference
     from ..model import Model
 
@@ -261,7 +275,7 @@ def check_reference(path: str, threads: int) -> str:
 
 
 class Machine:
-    """Bytes read and int8 multiply-adds done per second at most, one value for each `measure`."""
+    """The machine's limits, bytes read and int8 multiply-adds per second: one value for each measure()."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -281,7 +295,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 def verdict(bandwidth: Sequence[float], peak: Sequence[float]) -> str:
-    """Whether the machine held still: its own figures tell."""
+    """Says whether the machine was quiet enough: whether its limits varied by little."""
     reads, sums = spread(bandwidth), spread(peak)
     limits = (
         f"read bandwidth {statistics.median(bandwidth) / 1e9:.1f} GB/s ± {reads:.0%}, "
@@ -314,14 +328,14 @@ class Series:
 
     @property
     def shares(self) -> list[float]:
-        """Of what the limit allows, run by run."""
+        """The share of the limit that each run reached."""
         if self.work is None:
             return []
         runs = zip(self.seconds, self.bandwidth, self.peak, strict=True)
         return [self.work.seconds(bandwidth, peak) / seconds for seconds, bandwidth, peak in runs]
 
     def cells(self) -> list[str]:
-        """test, t/s, GB/s, G MAC/s, % of limit."""
+        """The cells of a row: test, t/s, GB/s, G MAC/s, % of limit."""
         rate = f"{statistics.median(self.rates):.2f} ± {_sigma(self.rates):.2f}"
         if self.work is None:
             return [self.test.name, rate, "", "", ""]
@@ -343,7 +357,7 @@ class Series:
 
 
 COLUMNS = ("test", "t/s", "GB/s", "G MAC/s", "% of limit")
-COLUMN_WORDS = (  # what they are, after the first
+COLUMN_WORDS = (  # legend of the columns after the first
     "tokens per second, the median of the runs ± their standard deviation",
     "bytes of weights, keys and values read from memory",
     "multiplications and additions, in billions a second",
@@ -356,7 +370,7 @@ def _sigma(values: Sequence[float]) -> float:
 
 
 def model_cells(file: ModelFile) -> list[str]:
-    """model, size, params: as llama-bench prints them."""
+    """The cells model, size and params, as llama-bench prints them."""
     config = file.config
     return [
         f"{escaped(str(file.metadata['name']))} int8 g{config.group_size}",
@@ -366,7 +380,7 @@ def model_cells(file: ModelFile) -> list[str]:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """A table with columns of one width, numbers to the right."""
+    """A Markdown table with aligned columns, numbers to the right."""
     rows = [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     right = [all(row[i][:1].isdigit() or not row[i] for row in rows) for i in range(len(header))]
@@ -390,7 +404,7 @@ def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) ->
 def quick(model: Model, doing: Callable[[str], None] = lambda _: None) -> Iterator[str]:
     """Lines that fit 80 columns: the short benchmark, about 20 seconds for 0.6 billion parameters.
 
-    doing: told what is done next, in words, each time.
+    doing: called before each step with its description.
     """
     threads = "thread" if model.threads == 1 else "threads"
     yield from wrapped(", ".join(model_cells(model.file)) + " parameters")
@@ -414,7 +428,7 @@ def quick(model: Model, doing: Callable[[str], None] = lambda _: None) -> Iterat
 def _repeat(player: Player, machine: Machine, test: Test, doing: Callable[[str], None]) -> Series:
     series = Series("qwen3c", test, work=work(player.model.config, player.model.kv, test))
     doing(f"{test.name}: warming up")
-    player.seconds(test, 0)  # the first touches pages and makes buffers: not counted
+    player.seconds(test, 0)  # warm-up: touches pages and allocates buffers, not counted
     least, most = QUICK_RUNS
     while len(series.seconds) < least or (len(series.seconds) < most and sum(series.seconds) < QUICK_SECONDS):
         doing(f"{test.name}: run {len(series.seconds) + 1} of at most {most}")

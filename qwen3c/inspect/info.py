@@ -1,4 +1,4 @@
-"""What is in a model.bin: what it is, the memory it takes to run, the metadata, every tensor, the header."""
+"""The contents of a model.bin: a summary, the memory it takes to run, metadata, every tensor, the header."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def describe(file: ModelFile) -> dict[str, Any]:
 
 
 def lines(file: ModelFile) -> Iterator[str]:
-    """The same for people, on 80 columns and what is asked for most often first; offsets are in the data alone."""
+    """describe() for people: 80 columns, the most wanted first, without offsets."""
     info = describe(file)
     source = file.metadata.get("source", {})
     yield from _section("", _summary(file))
@@ -52,7 +52,8 @@ def lines(file: ModelFile) -> Iterator[str]:
     yield from _tensor_lines(info["tensors"])
     yield from _section("header", info["header"])
     yield from _section("source", {key: value for key, value in source.items() if key != "config"})
-    config = source.get("config")  # as the exporter found it; another writer may put anything there
+    # qwen3c's exporter stores config.json there; another writer may store anything
+    config = source.get("config")
     if config is not None:
         yield from _section(
             "config of the source", _flat(config) if isinstance(config, dict) else {"": config}
@@ -60,7 +61,7 @@ def lines(file: ModelFile) -> Iterator[str]:
 
 
 def _summary(file: ModelFile) -> dict[str, Any]:
-    """What a person asks first."""
+    """The values that a person asks for first."""
     c = file.config
     experts = f", {c.n_experts_per_token} of {c.n_experts} experts a token" if c.n_experts else ""
     return {
@@ -78,7 +79,7 @@ def _summary(file: ModelFile) -> dict[str, Any]:
 
 
 def _tensor_lines(tensors: list[dict[str, Any]]) -> Iterator[str]:
-    """Layers that are like the one before them share a line."""
+    """A line for each tensor; layers equal to the layer before them share one line."""
     yield f"{'tensors':<37} {'type':<9} {'shape':<17} {'bytes':>13}"
     like: list[Any] = []
     same: list[str] = []
@@ -101,7 +102,7 @@ def _tensor_line(tensor: dict[str, Any], layer: str) -> str:
 
 
 def likewise(layers: list[str]) -> Iterator[str]:
-    """The line that stands for layers that are like the one shown before them; nothing for none."""
+    """One line for `layers`, which equal the layer shown before them; none if there are no such layers."""
     if layers:
         yield f"{layers[0]}{f' to {layers[-1]}' if len(layers) > 1 else ''}: likewise"
 
@@ -113,7 +114,7 @@ def layer_of(name: str) -> str:
 
 
 def _folded(tensors: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The experts of a layer as one line: the bytes and the shape of all."""
+    """The tensors with the experts of a layer folded into one: their bytes are summed."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for tensor in tensors:
         groups.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.*.", tensor["name"]), []).append(tensor)
@@ -129,12 +130,12 @@ def _section(title: str, values: dict[str, Any]) -> Iterator[str]:
     width = max(map(len, values), default=0)
     for name, value in values.items():
         line = f"  {escaped(name):<{width}}  {escaped(_shown(value))}"
-        # a path too long for the line still stands behind its name
+        # a value without blanks, such as a long path, stays on the line of its name
         yield from wrapped(line, indent=width + 4) if " " in line[width + 4 :] else [line.rstrip()]
 
 
 def _shown(value: Any) -> str:
-    """A value on one line; a list of one thing as how often it has it."""
+    """A value on one line; a list of equal items as the item and their number."""
     if isinstance(value, list) and len(value) > 3 and all(item == value[0] for item in value):
         return f"{len(value)} x {value[0]}"
     if isinstance(value, list):

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from .. import engine
 
-PIECE = 128  # tokens at a time: the logits of a whole window would take gigabytes
+PIECE = 128  # tokens of a pass: the logits of a whole window would take gigabytes
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """nats: sum of -log p over `tokens` predicted tokens."""
+    """A running figure. nats: the sum of -log p over `tokens` predicted tokens."""
 
     nats: float = 0.0
     tokens: int = 0
@@ -37,8 +37,8 @@ def measure(
 ) -> Perplexity:
     """Perplexity of `model` on the tokens `ids` in windows of `window` tokens.
 
-    progress: told how many tokens are done, and the figure so far. ValueError if there are fewer than
-    two tokens or the window is shorter than that or longer than the model's context.
+    progress: called with the number of tokens done and the figure so far. ValueError if there are fewer than
+    two tokens, or if the window is shorter than two or longer than the model's context.
     """
     if len(ids) < 2:
         raise ValueError(f"the text is {len(ids)} tokens, at least 2 are needed")

@@ -1,10 +1,10 @@
-"""The data that flows through a model for one text: what -m trace prints (trace_page.py draws the same).
+"""The data that flows through a model for one text: what -m trace prints. trace_page.py draws it.
 
     input_flow   module by module: what goes in, what comes out, what happens between
     compact      every activation: shape, range, size
     verbose      also type, bytes, spread and INT8 error of every activation, and every weight
 
-The activations come from Model.trace: the engine's own forward pass.
+The activations come from Model.trace, so from the engine's own forward pass.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ..system.terminal import REPORT_WIDTH, wrapped
 from .info import LAYER, layer_of, likewise
 
 LEVELS = ("input_flow", "compact", "verbose")
-ALTERNATIVES = 10  # tokens shown in place of each one
-LEAST_WORDS = 24  # columns that words beside figures need to be read there
+ALTERNATIVES = 10  # most likely tokens shown for each position
+LEAST_WORDS = 24  # columns that a description needs to stand beside the figures
 SLICE_WEIGHTS = 1 << 22  # weights dequantised at a time for their statistics
 
 Array = NDArray[np.float32]
@@ -44,7 +44,7 @@ class Text:
 
     ids: list[int]
     n_prompt: int
-    seed: int = 0  # of the sampling
+    seed: int = 0  # seed of the sampling
 
 
 def continue_text(model: Model, prompt: Sequence[int], max_tokens: int, **options: Any) -> Text:
@@ -60,12 +60,12 @@ class Prediction:
     """What a row of logits says of the next token, before penalties and temperature."""
 
     tokens: list[int]  # the likeliest first
-    probabilities: list[float]  # theirs
-    chance: float | None = None  # of the token that did come
+    probabilities: list[float]  # their probabilities
+    chance: float | None = None  # probability of the actual next token
 
 
 def predict(model: Model, logits: Array, n: int, came: int | None = None) -> Prediction:
-    """The n likeliest tokens by logits (vocab_size,), of those that exist; came: the token that did come."""
+    """The n likeliest existing tokens by logits (vocab_size,). came: the actual next token."""
     logits = logits[: model.config.n_tokens].copy()
     logits[model.undefined_tokens] = -np.inf
     total = engine.log_sum_exp(logits)
@@ -76,7 +76,7 @@ def predict(model: Model, logits: Array, n: int, came: int | None = None) -> Pre
 
 
 def alternatives(model: Model, text: Text, logits: Array) -> list[Prediction]:
-    """What was expected in place of each token but the first, given logits (n, vocab_size) of all."""
+    """The Prediction for each token but the first, from the logits (n, vocab_size) of the tokens."""
     return [
         predict(model, row, ALTERNATIVES, came) for row, came in zip(logits[:-1], text.ids[1:], strict=True)
     ]
@@ -88,7 +88,7 @@ def alternatives(model: Model, text: Text, logits: Array) -> list[Prediction]:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the numbers of one array."""
+    """Statistics of the numbers of one array."""
 
     minimum: float
     maximum: float
@@ -112,7 +112,7 @@ class Row:
     shape: tuple[int, ...]
     what: str
     statistics: Statistics
-    error: float | None = None  # what INT8 activations and the type of the KV cache change, relative rms
+    error: float | None = None  # relative rms of what INT8 activations and the type of the KV cache change
 
     @property
     def layer(self) -> str | None:
@@ -129,12 +129,12 @@ class Row:
 
 
 def _module(name: str) -> str:
-    """The name within its layer; "x" is the layer itself."""
+    """The name of an activation within its layer; "x" is the layer's own output."""
     return LAYER.sub("", name).removeprefix(".") or "x"
 
 
 def rows(model: Model, trace: dict[str, Array], exact: dict[str, Array] | None = None) -> Iterator[Row]:
-    """Every activation of a trace, in the order of the forward pass; exact: the trace `error` is measured by."""
+    """A Row for every activation of a trace, in order. exact: the trace with which `error` is measured."""
     n = len(trace["lm_head"])
     shapes = {"ids": (n,), "x": (n, model.config.dim)}
     numbers = dataclasses.asdict(model.config)
@@ -178,7 +178,7 @@ class Weight:
     shape: tuple[int, ...]
     bytes: int
     statistics: Statistics
-    error: float  # of rounding to INT8, relative rms, as scale / sqrt(12) of evenly spread values has it
+    error: float  # relative rms of rounding to INT8: scale / sqrt(12), for evenly distributed values
 
 
 def weights(file: ModelFile) -> Iterator[Weight]:
@@ -191,7 +191,7 @@ def weights(file: ModelFile) -> Iterator[Weight]:
 
 
 def _stored_statistics(file: ModelFile, tensor: Tensor) -> tuple[Statistics, float]:
-    """Statistics, and the rms of scale / sqrt(12) over that of the weights, some rows at a time."""
+    """(Statistics, rms of scale / sqrt(12) / rms of the weights), computed some rows at a time."""
     if not tensor.quantized:
         return statistics(np.frombuffer(file.data(tensor), "<f4").astype(np.float32)), 0.0
     group_size, groups = file.config.group_size, tensor.shape[1] // file.config.group_size
@@ -205,7 +205,8 @@ def _stored_statistics(file: ModelFile, tensor: Tensor) -> tuple[Statistics, flo
         total += float(np.sum(values, dtype=np.float64))
         square += float(np.vdot(values, values))
         scale_square += float(np.vdot(scales, scales)) * group_size
-    n = tensor.shape[0] * groups * group_size  # rows that pad the last tile are zero, in every sum
+    # padding rows of the last tile are zero and add nothing to the sums
+    n = tensor.shape[0] * groups * group_size
     mean = total / n
     found = Statistics(low, high, mean, max(square / n - mean * mean, 0.0) ** 0.5, (square / n) ** 0.5)
     return found, (scale_square / 12 / square) ** 0.5 if square else 0.0
@@ -235,7 +236,7 @@ def lines(model: Model, text: Text, level: str) -> Iterator[str]:
 
 
 def describe(model: Model, text: Text, level: str) -> dict[str, Any]:
-    """The same as plain data; every level has what the one before it has."""
+    """The trace as plain data; each level includes the levels below it."""
     verbose, file = level == "verbose", model.file
     trace = model.trace(text.ids)
     activations = []
@@ -262,7 +263,7 @@ def describe(model: Model, text: Text, level: str) -> dict[str, Any]:
 
 
 def _token_lines(model: Model, text: Text, logits: Array) -> Iterator[str]:
-    """The prompt; then every token after it, its probability, and what else might have come."""
+    """The prompt; then every later token with its probability and the alternatives."""
     tokens = [token_text(model, id) for id in text.ids]
     prompt = [f"{token}|" for token in tokens[: text.n_prompt]]
     prompt[-1] = prompt[-1][:-1]
@@ -277,7 +278,7 @@ def _token_lines(model: Model, text: Text, logits: Array) -> Iterator[str]:
 
 
 def _listed(head: str, items: Sequence[str], between: str) -> Iterator[str]:
-    """Items on as many lines as they need, each item whole."""
+    """Items behind `head`, wrapped between items."""
     line, is_first = head, True
     for item in items:
         longer = line + ("" if is_first else between) + item
@@ -289,7 +290,7 @@ def _listed(head: str, items: Sequence[str], between: str) -> Iterator[str]:
 
 
 def _flow_lines(found: list[Row]) -> Iterator[str]:
-    """Layers that are like the one before them share a line."""
+    """The input_flow of all rows; layers equal to the layer before them share one line."""
     widths = [
         max(len(_label(row)) for row in found),
         max(len(_shape(row.source)) for row in found),
@@ -312,7 +313,7 @@ def _flow_lines(found: list[Row]) -> Iterator[str]:
 
 
 def _flow_line(widths: list[int], *cells: str) -> list[str]:
-    """Cells: module, what goes in, an arrow, what comes out, and words, which go below where they have no room."""
+    """A line of cells: module, input, arrow, output, words; words without room go to the next line."""
     module, source, arrow, shape, what = cells
     start = f"{module:<{widths[0]}} {source:<{widths[1]}} {arrow} {shape:<{widths[2]}}  "
     if len(start) + LEAST_WORDS > REPORT_WIDTH:
@@ -325,7 +326,7 @@ def _label(row: Row) -> str:
 
 
 def _activation_lines(found: list[Row], verbose: bool) -> Iterator[str]:
-    """A line for each, or two; those of a layer below its name."""
+    """A line for each activation, two if verbose; those of a layer below its name."""
     cells = [_shape(row.shape) for row in found] + [f"float32 {row.bytes}" for row in found] * verbose
     width = max(map(len, cells))
     yield f"{'activation':<29} {'shape':<{width}} {'min':>9} {'max':>9} {'rms':>9}"
@@ -342,7 +343,7 @@ def _activation_lines(found: list[Row], verbose: bool) -> Iterator[str]:
 
 
 def _routing_lines(counts: dict[str, NDArray[np.int64]]) -> Iterator[str]:
-    """A histogram for each layer, a bar for each expert."""
+    """A histogram for each layer, with a bar for each expert: how many tokens it got."""
     head = f"{'routing':<17} {'idle':>6} {'busiest':>12}  "
     yield from wrapped(head + "tokens of each expert, the highest bar is the busiest", indent=len(head))
     in_line = REPORT_WIDTH - len(head)
@@ -364,7 +365,8 @@ def _weight_lines(file: ModelFile) -> Iterator[str]:
             s, name = weight.statistics, "  " * bool(layer) + weight.name.removeprefix(f"{layer}.")
             yield f"{name:<40} {weight.type:<9} {weight.bytes:>13}"
             yield (
-                f"{'':<29} {s.minimum:>9.3g} {s.maximum:>9.3g} {s.mean:>9.2g} {s.std:>9.3g} {weight.error:>9.3%}"
+                f"{'':<29} {s.minimum:>9.3g} {s.maximum:>9.3g} {s.mean:>9.2g} {s.std:>9.3g} "
+                f"{weight.error:>9.3%}"
             )
 
 
@@ -373,7 +375,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def token_text(model: Model, id: int) -> str:
-    """A token on one line; a part of a character as its bytes."""
+    """A token's text on one line; its bytes, if they are only a part of a character."""
     text = model.tokenizer.decode([id])
     if "\ufffd" in text:
         return "".join(f"\\x{byte:02x}" for byte in model.tokenizer.token_bytes(id))
@@ -381,5 +383,5 @@ def token_text(model: Model, id: int) -> str:
 
 
 def visible(text: str) -> str:
-    """A token's text on one line: blanks marked, characters that cannot be seen as their numbers."""
+    """`text` on one line: blanks marked, invisible characters as their code points."""
     return "".join(MARKS.get(c, c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in text)

@@ -1,8 +1,8 @@
 """A trace as one page to look at: `run.py -m trace --html FILE`.
 
-data/trace.html holds the page; this puts the numbers into it. The page loads nothing, and its content security
-policy lets no script run but its own. What comes from the model or the user only ever travels as JSON and is
-shown as text.
+data/trace.html is the page; this module puts the numbers into it. The page loads nothing, and its content
+security policy lets no script run but its own. Text of the model or the user is embedded
+as JSON and shown as text, never as HTML.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ def write(model: Model, text: Text, path: str) -> int:
 
 
 def page(title: str, data: dict[str, Any]) -> str:
-    """The page that shows `data`, by itself."""
+    """The HTML of a page that shows `data`, complete in itself."""
     template = FIRST_LINE + PAGE.read_text(encoding="utf-8").removeprefix("<!doctype html>")
     script = template.split("<script>")[1].split("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # inside <script type="application/json"> only "<" could end the block or begin a comment
+    # inside <script type="application/json"> only a "<" could end the block or begin a comment
     numbers = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     values = {"TITLE": html.escape(title), "SCRIPT_HASH": f"sha256-{digest}", "DATA": numbers}
     return re.sub(r"\{\{(TITLE|SCRIPT_HASH|DATA)\}\}", lambda match: values[match[1]], template)
@@ -129,12 +129,12 @@ def collect(model: Model, text: Text) -> dict[str, Any]:
 
 
 def _feed_forward(c: Config, layer: int) -> str:
-    """The name of what this layer's feed-forward adds."""
+    """The name of the activation that this layer's feed-forward adds to the residual stream."""
     return f"model.layers.{layer}.mlp.{'experts' if c.has_experts(layer) else 'down_proj'}"
 
 
 def _lens(model: Model, stream: Array) -> dict[str, Any]:
-    """The likeliest next tokens if the rows (n, dim) of the residual stream were the last layer's."""
+    """The logit lens: the likeliest next tokens if no layer came after these rows (n, dim)."""
     places = [
         predict(model, row, LENS_TOKENS)
         for start in range(0, len(stream), LENS_ROWS)
@@ -155,7 +155,7 @@ def _rounded(values: Sequence[float]) -> list[float]:
 
 
 def _packed(layers: Iterable[Array]) -> str:
-    """Attention weights (n_heads, n, n) of all layers in base64: 255 sqrt(p) in a byte, what a row sees only."""
+    """Attention weights (n_heads, n, n) of all layers in base64: a byte, 255 sqrt(p), for each pair seen."""
     seen = []
     for weights in layers:
         rows, columns = np.tril_indices(weights.shape[-1])
@@ -164,5 +164,5 @@ def _packed(layers: Iterable[Array]) -> str:
 
 
 def _square_roots(shares: Array) -> bytes:
-    """255 sqrt(share) of each in a byte, so that small ones show."""
+    """255 sqrt(share) in a byte each; the root makes small shares visible."""
     return np.round(255 * np.sqrt(shares)).astype(np.uint8).tobytes()

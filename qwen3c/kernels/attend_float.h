@@ -4,7 +4,7 @@
 typedef struct {
     const char *keys, *values;
     size_t head_dim, width;  /* width: PADDED(head_dim) */
-    ptrdiff_t next;          /* bytes to the same of the next block, to prefetch it; 0: nothing to prefetch */
+    ptrdiff_t next;          /* bytes to this place in the next block, to prefetch it; 0: do not */
 } Block;
 
 typedef struct { size_t from, to; } Range;  /* positions of a block */
@@ -24,7 +24,7 @@ INLINE void prefetch_next(const char *p, ptrdiff_t next, size_t index, size_t n,
     for (size_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(p + next + index * size + byte);
 }
 
-/* The scores of Q query rows at V vectors of positions of a block, from its vector-th on. */
+/* The scores of Q query rows at V vectors of positions of a block, from vector number `vector` on. */
 INLINE void scores_block(const size_t Q, const size_t V, float *scores, const float *const *q, const Block *b,
                          size_t vector, KVType type) {
     f32x16 sum[ATTEND_QUERIES][ATTEND_VECTORS];
@@ -82,7 +82,7 @@ INLINE void values_block(const size_t Q, const size_t V, float *o, const float *
         UNROLL for (size_t v = 0; v < V; v++) f32_store(o + r * width + d + v * LANES, sum[r][v]);
 }
 
-/* The same for all dimensions. */
+/* o[r] += sum over the given positions of p[r][j] v[j], for Q rows and all dimensions. */
 INLINE void add_values(const size_t Q, float *o, const float *p, const Block *b, Range positions,
                        KVType type) {
     size_t d = 0;
@@ -94,7 +94,8 @@ INLINE void add_values(const size_t Q, float *o, const float *p, const Block *b,
     for (; d < b->width; d += LANES) values_block(Q, 1, o, p, b, d, positions, type);
 }
 
-/* Q rows together over what all of them see, then each over the rest; rows come in order of position. */
+/* o (Q rows) += p v. The rows go together over the positions that all of them see, then each alone over the
+   rest of its own; rows come in order of position. */
 INLINE void values_rows(const size_t Q, float *o, const float *p, const Block *b, const size_t *seen,
                         KVType type) {
     add_values(Q, o, p, b, (Range){0, seen[0]}, type);

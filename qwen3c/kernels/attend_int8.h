@@ -1,13 +1,13 @@
 /* Attention with an int8 cache: its two products are those of product.h. */
 
-/* Rows of int8 in scratch memory, which has INT8_FLOATS for each of ATTENTION_ROWS. */
+/* Int8Rows laid out in scratch memory, which has INT8_FLOATS floats for each of ATTENTION_ROWS rows. */
 static Int8Rows scratch_rows(float *scratch, size_t columns, size_t group_size) {
     size_t n_scales = ATTENTION_ROWS * (columns / group_size);
     return (Int8Rows){.scales = scratch, .sums = (int32_t *)(scratch + n_scales),
                       .codes = (int8_t *)(scratch + 2 * n_scales)};
 }
 
-/* Row r of `rows`, (n, columns), from x; only its first n columns are written. */
+/* Quantise x (n) into the first n columns of row r of `rows`. */
 static void quantize_into(const Int8Rows *rows, size_t r, const float *x, size_t n, size_t columns,
                           size_t group_size) {
     size_t n_groups = columns / group_size;

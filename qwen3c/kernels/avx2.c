@@ -12,7 +12,8 @@
 typedef struct { __m256i low, high, low_abs, high_abs; } i8x64;
 
 static inline i8x64 codes_load(const int8_t *p) {
-    __m256i low = _mm256_loadu_si256((const __m256i *)p), high = _mm256_loadu_si256((const __m256i *)(p + 32));
+    __m256i low = _mm256_loadu_si256((const __m256i *)p);
+    __m256i high = _mm256_loadu_si256((const __m256i *)(p + 32));
     return (i8x64){low, high, _mm256_abs_epi8(low), _mm256_abs_epi8(high)};
 }
 static inline i32x16 dot_start(int32_t sum) {

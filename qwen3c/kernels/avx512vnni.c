@@ -3,7 +3,9 @@
    sum (w + 128) x = sum w x + 128 sum x, so the accumulator starts at -128 sum x. */
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 #endif
@@ -41,15 +43,20 @@ static inline float f32_max_lanes(f32x16 a) {
 }
 static inline float f32_max_magnitude_lanes(f32x16 a) {
     __m512i bits = _mm512_castps_si512(a);
-    return max_magnitude_of_8(_mm256_max_epi32(_mm512_castsi512_si256(bits), _mm512_extracti64x4_epi64(bits, 1)));
+    return max_magnitude_of_8(
+        _mm256_max_epi32(_mm512_castsi512_si256(bits), _mm512_extracti64x4_epi64(bits, 1)));
 }
-static inline f32x16 f32_round(f32x16 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline f32x16 f32_round(f32x16 a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 static inline f32x16 f32_from_i32(i32x16 a) { return _mm512_cvtepi32_ps(a); }
 static inline f32x16 f32_power_of_2(f32x16 n) {
     __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
     return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
 }
-static inline f32x16 f32_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+static inline f32x16 f32_load_f16(const uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
 static inline void f32_store_f16(uint16_t *p, f32x16 a) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
@@ -57,8 +64,12 @@ static inline void f32_store_i8(int8_t *p, f32x16 a) {
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a)));
 }
 
-static inline i8x64 codes_load(const int8_t *p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
-static inline i8x4 activations_load(const int8_t *p) { int32_t x; memcpy(&x, p, 4); return _mm512_set1_epi32(x); }
+static inline i8x64 codes_load(const int8_t *p) {
+    return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128));
+}
+static inline i8x4 activations_load(const int8_t *p) {
+    int32_t x; memcpy(&x, p, 4); return _mm512_set1_epi32(x);
+}
 #define OPAQUE(x) __asm__("" : "+v"(x))
 static inline i32x16 dot_start(int32_t sum) { return _mm512_set1_epi32(-sum); }
 static inline i32x16 dot_add(i32x16 a, i32x16 b) { return _mm512_add_epi32(a, b); }

@@ -10,7 +10,8 @@
 #define DPBUSD "%{vex%} vpdpbusd"
 #endif
 #define PRAGMA(text) _Pragma(#text)
-#define PUSH_TARGET(target_string) PRAGMA(clang attribute push(__attribute__((target(target_string))), apply_to = function))
+#define PUSH_TARGET(target_string) \
+    PRAGMA(clang attribute push(__attribute__((target(target_string))), apply_to = function))
 #define GCC_TARGET(target_string) PRAGMA(GCC target(target_string))
 #if defined(__clang__)
 PUSH_TARGET(TARGET)
@@ -27,7 +28,9 @@ static inline i8x64 codes_load(const int8_t *p) {
     return (i8x64){_mm256_xor_si256(_mm256_loadu_si256((const __m256i *)p), flip),
                    _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(p + 32)), flip)};
 }
-static inline i32x16 dot_start(int32_t sum) { return BOTH(i32x16, _mm256_set1_epi32(-sum), _mm256_set1_epi32(-sum)); }
+static inline i32x16 dot_start(int32_t sum) {
+    return BOTH(i32x16, _mm256_set1_epi32(-sum), _mm256_set1_epi32(-sum));
+}
 /* As text: gcc copies the accumulator before and after each of its own _mm256_dpbusd_epi32. */
 static inline i32x16 dot_4(i32x16 dot, i8x64 w, i8x4 x) {
     __asm__(DPBUSD " %2, %1, %0" : "+x"(dot.low) : "x"(w.low), "x"(x));

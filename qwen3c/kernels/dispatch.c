@@ -7,7 +7,8 @@
 #include <sys/auxv.h>
 #endif
 
-extern const Kernels kernels_scalar, kernels_avx2, kernels_avxvnni, kernels_avx512vnni, kernels_neon, kernels_neon_dotprod;
+extern const Kernels kernels_scalar, kernels_avx2, kernels_avxvnni, kernels_avx512vnni;
+extern const Kernels kernels_neon, kernels_neon_dotprod;
 
 const Kernels *const all_kernels[] = {
     &kernels_scalar,
@@ -22,7 +23,7 @@ const size_t n_kernels = sizeof all_kernels / sizeof *all_kernels;
 #if defined(QWEN3C_EMULATE_AVXVNNI)
 static int cpu_has_avxvnni(void) { return kernels_runnable(&kernels_avx512vnni); }
 #elif defined(__x86_64__)
-/* gcc before 11 and clang before 12 know the instruction but not its name in __builtin_cpu_supports */
+/* By cpuid: gcc before 11 and clang before 12 do not know the name for __builtin_cpu_supports. */
 static int cpu_has_avxvnni(void) {
     unsigned a, b, c, d;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
@@ -30,7 +31,8 @@ static int cpu_has_avxvnni(void) {
 #endif
 
 #if defined(__x86_64__)
-/* the same for f16c and clang; it takes the registers of avx, which the system saves where avx2 is supported */
+/* By cpuid: clang does not know the name f16c. The operating system need not be asked: f16c uses the
+   registers of avx, which are saved where avx2 is supported. */
 static int cpu_has_f16c(void) {
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
@@ -40,14 +42,15 @@ static int cpu_has_f16c(void) {
 int kernels_runnable(const Kernels *kernels) {
     if (kernels == &kernels_scalar) return 1;
 #if defined(__x86_64__)
-    /* these also ask the operating system whether it saves the wide registers */
+    /* __builtin_cpu_supports also asks whether the operating system saves the wide registers */
     __builtin_cpu_init();
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpu_has_f16c();
     if (kernels == &kernels_avx2) return avx2;
     if (kernels == &kernels_avxvnni) return avx2 && cpu_has_avxvnni();
     if (kernels == &kernels_avx512vnni)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512vnni");
 #elif defined(__aarch64__)
     if (kernels == &kernels_neon) return 1;
 #if defined(__linux__)

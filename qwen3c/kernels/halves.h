@@ -1,7 +1,7 @@
 /* int8 codes whose scale is stored in fp16: those of weights, keys and values. */
 
-/* The scales of LANES rows as fp16, and what that gives back. A scale so small that the row's max would lie
-   more than half a step beyond code 127 becomes the next fp16 up. */
+/* halves = the scales of LANES rows as fp16; back = halves as float32. A scale so small that the row's max
+   would lie more than half a step beyond code 127 becomes the next fp16 up. */
 static void round_scales(uint16_t *halves, float *back, const float *scales, const float *max) {
     f32_store_f16(halves, f32_load(scales));
     f32_store(back, f32_load_f16(halves));

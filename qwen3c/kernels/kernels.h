@@ -29,7 +29,7 @@
 typedef enum { KV_F32, KV_F16, KV_I8 } KVType;
 typedef enum { SOURCE_BF16, SOURCE_F16, SOURCE_F32 } SourceType;
 
-/* How a matrix is stored: the kernels that read one have a column of the table for each. */
+/* How a matrix is stored. A kernel that reads matrices has one entry of the table for each Encoding. */
 typedef enum { ENCODING_INT8, N_ENCODINGS } Encoding;
 
 /* ENCODING_INT8: a matrix (rows, columns) as tiles of LANES rows x group_size columns; tile (R, G) starts at
@@ -40,7 +40,7 @@ typedef enum { ENCODING_INT8, N_ENCODINGS } Encoding;
 
 /* Bytes of a tile of LANES rows x group_size columns. */
 static inline size_t tile_bytes(Encoding encoding, size_t group_size) {
-    (void)encoding;  /* there is one */
+    (void)encoding;  /* only one exists so far */
     return TILE_BYTES(group_size);
 }
 
@@ -73,7 +73,7 @@ typedef struct {
 } Attention;
 
 #define PADDED(n) (((size_t)(n) + LANES - 1) / LANES * LANES)  /* n values in whole vectors */
-/* A row of Int8Rows, in floats. */
+/* Floats of scratch memory that one row of Int8Rows takes. */
 #define INT8_FLOATS(columns, group_size) ((columns) / 4 + 2 * ((columns) / (group_size)))
 #define ATTENTION_SCRATCH(head_dim) \
     (ATTENTION_ROWS * (KV_BLOCK + PADDED(head_dim) + 2 + INT8_FLOATS(KV_BLOCK, VALUE_GROUP) + \
@@ -89,7 +89,7 @@ static inline size_t value_bytes(KVType type, size_t head_dim) {
     return KV_BLOCK * PADDED(head_dim) * (type == KV_F16 ? 2 : 4);
 }
 
-/* How far the stored weights are from the source (quantize_tiles). */
+/* How far stored weights are from the source weights w (quantize_tiles). */
 typedef struct {
     double largest;       /* max |w - stored| */
     double error_square;  /* sum (w - stored)^2 */
@@ -112,7 +112,7 @@ typedef struct {
     void (*matmul_int8[N_ENCODINGS])(float *y, size_t stride, const Int8Rows *x, size_t n_tokens,
                                      const uint8_t *tiles, size_t n_rows, size_t columns, size_t group_size);
 
-    /* The same product with float activations x (n_tokens, columns): per group part = fmaf(code, x, part)
+    /* y = x w^T with float activations x (n_tokens, columns): per group part = fmaf(code, x, part)
        over columns in order, then y = fmaf(scale, part, y). */
     void (*matmul_float32[N_ENCODINGS])(float *y, size_t stride, const float *x, size_t n_tokens,
                                         const uint8_t *tiles, size_t n_rows, size_t columns,

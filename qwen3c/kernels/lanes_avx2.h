@@ -13,14 +13,30 @@ typedef __m256i i8x4;  /* 4 activations, eight times */
 #define BOTH(type, low, high) ((type){(low), (high)})
 
 static inline f32x16 f32_set(float a) { return BOTH(f32x16, _mm256_set1_ps(a), _mm256_set1_ps(a)); }
-static inline f32x16 f32_load(const float *p) { return BOTH(f32x16, _mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
-static inline void f32_store(float *p, f32x16 a) { _mm256_storeu_ps(p, a.low); _mm256_storeu_ps(p + 8, a.high); }
-static inline f32x16 f32_add(f32x16 a, f32x16 b) { return BOTH(f32x16, _mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)); }
-static inline f32x16 f32_sub(f32x16 a, f32x16 b) { return BOTH(f32x16, _mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)); }
-static inline f32x16 f32_mul(f32x16 a, f32x16 b) { return BOTH(f32x16, _mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)); }
-static inline f32x16 f32_div(f32x16 a, f32x16 b) { return BOTH(f32x16, _mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)); }
-static inline f32x16 f32_max(f32x16 a, f32x16 b) { return BOTH(f32x16, _mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)); }
-static inline f32x16 f32_min(f32x16 a, f32x16 b) { return BOTH(f32x16, _mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)); }
+static inline f32x16 f32_load(const float *p) {
+    return BOTH(f32x16, _mm256_loadu_ps(p), _mm256_loadu_ps(p + 8));
+}
+static inline void f32_store(float *p, f32x16 a) {
+    _mm256_storeu_ps(p, a.low); _mm256_storeu_ps(p + 8, a.high);
+}
+static inline f32x16 f32_add(f32x16 a, f32x16 b) {
+    return BOTH(f32x16, _mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high));
+}
+static inline f32x16 f32_sub(f32x16 a, f32x16 b) {
+    return BOTH(f32x16, _mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high));
+}
+static inline f32x16 f32_mul(f32x16 a, f32x16 b) {
+    return BOTH(f32x16, _mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high));
+}
+static inline f32x16 f32_div(f32x16 a, f32x16 b) {
+    return BOTH(f32x16, _mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high));
+}
+static inline f32x16 f32_max(f32x16 a, f32x16 b) {
+    return BOTH(f32x16, _mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high));
+}
+static inline f32x16 f32_min(f32x16 a, f32x16 b) {
+    return BOTH(f32x16, _mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high));
+}
 static inline f32x16 f32_abs(f32x16 a) {
     __m256 sign = _mm256_set1_ps(-0.0f);
     return BOTH(f32x16, _mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high));
@@ -43,9 +59,12 @@ static inline f32x16 f32_round(f32x16 a) {
     return BOTH(f32x16, _mm256_round_ps(a.low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
                 _mm256_round_ps(a.high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-static inline f32x16 f32_from_i32(i32x16 a) { return BOTH(f32x16, _mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)); }
+static inline f32x16 f32_from_i32(i32x16 a) {
+    return BOTH(f32x16, _mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high));
+}
 static inline __m256 power_of_2(__m256 n) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+    __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
 }
 static inline f32x16 f32_power_of_2(f32x16 n) { return BOTH(f32x16, power_of_2(n.low), power_of_2(n.high)); }
 static inline f32x16 f32_load_f16(const uint16_t *p) {
@@ -59,10 +78,13 @@ static inline void f32_store_f16(uint16_t *p, f32x16 a) {
 static inline void f32_store_i8(int8_t *p, f32x16 a) {
     __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high));
     words = _mm256_permute4x64_epi64(words, 0xd8);  /* packs works within 128-bit halves: 0 2 1 3 */
-    _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+    _mm_storeu_si128(
+        (__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
 
-static inline i8x4 activations_load(const int8_t *p) { int32_t x; memcpy(&x, p, 4); return _mm256_set1_epi32(x); }
+static inline i8x4 activations_load(const int8_t *p) {
+    int32_t x; memcpy(&x, p, 4); return _mm256_set1_epi32(x);
+}
 #define OPAQUE(x) __asm__("" : "+x"(x))
 static inline i32x16 dot_add(i32x16 a, i32x16 b) {
     return BOTH(i32x16, _mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high));

@@ -14,7 +14,9 @@ typedef int8x16_t i8x4;  /* 4 activations, four times */
 
 static inline f32x16 f32_set(float a) { f32x16 r; EACH_QUARTER(vdupq_n_f32(a)); }
 static inline f32x16 f32_load(const float *p) { f32x16 r; EACH_QUARTER(vld1q_f32(p + 4 * i)); }
-static inline void f32_store(float *p, f32x16 a) { for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, a.val[i]); }
+static inline void f32_store(float *p, f32x16 a) {
+    for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, a.val[i]);
+}
 static inline f32x16 f32_add(f32x16 a, f32x16 b) { f32x16 r; EACH_QUARTER(vaddq_f32(a.val[i], b.val[i])); }
 static inline f32x16 f32_sub(f32x16 a, f32x16 b) { f32x16 r; EACH_QUARTER(vsubq_f32(a.val[i], b.val[i])); }
 static inline f32x16 f32_mul(f32x16 a, f32x16 b) { f32x16 r; EACH_QUARTER(vmulq_f32(a.val[i], b.val[i])); }
@@ -22,9 +24,11 @@ static inline f32x16 f32_div(f32x16 a, f32x16 b) { f32x16 r; EACH_QUARTER(vdivq_
 static inline f32x16 f32_max(f32x16 a, f32x16 b) { f32x16 r; EACH_QUARTER(vmaxq_f32(a.val[i], b.val[i])); }
 static inline f32x16 f32_min(f32x16 a, f32x16 b) { f32x16 r; EACH_QUARTER(vminq_f32(a.val[i], b.val[i])); }
 static inline f32x16 f32_abs(f32x16 a) { f32x16 r; EACH_QUARTER(vabsq_f32(a.val[i])); }
-/* Here the maximum of a NaN and a number is the NaN already. */
+/* vmaxq_f32 of a NaN and a number is the NaN already. */
 static inline f32x16 f32_max_magnitude(f32x16 a, f32x16 b) { return f32_max(a, b); }
-static inline f32x16 f32_fma(f32x16 a, f32x16 b, f32x16 c) { f32x16 r; EACH_QUARTER(vfmaq_f32(c.val[i], a.val[i], b.val[i])); }
+static inline f32x16 f32_fma(f32x16 a, f32x16 b, f32x16 c) {
+    f32x16 r; EACH_QUARTER(vfmaq_f32(c.val[i], a.val[i], b.val[i]));
+}
 static inline float f32_sum_lanes(f32x16 a) {
     float32x4_t b = vaddq_f32(vaddq_f32(a.val[0], a.val[2]), vaddq_f32(a.val[1], a.val[3]));
     float32x2_t c = vadd_f32(vget_low_f32(b), vget_high_f32(b));
@@ -38,7 +42,8 @@ static inline f32x16 f32_round(f32x16 a) { f32x16 r; EACH_QUARTER(vrndnq_f32(a.v
 static inline f32x16 f32_from_i32(i32x16 a) { f32x16 r; EACH_QUARTER(vcvtq_f32_s32(a.val[i])); }
 static inline f32x16 f32_power_of_2(f32x16 n) {
     f32x16 r;
-    EACH_QUARTER(vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n.val[i]), vdupq_n_s32(127)), 23)));
+    EACH_QUARTER(
+        vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n.val[i]), vdupq_n_s32(127)), 23)));
 }
 static inline f32x16 f32_load_f16(const uint16_t *p) {
     f32x16 r;
@@ -64,11 +69,14 @@ static inline i32x16 dot_start(int32_t sum) { (void)sum; i32x16 r; EACH_QUARTER(
 static inline i32x16 dot_add(i32x16 a, i32x16 b) { i32x16 r; EACH_QUARTER(vaddq_s32(a.val[i], b.val[i])); }
 static inline f32x16 codes_column(const int8_t *p, int j) {
     f32x16 r;
-    EACH_QUARTER(vcvtq_f32_s32(vshrq_n_s32(vshlq_s32(vreinterpretq_s32_s8(vld1q_s8(p + 16 * i)), vdupq_n_s32(24 - 8 * j)), 24)));
+    EACH_QUARTER(vcvtq_f32_s32(vshrq_n_s32(
+        vshlq_s32(vreinterpretq_s32_s8(vld1q_s8(p + 16 * i)), vdupq_n_s32(24 - 8 * j)), 24)));
 }
 
 static inline int32x4_t dot_quarter(int32x4_t dot, int8x16_t w, int8x16_t x);
-static inline i32x16 dot_4(i32x16 dot, i8x64 w, i8x4 x) { i32x16 r; EACH_QUARTER(dot_quarter(dot.val[i], w.val[i], x)); }
+static inline i32x16 dot_4(i32x16 dot, i8x64 w, i8x4 x) {
+    i32x16 r; EACH_QUARTER(dot_quarter(dot.val[i], w.val[i], x));
+}
 
 #define MATMUL_TILES 1
 #define MATMUL_TOKENS 4

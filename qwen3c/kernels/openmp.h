@@ -16,9 +16,9 @@ static void *wait_at_gate(void *gate) {
 }
 
 /* How many threads, at most `wanted`, a parallel region of the calling thread can have. OpenMP ends the whole
-   process when it cannot start a thread, so as many are started here first: all at once, because limits count
-   threads that are alive. OpenMP keeps the threads of its last team, for each thread that calls it; those are
-   not tried again. */
+   process when it cannot start a thread. So this function first starts plain threads to see how many the
+   system allows: all at once, because limits count threads that are alive. Threads that OpenMP already keeps
+   for the calling thread, those of its last team, exist and are not tried again. */
 static int startable_team(int wanted) {
     static _Thread_local int kept = 1;
     pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;

@@ -6,7 +6,7 @@ typedef struct {
     size_t next_rows, next_group;  /* bytes from a tile to the tile below it, and to the tile on its right */
     size_t n_rows, n_groups, group_size;
     const uint8_t *ahead;  /* memory that is read after this matrix, to be prefetched */
-    size_t ahead_bytes;    /* of it for each tile row of this matrix */
+    size_t ahead_bytes;    /* bytes of `ahead` to prefetch for each tile row of this matrix */
 } Tiles;
 
 /* y (n_tokens, w.n_rows) = x w^T */
@@ -23,7 +23,8 @@ typedef struct {
     size_t bytes;  /* for each group */
 } Ahead;
 
-/* A product with at most FEW_TOKENS waits for memory, fastest read in order: one tile row at a time. */
+/* With at most FEW_TOKENS tokens a product is bound by memory, which is fastest read in order: it then takes
+   one tile row at a time. */
 #define FEW_TOKENS (2 * MATMUL_TOKENS)
 
 /* Each dot product of a block of R x T runs in PARTS accumulators, to hide the latency of the dot
@@ -47,7 +48,7 @@ INLINE void matmul_int8_block(const size_t R, const size_t T, const int few, con
     f32x16 sum[MATMUL_TILES][MATMUL_TOKENS];
     UNROLL for (size_t r = 0; r < R; r++) UNROLL for (size_t t = 0; t < T; t++) {
         sum[r][t] = f32_set(0);
-        __builtin_prefetch(y + t * stride + r * LANES, 1);  /* results of different tokens lie far apart */
+        __builtin_prefetch(y + t * stride + r * LANES, 1);  /* rows of y are far apart, none is in cache */
     }
     for (size_t g = 0; g < w->n_groups;
          g++, tiles += w->next_group, codes += w->group_size, ahead.at += ahead.bytes) {
@@ -85,7 +86,7 @@ INLINE void matmul_int8_block(const size_t R, const size_t T, const int few, con
         store_left(y + t * stride + r * LANES, sum[r][t], n_rows - r * LANES);
 }
 
-/* R tile rows from `row` on times all tokens, in blocks of at most MATMUL_TOKENS, all about as large. */
+/* R tile rows from `row` on times all tokens, in blocks of at most MATMUL_TOKENS of about equal size. */
 INLINE void matmul_int8_rows(const size_t R, const int few, const int scaled, const Product *p, size_t row) {
     size_t blocks = (p->n_tokens + MATMUL_TOKENS - 1) / MATMUL_TOKENS, parts = blocks * p->w.n_groups;
     Ahead ahead = {p->w.ahead + row / LANES * p->w.ahead_bytes, (R * p->w.ahead_bytes + parts - 1) / parts};

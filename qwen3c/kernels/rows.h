@@ -2,7 +2,7 @@
 
 static void rmsnorm(float *y, const float *x, const float *weight, size_t n, float eps) {
     f32x16 squares = f32_set(0);
-    size_t whole = n / LANES * LANES;  /* its own loop: rows are long and mostly whole vectors */
+    size_t whole = n / LANES * LANES;  /* whole vectors in a loop without the test of load_left */
     for (size_t i = 0; i < whole; i += LANES) {
         f32x16 v = f32_load(x + i);
         squares = f32_fma(v, v, squares);
@@ -41,7 +41,7 @@ static void quantize(Int8Rows *row, const float *x, size_t n, size_t group_size)
                 row->sums[g + i] = 0;
                 continue;
             }
-            f32x16 sum = f32_set(0);  /* of integers, and so small that it is exact */
+            f32x16 sum = f32_set(0);  /* of integers below 2^24: exact */
             for (size_t c = first; c < first + group_size; c += LANES) {
                 f32x16 code = f32_round(f32_mul(f32_load(x + c), f32_set(inverse[i])));
                 f32_store_i8(row->codes + c, code);

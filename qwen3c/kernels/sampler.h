@@ -37,7 +37,7 @@ static int top_k(int32_t *ids, const float *x, size_t n, size_t k) {
     for (size_t parent = k / 2; parent-- > 0;) sift_down(ids, k, parent, x);
     for (size_t i = k; i < n;) {
         size_t end = n - i < 4 * LANES ? n : i + 4 * LANES;
-        if (i + 4 * LANES <= n) {  /* most stretches of four vectors hold nothing large enough */
+        if (i + 4 * LANES <= n) {  /* skip four vectors at once: most hold nothing large enough */
             f32x16 a = f32_max(f32_load(x + i), f32_load(x + i + LANES));
             f32x16 b = f32_max(f32_load(x + i + 2 * LANES), f32_load(x + i + 3 * LANES));
             if (f32_max_lanes(f32_max(a, b)) <= x[ids[0]]) {

@@ -19,13 +19,21 @@ static inline f32x16 f32_add(f32x16 a, f32x16 b) { f32x16 r; EACH_LANE(a.lane[i]
 static inline f32x16 f32_sub(f32x16 a, f32x16 b) { f32x16 r; EACH_LANE(a.lane[i] - b.lane[i]); }
 static inline f32x16 f32_mul(f32x16 a, f32x16 b) { f32x16 r; EACH_LANE(a.lane[i] * b.lane[i]); }
 static inline f32x16 f32_div(f32x16 a, f32x16 b) { f32x16 r; EACH_LANE(a.lane[i] / b.lane[i]); }
-static inline f32x16 f32_max(f32x16 a, f32x16 b) { f32x16 r; EACH_LANE(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
-static inline f32x16 f32_min(f32x16 a, f32x16 b) { f32x16 r; EACH_LANE(a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
+static inline f32x16 f32_max(f32x16 a, f32x16 b) {
+    f32x16 r; EACH_LANE(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]);
+}
+static inline f32x16 f32_min(f32x16 a, f32x16 b) {
+    f32x16 r; EACH_LANE(a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]);
+}
 static inline f32x16 f32_abs(f32x16 a) { f32x16 r; EACH_LANE(fabsf(a.lane[i])); }
-/* The larger of two magnitudes (sign bits clear); a NaN is larger than any number. f32_max loses one. */
+/* The larger of two magnitudes (sign bits clear); a NaN counts as the largest. (f32_max drops a NaN.) */
 static inline float larger_magnitude(float a, float b) { return a > b || a != a ? a : b; }
-static inline f32x16 f32_max_magnitude(f32x16 a, f32x16 b) { f32x16 r; EACH_LANE(larger_magnitude(a.lane[i], b.lane[i])); }
-static inline f32x16 f32_fma(f32x16 a, f32x16 b, f32x16 c) { f32x16 r; EACH_LANE(fmaf(a.lane[i], b.lane[i], c.lane[i])); }
+static inline f32x16 f32_max_magnitude(f32x16 a, f32x16 b) {
+    f32x16 r; EACH_LANE(larger_magnitude(a.lane[i], b.lane[i]));
+}
+static inline f32x16 f32_fma(f32x16 a, f32x16 b, f32x16 c) {
+    f32x16 r; EACH_LANE(fmaf(a.lane[i], b.lane[i], c.lane[i]));
+}
 
 /* The one tree: lane i and lane i + 8, then + 4, + 2, + 1. */
 static inline float f32_sum_lanes(f32x16 a) {
@@ -35,7 +43,8 @@ static inline float f32_sum_lanes(f32x16 a) {
 }
 static inline float f32_max_lanes(f32x16 a) {
     for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; i++) a.lane[i] = a.lane[i] > a.lane[i + width] ? a.lane[i] : a.lane[i + width];
+        for (int i = 0; i < width; i++)
+            a.lane[i] = a.lane[i] > a.lane[i + width] ? a.lane[i] : a.lane[i + width];
     return a.lane[0];
 }
 static inline float f32_max_magnitude_lanes(f32x16 a) {
@@ -48,7 +57,7 @@ static inline float f32_max_magnitude_lanes(f32x16 a) {
 static inline f32x16 f32_round(f32x16 a) { f32x16 r; EACH_LANE((a.lane[i] + 12582912.0f) - 12582912.0f); }
 static inline f32x16 f32_from_i32(i32x16 a) { f32x16 r; EACH_LANE((float)a.lane[i]); }
 
-static inline f32x16 f32_power_of_2(f32x16 n) {  /* n integer, -126..127; of a NaN any number */
+static inline f32x16 f32_power_of_2(f32x16 n) {  /* n integer, -126..127; a NaN gives any number */
     f32x16 r;
     for (int i = 0; i < LANES; i++) {
         uint32_t bits = n.lane[i] == n.lane[i] ? (uint32_t)((int32_t)n.lane[i] + 127) << 23 : 0;
@@ -89,8 +98,12 @@ static inline uint16_t float_to_half(float value) {  /* round to nearest even */
 }
 
 static inline f32x16 f32_load_f16(const uint16_t *p) { f32x16 r; EACH_LANE(half_to_float(p[i])); }
-static inline void f32_store_f16(uint16_t *p, f32x16 a) { for (int i = 0; i < LANES; i++) p[i] = float_to_half(a.lane[i]); }
-static inline void f32_store_i8(int8_t *p, f32x16 a) { for (int i = 0; i < LANES; i++) p[i] = (int8_t)a.lane[i]; }
+static inline void f32_store_f16(uint16_t *p, f32x16 a) {
+    for (int i = 0; i < LANES; i++) p[i] = float_to_half(a.lane[i]);
+}
+static inline void f32_store_i8(int8_t *p, f32x16 a) {
+    for (int i = 0; i < LANES; i++) p[i] = (int8_t)a.lane[i];
+}
 
 static inline i8x64 codes_load(const int8_t *p) { i8x64 r; memcpy(r.code, p, sizeof r.code); return r; }
 static inline i8x4 activations_load(const int8_t *p) { i8x4 r; memcpy(r.code, p, 4); return r; }

@@ -1,8 +1,8 @@
 """How long OpenMP's threads spin before they sleep: briefly, unless the user chose.
 
-A thread that waits for another may spin for some microseconds, then must sleep: a spinning one takes the core its
-partner needs as soon as anything else runs on the machine (docs/ATTEMPTS.md has the figures). libgomp reads its variable
-when the engine is loaded, and nobody else is to inherit it.
+A thread that waits for another may spin for some microseconds, then must sleep: a spinning one takes the core
+its partner needs as soon as anything else runs on the machine (docs/ATTEMPTS.md has the figures). libgomp
+reads its variable, GOMP_SPINCOUNT, when the engine is loaded; processes started later are not to inherit it.
 """
 
 import os

@@ -186,7 +186,7 @@ cdef uint64_t folded = 0  # what was read goes here, so that no compiler leaves 
 
 
 cdef uint64_t fold(const uint64_t *words, Py_ssize_t n) noexcept nogil:
-    """All n words (a multiple of 8) in one, so that each has to be read; eight chains, so that none waits."""
+    """The xor of all n words (a multiple of 8): each must be read. Eight independent chains hide latency."""
     cdef uint64_t a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0
     cdef Py_ssize_t i
     for i in range(0, n, 8):

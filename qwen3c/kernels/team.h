@@ -31,10 +31,10 @@ typedef struct {
 typedef struct {
     Team *team;
     size_t index;          /* of the thread */
-    size_t stages;         /* that it has begun; the fields below are about the last of them */
+    size_t stages;         /* begun so far; the fields below are about the last one */
     uint32_t *counters;
     size_t n;              /* tasks */
-    size_t share, taken;   /* shares that it found empty, tasks that it took */
+    size_t share, taken;   /* shares found empty so far, tasks taken so far */
 } Worker;
 
 #define TEAM_SPINS 1000      /* some 10 microseconds: longer than a stage lasts once its tasks are taken */
@@ -48,7 +48,7 @@ typedef struct {
 #define TEAM_PAUSE() ((void)0)
 #endif
 
-/* Room for passes of `stages` stages, in place of the room there was. 0, or -1 without memory. */
+/* Allocate counters for passes of `stages` stages, in place of the old. Returns 0, or -1 without memory. */
 static inline int team_reserve(Team *team, size_t max_threads, size_t stages) {
     size_t stride = (max_threads + 1 + 15) / 16 * 16;  /* stages do not share a cache line */
     uint32_t *counters = (uint32_t *)calloc(stride * stages, sizeof *counters);
@@ -76,7 +76,7 @@ static inline Worker team_worker(Team *team, size_t index) {
     return (Worker){.team = team, .index = index};
 }
 
-/* Begin the worker's next stage, of n tasks. Returns -1, a task for `take` to replace. */
+/* Begin the worker's next stage, of n tasks. Returns -1, the value of `task` before the first take(). */
 static inline ptrdiff_t stage(Worker *w, ptrdiff_t n) {
     w->counters = w->team->counters + w->team->stride * w->stages++;
     w->n = (size_t)n;
@@ -93,7 +93,7 @@ static inline void stage_wait(const Worker *w) {
     }
 }
 
-/* Put another task of the stage into *task. 0 when every task is done, whoever did it. */
+/* Put the next task of the stage into *task. Returns 0 when all tasks are done, by this thread or others. */
 static inline int take(Worker *w, ptrdiff_t *task) {
     size_t threads = w->team->threads;
     if (__atomic_load_n(&w->team->stopped, __ATOMIC_RELAXED)) return 0;

@@ -27,14 +27,14 @@ static float sum_of_squares(const float *w, size_t n) {
     return f32_sum_lanes(squares);
 }
 
-/* Where the first value is that cannot be stored: a NaN, infinite or too large. */
+/* The index of the first value that cannot be stored: a NaN, infinite or too large. */
 static int64_t first_bad(const float *w, size_t n) {
     for (size_t i = 0; i < n; i++)
         if (!(fabsf(w[i]) <= MAX_WEIGHT)) return (int64_t)i;
     return 0;
 }
 
-/* What rounding one row of one group with a scale gives, beside its codes. */
+/* What comes of rounding one row of one group with a given scale, beside the codes. */
 typedef struct {
     float largest;  /* max |w - scale code| */
     float lost;     /* sum (w - scale code)^2 */

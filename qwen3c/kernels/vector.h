@@ -16,13 +16,13 @@ static void store_part(float *y, f32x16 a, size_t n) {
     memcpy(y, lane, n * sizeof *y);
 }
 
-/* The next vector of a row that has `left` values left. Lanes beyond its end are `fill`; no memory there is
-   read. */
+/* Load the next vector of a row that has `left` values left. Lanes past the end are `fill`; memory past
+   the end is not read. */
 INLINE f32x16 load_left(const float *x, size_t left, float fill) {
     return left < LANES ? load_part(x, left, fill) : f32_load(x);
 }
 
-/* Store the next vector of a row that has `left` values left; nothing is written beyond its end. */
+/* Store the next vector of a row that has `left` values left; nothing is written past the end. */
 INLINE void store_left(float *y, f32x16 a, size_t left) {
     if (left >= LANES) f32_store(y, a);
     else store_part(y, a, left);

@@ -13,7 +13,7 @@ MODEL_IN_THE_BOX = Path(__file__).parents[1] / "data" / "model.bin"
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path whose file, once the block is done, takes the place of `path`; on any error nothing does."""
+    """A temporary path; what the block writes there replaces `path` at its end, but not after an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -37,7 +37,7 @@ def sync(path: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """The same for what was created or renamed in it, where the system can say so."""
+    """What was created or renamed in it is on the disk when this returns, where the system can do that."""
     if os.name != "posix":
         return
     descriptor = os.open(directory, os.O_RDONLY)
@@ -51,7 +51,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def reason(error: OSError) -> str:
-    """What the system says about a failed call; of too many open files, how many are allowed."""
+    """What the system says about a failed call; where too many files are open, also how many are allowed."""
     said = error.strerror or str(error)
     if error.errno != errno.EMFILE:
         return said
@@ -59,5 +59,5 @@ def reason(error: OSError) -> str:
         import resource
 
         return f"{said}: the limit is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} (ulimit -n)"
-    except (ImportError, OSError):  # Windows; or there is no file left to open the module with
+    except (ImportError, OSError):  # Windows; or too many files are open to import a module
         return f"{said}: `ulimit -n` says how many this process may have"

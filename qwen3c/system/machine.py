@@ -1,7 +1,8 @@
 """What this computer is to this process: its CPU, how many threads it can feed, and what limits memory.
 
-A container, a service or a batch job is a control group with a limit of its own, and so may be each group above it.
-Both versions are read where they are usually mounted. A limit that nobody set, or that cannot be read, is no limit.
+A container, a service or a batch job is a control group with a limit of its own, and so may be each group
+above it. Both versions are read where they are usually mounted. A limit that nobody set, or that cannot be
+read, is no limit.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def n_cpus() -> int:
 
 
 def cpu_name() -> str:
-    """As the manufacturer calls it."""
+    """The CPU's name, as its manufacturer writes it."""
     found = re.search(r"^model name\s*:\s*(.+)$", read_text(Path("/proc/cpuinfo")) or "", re.MULTILINE)
     return found[1] if found else "unknown CPU"
 
@@ -70,7 +71,7 @@ def _allowed_cpus() -> set[int]:
 
 
 def _physical_cores(cpus: set[int]) -> int:
-    """Hyper-threads of one core share its arithmetic and its memory port: count them once."""
+    """How many cores `cpus` belong to: hyper-threads share their core's arithmetic units and caches."""
     cores = {read_text(CPU_ROOT / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
     return len(cores)
 
@@ -95,7 +96,7 @@ def group_memory_limits() -> list[MemoryLimit]:
 
 
 def address_space() -> MemoryLimit | None:
-    """What `ulimit -v` allows (RLIMIT_AS): it counts every mapping, also of files and of stacks nobody uses."""
+    """The limit of `ulimit -v` (RLIMIT_AS). It counts every mapping, also files and unused stack."""
     pages = re.match(r"\d+", read_text(Path("/proc/self/statm")) or "")
     try:
         import resource
@@ -124,7 +125,7 @@ def cpu_quota() -> float | None:
 
 
 def _memory_limit(version: int, directory: Path) -> MemoryLimit | None:
-    """Page cache counts as used there, but gives way: it is left too."""
+    """The memory limit of one control group; its page cache, which can be dropped, counts as left."""
     if version == 2:
         bounds = [_number(directory / name) for name in ("memory.max", "memory.high")]
         used, cache = _number(directory / "memory.current"), "file"
@@ -141,7 +142,7 @@ def _memory_limit(version: int, directory: Path) -> MemoryLimit | None:
 
 
 def _groups(controller: str) -> Iterator[tuple[int, Path]]:
-    """(version, directory) of this process's control groups for `controller`, and of all groups above them."""
+    """(version, directory) of this process's control groups for `controller` and of all groups above them."""
     for line in (read_text(Path("/proc/self/cgroup")) or "").splitlines():
         _, controllers, path = line.split(":", 2)
         inside = Path(path.lstrip("/"))
@@ -151,7 +152,7 @@ def _groups(controller: str) -> Iterator[tuple[int, Path]]:
             root, version = CGROUP_ROOT / controller, 1
         else:
             continue
-        # in a container the path may be the host's, of which only the root is seen here
+        # in a container the path may be the host's, but only the group at the root is mounted
         for group in dict.fromkeys([inside, *inside.parents]):
             yield version, root / group
 

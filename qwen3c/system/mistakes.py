@@ -1,7 +1,8 @@
-"""What was given in place of a model: told by its first bytes, its name or its neighbours, and what to do with it.
+"""What was given in place of a model, told by its first bytes, name or neighbours; and what to do with it.
 
-Two programs ask: the one that opens a model.bin (format.py), and the exporter, which reads a directory or a GGUF
-file (convert/). Each function returns a piece of an error message about a path, or "" where it has nothing to say.
+Two programs ask: the one that opens a model.bin (format.py), and the exporter, which reads a directory or a
+GGUF file (convert/). Each function returns a piece of an error message about a path, or "" where it has
+nothing to say.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 MODEL_BIN = b"QWEN3C\x1a\n"  # what every model.bin begins with
 GGUF = b"GGUF"
 MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, by the format's own rule
-START = 64  # bytes of a file that are enough to tell its kind
+START = 64  # how many bytes of a file tell its kind
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _PYTORCH = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")  # zip archives, and the bare pickles before
@@ -23,7 +24,7 @@ _FILES = (".bin", ".gguf", ".safetensors", ".json")  # endings of names that are
 _PICKLED = "is never opened: only safetensors are read"
 _SAVE_AGAIN = "transformers saves a model as safetensors: save_pretrained()"
 
-# kind of a file -> what is said about it where a model.bin was expected, and where the source of an export was
+# kind of a file -> what to say where a model.bin was expected, and where the source of an export was
 _ADVICE = {
     "model.bin": ("", "is a model.bin already: run.py {path} runs it"),
     "GGUF": ("a GGUF file; `python export.py {path} model.bin` converts it", ""),
@@ -55,7 +56,7 @@ _ADVICE = {
 
 
 def kind_of(start: bytes) -> str:
-    """What a file that begins with `start`, START bytes or all there are, is: a key of _ADVICE."""
+    """The kind of a file, a key of _ADVICE. start: its first START bytes, or all of a shorter file."""
     if start.startswith(MODEL_BIN):
         return "model.bin"
     if start.startswith(GGUF):
@@ -70,17 +71,17 @@ def kind_of(start: bytes) -> str:
 
 
 def in_place_of_model_bin(path: str, start: bytes) -> str:
-    """What the file at `path`, which begins with `start` and is no model.bin, is; goes behind "not a model.bin but"."""
+    """What the file at `path` is; start: its first bytes. Goes behind "not a model.bin but"."""
     return _advice(path, start)[0]
 
 
 def in_place_of_source(path: Path, start: bytes) -> str:
-    """What the file at `path`, which begins with `start` and is no GGUF file, is; goes behind the path."""
+    """What the file at `path` is if no GGUF file; start: its first bytes. Goes behind the path."""
     return _advice(os.fspath(path), start)[1]
 
 
 def in_place_of_part(start: bytes) -> str:
-    """What stands where a file of a Hugging Face directory should: git may have left it on the server."""
+    """What stands in place of a file of a Hugging Face directory, such as a pointer of git-lfs."""
     return _ADVICE["git-lfs"][1] if kind_of(start) == "git-lfs" else ""
 
 
@@ -106,7 +107,7 @@ def is_model_file(path: Path) -> bool:
 
 
 def download(given: str) -> str:
-    """The command that fetches a model, where `given` is no path but reads like a name on the Hugging Face Hub."""
+    """The command that downloads a model, if `given` looks like a name on the Hugging Face Hub."""
     hub = _HUB.fullmatch(given)
     if hub is None or hub[1].endswith(_FILES) or os.path.exists(os.path.dirname(given.rstrip("/"))):
         return ""
@@ -149,7 +150,7 @@ def directory_for_model_bin(directory: Path) -> str:
 
 
 def directory_without_config(directory: Path) -> str:
-    """What a directory is that should be a model's and has no config.json; goes behind its path."""
+    """What a directory without a config.json is, where a model's was expected; goes behind its path."""
     if (directory / "adapter_config.json").exists():
         return "is a LoRA adapter: give the directory of its base model, and this one after --lora"
     for path in sorted(directory.glob("*.gguf")):
@@ -164,7 +165,7 @@ def directory_without_config(directory: Path) -> str:
 
 
 def directory_without_weights(directory: Path) -> str:
-    """What a directory has that has a config.json and no safetensors; goes behind the complaint."""
+    """What a directory with a config.json has in place of safetensors; goes behind the complaint."""
     for path in sorted(directory.glob("*.gguf")):
         return f", but a GGUF file: give the file, {path}"
     for path in sorted([*directory.glob("*.bin"), *directory.glob("*.pt*")]):

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
@@ -38,7 +39,7 @@ def open_streams() -> None:
 
 
 def abandon_closed_streams() -> None:
-    """Point a standard stream that is gone at the null device, where its last flush cannot fail."""
+    """Point each closed standard stream at the null device, or the flush at exit would fail."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -48,11 +49,11 @@ def abandon_closed_streams() -> None:
 
 @contextmanager
 def unheard() -> Iterator[None]:
-    """Within, a stderr that cannot be written to any more is no error: from then on it leads nowhere."""
+    """Within, a closed stderr is no error: from the first failure on, what is written to it is dropped."""
     try:
         yield
     except BlockingIOError:
-        pass  # its reader is only slow
+        pass  # the reader is slow, not gone
     except OSError:
         _lead_nowhere(sys.stderr)
 
@@ -71,7 +72,7 @@ def write_at_once(line: str) -> None:
 
 
 def has_colour(stream: TextIO) -> bool:
-    """Whether text on `stream` may be dim."""
+    """Whether text on `stream` may be written dim, by escape codes."""
     return can_redraw(stream) and not os.environ.get("NO_COLOR")
 
 
@@ -83,8 +84,18 @@ def escaped(text: str, keep: str = "") -> str:
     return CONTROL.sub(lambda match: match[0] if match[0] in keep else f"\\u{ord(match[0]):04x}", text)
 
 
+def visible(text: str) -> str:
+    """`text` with whatever a screen acts on, or does not show, as \\uXXXX, but for newlines and tabs."""
+    return "".join(
+        letter
+        if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+        else f"\\u{ord(letter):04x}"
+        for letter in text
+    )
+
+
 def note(text: str) -> None:
-    """What the program does, on stderr; on a terminal its lines break between words."""
+    """Print `text` on stderr; on a terminal its lines break between words."""
     text = escaped(text, keep="\n\t")
     if sys.stderr.isatty():
         text = "\n".join(wrapped(text, max(columns(sys.stderr) - 1, 1)))
@@ -92,7 +103,7 @@ def note(text: str) -> None:
 
 
 def wrapped(text: str, width: int = REPORT_WIDTH, indent: int = 0) -> list[str]:
-    """`text` as lines of at most `width` columns; where one goes on in the next, that is indented.
+    """`text` as lines of at most `width` columns; continuation lines are indented.
 
     A word longer than `width`, such as a path, stays whole, so that it can be copied.
     """
@@ -121,7 +132,7 @@ def columns(stream: TextIO) -> int:
 
 
 def _draw(text: str) -> None:
-    """Write to stderr. Nothing ends because nobody looks any more: a closed terminal sends SIGHUP for that."""
+    """Write to stderr; failure is ignored. A closed terminal ends the program by SIGHUP, not by this."""
     with unheard():
         print(text, end="", file=sys.stderr, flush=True)
 
@@ -129,7 +140,7 @@ def _draw(text: str) -> None:
 class StatusLine:
     """One line on stderr, drawn again while something takes time, and cut to the width of the terminal.
 
-    It is drawn on a terminal only. delay: seconds before it appears at all. interval: seconds between two drawings.
+    It is drawn on a terminal only. delay: seconds before it appears. interval: seconds between two drawings.
     """
 
     def __init__(self, delay: float = 0.5, interval: float = DRAWN_EVERY) -> None:
@@ -147,7 +158,7 @@ class StatusLine:
         if can_redraw(sys.stderr):
             self._next = time.monotonic() + self._interval
             self._shown = True
-            # the last column stays free: a terminal that wraps there would leave the line behind
+            # the last column stays free: in it the terminal would wrap, and the line could not be redrawn
             line = text[: max(columns(sys.stderr) - 1, 1)]
             _draw(CLEAR_LINE + line)
 
@@ -159,7 +170,7 @@ class StatusLine:
 
 
 def at_this_rate(done: float, total: float, seconds: float) -> float | None:
-    """Seconds left if the rest goes as fast as what was done in `seconds`; None if that says nothing yet."""
+    """Seconds left if the rest is as fast as what was done in `seconds`; None while nothing is done."""
     return max(total - done, 0) * seconds / done if done > 0 and seconds > 0 else None
 
 
@@ -203,7 +214,7 @@ def waiting(
         try:
             thread.start()
         except RuntimeError:
-            thread = None  # there is none to be had: then it is waited in silence
+            thread = None  # no thread can be started: wait in silence
     try:
         yield
     finally:
@@ -218,8 +229,8 @@ class Progress:
 
     On a terminal it is a StatusLine; elsewhere a line of its own every `pause` seconds.
     describe: (done, total, done per second) -> the words between the percentage and the time left.
-    predict: (done, total, seconds so far) -> seconds left, or None while nobody can say.
-    start: what was done before, by an earlier run; it says nothing about the speed.
+    predict: (done, total, seconds so far) -> seconds left, or None while that is unknown.
+    start: what an earlier run has done already; it does not count towards the speed.
     """
 
     def __init__(
@@ -246,7 +257,7 @@ class Progress:
             _draw(self._line(done, total, 0) + "\n")
 
     def say(self, text: str) -> None:
-        """Draw `text` in place of how far it is, before a wait that has no measure."""
+        """Draw `text` in place of the progress, before a wait of unknown length."""
         self._status.show_now(text)
 
     def clear(self) -> None:
@@ -272,7 +283,7 @@ def progress_line(
 ) -> str:
     """A line such as "[######      ]  50%  1.20 of 2.40 GB  600 MB/s  2 s left", for `width` columns.
 
-    The bar and then the words go where they do not fit; width 0: a line without a bar. See Progress for the rest.
+    What does not fit is left out: first the bar, then the words. width 0: a line without a bar. See Progress.
     """
     share = min(max(done / total, 0.0), 1.0) if total else 1.0
     rate = max(done - start, 0) / seconds if seconds > 0 else 0.0

@@ -32,7 +32,8 @@ TAGS = (THINK, END_THINK, TOOL_CALL, END_TOOL_CALL)  # the reply format of Qwen3
 class ChatTemplate:
     """The template of a model and what it can be asked for.
 
-    thinking: the model's kind. A "hybrid" model thinks unless told otherwise, the others cannot be told.
+    thinking: the model's kind. A "hybrid" model thinks unless told not to; "always" and "none" have no
+    switch.
     special_tokens: texts a template may refer to by name, such as {"bos_token": "..."}.
     """
 
@@ -78,7 +79,7 @@ class ChatTemplate:
             raise ValueError("this model does not think: thinking cannot be switched on")
 
     def _escaped_message(self, message: dict[str, Any]) -> dict[str, Any]:
-        """What the assistant said may hold its own tags; nothing else may hold any control token."""
+        """The message, control tokens in its texts escaped, but for the assistant's own reply tags (TAGS)."""
         own = TAGS if message["role"] == "assistant" else ()
         return {
             key: self._tokenizer.escape(value, keep=own)
@@ -106,8 +107,8 @@ def normalized(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages in the one shape templates are written for; ValueError names the message and the field.
 
     content: None becomes "", a list of text parts is joined. reasoning_content may also be called
-    thinking or reasoning. tool_calls: arguments given as JSON text become objects. What else is None
-    is left out.
+    thinking or reasoning. tool_calls: arguments given as JSON text become objects. Any other field that is
+    None is left out.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError("messages is not a list of at least one message")
@@ -156,7 +157,7 @@ def _normalized_call(call: dict[str, Any]) -> dict[str, Any]:
         try:
             arguments = json.loads(call["arguments"])
         except (ValueError, RecursionError):
-            return call  # templates take text too
+            return call  # arguments that are no JSON stay text, which templates accept too
         if isinstance(arguments, dict):
             return {**call, "arguments": arguments}
     return call
@@ -176,15 +177,15 @@ class Piece:
 
 
 def last_control_token(tokenizer: Tokenizer, prompt: Sequence[int]) -> int | None:
-    """The id of the last control token of a prompt, which says what the reply starts in."""
+    """The id of a prompt's last control token: <think> there means that the reply starts with thought."""
     return next((id for id in reversed(prompt) if tokenizer.is_control(id)), None)
 
 
 class StopStrings:
     """Text in, text out up to the first stop string, which is then `found`; what may be the start of one waits.
 
-    Of several, the one complete first counts (of those the longest), so that the result does not
-    depend on how the text was cut into pieces.
+    If several match, the one that ends first wins, the longest of those; so the result does not depend on how
+    the text arrives.
     """
 
     def __init__(self, strings: Iterable[str]) -> None:
@@ -212,14 +213,14 @@ class StopStrings:
         return held
 
     def _may_start(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
+        """Length of the longest suffix of `text` that is a proper prefix of a stop string."""
         longest = max(map(len, self._strings), default=1) - 1
         lengths = range(min(longest, len(text)), 0, -1)
         return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._strings)), 0)
 
 
 class ReplyStream:
-    """Tokens of a reply in, pieces of text out: no tag and no stop string shows, nothing else is lost.
+    """Tokens of a reply in, pieces of text out, without tags and stop strings.
 
     thinking: whether the reply starts inside <think>, then whether it is there now. in_call: whether a tool call has
     begun and not ended. `stopped` is set once a stop string has come. tools: those that may be called, in whose
@@ -243,7 +244,7 @@ class ReplyStream:
         self._bare = BareCalls(tools) if tools is not None and tools.format == "qwen3-coder" else None
         self._call: str | None = None  # text of the tool call we are in
         self._after_tag = False
-        self._newlines = ""  # the end of the text so far: goes out with more text, not with a tag
+        self._newlines = ""  # newlines held back: more text brings them out, a tag swallows them
         self.stopped = False
 
     @property
@@ -313,7 +314,7 @@ class ReplyStream:
         return shown
 
     def _switch(self, tag: str, piece: Piece) -> Piece:
-        """Go on in the channel that `tag` opens; `piece` is the end of the one before."""
+        """Go on in the channel that `tag` opens; `piece` is the last text of the old channel."""
         if self._call is not None:
             if tag == END_TOOL_CALL:
                 return self._end_call(self._call)

@@ -3,7 +3,7 @@
 A template is a program by whoever made the file. Jinja's sandbox keeps it away from Python's objects,
 but not from a thousand nested loops, `'x' * 10**10` or `10**(10**10)`, and no list of such cases is ever
 complete. So every template is rendered in a child process whose memory and processor time the system
-bounds: when a template overdoes it the child dies, and the next rendering starts another. The child
+bounds: a template that passes the bounds kills the child, and the next rendering starts another. The child
 starts in 0.1 s, takes 20 MB, and then renders a conversation in about a millisecond.
 
 This file is both sides: imported it is `Renderer`, run as a script it is the child. It imports nothing
@@ -24,17 +24,17 @@ import weakref
 from typing import IO, Any
 
 CPU_SECONDS = 1.0  # processor time of one rendering; a second more for every 4 MB of conversation
-WALL_SECONDS = 10.0  # where the system does not bound processor time; a second more for every MB
+WALL_SECONDS = 10.0  # bound where processor time has none; a second more for every MB
 MEMORY = 192 << 20  # bytes of address space the child may have; 64 more for every byte of conversation
 OUTPUT = 1 << 20  # characters of rendered text; two more for every byte of conversation
 
 
 class ChatTemplateError(ValueError):
-    """The template is broken, overdid it, or refuses the conversation; the message is one line."""
+    """The template is broken, passes a bound, or refuses the conversation; the message is one line."""
 
 
 # ----------------------------------------------------------------------------
-# The side that asks
+# The parent process
 
 
 class Renderer:
@@ -65,8 +65,8 @@ class Renderer:
     def _reply(self, request: bytes) -> dict[str, Any]:
         """What the child says to a request.
 
-        Meanwhile it is not self._child: only one that has been heard to the end may be asked again. An exception
-        at any line, such as a Ctrl-C, would otherwise leave an answer that the next request takes for its own.
+        Until its answer is complete the child is not self._child. An exception at any line, such as Ctrl-C,
+        would otherwise leave an unread answer in the pipe, and the next request would take it for its own.
         """
         child = self._running_child()
         self._child = None
@@ -100,10 +100,10 @@ def _start() -> subprocess.Popen[bytes]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C at the terminal is not meant for it
+            start_new_session=True,  # so that Ctrl-C at the terminal does not reach it
         )
     except OSError as error:
-        from ..system.files import reason  # not at the top: the child has no package around it
+        from ..system.files import reason  # not at the top of the file: the child runs without the package
 
         raise ChatTemplateError(f"chat template: no process to render it in: {reason(error)}") from None
 
@@ -114,7 +114,8 @@ def _ask(child: subprocess.Popen[bytes], request: bytes) -> bytes:
     alarm = threading.Timer(WALL_SECONDS + len(request) / (1 << 20), child.kill)
     alarm.daemon = True
     try:
-        with contextlib.suppress(RuntimeError):  # no thread to be had: then processor time alone is bounded
+        # no thread can be started: then only processor time is bounded
+        with contextlib.suppress(RuntimeError):
             alarm.start()
         child.stdin.write(request)
         child.stdin.flush()
@@ -142,7 +143,7 @@ def _stop(child: subprocess.Popen[bytes], owner: int) -> None:
         try:
             pipe.close()  # type: ignore[union-attr]
         except OSError:
-            pass  # an unsent request, nobody waits for it
+            pass  # a request that could not be sent has no answer to wait for
 
 
 def _one_line(error: BaseException) -> str:
@@ -154,9 +155,10 @@ def _one_line(error: BaseException) -> str:
 
 
 def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer requests, one JSON object a line each way, until nobody asks any more."""
+    """Answer requests, one JSON object a line each way, until the parent closes the pipe."""
     for request in requests:
-        # a limit on memory means little to a process that holds leftovers: the next one starts afresh
+        # leftovers of a large request would count against the next one's memory limit: end, another child
+        # starts
         answer = {"last": len(request) > 1 << 20} | _answer(request)
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
@@ -183,7 +185,7 @@ def _answer(request: bytes) -> dict[str, Any]:
 
 
 def render(template: str, variables: dict[str, Any]) -> str:
-    """Jinja as `transformers` sets it up, so that templates find what they were written for."""
+    """The text of `template`, with Jinja set up as `transformers` does: extensions, filters and functions."""
     return str(_compiled(template).render(variables))
 
 
@@ -199,7 +201,9 @@ def _environment() -> Any:
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %}...{% endgeneration %} marks, for training, what the model wrote."""
+        """{% generation %}...{% endgeneration %}: marks the assistant's text for training; here it has no
+        effect.
+        """
 
         tags = {"generation"}
 
@@ -228,7 +232,7 @@ def _environment() -> Any:
 
     class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-            """Jinja only objects when the value is used further; here the attempt is enough."""
+            """Refuse an unsafe attribute at once; Jinja itself objects only when its value is used."""
             raise jinja2.exceptions.SecurityError(
                 f"access to {attribute!r} of {type(obj).__name__!r} is unsafe"
             )
@@ -250,7 +254,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own tojson writes < > & ' as escapes, which no model was trained on."""
+    """The filter tojson without HTML escapes (Jinja's own has them), which no model was trained on."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -281,12 +285,12 @@ def _set_limits(size: int | None) -> None:
     except (ImportError, OSError, ValueError):
         pass  # Windows has no such module, macOS no such limit
     if hasattr(signal, "setitimer"):
-        # at its end SIGPROF ends the process, also in the middle of one long C call
+        # when it runs out, SIGPROF ends the process, even inside one long C call
         signal.setitimer(signal.ITIMER_PROF, 0 if size is None else CPU_SECONDS + size / (4 << 20))
 
 
 def _give_up_rights() -> None:
-    """Should a template ever get out of the sandbox, it can write no file and start no process."""
+    """Set limits by which even a template that escapes the sandbox can write no file and start no process."""
     try:
         import resource
 
@@ -303,7 +307,7 @@ def main() -> None:
     try:
         _environment()
     except ImportError:
-        pass  # said when the first request needs it
+        pass  # jinja2 is missing: the first request reports that
     _give_up_rights()
     serve(sys.stdin.buffer, sys.stdout.buffer)
 

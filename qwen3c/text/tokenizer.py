@@ -1,10 +1,10 @@
 """Text <-> tokens: Hugging Face `tokenizers` on the tokenizer.json inside model.bin.
 
-A BPE of one's own drifts from the model's; this one is the model's. What is added to it:
+The library that trained the vocabulary also runs it, so no token differs. Added here:
 
     text stays text   nothing a user types becomes a control token (<|im_start|>, <think>, ...)
-    escapes           what went through a chat template can still be told from the template's own tags
-    streams           tokens come out as whole characters, never half of one
+    escapes           tell a message's text from the tags of the chat template around it
+    streams           tokens become text in whole characters, never half of one
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ESCAPE = "\ufdd0"
 
 
 class Tokenizer:
-    """data: the bytes of a tokenizer.json. ValueError, one line, if it is not one that may be used (tokenizer_json)."""
+    """Encodes and decodes by a tokenizer.json, given as bytes; ValueError if tokenizer_json refuses it."""
 
     def __init__(self, data: bytes) -> None:
         import tokenizers
@@ -53,7 +53,7 @@ class Tokenizer:
     def undefined(self, n_tokens: int) -> list[int]:
         """Ids below `n_tokens` that stand for no token; a sampler must never choose one."""
         if self.n_defined == n_tokens and self._full.id_to_token(n_tokens - 1) is not None:
-            return []  # the usual case, without the 80 ms that listing a large vocabulary takes
+            return []  # the usual case; listing a large vocabulary takes 80 ms
         return sorted(set(range(n_tokens)).difference(self._full.get_vocab(with_added_tokens=True).values()))
 
     def control_id(self, content: str) -> int | None:
@@ -81,18 +81,18 @@ class Tokenizer:
         with library_errors():
             ids = (self._full if special else self._plain).encode(text, add_special_tokens=False).ids
         if not special and not self._added.keys().isdisjoint(ids):
-            # only in a vocabulary that lists a control token among the ordinary ones too
+            # a vocabulary may list a control token among the ordinary ones too
             raise ValueError("text becomes a control token in this vocabulary")
         return ids
 
     @property
     def opening(self) -> list[int]:
-        """What the vocabulary puts before a text of its own, such as Llama's begin-of-text; mostly nothing."""
+        """Ids that the tokenizer itself puts before a text, such as Llama's begin-of-text; mostly none."""
         return self._around()[0]
 
     @property
     def closing(self) -> list[int]:
-        """What the vocabulary puts after a text of its own, such as Qwen3-Embedding's end token; mostly nothing."""
+        """Ids that the tokenizer itself puts after a text, such as Qwen3-Embedding's end; mostly none."""
         return self._around()[1]
 
     def _around(self) -> tuple[list[int], list[int]]:
@@ -114,18 +114,18 @@ class Tokenizer:
     def encode_escaped(self, text: str) -> list[int]:
         """Token ids of text put together from escaped parts and control tokens.
 
-        The text of an added token stands for the token; what was escaped is text again. Without
-        escapes in it this is encode(text, special=True).
+        An added token's text becomes the token, escaped text becomes plain text. Without escapes this is
+        encode(text, special=True).
         """
         ids: list[int] = []
-        end = 0  # of what has become tokens
+        end = 0  # everything before it has become tokens
         for match in self._control.finditer(text):
             id, (start, stop) = self._ids[match[0]], match.span()
             token = self._tokens[id]
             if token.single_word and _touches_word(text, start, stop):
                 continue
-            # the whitespace around it that the token swallows: looked for from the token, as a pattern that
-            # began with whitespace would be tried from every space of a long run
+            # whitespace that the token swallows (lstrip, rstrip). It is searched from the token outwards: a
+            # pattern that begins with whitespace would be tried from every space of a long run
             before = text[end:start].rstrip() if token.lstrip else text[end:start]
             ids += self.encode(_unescape(before))
             ids.append(id)
@@ -134,7 +134,9 @@ class Tokenizer:
 
     @cached_property
     def _ids(self) -> dict[str, int]:
-        """Added tokens that can be told from text (one character alone cannot), the longest first."""
+        """Added tokens by text, the longest first; those of one character are left out, as ESCAPE cannot
+        break them.
+        """
         tokens = sorted(self._added.items(), key=lambda item: len(item[1]), reverse=True)
         return {content: id for id, content in tokens if len(content) > 1}
 
@@ -148,7 +150,7 @@ class Tokenizer:
     def token_bytes(self, id: int) -> bytes:
         """The UTF-8 bytes of one token (a character may be spread over several); b"" if undefined.
 
-        Exact for byte-level vocabularies. For others it is what the token reads as on its own.
+        Exact for byte-level vocabularies. For others it is the decoding of the token alone.
         """
         if id not in self._bytes:
             self._bytes[id] = self._look_up(id)
@@ -177,7 +179,7 @@ class Tokenizer:
             return self._decode([id]).encode()
         try:
             return bytes(map(_BYTE_OF.__getitem__, token))
-        except KeyError:  # not written in stand-ins
+        except KeyError:  # a token that is not written in stand-in characters
             return token.encode()
 
     def _decode(self, ids: list[int]) -> str:
@@ -188,7 +190,8 @@ class Tokenizer:
 class BackgroundTokenizer:
     """The tokenizer of a model.bin, loaded while other things go on: 0.3 s for a large vocabulary.
 
-    `tokenizers` keeps the GIL meanwhile, so those are the engine's, the disk's and other processes'.
+    `tokenizers` holds the GIL while it loads, so only work outside of Python goes on: C code, the disk,
+    processes.
     """
 
     def __init__(self, file: ModelFile) -> None:
@@ -197,12 +200,12 @@ class BackgroundTokenizer:
         self._thread: threading.Thread | None = threading.Thread(target=self._load)
         try:
             self._thread.start()
-        except RuntimeError:  # no thread to be had: then at once
+        except RuntimeError:  # no thread can be started: load here
             self._thread = None
             self._load()
 
     def result(self) -> Tokenizer:
-        """Wait for it. ModelFileError if the tokenizer.json in the file cannot be read."""
+        """Wait for the tokenizer. ModelFileError if the tokenizer.json in the file cannot be read."""
         if self._thread is not None:
             self._thread.join()
         if isinstance(self._loaded, ValueError):
@@ -215,7 +218,7 @@ class BackgroundTokenizer:
     def _load(self) -> None:
         try:
             self._loaded = Tokenizer(self.file.tokenizer)
-        except BaseException as error:  # whoever waits must hear of it
+        except BaseException as error:  # result() raises it
             self._loaded = error
 
 
@@ -241,7 +244,7 @@ class _ByteStream:
 
 
 class _WindowStream:
-    """For vocabularies whose tokens read differently in company (SentencePiece: spaces, byte fallback).
+    """For vocabularies whose tokens decode differently beside others (SentencePiece: spaces, byte fallback).
 
     A token's text is what it adds to the decoding of the tokens since the last one that ended
     on a whole character.
@@ -249,8 +252,8 @@ class _WindowStream:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._decode = tokenizer.decode
-        self._before: list[int] = []  # context whose text is out already
-        self._window: list[int] = []  # before + what may still change
+        self._before: list[int] = []  # tokens whose text is out already, needed as context
+        self._window: list[int] = []  # _before and the tokens whose text may still change
 
     def push(self, id: int) -> str:
         self._window.append(id)
@@ -281,7 +284,9 @@ def _touches_word(text: str, start: int, stop: int) -> bool:
 
 @lru_cache(maxsize=8)
 def _breaking_pattern(contents: tuple[str, ...], keep: frozenset[str]) -> re.Pattern[str]:
-    """Matches the first character of every token text, also of one that begins inside another, and `keep` whole."""
+    """A pattern for the first character of every token text, overlapping ones too; texts in `keep` match
+    whole.
+    """
     alternatives = (
         re.escape(c) if c in keep else f"{re.escape(c[0])}(?={re.escape(c[1:])})" for c in contents
     )
@@ -289,7 +294,7 @@ def _breaking_pattern(contents: tuple[str, ...], keep: frozenset[str]) -> re.Pat
 
 
 def without_added_tokens(full: Any) -> Any:
-    """The vocabulary of a tokenizers.Tokenizer and the steps before it: no text becomes an added token."""
+    """A copy of a tokenizers.Tokenizer without its added tokens, so that no text becomes one."""
     import tokenizers
 
     plain = tokenizers.Tokenizer(full.model)  # shares the vocabulary, copies nothing
@@ -305,7 +310,7 @@ def _unescape(text: str) -> str:
 
 
 def _byte_stand_ins() -> dict[str, int]:
-    """Byte-level BPE writes each byte as a character: itself where printable, else from U+0100 on (GPT-2)."""
+    """Character -> byte of byte-level BPE (GPT-2): a printable byte is itself, others count from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,12 +1,13 @@
-"""tokenizer.json: what of it may reach the library `tokenizers`, and the library behind one kind of error.
+"""Checks a tokenizer.json before the library `tokenizers` reads it, and turns the library's errors into
+ValueError.
 
-The library trusts its input: some files make it panic, and eight characters of a character map make it ask for
-8.6 GB and end the process. So a file is checked before the library reads it. It may hold the steps and models that
-the supported families have (Qwen, Llama, DeepSeek, those that train.py makes), with values of the right types;
-anything else is refused by name.
+The library trusts its input: some files make it panic, and eight characters of a character map make it ask
+for 8.6 GB and end the process. So a file is checked before the library reads it. It may hold the steps and
+models that the supported families have (Qwen, Llama, DeepSeek, those that train.py makes), with values of the
+right types; anything else is refused by name.
 
-The vocabulary and the merges, nearly all of a file, are left to the library, which refuses wrong ones itself:
-parsing the 11 MB of Qwen's in Python would take half as long as loading it.
+The vocabulary and the merges, nearly all of a file, are not checked here: the library refuses wrong ones
+itself, and parsing Qwen's 11 MB in Python would take half as long as loading them.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ Keys = dict[str, Check]
 
 MAX_REST = 4 << 20  # bytes of a file without vocabulary and merges; a few hundred added tokens take 60,000
 MAX_ADDED_TOKENS = 1 << 14
-MAX_STEPS = 16  # of one kind: normalisation, say
-MAX_GROWTH = 64  # how many times as long the replacements of all steps together may make a text
-MAX_TEXT = 4096  # characters of a pattern or of any other text
+MAX_STEPS = 16  # in one sequence, such as the normalisers
+MAX_GROWTH = 64  # how many times longer all replacements together may make a text
+MAX_TEXT = 4096  # characters of one pattern or other text
 
 
 def load(data: bytes) -> tokenizers.Tokenizer:
-    """The library's tokenizer of the bytes of a tokenizer.json. ValueError, one line, if they are not a good one."""
+    """The library's tokenizer for the bytes of a tokenizer.json. ValueError, one line, if refused."""
     import tokenizers
 
     check(data)
@@ -44,7 +45,7 @@ def load(data: bytes) -> tokenizers.Tokenizer:
 
 @contextmanager
 def library_errors() -> Iterator[None]:
-    """Within, what the library raises is a ValueError of one line: bare Exceptions, and panics, which are not even that."""
+    """Within, errors of the library, also Rust panics (BaseException), become a ValueError of one line."""
     try:
         yield
     except MemoryError:
@@ -56,7 +57,7 @@ def library_errors() -> Iterator[None]:
 
 
 def check(data: bytes) -> None:
-    """Raise ValueError, one line, unless `data` has the structure of a tokenizer.json that the library may read."""
+    """Raise ValueError, one line, unless `data` is a tokenizer.json that the library can read safely."""
     rest = _without_vocabulary(data)
     if len(rest) > MAX_REST:
         size = f"{len(rest)} bytes without vocabulary and merges"
@@ -71,21 +72,23 @@ def check(data: bytes) -> None:
 # ----------------------------------------------------------------------------
 # The vocabulary and the merges, cut out
 
-_LARGE = 1 << 16  # bytes from which on something is cut out
-_CUT = {ord("{"): "<a large object>", ord("["): "<a large list>"}  # by first byte: what stands in its place
+_LARGE = 1 << 16  # bytes; a larger object or list is cut out
+_CUT = {ord("{"): "<a large object>", ord("["): "<a large list>"}  # first byte -> the text in its place
 _OPENING, _CLOSING, _QUOTE = 1, 2, 3
-_KINDS = bytes({**dict.fromkeys(b"{[", _OPENING), **dict.fromkeys(b"}]", _CLOSING), 0x22: _QUOTE}.get(b, 0) for b in range(256))  # fmt: skip
+_KIND_OF = {**dict.fromkeys(b"{[", _OPENING), **dict.fromkeys(b"}]", _CLOSING), ord('"'): _QUOTE}
+_KINDS = bytes(_KIND_OF.get(byte, 0) for byte in range(256))
 
 
 def _without_vocabulary(data: bytes) -> bytes:
-    """`data` with a text in the place of each large object or list that lies where model.vocab and model.merges lie.
+    """`data` with a short text in place of each large object or list that lies as deep as model.vocab and
+    model.merges.
 
-    No check accepts such a text but that of these two places. Data that are no JSON come out as no JSON, or the
-    library will find the fault.
+    The checks accept such a text in those two places alone. Invalid JSON stays invalid, or the library finds
+    the fault in the part cut out.
     """
     import numpy as np
 
-    text = re.sub(rb'\\["\\]', b"..", data)  # now every quote begins or ends a string
+    text = re.sub(rb'\\["\\]', b"..", data)  # without escapes every quote begins or ends a string
     marks = np.frombuffer(text.translate(_KINDS), np.uint8)
     places = np.flatnonzero(marks)
     marks = marks[places]
@@ -171,7 +174,7 @@ def _list(check: Check, most: int) -> Check:
 
 
 def _object(keys: Keys) -> Check:
-    """Keys that are missing are left to the library, which has values for some."""
+    """A check of an object's keys. Missing keys are left to the library, which has defaults for some."""
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, dict):
@@ -193,7 +196,7 @@ def _place(where: str, key: str) -> str:
 
 
 def _of_type(kinds: dict[str, Keys]) -> Check:
-    """An object whose "type" is one of `kinds` and says which other keys it has."""
+    """A check of an object whose "type" is one of `kinds`, which say what other keys it has."""
     names = _one_of(*kinds)
 
     def check(value: Any, where: str) -> None:
@@ -216,7 +219,7 @@ def _pattern(value: Any, where: str) -> None:
 
 
 def _steps(name: str, kinds: dict[str, Keys]) -> Check:
-    """null, a step of one of `kinds`, or a sequence of such steps under the key `name`."""
+    """A check of null, a step of one of `kinds`, or a sequence of such steps under the key `name`."""
 
     def step(value: Any, where: str) -> None:
         sequence = {name: _list(step, MAX_STEPS)}
@@ -248,7 +251,7 @@ def _flat(step: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
 
 
 def _template_processing(value: Any, where: str) -> None:
-    """The library panics at a token that a template names and `special_tokens` lacks."""
+    """Check that `special_tokens` has every token of the template: the library panics at a missing one."""
     known = value.get("special_tokens", {})
     for key in ("single", "pair"):
         for i, piece in enumerate(value.get(key, [])):

@@ -25,11 +25,12 @@ FOLDER = "checkpoints"
 STATE = "trainer.pt"
 METRICS, CURVES = "metrics.jsonl", "curves.png"
 MODEL_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.*", "*.safetensors", "*.safetensors.index.json",
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.*",
+    "*.safetensors", "*.safetensors.index.json",
 )  # fmt: skip
 _NAME = re.compile(r"step-(\d+)$")
-_TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp$")  # as files.replacing names them
+_TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp$")  # the temporary names that files.replacing gives
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -39,7 +40,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def check_free(out: Path) -> None:
-    """TrainingError, saying what is there, if `out` is no place for a new run."""
+    """TrainingError, naming what is there, if a new run must not write into `out`."""
     if out.exists() and not out.is_dir():
         raise TrainingError(f"{out}: is a file; -o takes a folder")
     if checkpoints(out):
@@ -51,7 +52,8 @@ def check_free(out: Path) -> None:
     if found:
         names = ", ".join(path.name for path in found[:4]) + (", ..." if len(found) > 4 else "")
         raise TrainingError(
-            f"{out}: holds {_model_name(out)} that no run left checkpoints of ({names}); choose another directory "
+            f"{out}: holds {_model_name(out)} that no run left checkpoints of ({names}); choose another "
+            "directory "
             "(--force replaces it)"
         )
 
@@ -71,7 +73,7 @@ def _model_name(directory: Path) -> str:
 
 
 def begin(out: Path) -> None:
-    """Make `out` ready for a new run: what an earlier one left goes, but for its model, which stays until replaced."""
+    """Make `out` ready for a new run: remove an earlier run's files, but its model only when replaced."""
     out.mkdir(parents=True, exist_ok=True)
     for path in [*checkpoints(out), *out.glob(f"{FOLDER}/.step-*.tmp")]:
         shutil.rmtree(path, ignore_errors=True)
@@ -80,7 +82,7 @@ def begin(out: Path) -> None:
 
 
 def tidy(out: Path) -> None:
-    """Remove the temporary files that writers which were killed left in `out`."""
+    """Remove temporary files in `out` that killed writers left."""
     for path in out.glob(".*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)
         if match and (match[1] in (METRICS, CURVES) or any(Path(match[1]).match(p) for p in MODEL_FILES)):
@@ -89,7 +91,9 @@ def tidy(out: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within, what cannot be written is a TrainingError with this path and the reason: no library names both."""
+    """Within, an error of writing becomes a TrainingError with this path and the reason; libraries omit one
+    of them.
+    """
     from safetensors import SafetensorError
 
     try:
@@ -100,7 +104,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a temporary directory, then give it its name; an older one of the name goes."""
+    """Let `fill` write into a temporary directory, then rename it to `path`, replacing an older one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -120,9 +124,9 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def publish(directory: Path, out: Path) -> None:
-    """Copy the model files of a checkpoint into `out`, each one replaced at once, the weights last.
+    """Copy the model files of a checkpoint into `out`, each replaced atomically, the weights last.
 
-    Files of a model that was there before go, if this one has none of the name: a chat template, shards.
+    Files of an older model that this one lacks, such as a chat template or shards, are removed.
     """
     files = [p for p in directory.iterdir() if p.is_file() and p.name != STATE]
     for file in sorted(files, key=lambda p: (p.suffix == ".safetensors", p.name)):
@@ -133,7 +137,7 @@ def publish(directory: Path, out: Path) -> None:
 
 
 def prune(out: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what writers that were killed left behind."""
+    """Remove all but the newest `keep` checkpoints, and temporary files that killed writers left."""
     for path in checkpoints(out)[:-keep]:
         shutil.rmtree(path)
     for path in out.glob(f"{FOLDER}/.step-*.tmp"):
@@ -143,7 +147,7 @@ def prune(out: Path, keep: int) -> None:
 class Metrics:
     """metrics.jsonl: a record per line. On resuming, lines after the checkpoint's step are dropped.
 
-    step: of the checkpoint; a run that begins anew has no file (see begin).
+    step: the checkpoint's; for a new run 0, and there is no file yet (see begin).
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -161,7 +165,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that was cut short by a kill is left out."""
+    """The records of a metrics.jsonl; an unfinished last line, left by a killed run, is skipped."""
     records = []
     lines = path.read_text("utf-8").splitlines()
     for number, line in enumerate(lines, 1):
@@ -174,7 +178,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 # ----------------------------------------------------------------------------
-# What a resumed run must share with the one it goes on with
+# Inputs: what must be equal for a run to be resumed
 
 Inputs = dict[str, "str | int | float | None"]
 """Name -> value, as a person reads both ("--context": 256), or a fingerprint (see fingerprint)."""
@@ -183,7 +187,7 @@ _FINGERPRINT = "sha256:"
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:
-    """One text for bytes of any length; where they are cut into parts makes a difference."""
+    """A hash, as text, of a sequence of byte strings; other boundaries between them give another hash."""
     whole = hashlib.sha256()
     for part in parts:
         whole.update(hashlib.sha256(part).digest())
@@ -191,7 +195,7 @@ def fingerprint(parts: Iterable[bytes]) -> str:
 
 
 def file_fingerprint(paths: Iterable[Path]) -> str:
-    """Of the contents of files, in this order."""
+    """The fingerprint of the contents of files, in this order."""
 
     def blocks() -> Iterable[bytes]:
         for path in paths:
@@ -204,7 +208,7 @@ def file_fingerprint(paths: Iterable[Path]) -> str:
 
 
 def check_inputs(path: Path, saved: Inputs, given: Inputs) -> None:
-    """TrainingError, naming the first difference, if the run behind a checkpoint began otherwise."""
+    """TrainingError, naming the first difference, if the checkpoint's run began with other inputs."""
     for name in dict.fromkeys([*saved, *given]):
         old, new = saved.get(name), given.get(name)
         if old == new:

@@ -1,10 +1,10 @@
 """Conversations (JSONL) -> samples -> packed rows.
 
-A sample is one reply of the assistant behind everything said before it, rendered by the model's own chat
-template, thoughts and tool calls included, and cut into tokens as at run time; only the reply's tokens, its end
-included, are learned. What the template would leave out of a reply is refused, never dropped. Plain text may
-stand among the conversations, so that a model does not forget how to go on with one: it is learned whole. Rows
-hold several samples, none of which sees another.
+A sample is a conversation up to and with one reply of the assistant, rendered by the model's chat template,
+thoughts and tool calls included, and tokenized as at run time. Only the reply's tokens and its end token are
+learned. A part of a reply that the template would leave out is refused, never dropped. Lines of plain text
+are learned whole; they keep the model able to continue text. A row holds several samples that do not see each
+other.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from .trainer import Batch
 
-OPEN_ROWS = 32  # rows that a sample may still go into
-BEYOND_TEXT = ("reasoning_content", "tool_calls")  # what a reply may have besides its text
+OPEN_ROWS = 32  # unfinished rows that a sample may be put into
+BEYOND_TEXT = ("reasoning_content", "tool_calls")  # fields that a reply may have besides its text
 
 Message = dict[str, Any]
 Tools = list[dict[str, Any]]
@@ -39,11 +39,11 @@ Tools = list[dict[str, Any]]
 @dataclass(frozen=True)
 class Sample:
     tokens: list[int]
-    prompt_length: int  # tokens before the reply; 0 of plain text
+    prompt_length: int  # tokens before the reply; 0 for plain text
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not empty. TrainingError, with the line, for others."""
+    """(line number, object) of every line that is not empty. TrainingError names a bad line."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -74,7 +74,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def check_messages(value: Any, where: str) -> list[Message]:
-    """The messages as the chat does (chat.normalized). TrainingError, naming `where`, if they are none."""
+    """The messages, normalised by chat.normalized. TrainingError, naming `where`, if they are malformed."""
     if not isinstance(value, list) or not value:
         raise TrainingError(f"{where}: messages is not a list of messages")
     for i, message in enumerate(value):
@@ -97,7 +97,7 @@ def check_messages(value: Any, where: str) -> list[Message]:
 
 
 def check_tools(value: Any, where: str) -> Tools | None:
-    """The functions that a model is told of; None if there are none."""
+    """The tools that the prompt lists; None if there are none. TrainingError if malformed."""
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -131,7 +131,8 @@ class ConversationEncoder:
             self._refuse_what_is_dropped(messages[: i + 1], tools, where)
             tokens = self._encode(prompt)
             reply = self._encode(whole[len(prompt) :])
-            end = self.tokenizer.eos_token_id  # what the template puts behind it is not the assistant's
+            # text that the template puts behind the end token is not the assistant's
+            end = self.tokenizer.eos_token_id
             yield Sample(tokens + reply[: reply.index(end) + 1 if end in reply else None], len(tokens))
 
     def text(self, text: Any, where: str) -> Sample:
@@ -149,8 +150,9 @@ class ConversationEncoder:
         return messages, tools
 
     def _prompt_and_whole(self, messages: list[Message], tools: Tools | None, where: str) -> tuple[str, str]:
-        """(what a model is shown before it writes the last message, the same with that message)."""
-        for thinking in (False, True):  # a template that can switch thoughts off does so for replies without
+        """(the rendered prompt of the last message, the rendered prompt with that message)."""
+        # with a switch for thinking, a reply without thoughts matches the prompt with thinking off
+        for thinking in (False, True):
             prompt = self._render(messages[:-1], tools, where, prompts=True, thinking=thinking)
             whole = self._render(messages, tools, where, thinking=thinking)
             if whole.startswith(prompt):
@@ -160,7 +162,10 @@ class ConversationEncoder:
         )
 
     def _refuse_what_is_dropped(self, messages: list[Message], tools: Tools | None, where: str) -> None:
-        """TrainingError if the last message's thoughts or calls, or the tools, change nothing in what is rendered."""
+        """TrainingError if the template drops the last message's thoughts or calls, or the tools.
+
+        It drops a part if rendering without the part gives the same text.
+        """
         *before, reply = messages
         for key in BEYOND_TEXT:
             without = {name: value for name, value in reply.items() if name != key}
@@ -174,11 +179,11 @@ class ConversationEncoder:
     ) -> bool:
         try:
             return self._render(messages, tools, "") == self._render(others, other_tools, "")
-        except TrainingError:  # a template that cannot do without a thing does not drop it
+        except TrainingError:  # the template fails without this part, so it does not drop it
             return False
 
     def _refuse_control_tokens(self, value: Any, where: str) -> None:
-        """Look into every text of a JSON value."""
+        """TrainingError if a text within a JSON value contains a control token."""
         if isinstance(value, str):
             for token in self.control:
                 if token in value:
@@ -198,7 +203,7 @@ class ConversationEncoder:
         prompts: bool = False,
         thinking: bool = False,
     ) -> str:
-        """What transformers renders. prompts: whether the assistant speaks next."""
+        """The text that transformers renders. prompts: whether to add the generation prompt."""
         given: Any = tools
         try:
             text = self.tokenizer.apply_chat_template(
@@ -215,7 +220,7 @@ class ConversationEncoder:
 
 
 def read_samples(path: Path, tokenizer: PreTrainedTokenizerFast, context: int) -> tuple[list[Sample], int]:
-    """(samples that fit into the context, how many do not) of JSONL: {"messages": [...]} or {"text": "..."} a line."""
+    """(samples that fit the context, how many do not) of lines {"messages": [...]} or {"text": "..."}."""
     encoder = ConversationEncoder(tokenizer)
     samples, too_long = [], 0
     for number, value in read_jsonl(path):
@@ -235,7 +240,7 @@ def read_samples(path: Path, tokenizer: PreTrainedTokenizerFast, context: int) -
 
 
 def samples_fingerprint(samples: Sequence[Sample]) -> str:
-    """Of the tokens and of where each reply begins."""
+    """The fingerprint of all tokens and of where each reply begins."""
     return fingerprint(np.array([s.prompt_length, *s.tokens], np.int32).tobytes() for s in samples)
 
 
@@ -265,7 +270,7 @@ class Rows:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Of the first epoch; others differ a little with their order."""
+        """How many rows the first epoch has; others, in another order, may pack a little differently."""
         return len(self._pack(0))
 
     def __getitem__(self, index: int) -> list[Sample]:

@@ -16,14 +16,14 @@ FLOAT = 4  # bytes: weights, gradients and the two moments of AdamW are float32
 
 @dataclass(frozen=True)
 class TrainingEstimate:
-    """Bytes, but for n_parameters and the FLOPs of one token."""
+    """An estimate: n_parameters, FLOPs of one token, all else in bytes."""
 
     n_parameters: int
     weights: int
     gradients: int
     optimizer: int
     activations: int  # what the forward pass keeps for the backward pass, and the loss's own buffers
-    peak: int  # of training, beside the libraries
+    peak: int  # most memory of training, without that of the libraries
     file: int  # model.bin, without the tokenizer
     kv_per_token: int
     inference_flops: int
@@ -31,12 +31,12 @@ class TrainingEstimate:
 
 
 def estimate(model: PreTrainedModel, micro_batch: int, context: int, accumulates: bool) -> TrainingEstimate:
-    """For micro-batches of (micro_batch, context) tokens. accumulates: whether a step has several of them."""
+    """Estimate for micro-batches of (micro_batch, context) tokens. accumulates: a step has several."""
     c = model.config
     n = sum(p.numel() for p in model.parameters())
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     activations = _activations(model, micro_batch, context)
-    # the optimiser frees the gradients after each step, so they meet the activations only when summed up
+    # gradients are freed after each step: they exist beside activations only when micro-batches add them up
     peak = 3 * FLOAT * n + max(activations + FLOAT * n * accumulates, FLOAT * n)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     if not c.tie_word_embeddings:
@@ -65,13 +65,13 @@ def _stored_size(shape: tuple[int, ...], group_size: int = 64) -> int:
 
 
 def _activations(model: PreTrainedModel, micro_batch: int, context: int) -> int:
-    """Bytes of what autograd keeps, counted on a forward pass whose tensors have shapes but no memory."""
+    """Bytes that autograd keeps, counted in a forward pass of tensors without memory (device "meta")."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
 
     kept: dict[int, int] = {}
-    alive: list[Any] = []  # an id is unique only among the living
+    alive: list[Any] = []  # keeps the tensors alive, because ids of dead objects are reused
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -97,7 +97,10 @@ def lines(e: TrainingEstimate, micro_batch: int, context: int) -> Iterator[str]:
     yield "training"
     for name in ("weights", "gradients", "optimizer", "activations"):
         yield f"  {name:<14}{_megabytes(getattr(e, name))}"
-    yield f"  {'peak':<14}{_megabytes(e.peak)}   micro-batches of {micro_batch} x {context}; libraries and what malloc keeps not counted"
+    yield (
+        f"  {'peak':<14}{_megabytes(e.peak)}   micro-batches of {micro_batch} x {context}; libraries and "
+        "what malloc keeps not counted"
+    )
     yield f"  {'FLOPs a token':<14}{e.training_flops / 1e6:>13,.1f} M"
     yield "inference"
     yield f"  {'model.bin':<14}{_megabytes(e.file)}   INT8, without the tokenizer"

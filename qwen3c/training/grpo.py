@@ -1,15 +1,15 @@
 """Group Relative Policy Optimisation (https://arxiv.org/abs/2402.03300, section 4.1).
 
-For each prompt G completions are sampled; a completion's advantage is its reward, normalised within the group.
-Two losses (LOSSES) differ in what a mean is taken over, and in the standard deviation that advantages have:
+For each prompt G completions are sampled; a completion's advantage is its reward, normalised within the
+group. The two losses (LOSSES) differ in what the mean is taken over, and in the standard deviation:
 
-    dapo  every token of the step counts the same (DAPO, https://arxiv.org/abs/2503.14476, section 3.3), so a long
-          completion weighs more than a short one; the deviation is that of the group as it is (divided by G)
-    grpo  every completion counts the same, and within it every token (the paper's equation 3); the deviation is
-          the sample's (divided by G - 1), as in most implementations: the paper does not say
+    dapo  the mean over all tokens of the step (DAPO, https://arxiv.org/abs/2503.14476, section 3.3), so a
+          long completion weighs more than a short one; the population's standard deviation (divisor G)
+    grpo  the mean over completions of the mean over their tokens (the paper's equation 3); the sample's
+          standard deviation (divisor G - 1), as in most implementations, since the paper does not say
 
-Completions come from the INT8 engine, so the policy that sampled differs a little from the one that learns: the
-ratio of their probabilities corrects for that, as it does for the updates since, and is clipped for both.
+Completions come from the INT8 engine, so the policy that sampled differs a little from the policy that
+learns. The clipped ratio of their probabilities corrects for that, and for the updates made since.
 """
 
 from __future__ import annotations
@@ -46,17 +46,19 @@ if TYPE_CHECKING:
 
 LOSSES = ("dapo", "grpo")
 SAMPLES = 4  # texts that show the model's progress
-ROLLOUTS = ".rollouts"  # the folder in which the engine meets the weights of a step
+ROLLOUTS = ".rollouts"  # the folder of the model.bin with a step's weights
 
 Reward = Callable[[str, str, dict[str, Any]], float]
-"""(prompt, completion, task) -> reward: texts, and the task's line with "ended", whether the completion ended itself."""
+"""(prompt, completion, task) -> reward. task: the task's line and "ended": whether the completion ended
+itself.
+"""
 
 
 @dataclass(frozen=True)
 class Task:
-    tokens: list[int]  # of the prompt
+    tokens: list[int]  # token ids of the prompt
     text: str
-    values: dict[str, Any]  # the line of the file
+    values: dict[str, Any]  # the object in the task's line
 
 
 @dataclass(frozen=True)
@@ -66,23 +68,24 @@ class Policy:
     completions: int = 8  # per prompt, G
     max_tokens: int = 64
     temperature: float = 1.0
-    updates: int = 1  # of the optimiser per batch of completions
+    updates: int = 1  # optimiser steps per batch of completions
     clip_ratio: float = 0.2
-    kl: float = 0.02  # weight of the divergence from the reference
+    kl: float = 0.02  # weight of the divergence from the reference model
     loss: str = "dapo"  # of LOSSES
 
     def check(self) -> None:
-        """TrainingError for what would learn nothing, or the reverse."""
+        """TrainingError for settings that could learn nothing, or would learn the opposite."""
         if self.completions < 2:
             raise TrainingError(
-                f"--completions {self.completions}: a reward is compared within its group, which takes at least 2"
+                f"--completions {self.completions}: a reward is compared within its group, which takes at "
+                "least 2"
             )
         if self.kl < 0:
             raise TrainingError(f"--kl {self.kl:g} would push away from the reference; at least 0 is needed")
 
 
 def load_reward(name: str) -> Reward:
-    """The function `module:function`, the current directory searched first."""
+    """Import the function named `module:function`; the current directory is searched first."""
     module, _, function = name.partition(":")
     if not module or not function:
         raise TrainingError(f"--reward {name}: expected module:function")
@@ -92,7 +95,10 @@ def load_reward(name: str) -> Reward:
     except ModuleNotFoundError as error:
         hint = ""
         if error.name == module:
-            hint = f"; {module}.py in this folder would be found, with {function}(prompt, completion, task) in it"
+            hint = (
+                f"; {module}.py in this folder would be found, with {function}(prompt, completion, task) in "
+                "it"
+            )
         raise TrainingError(f"--reward {name}: ModuleNotFoundError: {error}{hint}") from None
     except Exception as error:  # whatever the module raises while it loads
         raise TrainingError(
@@ -104,7 +110,7 @@ def load_reward(name: str) -> Reward:
 
 
 def reward_fingerprint(reward: Reward) -> str:
-    """Of the function's source, where it has one."""
+    """The fingerprint of the function's source, if that can be read."""
     try:
         source = inspect.getsource(reward)
     except (OSError, TypeError):
@@ -141,13 +147,13 @@ def advantages_of(rewards: NDArray[np.float64], loss: str) -> NDArray[np.float64
 
 
 def token_losses(logprobs: torch.Tensor, batch: Batch, policy: Policy) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, divergence from the reference) of every token, masked ones too."""
+    """(loss, divergence from the reference model) of every token, masked ones included."""
     import torch
 
     ratio = torch.exp(logprobs - batch["old"])
     clipped = ratio.clamp(1 - policy.clip_ratio, 1 + policy.clip_ratio)
     gain = torch.minimum(ratio * batch["advantages"], clipped * batch["advantages"])
-    # an estimate of the divergence that is never negative and right on average (Schulman, "Approximating KL")
+    # an unbiased estimate of the divergence that is never negative (Schulman, "Approximating KL")
     log_ratio = batch["reference"] - logprobs
     kl = torch.exp(log_ratio) - log_ratio - 1
     return policy.kl * kl - gain, kl
@@ -179,7 +185,8 @@ class GRPO(Trainer):
     def describe(self) -> str:
         p = self.policy
         return (
-            f"{len(self.train):,} tasks, {len(self.validation):,} held out; each step {self.settings.batch} prompts with "
+            f"{len(self.train):,} tasks, {len(self.validation):,} held out; each step {self.settings.batch} "
+            "prompts with "
             f"{p.completions} completions of at most {p.max_tokens} tokens"
         )
 
@@ -216,7 +223,8 @@ class GRPO(Trainer):
             for task, group, of_group in zip(tasks, groups, advantages, strict=True)
             for completion, advantage in zip(group, of_group, strict=True)
         ]
-        rows.sort(key=lambda row: len(row[0]) + len(row[1].tokens))  # little padding
+        # rows of similar length share a micro-batch: little padding
+        rows.sort(key=lambda row: len(row[0]) + len(row[1].tokens))
         n = self.settings.micro_batch
         batches = [self._with_reference(self._collate(rows[i : i + n])) for i in range(0, len(rows), n)]
         self._kl = 0.0
@@ -239,7 +247,7 @@ class GRPO(Trainer):
 
     @contextlib.contextmanager
     def _engine(self) -> Iterator[engine.Engine]:
-        """The weights as they are now, in the engine."""
+        """An Engine with the current weights, exported to a temporary model.bin."""
         import torch
 
         from .. import engine
@@ -311,7 +319,7 @@ class GRPO(Trainer):
         return {**batch, "reference": reference.cpu()}
 
     def _logprobs(self, model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-        """(n, length - 1): of each token after the first, at the policy's temperature."""
+        """Log-probabilities (n, length - 1) of each token after the first, at the policy's temperature."""
         import torch
 
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits[..., : self.n_tokens].float()
@@ -328,7 +336,7 @@ class GRPO(Trainer):
         return losses.sum(), self.count(batch)
 
     def count(self, batch: Batch) -> int:
-        """Tokens, or completions, that the mean is taken over."""
+        """How many tokens (dapo) or completions (grpo) the mean is taken over."""
         return len(batch["mask"]) if self.policy.loss == "grpo" else super().count(batch)
 
     def judge(self) -> tuple[float, dict[str, Any]]:

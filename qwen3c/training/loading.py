@@ -15,11 +15,12 @@ from .vocabulary import load
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-SMALLEST_GROUP = 32  # weights that share a scale: what fits no such group cannot be exported at all
+# weights that share a scale; a model whose widths do not fit it cannot be exported at all
+SMALLEST_GROUP = 32
 
 
 def check_exportable(directory: Path) -> None:
-    """SourceError, as export.py would raise it, for a model whose tuning could not be exported."""
+    """SourceError, as export.py raises it, for a model that could not be exported after training."""
     if not (directory / "config.json").is_file():
         command = "" if directory.exists() else mistakes.download(str(directory))
         hint = f": `{command}` gets one" if command else ""
@@ -45,7 +46,7 @@ def load_model(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFas
             use_safetensors=True,
             output_loading_info=True,
         )
-    except Exception as error:  # the libraries raise what they like
+    except Exception as error:  # the libraries raise errors of any type
         raise TrainingError(f"{directory}: {' '.join(str(error).split())[:300]}") from None
     for name in sorted(loaded["missing_keys"]):
         raise TrainingError(f"{directory}: tensor {name} is missing: it would begin as random numbers")
@@ -53,5 +54,5 @@ def load_model(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFas
 
 
 def model_fingerprint(directory: Path) -> str:
-    """Of the files of a model."""
+    """The fingerprint of the files of a model."""
     return file_fingerprint(model_files(directory))

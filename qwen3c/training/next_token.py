@@ -24,7 +24,7 @@ VALIDATION_ROWS = 64
 class NextToken(Trainer):
     """A batch has tokens and targets (n, context) int64; packed rows also have positions and attention."""
 
-    samples_end = True  # whether a sample ends where the model ends it
+    samples_end = True  # whether an end token ends a sample
 
     @abstractmethod
     def row(self, index: int) -> Any:
@@ -32,7 +32,7 @@ class NextToken(Trainer):
 
     @abstractmethod
     def validation_rows(self) -> Sequence[Any]:
-        """At most VALIDATION_ROWS, the same each time."""
+        """At most VALIDATION_ROWS rows, always the same ones."""
 
     @abstractmethod
     def collate(self, rows: Sequence[Any]) -> Batch:
@@ -40,7 +40,7 @@ class NextToken(Trainer):
 
     @abstractmethod
     def sample_prompts(self) -> list[list[int]]:
-        """At most SAMPLES; what the texts that show the model's progress go on from."""
+        """At most SAMPLES prompts of the texts that show the model's progress."""
 
     def updates(self, step: int) -> Iterator[Sequence[Batch]]:
         s, accelerator = self.settings, self.accelerator
@@ -77,7 +77,7 @@ class NextToken(Trainer):
         return mean, {"validation_loss": mean, "samples": self._samples()}
 
     def _samples(self) -> list[str]:
-        """Texts that go on from the prompts, at temperature 0.8; none where the weights are sharded."""
+        """Continuations of the prompts at temperature 0.8; none if the weights are sharded."""
         import torch
 
         context = self.plain_model.config.max_position_embeddings
@@ -87,10 +87,11 @@ class NextToken(Trainer):
         if self.settings.shard or room < 1:
             return []
         padding = end_of_text(self.tokenizer)
-        rows = [[padding] * (length - len(prompt)) + prompt for prompt in prompts]  # the text is on the right
+        # padding on the left, so that all prompts end together
+        rows = [[padding] * (length - len(prompt)) + prompt for prompt in prompts]
         seen = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         model: Any = self.plain_model
-        never = model.config.vocab_size  # no token has this id
+        never = model.config.vocab_size  # an id that no token has: no end token
         ends: Any = {} if self.samples_end else {"eos_token_id": never}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
@@ -111,7 +112,7 @@ class NextToken(Trainer):
         ]
 
     def _as_text(self, ids: list[int]) -> str:
-        """The text, without what fills up the row of a sample that ended before the longest one."""
+        """The text of `ids`, without the padding behind a sample that ended early."""
         padding = end_of_text(self.tokenizer)
         while self.samples_end and ids[-1:] == [padding]:
             ids = ids[:-1]

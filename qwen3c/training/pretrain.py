@@ -11,11 +11,11 @@ from .next_token import SAMPLES, VALIDATION_ROWS, NextToken
 from .text import Windows
 from .trainer import Batch, Settings, Start
 
-PROMPT_TOKENS = 16  # of a validation text that a sample goes on from
+PROMPT_TOKENS = 16  # length of a sample's prompt, the beginning of a validation text
 
 
 class Pretraining(NextToken):
-    samples_end = False  # behind the end of a text another one begins
+    samples_end = False  # in a window another text follows the end of a text
 
     def __init__(self, settings: Settings, start: Start, train: Windows, validation: Windows) -> None:
         super().__init__(settings, start)

@@ -1,6 +1,6 @@
 """Prompts -> sampled completions with their log-probabilities, by the engine, many sequences at once.
 
-A completion is a function of (weights, prompt, seed) alone: it is the one that Model.generate samples.
+A completion depends on (weights, prompt, seed) alone, and is the one that Model.generate samples.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ RUNNING = 256  # sequences at once
 
 @dataclass
 class Completion:
-    """tokens: sampled, the ending one included. logprobs: of each, in nats, under what was sampled from."""
+    """tokens: the sampled ones, with the end token. logprobs: theirs, in nats, under the sampled
+    distribution.
+    """
 
-    seed: int  # that Model.generate gives the same tokens for
+    seed: int  # the seed with which Model.generate gives these tokens
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    ended: bool = False  # by an end token, not by the limit
+    ended: bool = False  # whether an end token ended it, not the limit
 
 
 def rollout(
@@ -45,7 +47,7 @@ def rollout(
     seeds = np.random.SeedSequence(seed).generate_state(len(ids) * n_completions, np.uint64).tolist()
     completions = [Completion(number) for number in seeds]
     vocabulary = Vocabulary(model.config.n_tokens, frozenset(end_tokens))
-    # greedy sampling draws from one token: what is learned from is the model's own probability of it
+    # greedy sampling gives its token probability 1; learning needs the model's own probability of it
     logprobs = 0 if temperature == 0 else None
 
     def replies() -> Iterator[tuple[list[int], ReplyState]]:

@@ -22,7 +22,8 @@ class FineTuning(NextToken):
         epochs = self.settings.steps * self.settings.batch / self.train.rows_per_epoch
         learned = sum(len(s.tokens) - s.prompt_length for s in self.train.samples)
         return (
-            f"{len(self.train.samples):,} samples with {learned:,} tokens to learn, packed into {self.train.rows_per_epoch:,} "
+            f"{len(self.train.samples):,} samples with {learned:,} tokens to learn, packed into "
+            f"{self.train.rows_per_epoch:,} "
             f"rows of {self.context}; {sum(map(len, self.validation)):,} held out; "
             f"{self.settings.steps:,} steps are {epochs:.2f} epochs"
         )

@@ -12,12 +12,12 @@ from .vocabulary import end_of_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-GROUP_SIZE = 64  # export's default: widths that are multiples of it convert without flags
+GROUP_SIZE = 64  # export's default: widths that are multiples of it export without --group-size
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Names and meanings as in format.Config; the embedding is tied."""
+    """The sizes of a model, named as in format.Config; the embedding is tied."""
 
     dim: int
     hidden_dim: int
@@ -91,6 +91,6 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Pr
     generation = model.generation_config
     generation.eos_token_id = sorted({end_of_turn, end} - {None})
     generation.pad_token_id = end
-    # the distribution of a small model is wide: nearer to greedy it makes more sense
+    # a small model's distribution is wide: sampled closer to greedy it makes more sense
     generation.do_sample, generation.temperature, generation.top_p, generation.top_k = True, 0.3, 0.9, 20
     return model

@@ -1,7 +1,6 @@
-"""What a run says on stderr: lines, how far it is, and what it is at while a person waits.
+"""What a run prints on stderr: lines, progress, and what is being done while a person waits.
 
-Nothing said here can end a run: a terminal that was closed, or a pipe that nobody reads, loses the words and
-not the weights.
+No error of printing ends a run: if the terminal or pipe is closed, the words are lost, not the weights.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from collections.abc import Iterator
 
 from ..system.terminal import Progress, unheard, waiting, write_at_once
 
-PATIENCE = 0.3  # seconds that something may take before it is named
-REMINDER = 60.0  # seconds between two lines where nothing can be redrawn
+PATIENCE = 0.3  # seconds after which a task that runs is shown
+REMINDER = 60.0  # seconds between two lines if lines cannot be redrawn
 
 
 class Telling:
-    """The words of one run. quiet: only errors are said; so it is in all processes of a run but the first."""
+    """Prints for one run. quiet: print only errors, as all processes of a run but the first do."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet or os.environ.get("RANK", "0") != "0"
@@ -26,7 +25,7 @@ class Telling:
         self._status = ""
 
     def say(self, line: str) -> None:
-        """A line of its own."""
+        """Print `line`."""
         if not self.quiet:
             with unheard():
                 if self._progress:
@@ -35,7 +34,7 @@ class Telling:
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """Show `what` and its seconds while the block runs, if that is long enough to be noticed."""
+        """Show `what` and its seconds while the block runs, once that takes longer than PATIENCE."""
         if self.quiet:
             yield
             return
@@ -46,7 +45,7 @@ class Telling:
 
     @contextlib.contextmanager
     def steps(self, first: int) -> Iterator[None]:
-        """Within, step() draws how far the run is. first: the step that it begins or goes on from."""
+        """Within, step() draws the progress of the run. first: the step from which it starts or resumes."""
         self._progress = Progress(self._describe, delay=0.0, pause=REMINDER, start=first)
         try:
             yield
@@ -55,7 +54,7 @@ class Telling:
             self._progress = None
 
     def step(self, step: int, steps: int, status: str = "") -> None:
-        """Draw the step, and of `status` the latest that was not empty."""
+        """Draw the step and `status`; an empty `status` keeps the last one."""
         self._status = status or self._status
         if self._progress and not self.quiet:
             self._progress(step, steps)
@@ -64,7 +63,7 @@ class Telling:
         return f"step {done:,.0f} of {total:,.0f}" + (f"  {self._status}" if self._status else "")
 
     def at_once(self, line: str) -> None:
-        """Say a line in a signal handler, which may have interrupted another line."""
+        """Print a line from a signal handler, which may have interrupted another line."""
         if not self.quiet:
             write_at_once(line)
 

@@ -18,7 +18,7 @@ from .vocabulary import TextEncoder, end_of_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MAX_CONTROL = 0.01  # share of control characters from which a file counts as binary
+MAX_CONTROL = 0.01  # a file with a larger share of control characters counts as binary
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class NotText(TrainingError):
 def read_documents(paths: Sequence[Path], say: Callable[[str], None] = lambda line: None) -> list[Document]:
     """Every file named, and every file below a folder named, in sorted order; hidden ones are left out.
 
-    say: gets a line on the files of folders that are not text, which are left out too.
-    TrainingError, one line, for what is missing, empty, or named and not text.
+    say: gets a line about binary files in folders, which are skipped. TrainingError, one line, for a path
+    that is missing or empty, or a binary file that was named itself.
     """
     documents, skipped = [], []
     for path in paths:
@@ -73,7 +73,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 def _read(path: Path) -> Document:
     try:
-        text = path.read_text("utf-8-sig")  # some editors put a byte order mark first
+        text = path.read_text("utf-8-sig")  # skips the byte order mark that some editors write
     except UnicodeDecodeError as error:
         raise NotText(f"{path}: is not text: byte {error.start} is not UTF-8") from None
     except OSError as error:
@@ -85,14 +85,14 @@ def _read(path: Path) -> Document:
 
 
 def documents_fingerprint(documents: Sequence[Document]) -> str:
-    """Of the texts and their order; where the files lie makes no difference."""
+    """The fingerprint of the texts in their order; the paths do not count."""
     return fingerprint(d.text.encode() for d in documents)
 
 
 def split(documents: list[Document], fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
     """(train, validation) by document: the `fraction` of them whose hash with the seed is smallest.
 
-    One document alone is cut instead, its end held out.
+    A single document is cut instead: its end is for validation.
     """
     if len(documents) == 1:
         name, text = documents[0].name, documents[0].text
@@ -106,8 +106,8 @@ def split(documents: list[Document], fraction: float, seed: int) -> tuple[list[D
 class Windows:
     """Documents as one stream of tokens, each ended by the end-of-text token, cut into windows.
 
-    A window is (context + 1,) token ids: inputs and, one further, targets. In each epoch the cuts lie
-    elsewhere and the order is new, both functions of (seed, epoch).
+    A window is (context + 1,) token ids: the inputs, and shifted by one the targets. Each epoch has other
+    cuts and another order, both functions of (seed, epoch).
     """
 
     def __init__(
@@ -122,7 +122,8 @@ class Windows:
         self.bytes_per_token = sum(len(d.text.encode()) for d in documents) / len(stream)
         if len(stream) <= context:
             raise TrainingError(
-                f"{documents[0].name}{', ...' if len(documents) > 1 else ''}: {len(stream)} tokens in all, too few for a "
+                f"{documents[0].name}{', ...' if len(documents) > 1 else ''}: {len(stream)} tokens in all, "
+                "too few for a "
                 f"window of {context}: give more text or a --context of at most {len(stream) - 1}"
             )
         self._epoch: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
@@ -139,7 +140,7 @@ class Windows:
 
     @property
     def n_windows(self) -> int:
-        """Windows per epoch; where that leaves any, one less than fit, so that the first may begin anywhere."""
+        """Windows per epoch: one fewer than fit (at least one), which leaves room to shift the first cut."""
         return max(1, (len(self.stream) - 1) // self.context - 1)
 
     def __getitem__(self, index: int) -> NDArray[np.int32]:
@@ -153,7 +154,7 @@ class Windows:
         return self.stream[start : start + self.context + 1]
 
     def in_order(self, limit: int) -> Iterator[NDArray[np.int32]]:
-        """At most `limit` windows, evenly spread over the text, the same ones each time (for validation)."""
+        """At most `limit` windows for validation, evenly spread over the text, always the same ones."""
         n = (len(self.stream) - 1) // self.context
         for i in range(min(n, limit)):
             start = i * n // min(n, limit) * self.context

@@ -1,10 +1,11 @@
 """What the three stages share: optimiser, schedule, the loop, evaluation, checkpoints, metrics, resume.
 
-A stage says which samples a step trains on, what their loss is and how a model is judged. Everything that
-decides a step is a function of (settings, step): after a kill, a resumed run gives the same losses to the bit.
+A stage, a subclass of Trainer, chooses the samples of a step, computes their loss and judges the model. All
+of that is a function of (settings, step), so a run that was killed and resumed gives the same losses to the
+bit.
 
-A run is resumed with the settings (Settings.deciding) and inputs that it began with. The number of steps may
-change, and the warm-up, which follows from it: from there on the learning rate has the new schedule.
+A run is resumed with the settings (Settings.deciding) and inputs that it began with. The number of steps
+and the warm-up may change; the learning rate then follows the new schedule.
 """
 
 from __future__ import annotations
@@ -44,39 +45,42 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-Batch = dict[str, "torch.Tensor"]  # one forward and backward pass; the keys are the stage's
+Batch = dict[str, "torch.Tensor"]  # of one forward and backward pass; each stage has its own keys
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; what to train on is the stage's."""
+    """How to train. The stage knows what to train on."""
 
     out: Path
     steps: int
     batch: int  # sequences (prompts, in GRPO) per step, over all processes
     micro_batch: int  # sequences per forward pass and process
-    learning_rate: float  # at its highest
-    warmup: int  # steps of linear rise; then a cosine falls to min_learning_rate
+    learning_rate: float  # the highest, after the warm-up
+    warmup: int  # steps in which the learning rate rises linearly; then a cosine to min_learning_rate
     min_learning_rate: float = 0.1  # as a fraction of learning_rate
     weight_decay: float = 0.1  # on matrices only
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0  # largest norm of the gradient
-    precision: str = "fp32"  # or bf16: matrix products in bfloat16, weights and sums in float32
+    precision: str = "fp32"  # or "bf16": matrix products in bfloat16, weights and sums in float32
     seed: int = 1
     evaluate_every: int = 100
     checkpoint_every: int = 100
-    keep: int = 2  # checkpoints that stay
-    shard: bool = False  # weights, gradients and optimiser over the processes (FSDP), else copies in each
+    keep: int = 2  # how many checkpoints are kept
+    # split weights, gradients and optimiser state between processes (FSDP); else each has a copy
+    shard: bool = False
     compile: bool = False
     quiet: bool = False
 
     def deciding(self) -> dict[str, Any]:
         """The settings that must stay for a run to be resumed.
 
-        Of the others, the schedule may be drawn out, and micro-batches change nothing but how sums are rounded.
+        The others may change: the schedule can be extended, and micro-batches only change how sums are
+        rounded.
         """
         others = (
-            "out", "steps", "warmup", "micro_batch", "evaluate_every", "checkpoint_every", "keep", "compile", "quiet",
+            "out", "steps", "warmup", "micro_batch", "evaluate_every", "checkpoint_every", "keep", "compile",
+            "quiet",
         )  # fmt: skip
         return {
             name: list(v) if isinstance(v, tuple) else v
@@ -94,12 +98,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with, or goes on from."""
+    """What a run starts from: a model and tokenizer, new, loaded or of a checkpoint."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     resume: Path | None  # the checkpoint that model and tokenizer were read from
-    inputs: Inputs  # what else must be the same for a run to be resumed: data, shapes, ...
+    inputs: Inputs  # data, shapes, ...: must be equal for a run to be resumed
     telling: Telling
 
 
@@ -113,9 +117,9 @@ class Stopped(Exception):
 
 
 class Trainer(ABC):
-    """Runs a stage. TrainingError, one line, when it cannot; the checkpoints are then what they were."""
+    """Runs a stage. TrainingError, one line, if it cannot go on; older checkpoints stay."""
 
-    best_is_highest = False  # of the judgement that picks the best checkpoint
+    best_is_highest = False  # whether a higher judge() is better
 
     def __init__(self, settings: Settings, start: Start) -> None:
         import torch
@@ -135,7 +139,7 @@ class Trainer(ABC):
             _shard(model)
         self.step = 0
         self.best: float | None = None
-        self.step_record: dict[str, Any] = {}  # what a stage adds to the record of a step
+        self.step_record: dict[str, Any] = {}  # figures that the stage adds to the record of a step
         matrices = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim <= 1]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -155,7 +159,7 @@ class Trainer(ABC):
         self._signal: int | None = None
 
     # ------------------------------------------------------------------------
-    # What a stage says
+    # What a stage defines
 
     @abstractmethod
     def updates(self, step: int) -> Iterator[Sequence[Batch]]:
@@ -163,15 +167,15 @@ class Trainer(ABC):
 
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        """(sum of the losses, how many they are) of a micro-batch."""
+        """(sum of the losses, how many losses) of a micro-batch."""
 
     @abstractmethod
     def judge(self) -> tuple[float, dict[str, Any]]:
-        """How good the model is, and what to record beside it; every process computes all of it."""
+        """(how good the model is, further figures to record); every process computes all of it."""
 
     @abstractmethod
     def describe(self) -> str:
-        """One line on what is trained on."""
+        """One line that describes the data."""
 
     # ------------------------------------------------------------------------
     # The loop
@@ -181,7 +185,7 @@ class Trainer(ABC):
         return bool(self.accelerator.is_main_process)
 
     def run(self) -> None:
-        """Train from the current step to the last; Stopped after SIGINT, SIGTERM or SIGHUP, with a checkpoint."""
+        """Train to the last step. Stopped, after a checkpoint, on SIGINT, SIGTERM or SIGHUP."""
         s, telling = self.settings, self.telling
         telling.say(self.describe())
         with self._catching_signals(), telling.steps(self.step):
@@ -189,7 +193,7 @@ class Trainer(ABC):
                 self._evaluate()
                 self._leave_if_asked()
             while self.step < s.steps:
-                telling.step(self.step, s.steps)  # evaluating has erased it
+                telling.step(self.step, s.steps)  # draw it again: evaluating erased it
                 begin = time.perf_counter()
                 record = self._train_step()
                 record["tokens_per_second"] = round(record["tokens"] / (time.perf_counter() - begin), 1)
@@ -230,7 +234,8 @@ class Trainer(ABC):
             saved = checkpoints(self.settings.out)
             kept = f"; {saved[-1]} is intact" if saved else ""
             raise TrainingError(
-                f"step {self.step}: the loss is {mean:g} and its gradient's norm {norm:g}: training has diverged; "
+                f"step {self.step}: the loss is {mean:g} and its gradient's norm {norm:g}: training has "
+                "diverged; "
                 f"try a lower --learning-rate than {self.settings.learning_rate:g}{kept}"
             )
         record = {
@@ -253,7 +258,7 @@ class Trainer(ABC):
         for i, batch in enumerate(micro_batches):
             with self._syncing(i == len(micro_batches) - 1):
                 loss, _ = self.loss_of(batch)
-                # data parallelism averages the gradients of the processes; the mean over all samples is wanted
+                # data parallelism averages gradients over processes; scale that to the mean over all samples
                 (loss * (world / max(total, 1))).backward()
             losses += loss.detach().cpu().double()  # Apple's GPUs have no float64
         norm: Any = torch.nn.utils.clip_grad_norm_(self.plain_model.parameters(), self.settings.clip)
@@ -270,7 +275,7 @@ class Trainer(ABC):
 
     @contextlib.contextmanager
     def _syncing(self, last: bool) -> Iterator[None]:
-        """Gradients of the processes meet in the last micro-batch of an update only."""
+        """Within, processes exchange gradients only if this is the last micro-batch of an update."""
         if self.settings.shard:
             self.plain_model.set_requires_gradient_sync(last)
             yield
@@ -283,20 +288,20 @@ class Trainer(ABC):
         return int(batch["mask"].sum())
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Over all processes."""
+        """The sum of `value` over all processes."""
         if self.accelerator.num_processes == 1:
             return value
         return self.accelerator.reduce(value.to(self.accelerator.device), reduction="sum")
 
     def _evaluate(self) -> bool:
-        """Judge the model and record it; whether it is the best so far."""
+        """Judge the model and record the result; returns whether it is the best so far."""
         import torch
 
         self.model.eval()
         with self.telling.doing(f"step {self.step:,}: evaluating"), torch.no_grad():
             judgement, record = self.judge()
         self._record({"step": self.step, **record})
-        better = self.step > 0 and (  # the model that training began with is no result of it
+        better = self.step > 0 and (  # at step 0 nothing was trained
             self.best is None or (judgement > self.best if self.best_is_highest else judgement < self.best)
         )
         if better:
@@ -312,7 +317,7 @@ class Trainer(ABC):
     # Checkpoints
 
     def save_model(self, directory: Path) -> None:
-        """A Hugging Face directory of the model as it is; called by every process, written by the first."""
+        """Write the model as a Hugging Face directory. Every process calls this, the first one writes."""
         weights = self._weights()
         if self.is_main:
             self.plain_model.save_pretrained(directory, state_dict=weights)
@@ -347,7 +352,7 @@ class Trainer(ABC):
         self.accelerator.wait_for_everyone()
 
     def _load(self, path: Path) -> None:
-        """Go on from a checkpoint; the weights were read from it already."""
+        """Restore optimiser and step from a checkpoint, whose weights are loaded already."""
         import torch
 
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
@@ -377,7 +382,7 @@ class Trainer(ABC):
             self.optimizer.load_state_dict(state["optimizer"])
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        """All of them, by their names; every process takes part where they are sharded."""
+        """All weights by name. If they are sharded, every process must call this."""
         if not self.settings.shard:
             return self.plain_model.state_dict()
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -420,7 +425,8 @@ class Trainer(ABC):
     def _catching_signals(self) -> Iterator[None]:
         """SIGINT, SIGTERM and SIGHUP (a closed terminal) end the run after the step at hand.
 
-        A second SIGINT or SIGTERM ends it at once; a second SIGHUP does not: a shell sends its own after the system's.
+        A second SIGINT or SIGTERM ends it at once. A second SIGHUP does not: both system and shell may send
+        one.
         """
 
         def request(number: int, frame: FrameType | None) -> None:
@@ -432,7 +438,8 @@ class Trainer(ABC):
 
         hangup = getattr(signal, "SIGHUP", None)
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:  # nohup has it ignored
+        # not under nohup, which ignores SIGHUP
+        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
             numbers.append(hangup)
         previous = {number: signal.signal(number, request) for number in numbers}
         try:
@@ -442,7 +449,7 @@ class Trainer(ABC):
                 signal.signal(number, handler)
 
     def _stop_requested(self) -> int:
-        """The signal that any of the processes got, or 0."""
+        """The number of a signal that any of the processes got; 0 if none did."""
         import torch
 
         if self.accelerator.num_processes == 1:
@@ -458,14 +465,15 @@ def _save_state(state: dict[str, Any], path: Path) -> None:
 
     try:
         torch.save(state, path)
-    except RuntimeError:  # "unexpected pos 704 vs 598" on a full disk: ask the system itself
+    # torch says "unexpected pos 704 vs 598" on a full disk: write a little to get the system's own error
+    except RuntimeError:
         with open(path, "ab") as file:
             file.write(bytes(1 << 20))
         raise
 
 
 def _shard(model: PreTrainedModel) -> None:
-    """Fully sharded data parallelism (https://arxiv.org/abs/2304.11277), a block at a time."""
+    """Shard a model by FSDP (https://arxiv.org/abs/2304.11277), one transformer block at a time."""
     import torch
     from torch.distributed.fsdp import fully_shard
 

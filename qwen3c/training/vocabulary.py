@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 SPLIT_PATTERN = PRE_TOKENIZERS["qwen2"].pattern
 END_OF_TEXT, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # ordinary text to skip_special_tokens
+TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # tokens that skip_special_tokens keeps
 
 CHARACTERS = "\n\t" + "".join(c for c in string.printable if c.isprintable())  # printable ASCII
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-ENCODED_AT_ONCE = 64  # documents; the library encodes them on all cores
-UNKNOWN_SHOWN = 5  # characters that an error names
+ENCODED_AT_ONCE = 64  # documents encoded in one call, which uses all cores
+UNKNOWN_SHOWN = 5  # how many missing characters an error names
 
 CHAT_TEMPLATE = """\
 {%- if tools %}{{ raise_exception("this model calls no tools") }}{% endif -%}
@@ -96,7 +96,7 @@ def _wrapped(tokenizer: Tokenizer, **settings: str) -> PreTrainedTokenizerFast:
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The token behind a document, which is also what rows are padded with. TrainingError if there is none."""
+    """The token that ends a document and pads rows. TrainingError if the vocabulary has none."""
     for id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if isinstance(id, int):
             return id
@@ -149,6 +149,6 @@ def load(directory: str | Path) -> PreTrainedTokenizerFast:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # the libraries raise what they like
+    except Exception as error:  # the libraries raise errors of any type
         raise TrainingError(f"{directory}: tokenizer: {' '.join(str(error).split())[:300]}") from None
     return tokenizer

@@ -12,7 +12,7 @@ from qwen3c.cli.signals import ENDING
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """What pytest does at a signal comes back, whatever a test has left."""
+    """Restore pytest's own signal handlers after each test."""
     numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
     yield

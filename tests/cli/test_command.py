@@ -34,7 +34,7 @@ every_command = pytest.mark.parametrize(
 
 
 def imported_badly() -> ImportError:
-    """As NumPy says it: the reason is in the cause of an error whose own text is a page."""
+    """NumPy's ImportError is a page of advice; its cause has the reason."""
     error = ImportError("IMPORTANT: PLEASE READ THIS\n" * 20)
     error.__cause__ = ImportError("libopenblas.so: failed to map segment")
     return error
@@ -49,7 +49,8 @@ def imported_badly() -> ImportError:
         (RuntimeError("can't start new thread"), 2, "can't start new thread"),
         (OSError(errno.EACCES, "Permission denied", "a.bin"), 2, "a.bin: Permission denied"),
         (OSError(errno.EINVAL, "Invalid argument"), 2, "Invalid argument"),
-        (OSError(errno.EMFILE, "Too many open files", "a.bin"), 2, "a.bin: Too many open files: the limit is "),
+        (OSError(errno.EMFILE, "Too many open files", "a.bin"), 2,
+         "a.bin: Too many open files: the limit is "),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "cannot write: No space left on device"),
         (MemoryError("no room for 4 MiB"), 2, "out of memory: no room for 4 MiB"),
         (ModuleNotFoundError("No module named 'jinja2'"), 2, "No module named 'jinja2': `pip install .` in"),
@@ -162,7 +163,8 @@ def test_an_error_that_nobody_can_read_is_still_its_status(script: str, stream: 
 
 
 @pytest.mark.parametrize(
-    ("module", "start"), [("qwen3c", "[MODEL]"), ("qwen3c.cli.run", "[MODEL]"), ("qwen3c.cli.export", "SRC OUT.bin")]
+    ("module", "start"), [("qwen3c", "[MODEL]"), ("qwen3c.cli.run", "[MODEL]"), ("qwen3c.cli.export",
+                                                                                 "SRC OUT.bin")]
 )  # fmt: skip
 def test_a_module_of_a_command_starts_it(module: str, start: str) -> None:
     done = subprocess.run(

@@ -96,16 +96,20 @@ def reply_of(context: int = 4096, held: int = 337, **stats: Any) -> Any:
     return SimpleNamespace(stats=Stats(**stats), session=session)
 
 
-FINISHED: dict[str, Any] = {"seed": 3141592653, "prompt_tokens": 300, "cached_tokens": 100, "read_tokens": 200, "prefill_seconds": 1.0,
+FINISHED: dict[str, Any] = {"seed": 3141592653, "prompt_tokens": 300, "cached_tokens": 100,
+                            "read_tokens": 200, "prefill_seconds": 1.0,
             "generated_tokens": 37, "decode_seconds": 1.0, "finish_reason": "length"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("width", "line"),
     [
-        (1000, "prompt 300 tok 200 tok/s (100 cached) | reply 37 tok 36.0 tok/s | context 337/4096 | seed 3141592653 | cut at max tokens (-n)"),
-        (120, "prompt 300 tok 200 tok/s (100 cached) | reply 37 tok 36.0 tok/s | context 337/4096 | cut at max tokens (-n)"),
-        (99, "prompt 300 tok 200 tok/s | reply 37 tok 36.0 tok/s | context 337/4096 | cut at max tokens (-n)"),
+        (1000, "prompt 300 tok 200 tok/s (100 cached) | reply 37 tok 36.0 tok/s | context 337/4096 | seed "
+            "3141592653 | cut at max tokens (-n)"),
+        (120, "prompt 300 tok 200 tok/s (100 cached) | reply 37 tok 36.0 tok/s | context 337/4096 | cut at "
+            "max tokens (-n)"),
+        (99,
+         "prompt 300 tok 200 tok/s | reply 37 tok 36.0 tok/s | context 337/4096 | cut at max tokens (-n)"),
         (79, "prompt 300 tok 200 tok/s | reply 37 tok 36.0 tok/s | cut at max tokens (-n)"),
         (70, "reply 37 tok 36.0 tok/s | cut at max tokens (-n)"),
         (10, "reply 37 tok 36.0 tok/s | cut at max tokens (-n)"),
@@ -172,4 +176,4 @@ def test_the_time_left_of_a_prompt_knows_that_depth_costs(monkeypatch: pytest.Mo
     assert lines[10000].endswith("  2 min 40 s left")
     assert "left" not in lines[1750] and lines[2000].endswith(
         "3 min 36 s left"
-    )  # earlier it would be a guess
+    )  # with less of the prompt read, no time left is predicted

@@ -54,7 +54,7 @@ def test_an_older_history_still_loads_and_a_long_one_is_cut(
     path = tmp_path / "history"
     path.write_bytes(b"a \\040 b\n\nc\xff\n")
     assert history_of(path, monkeypatch)[1] == ["a \\040 b", "c\ufffd"]
-    path.write_bytes(b"_HiStOrY_V2_\na\\040b\\303\\251\n")  # as libedit writes it
+    path.write_bytes(b"_HiStOrY_V2_\na\\040b\\303\\251\n")  # the form that libedit writes
     assert history_of(path, monkeypatch)[1] == ["a bé"]
     assert path.read_text() == "a bé\n"  # an entry appended to it would be read back as libedit's
     many = [str(i) for i in range(2 * reader.HISTORY_ENTRIES + 1)]

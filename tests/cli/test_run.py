@@ -46,7 +46,9 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals, terminals and /d
 
 @pytest.fixture(autouse=True)
 def default_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that can think, for every command that names none; two threads on a busy machine wait for each other."""
+    """Every command uses a model that can think, and one thread: two threads on a busy machine wait for each
+    other.
+    """
     monkeypatch.setenv("QWEN3C_MODEL", TINY)
     monkeypatch.setenv("QWEN3C_THREADS", "1")
 
@@ -254,7 +256,8 @@ def test_a_model_without_a_template_completes(tmp_path: Path, capsys: pytest.Cap
 def test_help_states_the_rule(capsys: pytest.CaptureFixture[str]) -> None:
     said = " ".join(in_process(capsys, "--help").out.split())
     assert (
-        "Without -m a model with a chat template chats on a terminal and answers what comes with -i, --file or a "
+        "Without -m a model with a chat template chats on a terminal and answers what comes with -i, --file "
+        "or a "
         "pipe; -m generate, --raw and a model without a template complete it as text"
     ) in said
 
@@ -414,20 +417,23 @@ def test_what_is_not_a_model_bin_says_what_it_is_and_what_to_do(
         "hf": "hf: is a directory, not a model.bin; `python export.py hf model.bin` converts it",
         "box": "box: is a directory, not a model.bin; did you mean box/model.bin?",
         "empty": "empty: is a directory, not a model.bin",
-        "a b.gguf": "a b.gguf: not a model.bin but a GGUF file; `python export.py 'a b.gguf' model.bin` converts it",
+        "a b.gguf": "a b.gguf: not a model.bin but a GGUF file; `python export.py 'a b.gguf' model.bin` "
+        "converts it",
         "pointer.bin": "pointer.bin: not a model.bin but a git-lfs pointer; "
         "`git lfs pull` in its folder fetches the file itself",
-        "page.bin": "page.bin: not a model.bin but a web page; the download brought no model; `hf download` does",
+        "page.bin": "page.bin: not a model.bin but a web page; the download brought no model; "
+        "`hf download` does",
         "pytorch_model.bin": "pytorch_model.bin: not a model.bin but a PyTorch or zip file; "
         "export.py converts a folder with *.safetensors, or a GGUF file",
         "hf/model.safetensors": "hf/model.safetensors: not a model.bin but a safetensors file; "
         "`python export.py hf model.bin` converts its folder",
         "alone.safetensors": "alone.safetensors: not a model.bin but a safetensors file; "
         "`python export.py . model.bin` converts its folder",
-        "Qwen/Qwen3-0.6B": f"Qwen/Qwen3-0.6B: {missing}; `hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B` "
+        "Qwen/Qwen3-0.6B": f"Qwen/Qwen3-0.6B: {missing}; "
+        "`hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B` "
         "fetches it from the Hugging Face Hub, then `python export.py Qwen3-0.6B model.bin` converts it",
         "no/model.bin": f"no/model.bin: {missing}; {makes_one}",
-        "hf/Qwen3-0.6B": f"hf/Qwen3-0.6B: {missing}; {makes_one}",  # a folder that is there is no owner on the Hub
+        "hf/Qwen3-0.6B": f"hf/Qwen3-0.6B: {missing}; {makes_one}",  # the folder hf exists
         "model.bin": f"model.bin: {missing}; {makes_one}",
         "/no/Qwen3": f"/no/Qwen3: {missing}; {makes_one}",
     }.items():  # fmt: skip
@@ -448,7 +454,8 @@ def test_the_name_of_a_mode_where_the_model_stands_is_recognised(
         done = in_process(capsys, *arguments)
         expected = f"run.py: error: {mode}: No such file or directory; did you mean -m {mode}?\n"
         assert (done.status, done.err) == (2, expected)
-    (tmp_path / mode).write_bytes(TINY_QWEN3.read_bytes())  # a file of that name is a file
+    # a file that is named like a mode is taken for a file
+    (tmp_path / mode).write_bytes(TINY_QWEN3.read_bytes())
     assert in_process(capsys, mode, "-m", "info").status == 0
 
 
@@ -460,7 +467,8 @@ def test_the_name_of_a_mode_where_the_model_stands_is_recognised(
     ("args", "complaint"),
     [
         (["/nowhere/model.bin", "-i", "x"], "/nowhere/model.bin: No such file or directory"),
-        (["{dir}", "-i", "x"], "{dir}: is a directory, not a model.bin; `python export.py {dir} model.bin` converts it"),
+        (["{dir}", "-i", "x"],
+         "{dir}: is a directory, not a model.bin; `python export.py {dir} model.bin` converts it"),
         (["{text}", "-i", "x"], "{text}: not a model.bin: starts with b'not a mo', expected b'QWEN3C"),
         (["{text}", "-m", "info"], "{text}: not a model.bin"),
         (["-i", "x", "-t", "-1"], "temperature = -1.0 is not a number from 0 to 100"),
@@ -472,8 +480,10 @@ def test_the_name_of_a_mode_where_the_model_stands_is_recognised(
         (["-i", "x", "-j", "0"], "argument -j/--threads: 0 is not at least 1"),
         (["-i", "x", "-j", "2000"], "threads = 2000 is outside 1..1024"),
         (["-i", "x", "--think", "--no-think"], "argument --no-think: not allowed with argument --think"),
-        (["-i", "x", "-r", "1", "--no-think"], "argument --no-think: not allowed with argument -r/--reasoning"),
-        (["-i", "x", "--raw", "--chat-template"], "argument --chat-template: not allowed with argument --raw"),
+        (["-i", "x", "-r", "1", "--no-think"],
+         "argument --no-think: not allowed with argument -r/--reasoning"),
+        (["-i", "x", "--raw", "--chat-template"],
+         "argument --chat-template: not allowed with argument --raw"),
         (["-i", "x", "--raw", "-y", "x"], "--raw completes text, which has no system prompt"),
         (["-i", "x", "--raw", "-r", "0"], "--raw completes text, which has no switch for thinking"),
         (["-i", "x", "--json", "--hide-thinking"], "--hide-thinking is for text"),
@@ -618,7 +628,8 @@ def test_an_engine_that_was_not_built_is_one_line_that_says_how(command: list[st
         (OSError(errno.EIO, "Input/output error"), 1, "cannot write: Input/output error"),
         (OSError(errno.EMFILE, "Too many open files"), 2, "Too many open files: the limit is "),
         (OSError(errno.EMFILE, "Too many open files", "x"), 2, "x: Too many open files"),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "out of memory: a smaller context (-c) takes less"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2,
+         "out of memory: a smaller context (-c) takes less"),
         (MemoryError(), 2, "out of memory: a smaller context (-c) takes less"),
         (RuntimeError("can't start new thread"), 2, "can't start new thread"),
     ],
@@ -634,7 +645,7 @@ def test_an_error_is_one_line_that_says_what_was_short(
         raise error
 
     monkeypatch.setattr(run, "MODES", {"info": fail})
-    monkeypatch.setattr(os, "dup2", lambda *_: None)  # or this test's own stdout were gone
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # or this test's own stdout would be closed
     done = in_process(capfd, "-m", "info")
     assert done.status == status and done.err.count("\n") == 1
     assert done.err.startswith(f"run.py: error: {said}")
@@ -884,7 +895,9 @@ def test_messages_from_a_pipe_are_answered_one_by_one(model: Model) -> None:
     stdin = 'first\n"""\nsecond\nline\n"""\n\n/foo\n /foo\n/no_think x\n'
     done = command("-m", "chat", "-n", "6", "-s", "4", "--no-think", "--json", input=stdin.encode())
     replies = [json.loads(line) for line in done.out.splitlines()]
-    assert done.status == 2 and "unknown command /foo" in done.err  # nobody sat there to see it
+    assert (
+        done.status == 2 and "unknown command /foo" in done.err
+    )  # stdin is no terminal, so a failed command shows in the status
     messages: list[dict[str, Any]] = []
     for i, (said, reply) in enumerate(
         zip(["first", "second\nline", " /foo", "/no_think x"], replies, strict=True)
@@ -977,11 +990,11 @@ class Terminal:
         )  # fmt: skip
         os.close(slave)
         self._raw = b""
-        self.seen = ""  # without what moves the cursor or colours, and the ^C a terminal shows
+        self.seen = ""  # output without escape codes and without the ^C that a terminal shows
         self._read = 0
 
     def expect(self, pattern: str, seconds: float = 30) -> str:
-        """Wait for `pattern` after what was waited for last; the text up to its end."""
+        """Wait for `pattern` in the output since the last wait; returns the text up to its end."""
         deadline = time.monotonic() + seconds
         while not (match := re.compile(pattern).search(self.seen, self._read)):
             ready = select.select([self._master], [], [], max(0, deadline - time.monotonic()))[0]
@@ -1049,7 +1062,7 @@ def test_a_conversation_at_a_terminal(terminal: Any, tmp_path: Path) -> None:
     t.send("\x1b[200~pasted\n\n/help\ntext\x1b[201~\r")
     assert re.search(r"\(\d+ cached\).*reply 5 tok .*cut at max tokens", t.expect(SPEED_LINE))
     t.expect("> ")
-    # so is a block
+    # a block between quotes is one message
     t.send('"""a block\r')
     t.expect(r"\.\.\. ")
     t.send('of two"""\r')
@@ -1058,7 +1071,7 @@ def test_a_conversation_at_a_terminal(terminal: Any, tmp_path: Path) -> None:
     t.send("/regen\r")
     t.expect(SPEED_LINE)
     t.expect("> ")
-    # Qwen's own switch is for Qwen
+    # /no_think is for the model, no command
     t.send("/no_think hi\r")
     t.expect(SPEED_LINE)
     t.expect("> ")
@@ -1081,7 +1094,7 @@ def test_a_conversation_at_a_terminal(terminal: Any, tmp_path: Path) -> None:
         "a block\nof two",
         "/no_think hi",
     ]
-    # of what was on its way when Ctrl-C came, the terminal itself may throw the end away
+    # at Ctrl-C the terminal itself may discard output that was on its way
     assert len(messages[1]["content"]) >= 40 and messages[1]["content"][:30] in t.seen
     history = (tmp_path / "state" / "qwen3c" / "history").read_text()
     assert "write a lot" in history and (tmp_path / "state/qwen3c/history").stat().st_mode & 0o077 == 0

@@ -1,4 +1,4 @@
-"""What the signals do that end a program: each for as long as it is asked for.
+"""What signals do while a block of cli/signals.py runs, and that the old handlers come back.
 
 python -m pytest tests/cli/test_signals.py
 """
@@ -25,7 +25,7 @@ def test_the_first_signal_to_end_is_a_ctrl_c_and_the_others_are_ignored() -> Non
         signal.raise_signal(signal.SIGTERM)
         assert ended() == signal.SIGHUP
     with endable() as ended, interruptible() as interrupted:
-        signal.raise_signal(signal.SIGTERM)  # where Ctrl-C only asks for the end, so does this
+        signal.raise_signal(signal.SIGTERM)  # SIGTERM, like Ctrl-C here, only asks for the end
         assert interrupted() and ended() == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
@@ -68,7 +68,7 @@ def test_handlers_come_back_unless_there_are_newer_ones() -> None:
 
 @pytest.mark.parametrize("name", ENDING)
 def test_libraries_that_load_are_left_at_once(name: str) -> None:
-    """No `finally`, no `except`: a library that catches everything cannot go on."""
+    """The process ends without `finally` or `except`: a library that catches everything cannot go on."""
     script = f"""
 import signal
 from qwen3c.cli.signals import leaving_at_once

@@ -29,11 +29,14 @@ def test_the_installed_commands_are_ways_in() -> None:
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize(
     "command",
-    [["-m", "qwen3c"], *(["-c", f"from qwen3c.cli.start import {n}; {n}()"] for n in ("run", "export", "train"))],
+    [["-m", "qwen3c"], *(["-c", f"from qwen3c.cli.start import {n}; {n}()"] for n in ("run", "export",
+                                                                                      "train"))],
     ids=["python -m qwen3c", "qwen3c", "qwen3c-export", "qwen3c-train"],
 )  # fmt: skip
 def test_ctrl_c_while_modules_load_is_no_traceback(command: list[str], ignored: bool, tmp_path: Path) -> None:
-    """As on a machine that reads them from a slow disk; a caller that ignores Ctrl-C (`&`) is obeyed."""
+    """Ctrl-C while modules load, as from a slow disk, ends in one line; if it is ignored (`&`), nothing
+    happens.
+    """
     slow = "import time\nprint('loading', flush=True)\ntime.sleep({})\nraise SystemExit(7)\n"
     (tmp_path / "argparse.py").write_text(slow.format(0.5 if ignored else 60))
     process = subprocess.Popen(

@@ -166,7 +166,10 @@ def test_help_and_a_missing_library_need_no_torch(tmp_path: Path) -> None:
         [sys.executable, ROOT / "train.py", "--help"], env=path, capture_output=True, text=True
     )
     assert run.returncode == 0 and "pretrain | sft | grpo" in run.stdout
-    code = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'accelerate' else f(n, *a)\n"
+    code = (
+        "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'accelerate' "
+        "else f(n, *a)\n"
+    )
     code += "from qwen3c.cli.train import main; raise SystemExit(main(['pretrain', 'x', '-o', 'y']))"
     run = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True)
     assert run.returncode == 2

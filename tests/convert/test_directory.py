@@ -1,4 +1,5 @@
-"""A directory's files are opened with care: what is none of them is called what it is, and no shard is another.
+"""A directory's files are opened with care: wrong or damaged files are named, shards stay within the
+directory.
 
 python -m pytest tests/convert/test_directory.py
 """
@@ -38,7 +39,10 @@ def test_source_must_be_a_directory(source: Path, path: str) -> None:
 # ----------------------------------------------------------------------------
 # What is given in place of a model
 
-LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daa\nsize 9\n"
+LFS = (
+    "version https://git-lfs.github.com/spec/v1\noid "
+    "sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daa\nsize 9\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +101,7 @@ def test_a_directory_that_is_no_model_is_called_what_it_is(
 ) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    os.mkfifo(source / "a.bin")  # would be waited for, if it were opened
+    os.mkfifo(source / "a.bin")  # opening it would block
     for name, content in files.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(content)
@@ -183,7 +187,7 @@ def test_tensor_missing_from_its_shard_is_refused(sharded: Path) -> None:
     ],
 )
 def test_index_may_only_name_files_beside_it(sharded: Path, name: Any) -> None:
-    """A file that exists outside is not opened, sound as it may be."""
+    """A sound file outside of the directory is not opened."""
     (sharded.parent / "outside.safetensors").write_bytes(shard(sharded, 3).read_bytes())
     index = json.loads((sharded / INDEX).read_text())
     index["weight_map"] = {k: name if "00003" in v else v for k, v in index["weight_map"].items()}

@@ -85,7 +85,7 @@ SHAPES: list[dict[str, Any]] = [
 def test_every_byte_is_the_one_the_format_asks_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: dict[str, Any], slice_weights: int
 ) -> None:
-    """Whatever the size of the slices: one tile row, a few, or all."""
+    """The bytes do not depend on the size of the slices: one tile row, a few, or all."""
     monkeypatch.setattr(quantise, "SLICE_WEIGHTS", slice_weights)
     shape = dict(shape)
     group_size = shape.pop("group_size", 64)
@@ -126,7 +126,7 @@ def test_dtypes_may_differ_within_one_stored_matrix(tmp_path: Path, source: Path
 
 
 def quantize(weights: NDArray[np.float32], group_size: int) -> tuple[bytes, tuple[float, float, float, int]]:
-    """What the engine makes of float32 weights (rows, columns): the stored bytes, and its error figures."""
+    """(stored bytes, error figures) that quantize_tiles gives for float32 weights (rows, columns)."""
     rows, columns = weights.shape
     out = np.empty(format.matrix_size(rows, columns, group_size), np.uint8)
     parts = [(weights.view(np.uint8).ravel(), "F32")]
@@ -427,7 +427,7 @@ def test_failure_of_any_call_leaves_the_old_file(
         assert status == 2
         assert capfd.readouterr().err == f"export.py: error: {target}: No space left on device\n"
         assert leftovers(tmp_path) == []
-        renamed = call == "fsync" and failures == 3  # what failed is to make the new name durable
+        renamed = call == "fsync" and failures == 3  # the rename is done, only its fsync failed
         assert target.read_bytes() == ((tmp_path / "whole.bin").read_bytes() if renamed else OLD)
     assert failures >= {"write": 50, "fsync": 3, "replace": 1}[call]
 
@@ -649,7 +649,7 @@ def test_an_interrupt_at_any_moment_ends_the_export(tmp_path: Path, source: Path
     ModelFile(target)
     assert (
         len(leftovers(tmp_path)) <= 1
-    )  # one that died before it could be told from another's goes with the next
+    )  # a temporary of a writer killed before it locked the file is removed by the next export
 
 
 QUANTIZING_TO_THE_END = """
@@ -683,7 +683,7 @@ def test_a_worker_that_is_at_it_when_the_interpreter_ends_does_no_harm() -> None
 def test_where_threads_cannot_start_the_export_does_with_those_there_are(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, allowed: int
 ) -> None:
-    """As under `ulimit -u`, or with no memory for another stack."""
+    """Threads cannot be started, as under `ulimit -u` or without memory for a stack."""
     export(source, tmp_path / "expected.bin")
     real, started = quantise.start_new_thread, 0  # type: ignore[attr-defined]
 
@@ -725,7 +725,7 @@ def test_out_of_memory_is_one_line(
 
 @pytest.mark.parametrize("limit", range(5, 9))
 def test_too_few_open_files_are_one_line(tmp_path: Path, limit: int) -> None:
-    """What the system lets a process open runs out somewhere between the first shard and the temporary file."""
+    """The limit of open files is reached somewhere between the first shard and the temporary file."""
     source = write_small_model(tmp_path / "source", shards=3)
     script = f"""
         import resource, sys
@@ -743,7 +743,7 @@ def test_too_few_open_files_are_one_line(tmp_path: Path, limit: int) -> None:
 def test_a_library_that_cannot_be_loaded_is_one_short_line(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """NumPy says why in the cause of an error whose own text is a page."""
+    """NumPy's ImportError is a page of advice; its cause has the reason."""
 
     def fail(*_: Any, **__: Any) -> None:
         try:
@@ -919,7 +919,7 @@ def test_an_estimate_is_what_the_export_then_takes(
     assert estimate.source_size == report.source_size
     out = capsys.readouterr().out
     assert f"({estimate.file_size:,} bytes), INT8 in groups of 64" in out
-    # the memory is what `info` then says of the file
+    # the estimated memory is what `info` says of the exported file
     rows = [line for line in out.splitlines() if line.endswith(("yes", "no", "only"))]
     assert rows and set(rows) <= set(lines(ModelFile(tmp_path / "model.bin")))
 

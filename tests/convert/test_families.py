@@ -88,7 +88,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def data(family: str) -> str:
-    """tokenizer.json; Llama's puts its begin-of-text itself, DeepSeek's leaves that to tokenizer_config.json."""
+    """A tokenizer.json. Llama's adds begin-of-text; for DeepSeek tokenizer_config.json asks for it."""
     pre = byte_level_tokenizer("llama-bpe") if family == "llama3" else json.loads(tokenizer_json())
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(pre))
     for content, special in CONTROL[family].items():

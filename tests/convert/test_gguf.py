@@ -1,4 +1,4 @@
-"""A GGUF file is read as the model it was made from, Q8_0 code for code, or refused in one line naming the fault.
+"""A GGUF file gives the model it was made from, Q8_0 code for code, or one line that names the fault.
 
 python -m pytest tests/convert/test_gguf.py
 QWEN3C_TOKENIZER=path/to/Qwen3-0.6B python -m pytest tests/convert/test_gguf.py  # 200,000 strings
@@ -183,7 +183,7 @@ def test_q8_0_weights_are_exactly_those_of_the_package(tmp_path: Path, shape: di
     ],
 )
 def test_logits_are_those_of_transformers_on_the_same_file(tmp_path: Path, shape: dict[str, Any]) -> None:
-    """transformers reads GGUF by itself: its own names, order of rows, dequantisation and numbers."""
+    """The oracle is transformers' own GGUF reader: names, row order, dequantisation and numbers."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     pytest.importorskip("gguf")
     path = write_small(tmp_path, "Q8_0", **shape)
@@ -219,7 +219,7 @@ def test_q8_0_experts_are_exactly_those_of_the_package(tmp_path: Path) -> None:
 
 
 def test_logits_of_experts_are_those_of_transformers(tmp_path: Path) -> None:
-    """On the weights of the file, which are exact: transformers' own reader of GGUF cannot load such models."""
+    """Compared on exact weights, because transformers' GGUF reader cannot load such models."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from test_oracle import NMSE_BOUND, nmse, oracle, oracle_logits
 
@@ -424,7 +424,7 @@ def list_item(key: str, i: int, value: str) -> Callable[[Keys, Tensors], object]
 
 
 def to_llama(keys: Keys, tensors: Tensors, factors: NDArray[np.float64]) -> None:
-    """Make a Llama with these factors of the file; the tensors it should not have come to nobody's notice."""
+    """Open a Llama whose file has these frequency divisors, without a check of superfluous tensors."""
     for key in [key for key in keys if key.startswith("qwen3.")]:
         keys["llama." + key.removeprefix("qwen3.")] = keys.pop(key)
     keys["general.architecture"] = "llama"
@@ -435,18 +435,21 @@ FAULTS: dict[str, tuple[Callable[[Keys, Tensors], object], str]] = {
     "architecture": (changed(general__architecture="gemma3"), "architecture 'gemma3' is not supported"),
     "adapter": (changed(general__type="adapter"), "general.type is 'adapter', expected 'model'"),
     "part of a split": (changed(split__count=3), "is one of 3 parts; join them"),
-    "Q4_0": (retyped("blk.0.attn_q.weight", "Q4_0"), "'blk.0.attn_q.weight' is Q4_0, supported: BF16, F16, F32, Q8_0"),
+    "Q4_0": (retyped("blk.0.attn_q.weight", "Q4_0"),
+             "'blk.0.attn_q.weight' is Q4_0, supported: BF16, F16, F32, Q8_0"),
     "Q6_K": (retyped("token_embd.weight", "Q6_K"), "'token_embd.weight' is Q6_K, supported"),
     "no layers": (removed("qwen3.block_count"), "required key 'qwen3.block_count' is missing"),
     "no rope base": (removed("qwen3.rope.freq_base"), "required key 'qwen3.rope.freq_base' is missing"),
     "no heads": (changed(qwen3__attention__head_count=0), "n_heads = 0 is outside"),
-    "heads by layer": (changed(qwen3__attention__head_count=[4, 4]), "head_count is [4, 4], expected an integer"),
+    "heads by layer": (changed(qwen3__attention__head_count=[4, 4]),
+                       "head_count is [4, 4], expected an integer"),
     "negative": (changed(qwen3__embedding_length=-64), "-64 is outside"),
     "value length": (changed(qwen3__attention__value_length=64), "value_length is 64, supported: 32"),
     "partial rope": (changed(qwen3__rope__dimension_count=16), "dimension_count is 16, supported: 32"),
     "not causal": (changed(qwen3__attention__causal=False), "causal is False, supported: True"),
     "unknown key": (changed(qwen3__logit_scale=2.0), "key 'qwen3.logit_scale' is not supported"),
-    "attention factor": (changed(qwen3__rope__scaling__attn_factor=0.5), "attn_factor is 0.5, supported: 1.0"),
+    "attention factor": (changed(qwen3__rope__scaling__attn_factor=0.5),
+                         "attn_factor is 0.5, supported: 1.0"),
     "rope kind": (changed(qwen3__rope__scaling__type="longrope"), "rope type 'longrope' is not supported"),
     "experts of a dense model": (changed(qwen3__expert_count=8), "key 'qwen3.expert_count' is not supported"),
     "head of no size": (changed(qwen3__attention__key_length="x"), "head_dim is 'x', expected an integer"),
@@ -462,21 +465,27 @@ FAULTS: dict[str, tuple[Callable[[Keys, Tensors], object], str]] = {
         lambda keys, tensors: to_llama(keys, tensors, np.full(16, np.nan)),
         "factor is nan, expected a finite number",
     ),
-    "epsilon": (changed(qwen3__attention__layer_norm_rms_epsilon=float("nan")), "rms_norm_eps is nan, expected a finite number"),
+    "epsilon": (changed(qwen3__attention__layer_norm_rms_epsilon=float("nan")),
+                "rms_norm_eps is nan, expected a finite number"),
     "no embedding": (removed("token_embd.weight"), "tensor token_embd.weight is missing"),
     "no norm": (removed("blk.1.ffn_norm.weight"), "post_attention_layernorm.weight [64] is missing"),
-    "foreign tensor": (renamed("blk.1.attn_q_norm.weight", "rope_freqs.weight"), "unexpected tensor 'rope_freqs.weight'"),
-    "name of the other kind": (renamed("output_norm.weight", "model.norm.weight"), "unexpected tensor 'model.norm.weight'"),
+    "foreign tensor": (renamed("blk.1.attn_q_norm.weight", "rope_freqs.weight"),
+                       "unexpected tensor 'rope_freqs.weight'"),
+    "name of the other kind": (renamed("output_norm.weight", "model.norm.weight"),
+                               "unexpected tensor 'model.norm.weight'"),
     "fewer layers": (changed(qwen3__block_count=1), "unexpected tensor blk.1."),
     "more layers": (changed(qwen3__block_count=3), "model.layers.2.input_layernorm.weight [64] is missing"),
     "other width": (changed(qwen3__feed_forward_length=128), "has shape [192, 64], expected [128, 64]"),
     "alignment": (changed(general__alignment=48), "general.alignment is 48, expected a power of two"),
-    "sentencepiece": (changed(tokenizer__ggml__model="llama"), "tokenizer.ggml.model is 'llama', supported: 'gpt2'"),
+    "sentencepiece": (changed(tokenizer__ggml__model="llama"),
+                      "tokenizer.ggml.model is 'llama', supported: 'gpt2'"),
     "no split": (removed("tokenizer.ggml.pre"), "required key 'tokenizer.ggml.pre' is missing"),
-    "other split": (changed(tokenizer__ggml__pre="deepseek-v3"), "tokenizer.ggml.pre is 'deepseek-v3', supported: qwen2"),
+    "other split": (changed(tokenizer__ggml__pre="deepseek-v3"),
+                    "tokenizer.ggml.pre is 'deepseek-v3', supported: qwen2"),
     "no tokens": (removed("tokenizer.ggml.tokens"), "required key 'tokenizer.ggml.tokens' is missing"),
     "tokens are numbers": (changed(tokenizer__ggml__tokens=[1, 2]), "tokens is not a list of texts"),
-    "few kinds": (changed(tokenizer__ggml__token_type=[1, 1]), "512 tokens, but tokenizer.ggml.token_type has 2"),
+    "few kinds": (changed(tokenizer__ggml__token_type=[1, 1]),
+                  "512 tokens, but tokenizer.ggml.token_type has 2"),
     "token twice": (list_item("tokens", 7, "b"), "are both 'b'"),
     "hole in the vocabulary": (token_kind(5, UNUSED), "which cannot be there"),
     "control token among words": (token_kind(5, CONTROL), "has kind 1, which cannot be there"),
@@ -485,7 +494,8 @@ FAULTS: dict[str, tuple[Callable[[Keys, Tensors], object], str]] = {
     "merge of nothing": (list_item("merges", 0, ""), "merges[0] is '', expected two tokens"),
     "merge of no token": (list_item("merges", 0, "Ġ ☃"), "☃"),
     "end token": (changed(tokenizer__ggml__eos_token_id=9999), "eos_token_id is 9999, but tokens end at 390"),
-    "end token in the padding": (changed(tokenizer__ggml__eos_token_id=400), "eos_token_id is 400, but tokens end"),
+    "end token in the padding": (changed(tokenizer__ggml__eos_token_id=400),
+                                 "eos_token_id is 400, but tokens end"),
     "template": (changed(tokenizer__chat_template=7), "tokenizer.chat_template is 7, expected text"),
     "more tokens than rows": (
         lambda keys, tensors: keys.update(
@@ -504,7 +514,8 @@ FAULTS: dict[str, tuple[Callable[[Keys, Tensors], object], str]] = {
 
 EXPERT_FAULTS: dict[str, tuple[Callable[[Keys, Tensors], object], str]] = {
     "no count": (removed("qwen3moe.expert_count"), "required key 'qwen3moe.expert_count' is missing"),
-    "no number used": (removed("qwen3moe.expert_used_count"), "required key 'qwen3moe.expert_used_count' is missing"),
+    "no number used": (removed("qwen3moe.expert_used_count"),
+                       "required key 'qwen3moe.expert_used_count' is missing"),
     "no width": (
         removed("qwen3moe.expert_feed_forward_length"),
         "required key 'qwen3moe.expert_feed_forward_length' is missing",
@@ -513,14 +524,20 @@ EXPERT_FAULTS: dict[str, tuple[Callable[[Keys, Tensors], object], str]] = {
     "none used": (changed(qwen3moe__expert_used_count=0), "n_experts_per_token = 0, but n_experts = 5"),
     "more used than there are": (changed(qwen3moe__expert_used_count=6), "= 6 exceeds n_experts = 5"),
     "count is text": (changed(qwen3moe__expert_count="5"), "is '5', expected an integer"),
-    "fewer experts": (changed(qwen3moe__expert_count=4), "mlp.gate.weight has shape [5, 128], expected [4, 128]"),
-    "other width": (changed(qwen3moe__expert_feed_forward_length=128), "has shape [64, 128], expected [128, 128]"),
-    "shared expert": (changed(qwen3moe__expert_shared_count=1), "key 'qwen3moe.expert_shared_count' is not supported"),
-    "other gating": (changed(qwen3moe__expert_gating_func=2), "key 'qwen3moe.expert_gating_func' is not supported"),
+    "fewer experts": (changed(qwen3moe__expert_count=4),
+                      "mlp.gate.weight has shape [5, 128], expected [4, 128]"),
+    "other width": (changed(qwen3moe__expert_feed_forward_length=128),
+                    "has shape [64, 128], expected [128, 128]"),
+    "shared expert": (changed(qwen3moe__expert_shared_count=1),
+                      "key 'qwen3moe.expert_shared_count' is not supported"),
+    "other gating": (changed(qwen3moe__expert_gating_func=2),
+                     "key 'qwen3moe.expert_gating_func' is not supported"),
     "no router": (removed("blk.1.ffn_gate_inp.weight"), "model.layers.1.mlp.gate.weight [5, 128] is missing"),
-    "no up": (removed("blk.1.ffn_up_exps.weight"), "model.layers.1.mlp.experts.0.up_proj.weight [64, 128] is missing"),
+    "no up": (removed("blk.1.ffn_up_exps.weight"),
+              "model.layers.1.mlp.experts.0.up_proj.weight [64, 128] is missing"),
     "dense layer": (
-        lambda keys, tensors: tensors.update({"blk.1.ffn_up.weight": encode(np.ones((192, 128), np.float32), "F32")}),
+        lambda keys, tensors: tensors.update({"blk.1.ffn_up.weight": encode(np.ones((192, 128), np.float32),
+                                                                            "F32")}),
         "unexpected tensor blk.1.ffn_up.weight",
     ),
     "experts one by one": (
@@ -534,7 +551,8 @@ EXPERT_FAULTS: dict[str, tuple[Callable[[Keys, Tensors], object], str]] = {
         ),
         "experts.0.up_proj.weight [64, 128] is missing",
     ),
-    "Q4_0": (retyped("blk.0.ffn_down_exps.weight", "Q4_0"), "'blk.0.ffn_down_exps.weight' is Q4_0, supported"),
+    "Q4_0": (retyped("blk.0.ffn_down_exps.weight", "Q4_0"),
+             "'blk.0.ffn_down_exps.weight' is Q4_0, supported"),
 }  # fmt: skip
 
 
@@ -610,7 +628,7 @@ def damaged(r: random.Random, data: bytes, header: int) -> bytes:
 def test_thousands_of_damaged_files_end_in_one_line_or_in_a_model(
     tmp_path: Path, shape: dict[str, Any]
 ) -> None:
-    """Never in another exception. A changed letter of a token or a name may pass: GGUF has no checksums."""
+    """A damaged file gives a SourceError or a model, no other exception. GGUF has no checksums."""
     keys, tensors = small_gguf(n_layers=1, **shape)
     words = keys["tokenizer.ggml.tokens"][:256] + ["<|im_end|>"]
     keys |= {"tokenizer.ggml.tokens": words, "tokenizer.ggml.token_type": [NORMAL] * 256 + [CONTROL]}

@@ -1,4 +1,4 @@
-"""A Hugging Face directory is read as it is meant, in every dialect, or refused in one line naming the fault.
+"""A Hugging Face directory is read in every dialect, or refused in one line that names the fault.
 
 python -m pytest tests/convert/test_huggingface.py
 """
@@ -119,7 +119,7 @@ def test_name_comes_from_the_flag_then_the_config_then_the_size(source: Path) ->
 
 
 def test_provenance_is_the_contents_alone(tmp_path: Path) -> None:
-    """Not the directory, not the split into shards."""
+    """Metadata depend neither on the directory's name nor on its shards."""
     one, two = (write_small_model(tmp_path / name, shards=n) for name, n in (("a", 1), ("b", 3)))
     for directory in (one, two):
         (directory / "README.md").write_text(
@@ -204,7 +204,7 @@ def test_every_byte_of_every_tensor_is_found(tmp_path: Path, dtype: str, shards:
 
 
 def test_copies_of_what_is_known_are_ignored(source: Path) -> None:
-    """A tied model's lm_head and rotary buffers, whatever is in them."""
+    """A tied model's lm_head, and rotary buffers, are ignored whatever they hold."""
     weights = small_weights()
     head = np.full_like(weights["model.embed_tokens.weight"], np.nan)
     buffer = np.zeros(16, np.float32)
@@ -216,7 +216,7 @@ def test_copies_of_what_is_known_are_ignored(source: Path) -> None:
 
 
 def test_single_file_wins_over_an_index(source: Path) -> None:
-    """As in transformers."""
+    """The order is that of transformers."""
     (source / INDEX).write_text("not even JSON")
     assert len(read(source).tensors) == len(small_weights())
 

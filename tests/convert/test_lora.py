@@ -193,7 +193,7 @@ def test_merge_is_that_of_peft(tmp_path: Path, options: dict[str, Any]) -> None:
 
 
 def test_exact_merge_of_peft_gives_the_same_file(tmp_path: Path, source: Path) -> None:
-    """With numbers whose products and sums are exact, adapting at export and before it are one."""
+    """With exactly representable products and sums, merging at export equals merging before it."""
     torch = pytest.importorskip("torch")
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     adapter = write_adapter(tmp_path / "adapter", LINEAR, task_type="CAUSAL_LM")
@@ -219,7 +219,7 @@ MOE = {"architecture": "qwen3_moe", "tied": False}
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_adapter_of_experts_is_merged_as_peft_merges_it(tmp_path: Path, fused: bool) -> None:
-    """Trained where each expert is a module; the base may have them fused or not."""
+    """An adapter of experts that are modules fits a base with fused or separate experts."""
     torch = pytest.importorskip("torch")
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     source = write_small_model(tmp_path / "source", dtype="F32", fused_experts=fused, **MOE)
@@ -237,10 +237,11 @@ FUSED_TARGETS: list[tuple[dict[str, Any], list[str]]] = [
         {"target_parameters": ["down_proj", "gate_up_proj"], "target_modules": ["q_proj"]},
         ["gate_proj", "up_proj", "down_proj", "q_proj"],
     ),
-    ({"target_parameters": ["gate.weight", "v_proj.weight", "gate_up_proj"], "alpha_pattern": {"gate.weight": 3}},
+    ({"target_parameters": ["gate.weight", "v_proj.weight", "gate_up_proj"],
+      "alpha_pattern": {"gate.weight": 3}},
      ["gate", "v_proj", "gate_proj", "up_proj"]),
     ({"target_parameters": ["model.layers.1.mlp.experts.down_proj"]}, ["down_proj"]),
-    ({"target_modules": "all-linear"}, [*LINEAR, "gate"]),  # peft makes parameters of it, and ranks by pattern
+    ({"target_modules": "all-linear"}, [*LINEAR, "gate"]),  # peft adapts parameters, ranks by pattern
 ]  # fmt: skip
 
 
@@ -248,7 +249,7 @@ FUSED_TARGETS: list[tuple[dict[str, Any], list[str]]] = [
 def test_adapter_of_fused_experts_is_merged_as_peft_merges_it(
     tmp_path: Path, options: dict[str, Any], targets: list[str]
 ) -> None:
-    """Trained where the experts of a layer are one parameter."""
+    """An adapter of experts that are one parameter per layer."""
     torch = pytest.importorskip("torch")
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     source = write_small_model(tmp_path / "source", dtype="F32", **MOE)
@@ -268,7 +269,7 @@ def test_adapter_of_fused_experts_is_merged_as_peft_merges_it(
 
 
 def compare_with_peft(found: Arrays, model: Any) -> set[str]:
-    """Hold every weight to that of the merged `model`; returns the names of those that are not the base's."""
+    """Compare every weight with the merged `model`; returns the names of changed weights."""
     expected = {name: w.detach().numpy() for name, w in model.state_dict().items()}
     plain = small_weights(**MOE)
     assert found.keys() == plain.keys()
@@ -306,7 +307,7 @@ def test_adapter_with_some_of_the_experts_is_refused(tmp_path: Path) -> None:
 
 
 def write_fused_adapter(directory: Path, **keys: Any) -> Path:
-    """Of down_proj, of all experts of layers 0 and 1, rank 4."""
+    """An adapter of rank 4 for down_proj of all experts of layers 0 and 1."""
     tensors = {
         f"base_model.model.model.layers.{layer}.mlp.experts.lora_{half}.weight": encode_tensor(
             np.zeros((24, 64), np.float32) if half == "A" else np.zeros((64, 24), np.float32), "F32"
@@ -324,12 +325,17 @@ def write_fused_adapter(directory: Path, **keys: Any) -> Path:
 @pytest.mark.parametrize(
     ("keys", "shape", "reason"),
     [
-        ({"target_parameters": "down_proj"}, MOE, "target_parameters is 'down_proj', expected a list of names"),
+        ({"target_parameters": "down_proj"}, MOE,
+         "target_parameters is 'down_proj', expected a list of names"),
         ({"target_parameters": None}, MOE, "target_modules is None, expected a list of names"),
-        ({"target_parameters": ["gate_up_proj"]}, MOE, "lora_B.weight has shape [64, 24], expected [128, 24]"),
-        ({"target_parameters": ["down_proj", "gate_up_proj"]}, MOE, "no tensors for model.layers.0.mlp.experts.gate_up_proj"),
-        ({}, MOE | {"n_layers": 3}, "no tensors for model.layers.2.mlp.experts.down_proj, which target_parameters names"),
-        ({}, MOE | {"n_experts": 8}, "lora_A.weight has shape [24, 64], expected [32, 64]: made for another base"),
+        ({"target_parameters": ["gate_up_proj"]}, MOE,
+         "lora_B.weight has shape [64, 24], expected [128, 24]"),
+        ({"target_parameters": ["down_proj", "gate_up_proj"]}, MOE,
+         "no tensors for model.layers.0.mlp.experts.gate_up_proj"),
+        ({}, MOE | {"n_layers": 3},
+         "no tensors for model.layers.2.mlp.experts.down_proj, which target_parameters names"),
+        ({}, MOE | {"n_experts": 8},
+         "lora_A.weight has shape [24, 64], expected [32, 64]: made for another base"),
         ({}, {}, "'model.layers.0.mlp.experts' is not a linear layer of the base model"),
     ],
 )  # fmt: skip
@@ -383,7 +389,8 @@ F32_4x64 = ("F32", (4, 64), bytes(1024))
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no configuration": (lambda d: (d / "adapter_config.json").unlink(), "adapter_config.json: No such file"),
-    "no JSON": (lambda d: (d / "adapter_config.json").write_text("{"), "adapter_config.json: is not valid JSON"),
+    "no JSON": (lambda d: (d / "adapter_config.json").write_text("{"),
+                "adapter_config.json: is not valid JSON"),
     "other method": (set_keys(peft_type="IA3"), "peft_type is 'IA3', supported: 'LORA'"),
     "no method": (drop_key("peft_type"), "required key 'peft_type' is missing"),
     "no rank": (drop_key("r"), "required key 'r' is missing"),
@@ -397,10 +404,12 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "modules to save": (set_keys(modules_to_save=["lm_head"]), "modules_to_save is"),
     "bias": (set_keys(bias="all"), "bias is 'all', supported: 'none'"),
     "bias of the adapter": (set_keys(lora_bias=True), "lora_bias is True, which is not supported"),
-    "parameters": (set_keys(target_parameters=["norm.weight"], target_modules=None), "does not name model.layers.0.self_attn"),
+    "parameters": (set_keys(target_parameters=["norm.weight"], target_modules=None),
+                   "does not name model.layers.0.self_attn"),
     "replicated layers": (set_keys(layer_replication=[[0, 2]]), "layer_replication is"),
     "key of the future": (set_keys(use_sorcery={"on": True}), "use_sorcery is"),
-    "PiSSA": (set_keys(init_lora_weights="pissa_niter_4"), "'pissa_niter_4', which changes the base weights too"),
+    "PiSSA": (set_keys(init_lora_weights="pissa_niter_4"),
+              "'pissa_niter_4', which changes the base weights too"),
     "rslora is text": (set_keys(use_rslora="yes"), "use_rslora is 'yes', expected true or false"),
     "endless pattern": (set_keys(alpha_pattern={"(.*)*x": 2}), "pattern '(.*)*x' is not supported"),
     "broken pattern": (set_keys(alpha_pattern={"**": 2}), "pattern '**'"),
@@ -422,7 +431,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         set_tensors(lambda t: (t.pop(Q_PROJ + "A.weight"), t.pop(Q_PROJ + "B.weight"))),
         "has no tensors for model.layers.0.self_attn.q_proj, which target_modules names",
     ),
-    "target not named": (set_keys(target_modules=["q_proj", "k_proj", "v_proj"]), "does not name model.layers.0.self_attn.o_proj"),
+    "target not named": (set_keys(target_modules=["q_proj", "k_proj", "v_proj"]),
+                         "does not name model.layers.0.self_attn.o_proj"),
     "layer not named": (set_keys(layers_to_transform=[0]), "does not name model.layers.1."),
     "magnitude": (
         set_tensors(lambda t: t.update({Q_PROJ + "magnitude_vector": F32_4x64})),
@@ -438,7 +448,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "unexpected tensor 'base_model.model.model.embed_tokens.lora_embedding_A'",
     ),
     "norm": (
-        set_tensors(lambda t: t.update({f"base_model.model.model.norm.lora_{x}.weight": F32_4x64 for x in "AB"})),
+        set_tensors(
+            lambda t: t.update({f"base_model.model.model.norm.lora_{x}.weight": F32_4x64 for x in "AB"})
+        ),
         "does not name model.norm",
     ),
     "no module": (
@@ -446,7 +458,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "'visual' is not a linear layer of the base model",
     ),
     "tied head": (
-        set_tensors(lambda t: t.update({f"base_model.model.lm_head.lora_{x}.weight": F32_4x64 for x in "AB"})),
+        set_tensors(
+            lambda t: t.update({f"base_model.model.lm_head.lora_{x}.weight": F32_4x64 for x in "AB"})
+        ),
         "adapts lm_head, which in this base is the embedding as well",
     ),
     "vector": (

@@ -1,4 +1,4 @@
-"""Sequences that share passes: the same bits as alone, common beginnings once, never more at once than allowed.
+"""Sequences in shared passes: bits as alone, common beginnings computed once, at most `running` at once.
 
 python -m pytest tests/drivers/test_batch.py
 """
@@ -70,7 +70,7 @@ def test_a_common_beginning_is_computed_once(watched: Watched) -> None:
     read = sum(map(sum, watched.passes))
     assert (
         read <= 300 + 10 * 5 + 10 * 3
-    )  # one reading of the beginning, then each prompt's own end and its reply
+    )  # the common beginning once, then each prompt's own end and its reply
 
 
 def test_no_more_replies_run_at_once_than_allowed(watched: Watched) -> None:
@@ -160,6 +160,6 @@ def test_sequences_are_taken_from_an_iterator_as_there_is_room(model: Model) -> 
 
     events = drive(model, sequences(), 2)
     next(events)
-    assert taken == [0, 1, 2]  # two run, the next is at hand
+    assert taken == [0, 1, 2]  # two run, the next one is taken in advance
     list(events)
     assert taken == list(range(6))

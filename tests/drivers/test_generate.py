@@ -78,7 +78,8 @@ def test_text_does_not_depend_on_what_was_cached(model: Model) -> None:
     assert cached.stats.cached_tokens == 0  # "import os" came between
     again = model.generate(ids(model, PROMPT + "    if n"), 12, session=session, seed=3)
     assert list(again)
-    assert again.stats.cached_tokens == len(ids(model, PROMPT + "    if n")) - 1  # but for the last
+    # all but the last token, whose logits are needed
+    assert again.stats.cached_tokens == len(ids(model, PROMPT + "    if n")) - 1
 
 
 def test_a_reply_is_reused_as_part_of_the_next_prompt(model: Model) -> None:
@@ -232,7 +233,7 @@ def test_an_interrupted_forward_leaves_the_session_usable(
     list(model.generate(ids(model), 3, session=session, seed=1))
 
     def forward_and_interrupt(*arguments: Any) -> None:
-        """Forwards, and is interrupted before anybody hears of it."""
+        """The pass is computed, then interrupted before its tokens are recorded."""
         Model.forward(model, *arguments)
         raise KeyboardInterrupt
 
@@ -269,7 +270,7 @@ class InterruptedAt:
 def test_a_session_never_claims_more_than_it_holds_wherever_it_is_interrupted(
     model: Model, method: str, after: bool
 ) -> None:
-    """Between the engine's call and the list of tokens: in either order of the two, one interrupt tells."""
+    """An interrupt before or after the engine's work leaves session and list of tokens consistent."""
     session = CachedSession(model)
     forward(model, [(session, ids(model))])
     inner = session.session
@@ -339,7 +340,7 @@ def test_statistics_count_what_happened(model: Model) -> None:
 
 
 class Scripted(Model):
-    """A model whose tokens are given: what it would say is what the test needs it to."""
+    """A model whose next tokens the test chooses."""
 
     script: list[int] = []
 
@@ -680,7 +681,7 @@ def test_cancelling_the_task_ends_the_reply_and_leaves_the_session_usable(model:
 
 
 def test_a_loop_that_shuts_down_waits_for_the_step_under_way(model: Model) -> None:
-    """asyncio.run cancels every task when the main one ends; the session must not be written to after that."""
+    """asyncio.run cancels all tasks at its end; nothing must write to the session after that."""
     session = CachedSession(model)
     generation = model.generate(ids(model), 200, session=session, seed=1)
 

@@ -29,7 +29,7 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """Random weights whose tokens are nearly equally likely: any other random number is another token."""
+    """Random weights, nearly uniform: another random number gives another token."""
     return Model(str(export_small_model(tmp_path_factory.mktemp("flat"), std=0.05)), threads=1)
 
 
@@ -96,7 +96,7 @@ def test_a_reply_is_the_same_alone_in_a_batch_and_computed_again(
 
 
 def test_another_seed_or_position_is_another_reply(flat: Model) -> None:
-    """The negative control: the tests above would notice numbers that depend on anything else."""
+    """Negative control: with another seed or position the texts differ, so the tests above can fail."""
     prompt = list(range(20))
 
     def tokens(prompt: list[int], seed: int) -> list[int]:

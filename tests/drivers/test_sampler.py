@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 
 def oracle(logits: Any, prompt: list[int], reply: list[int], s: Sampling) -> Floats:
-    """The probability of every token, in float64 and by the definitions, without a thought for speed."""
+    """The probability of every token, in float64, straight from the definitions."""
     x = np.asarray(logits, dtype=np.float64).copy()
     for id, bias in s.logit_bias.items():
         x[id] += bias

@@ -1,4 +1,6 @@
-"""The same tokens give the same bits: whatever the ISA, threads, chunks, batch, cache or history of a session."""
+"""The same tokens give the same bits: whatever the ISA, threads, chunks, batch, cache or history of a
+session.
+"""
 
 from __future__ import annotations
 
@@ -156,7 +158,8 @@ def test_rewind_and_fork_leave_no_trace(model: Engine, ids: np.ndarray, whole: n
 # ----------------------------------------------------------------------------
 # Random histories
 
-SWITCHES = [0, 5, 100, 255, 256, 257, 300]  # where one text may give way to the other: around a KV block
+# positions at which a history may switch to the second text: around a KV block
+SWITCHES = [0, 5, 100, 255, 256, 257, 300]
 LENGTH = 330
 
 
@@ -197,7 +200,7 @@ class Histories:
                 states.append([session.fork(), text, switch])  # type: ignore[attr-defined]
             else:
                 session.rewind(int(random.integers(0, session.position + 1)))  # type: ignore[attr-defined]
-                # the future is open again: any switch not before the new position may be chosen
+                # tokens behind the new position are open again: choose any later switch
                 later = [s for s in SWITCHES if s >= session.position]  # type: ignore[attr-defined]
                 if later and session.position <= switch:  # type: ignore[attr-defined]
                     state[2] = int(random.choice(later))
@@ -263,7 +266,7 @@ TOKEN = 7
 
 
 def damage(path: Path, tensor: Tensor, bad: float) -> memoryview:
-    """The weights of a model.bin with one number of one tensor changed: of a matrix, the scale of one row's group."""
+    """The bytes of a model.bin with one number of a tensor changed; in a matrix, one scale."""
     file = ModelFile(path)
     weights = bytearray(file.weights)
     if not tensor.quantized:
@@ -287,7 +290,7 @@ def test_one_damaged_number_makes_every_logit_of_its_tokens_not_finite(
         weights = damage(path, tensor, bad)
         monkeypatch.setattr(
             "qwen3c.engine.engine.in_huge_pages", lambda _, weights=weights: weights
-        )  # past every check of a file
+        )  # the damage is made after the checks of the file
         for kv in KV_TYPES:
             for activations in ("int8", "float32"):
                 found = []
@@ -333,7 +336,7 @@ def test_positions_beyond_the_context_raise(model: Engine, ids: np.ndarray, whol
     assert session.position == 90
     assert np.array_equal(
         session.forward(ids[90:100]), whole[99]
-    )  # an exact fit, and the error left no trace
+    )  # an exact fit: the failed call changed nothing
     with pytest.raises(ValueError, match="context of 100"):
         session.forward([1])
 
@@ -628,7 +631,7 @@ def test_the_estimate_of_the_buffers_is_what_the_engine_lays_out(
 
 
 def test_buffers_of_a_batch_do_not_overlap(path: Path, ids: np.ndarray, kv: Any, whole: np.ndarray) -> None:
-    """A model that grew its buffers row by row computes what one that had them at once does."""
+    """Buffers that grew row by row give the same results as buffers allocated at once."""
     model = Engine(path, threads=1, kv=kv)
     for n in (1, 2, 3, 5, 17, 250):
         assert np.array_equal(model.session().forward(ids[:n], "all"), whole[:n])

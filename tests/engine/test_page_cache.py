@@ -1,4 +1,4 @@
-"""Weights stay in the file: what is not in memory is read again, and of the experts only those that are chosen.
+"""Weights are paged in from the file when needed, and only those of chosen experts.
 
 python -m pytest tests/engine/test_page_cache.py
 """
@@ -44,7 +44,7 @@ def address(file: ModelFile) -> int:
 
 
 def evict(file: ModelFile) -> None:
-    """Take every page of the file out of this process and out of the page cache; then none comes unasked."""
+    """Drop every page of the file from this process and the page cache, and turn read-ahead off."""
     file.map.madvise(mmap.MADV_DONTNEED)
     descriptor = os.open(file.path, os.O_RDONLY)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

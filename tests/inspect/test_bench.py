@@ -455,7 +455,8 @@ def test_random_models_of_every_family_can_be_exported(tmp_path: Path) -> None:
     for name, config in random_model.SIZES.items():
         tiny = replace(
             config, dim=64, hidden_dim=64, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=300, n_tokens=300,
-            head_dim=32, n_experts=min(config.n_experts, 4), n_experts_per_token=min(config.n_experts_per_token, 2),
+            head_dim=32, n_experts=min(config.n_experts, 4),
+            n_experts_per_token=min(config.n_experts_per_token, 2),
             expert_hidden_dim=min(config.expert_hidden_dim, 64),
         )  # fmt: skip
         random_model.write_random_model(tmp_path / name, tiny)

@@ -1,4 +1,5 @@
-"""Model.trace and what qwen3c/trace.py says of it; tests/test_oracle.py holds every activation to transformers.
+"""Model.trace, and the output of inspect/trace.py; tests/test_oracle.py compares activations with
+transformers.
 
 python -m pytest tests/inspect/test_trace.py
 """
@@ -189,7 +190,8 @@ def test_the_weights_have_their_statistics_and_rounding_error(
         parts = [part.name for part in tensors[weight.name].parts]
         stored = np.concatenate([model.weight(name) for name in parts]).astype(np.float64)
         s = weight.statistics
-        assert np.allclose([s.minimum, s.maximum, s.mean, s.std], [stored.min(), stored.max(), stored.mean(), stored.std()],
+        assert np.allclose([s.minimum, s.maximum, s.mean, s.std],
+                           [stored.min(), stored.max(), stored.mean(), stored.std()],
                            rtol=1e-3, atol=1e-6)  # fmt: skip
         lost = np.sqrt(
             np.sum((stored - np.concatenate([source[name] for name in parts])) ** 2) / np.sum(stored**2)

@@ -1,4 +1,4 @@
-"""The page of a trace: one file, nothing loaded, nothing but its own script run, numbers as the engine has them.
+"""The page of a trace: one file that loads nothing, runs only its own script, and has the engine's numbers.
 
 python -m pytest tests/inspect/test_trace_page.py
 """
@@ -22,7 +22,10 @@ from small_models import export_small_model
 from qwen3c import Model
 from qwen3c.inspect import trace, trace_page
 
-HOSTILE = "</script><script>document.title = 'taken'</script><!-- <script> {{DATA}} {{TITLE}} <img src=x onerror=alert(1)>"
+HOSTILE = (
+    "</script><script>document.title = 'taken'</script><!-- <script> {{DATA}} {{TITLE}} <img src=x "
+    "onerror=alert(1)>"
+)
 
 
 @pytest.fixture(scope="module")

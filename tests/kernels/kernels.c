@@ -1,8 +1,9 @@
 /* Runs every kernel of every table this CPU runs and prints one digest per kernel and table.
 
-   The digests must be equal between tables, and between machines: `make test-arm` compares ARM under emulation
-   with this machine. Inputs end at a page that must not be touched, so reading past them is a crash. Before that the
-   scalar table, the spec, is held to plain loops in int64 and double. Exit status 1 if anything is off. */
+   The digests must be equal between tables, and between machines: `make test-arm` compares ARM under
+   emulation with this machine. Inputs end at a page that must not be touched, so reading past them is a
+   crash. Before that the scalar table, the spec, is held to plain loops in int64 and double. Exit status 1 if
+   anything is off. */
 #define _GNU_SOURCE
 #include <math.h>
 #include <stdio.h>
@@ -16,7 +17,11 @@
 static int failures = 0;
 
 #define CHECK(condition, ...) \
-    do { if (!(condition)) { failures++; printf("FAILED %s: ", #condition); printf(__VA_ARGS__); printf("\n"); } } while (0)
+    do { \
+        if (!(condition)) { \
+            failures++; printf("FAILED %s: ", #condition); printf(__VA_ARGS__); printf("\n"); \
+        } \
+    } while (0)
 
 /* ---- memory that ends at a forbidden page, random contents, digests */
 
@@ -55,7 +60,9 @@ static void begin(uint64_t seed) {
     state = seed * 0x9e3779b97f4a7c15ull + 1;
     digest = 14695981039346656037ull;
 }
-static void end(const Kernels *k, const char *kernel) { printf("%s %s %016llx\n", kernel, k->name, (unsigned long long)digest); }
+static void end(const Kernels *k, const char *kernel) {
+    printf("%s %s %016llx\n", kernel, k->name, (unsigned long long)digest);
+}
 
 /* ---- inputs with structure */
 
@@ -63,7 +70,8 @@ static uint8_t *random_matrix(size_t rows, size_t columns, size_t group_size) {
     size_t tiles = (rows + 15) / 16 * (columns / group_size);
     uint8_t *matrix = guarded(tiles * TILE_BYTES(group_size)), *tile = matrix;
     for (size_t t = 0; t < tiles; t++, tile += TILE_BYTES(group_size)) {
-        for (size_t i = 0; i < 16 * group_size; i++) tile[i] = (uint8_t)next();  /* -128 too: a damaged file may hold it */
+        /* -128 too: a damaged file may hold it */
+        for (size_t i = 0; i < 16 * group_size; i++) tile[i] = (uint8_t)next();
         for (size_t r = 0; r < 16; r++) {
             uint16_t half = (uint16_t)(0x2000 + next() % 0x0c00);  /* 2^-7 .. 2^-4 */
             memcpy(tile + 16 * group_size + 2 * r, &half, 2);
@@ -72,21 +80,26 @@ static uint8_t *random_matrix(size_t rows, size_t columns, size_t group_size) {
     return matrix;
 }
 static int8_t code_at(const uint8_t *matrix, size_t r, size_t c, size_t columns, size_t group_size) {
-    const uint8_t *tile = matrix + (r / 16 * (columns / group_size) + c / group_size) * TILE_BYTES(group_size);
+    size_t index = r / 16 * (columns / group_size) + c / group_size;
+    const uint8_t *tile = matrix + index * TILE_BYTES(group_size);
     return (int8_t)tile[c % group_size / 4 * 64 + r % 16 * 4 + c % 4];
 }
 static float scale_at(const uint8_t *matrix, size_t r, size_t g, size_t columns, size_t group_size) {
     uint16_t half;
-    memcpy(&half, matrix + (r / 16 * (columns / group_size) + g) * TILE_BYTES(group_size) + 16 * group_size + r % 16 * 2, 2);
-    return ldexpf((float)(1024 + (half & 1023)), (half >> 10) - 25);  /* normal and positive: random_matrix makes no other */
+    size_t index = r / 16 * (columns / group_size) + g;
+    memcpy(&half, matrix + index * TILE_BYTES(group_size) + 16 * group_size + r % 16 * 2, 2);
+    /* normal and positive: random_matrix makes no other */
+    return ldexpf((float)(1024 + (half & 1023)), (half >> 10) - 25);
 }
 static Int8Rows int8_rows(size_t n, size_t columns, size_t group_size) {
     size_t groups = columns / group_size;
     return (Int8Rows){guarded(n * columns), guarded(n * groups * 4), guarded(n * groups * 4)};
 }
-static void quantize_all(const Kernels *k, Int8Rows *to, const float *x, size_t n, size_t columns, size_t group_size) {
+static void quantize_all(const Kernels *k, Int8Rows *to, const float *x, size_t n, size_t columns,
+                         size_t group_size) {
     for (size_t t = 0; t < n; t++) {
-        Int8Rows row = {to->codes + t * columns, to->scales + t * (columns / group_size), to->sums + t * (columns / group_size)};
+        size_t group = t * (columns / group_size);
+        Int8Rows row = {to->codes + t * columns, to->scales + group, to->sums + group};
         k->quantize(&row, x + t * columns, columns, group_size);
     }
 }
@@ -104,11 +117,13 @@ static void matmuls(const Kernels *k, int spec) {
     begin(1);
     for (size_t gi = 0; gi < 4; gi++)
         for (size_t n = 1; n <= 18; n++) {
-            size_t group_size = group_sizes[gi], columns = (n == 5 ? 19 : 3) * group_size, rows = 16 * (n % 4 + 1) - (n % 3 ? 0 : 5);
+            size_t group_size = group_sizes[gi], columns = (n == 5 ? 19 : 3) * group_size,
+                rows = 16 * (n % 4 + 1) - (n % 3 ? 0 : 5);
             uint8_t *w = random_matrix(rows, columns, group_size);
             float *x = floats(n * columns, 3), *y = guarded(n * rows * 4), *z = guarded(n * rows * 4);
             for (size_t c = 0; c < group_size; c++) x[c] = 0;  /* a group of zeros */
-            for (size_t c = group_size; c < 2 * group_size; c++) x[c] = c % 2 ? 3 : -3;  /* codes of +-127 only */
+            /* codes of +-127 only */
+            for (size_t c = group_size; c < 2 * group_size; c++) x[c] = c % 2 ? 3 : -3;
             Int8Rows xq = int8_rows(n, columns, group_size);
             quantize_all(k, &xq, x, n, columns, group_size);
             k->matmul_int8[ENCODING_INT8](y, rows, &xq, n, w, rows, columns, group_size);
@@ -126,7 +141,8 @@ static void matmuls(const Kernels *k, int spec) {
                     sum = fmaf((float)dot, scale * xq.scales[t * (columns / group_size) + g], sum);
                     sum32 = fmaf(scale, part, sum32);
                 }
-                CHECK(y[i] == sum && z[i] == sum32, "matmul n %zu row %zu: %g %g, %g %g", n, r, y[i], sum, z[i], sum32);
+                CHECK(y[i] == sum && z[i] == sum32, "matmul n %zu row %zu: %g %g, %g %g", n, r, y[i], sum,
+                      z[i], sum32);
             }
             add_digest(xq.codes, n * columns);
             add_digest(xq.scales, n * (columns / group_size) * 4);
@@ -137,7 +153,8 @@ static void matmuls(const Kernels *k, int spec) {
                 k->dequantize_row[ENCODING_INT8](x, w, r, columns, group_size);
                 add_digest(x, columns * 4);
                 for (size_t c = 0; spec && c < columns; c++)
-                    CHECK(x[c] == scale_at(w, r, c / group_size, columns, group_size) * code_at(w, r, c, columns, group_size), "dequantize %zu", c);
+                    CHECK(x[c] == scale_at(w, r, c / group_size, columns, group_size) *
+                          code_at(w, r, c, columns, group_size), "dequantize %zu", c);
             }
             release(w, (rows + 15) / 16 * (columns / group_size) * TILE_BYTES(group_size));
             release(x, n * columns * 4);
@@ -170,11 +187,14 @@ static void products(const Kernels *k) {
                     expected[i / 4 % 16] += code * a;
                 }
             for (size_t g = 0; g < COLUMNS / GROUP; g++)
-                for (size_t r = 0; r < 16; r++) memcpy(w + g * TILE_BYTES(GROUP) + 16 * GROUP + 2 * r, "\0\x3c", 2);  /* 1.0 */
+                /* 1.0 */
+                for (size_t r = 0; r < 16; r++)
+                    memcpy(w + g * TILE_BYTES(GROUP) + 16 * GROUP + 2 * r, "\0\x3c", 2);
             for (size_t n = 1; n <= 2; n++) {
                 k->matmul_int8[ENCODING_INT8](y, 16, &x, n, w, 16, COLUMNS, GROUP);
                 for (size_t i = 0; i < 16 * n; i++)
-                    CHECK(y[i] == (float)expected[i % 16], "%s: code product %d, shift %d: %g not %lld", k->name, a, shift, y[i], (long long)expected[i % 16]);
+                    CHECK(y[i] == (float)expected[i % 16], "%s: code product %d, shift %d: %g not %lld",
+                          k->name, a, shift, y[i], (long long)expected[i % 16]);
             }
         }
     release(w, COLUMNS / GROUP * TILE_BYTES(GROUP));
@@ -192,7 +212,8 @@ static void rows(const Kernels *k, int spec) {
         double squares = 0;
         for (size_t i = 0; i < n; i++) squares += (double)x[i] * x[i];
         for (size_t i = 0; spec && i < n; i++) {
-            double norm = x[i] / sqrt(squares / (double)n + 1e-6) * w[i], silu = x[i] / (1 + exp(-(double)x[i])) * w[i];
+            double norm = x[i] / sqrt(squares / (double)n + 1e-6) * w[i],
+                silu = x[i] / (1 + exp(-(double)x[i])) * w[i];
             CHECK(fabs(y[i] - norm) <= 1e-6 * fabs(norm) + 1e-12, "rmsnorm %zu: %g %g", i, y[i], norm);
             CHECK(fabs(z[i] - silu) <= 5e-7 * fabs(silu) + 1e-12, "swiglu %zu: %g %g", i, z[i], silu);
         }
@@ -212,7 +233,8 @@ static void rows(const Kernels *k, int spec) {
         add_digest(y, n * 4);
         release(x, n * 4); release(w, n * 4); release(y, n * 4); release(z, n * 4);
     }
-    float wild[48] = {0, -0.0f, 1e-40f, -87.6f, -87.8f, -100, -1e30f, -INFINITY, 50, 87, 88, 100, 1e30f, -88.5f, 1e-8f}, out[48], ones[48];
+    float wild[48] = {0, -0.0f, 1e-40f, -87.6f, -87.8f, -100, -1e30f, -INFINITY, 50, 87, 88, 100, 1e30f,
+        -88.5f, 1e-8f}, out[48], ones[48];
     for (size_t i = 0; i < 48; i++) ones[i] = 1;
     k->swiglu(out, wild, ones, 15);
     add_digest(out, 15 * 4);
@@ -225,13 +247,15 @@ static void rows(const Kernels *k, int spec) {
 static void ropes(const Kernels *k, int spec) {
     begin(4);
     for (size_t half = 1; half <= 64; half += 7) {
-        float *f = guarded(half * 4), *c = guarded(half * 4), *s = guarded(half * 4), *x = floats(2 * half, 2);
+        float *f = guarded(half * 4), *c = guarded(half * 4), *s = guarded(half * 4),
+            *x = floats(2 * half, 2);
         for (size_t i = 0; i < half; i++) f[i] = (float)pow(1e6, -(double)i / (double)half);
         for (size_t position = 0; position < 16000000; position = position * 3 + 1) {
             k->rope_angles(c, s, f, half, position, 1);
             for (size_t i = 0; spec && i < half; i++) {
                 double angle = (float)position * f[i];
-                CHECK(fabs(c[i] - cos(angle)) < 6e-8 && fabs(s[i] - sin(angle)) < 6e-8, "angle %g: %g %g", angle, c[i], s[i]);
+                CHECK(fabs(c[i] - cos(angle)) < 6e-8 && fabs(s[i] - sin(angle)) < 6e-8, "angle %g: %g %g",
+                      angle, c[i], s[i]);
             }
             add_digest(c, half * 4);
             add_digest(s, half * 4);
@@ -258,17 +282,20 @@ static float largest_of(const float *x, size_t n) {
     return largest;
 }
 
-static void as_cached(float *kept, const float *x, size_t n, KVType type) {  /* what the cache keeps of a row */
+/* what the cache keeps of a row */
+static void as_cached(float *kept, const float *x, size_t n, KVType type) {
     float max = largest_of(x, n), scale = as_half(max / 127);
     int exponent;
     frexpf(scale, &exponent);
     if (max > 127.5f * scale) scale += ldexpf(1, exponent - 11);
     for (size_t i = 0; i < n; i++)
-        kept[i] = type == KV_F32 ? x[i] : type == KV_F16 ? as_half(x[i]) : scale * fminf(127, fmaxf(-127, nearbyintf(x[i] / scale)));
+        kept[i] = type == KV_F32 ? x[i] : type == KV_F16 ? as_half(x[i])
+            : scale * fminf(127, fmaxf(-127, nearbyintf(x[i] / scale)));
 }
 
 /* softmax(q . k) v of one query row in double: weights (seen), out (head_dim) */
-static void attend_in_double(double *weights, double *out, const float *q, const float *keys, const float *values, size_t seen, size_t head_dim) {
+static void attend_in_double(double *weights, double *out, const float *q, const float *keys,
+                             const float *values, size_t seen, size_t head_dim) {
     double sum = 0;
     for (size_t j = 0; j < seen; j++) {
         double score = 0;
@@ -283,7 +310,8 @@ static void attend_in_double(double *weights, double *out, const float *q, const
 }
 
 /* half a step of the int8 attention weights, times what it meets: how far one dimension of out may be off */
-static double weight_rounding(const double *weights, const float *values, size_t seen, size_t head_dim, size_t d) {
+static double weight_rounding(const double *weights, const float *values, size_t seen, size_t head_dim,
+                              size_t d) {
     double off = 0;
     for (size_t from = 0; from < seen; from += VALUE_GROUP) {
         double largest = 0, codes = 0;
@@ -299,7 +327,8 @@ static double weight_rounding(const double *weights, const float *values, size_t
 
 static double int8_error, int8_square;  /* of the outputs with an int8 cache, from those with all in double */
 
-static void attention_case(const Kernels *k, int spec, size_t head_dim, size_t group, size_t n, size_t position, KVType type) {
+static void attention_case(const Kernels *k, int spec, size_t head_dim, size_t group, size_t n,
+                           size_t position, KVType type) {
     size_t total = position + n, n_blocks = (total + KV_BLOCK - 1) / KV_BLOCK;
     size_t keys = key_bytes(type, head_dim), block = keys + value_bytes(type, head_dim);
     char **blocks = malloc(n_blocks * sizeof *blocks);
@@ -307,19 +336,25 @@ static void attention_case(const Kernels *k, int spec, size_t head_dim, size_t g
     for (size_t b = 0; b < n_blocks; b++) blocks[b] = guarded(block);
     for (size_t p = 0; p < total; p++) {
         char *at = blocks[p / KV_BLOCK];
-        k->store_kv[type](at, at + keys, p % KV_BLOCK, k_rows + p * head_dim, v_rows + p * head_dim, head_dim);
+        k->store_kv[type](at, at + keys, p % KV_BLOCK, k_rows + p * head_dim, v_rows + p * head_dim,
+                          head_dim);
     }
     size_t size = n * group * head_dim;
-    float *q = floats(size, 1 / sqrtf((float)head_dim)), *out = guarded(size * 4), *scratch = guarded(ATTENTION_SCRATCH(head_dim) * 4);
-    Attention task = {q, out, group * head_dim, group * head_dim, n, group, head_dim, position, blocks, 0, keys, scratch};
+    float *q = floats(size, 1 / sqrtf((float)head_dim)), *out = guarded(size * 4),
+        *scratch = guarded(ATTENTION_SCRATCH(head_dim) * 4);
+    Attention task = {q, out, group * head_dim, group * head_dim, n, group, head_dim, position, blocks, 0,
+        keys, scratch};
     k->attend[type](&task);
     add_digest(out, size * 4);
     float *again = guarded(size * 4), *weights = guarded(n * group * total * 4);
     task.out = again, task.weights = weights, task.weights_token = group * total, task.weights_head = total;
     k->attend[type](&task);
-    CHECK(memcmp(out, again, size * 4) == 0, "attention head_dim %zu group %zu: asking for the weights changes the output", head_dim, group);
-    for (size_t row = 0; row < n * group; row++) add_digest(weights + row * total, (position + row / group + 1) * 4);
-    float *k_kept = malloc(total * head_dim * 4), *v_kept = malloc(total * head_dim * 4), *q_kept = malloc(head_dim * 4);
+    CHECK(memcmp(out, again, size * 4) == 0,
+          "attention head_dim %zu group %zu: asking for the weights changes the output", head_dim, group);
+    for (size_t row = 0; row < n * group; row++)
+        add_digest(weights + row * total, (position + row / group + 1) * 4);
+    float *k_kept = malloc(total * head_dim * 4), *v_kept = malloc(total * head_dim * 4),
+        *q_kept = malloc(head_dim * 4);
     double *w = malloc(total * sizeof *w), *o = malloc(head_dim * sizeof *o);
     for (size_t p = 0; spec && p < total; p++) {
         as_cached(k_kept + p * head_dim, k_rows + p * head_dim, head_dim, type);
@@ -329,16 +364,19 @@ static void attention_case(const Kernels *k, int spec, size_t head_dim, size_t g
         size_t seen = position + row / group + 1;
         const float *query = q + row * head_dim, *found = out + row * head_dim;
         float max = largest_of(query, head_dim);
-        for (size_t d = 0; d < head_dim; d++) q_kept[d] = type == KV_I8 ? max / 127 * nearbyintf(query[d] * (127 / max)) : query[d];
+        for (size_t d = 0; d < head_dim; d++)
+            q_kept[d] = type == KV_I8 ? max / 127 * nearbyintf(query[d] * (127 / max)) : query[d];
         attend_in_double(w, o, q_kept, k_kept, v_kept, seen, head_dim);
         for (size_t j = 0; j < seen; j++)
-            CHECK(fabs(weights[row * total + j] - w[j]) < 1e-6, "attention head_dim %zu group %zu row %zu: weight %g %g", head_dim, group,
+            CHECK(fabs(weights[row * total + j] - w[j]) < 1e-6,
+                  "attention head_dim %zu group %zu row %zu: weight %g %g", head_dim, group,
                   row, weights[row * total + j], w[j]);
         double largest = 0;
         for (size_t d = 0; d < head_dim; d++) largest = fmax(largest, fabs(o[d]));
         for (size_t d = 0; d < head_dim; d++) {
             double off = type == KV_I8 ? weight_rounding(w, v_kept, seen, head_dim, d) : 0;
-            CHECK(fabs(found[d] - o[d]) < 1e-6 * largest + 1e-6 + off, "attention type %d head_dim %zu group %zu row %zu: %g %g, off by %g", (int)type,
+            CHECK(fabs(found[d] - o[d]) < 1e-6 * largest + 1e-6 + off,
+                  "attention type %d head_dim %zu group %zu row %zu: %g %g, off by %g", (int)type,
                   head_dim, group, row, found[d], o[d], off);
         }
         if (type != KV_I8) continue;
@@ -363,9 +401,11 @@ static void attentions(const Kernels *k, int spec) {
     for (size_t h = 0; h < 7; h++)
         for (size_t g = 0; g < 6; g++)
             for (size_t p = 0; p < 11; p++)
-                attention_case(k, spec, head_dims[h], groups[g], 1 + p % (ATTENTION_ROWS / groups[g]), positions[p], (KVType)((h + g + p) % 3));
+                attention_case(k, spec, head_dims[h], groups[g], 1 + p % (ATTENTION_ROWS / groups[g]),
+                               positions[p], (KVType)((h + g + p) % 3));
     /* codes are off by at most half of 1 in 127 of the largest of a row: 1e-4 is twice what that comes to */
-    if (spec) CHECK(int8_error < 1e-4 * int8_square, "attention, int8 cache: NMSE %g", int8_error / int8_square);
+    if (spec)
+        CHECK(int8_error < 1e-4 * int8_square, "attention, int8 cache: NMSE %g", int8_error / int8_square);
     end(k, "attention");
 }
 
@@ -376,8 +416,10 @@ static void halves(const Kernels *k) {
     char *keys = guarded(KV_BLOCK * HEAD * 2), *values = guarded(KV_BLOCK * HEAD * 2);
     for (uint32_t half = 0; half < 0x7c00; half++)
         for (int sign = 0; sign < 2; sign++) {
-            double value = half < 0x400 ? ldexp(half, -24) : ldexp(1024 + (half & 1023), (int)(half >> 10) - 25);
-            double up = half + 1 < 0x400 ? ldexp(half + 1, -24) : ldexp(1024 + ((half + 1) & 1023), (int)((half + 1) >> 10) - 25);
+            double value = half < 0x400 ? ldexp(half, -24)
+                : ldexp(1024 + (half & 1023), (int)(half >> 10) - 25);
+            double up = half + 1 < 0x400 ? ldexp(half + 1, -24)
+                : ldexp(1024 + ((half + 1) & 1023), (int)((half + 1) >> 10) - 25);
             float x = (float)value, middle = (float)((value + up) / 2), row[HEAD] = {0};
             row[0] = x;
             row[1] = middle;
@@ -388,7 +430,8 @@ static void halves(const Kernels *k) {
             uint16_t got[4];
             memcpy(got, values + half % KV_BLOCK * HEAD * 2, 8);
             uint16_t s = (uint16_t)(sign << 15), even = (uint16_t)(half + (half & 1));
-            CHECK(got[0] == (s | half) && got[1] == (s | even) && got[2] == (s | (half + 1)) && got[3] == (s | half),
+            CHECK(got[0] == (s | half) && got[1] == (s | even) && got[2] == (s | (half + 1)) &&
+                  got[3] == (s | half),
                   "%s: fp16 of %g: %04x %04x %04x %04x", k->name, x, got[0], got[1], got[2], got[3]);
         }
     release(keys, KV_BLOCK * HEAD * 2);
@@ -407,7 +450,8 @@ static void top_ks(const Kernels *k, int spec) {
             CHECK(k->top_k(ids, x, n, best) == 0, "%s: top_k saw a NaN", k->name);
             for (size_t i = 0; spec && i < best; i++) {
                 size_t before = 0;
-                for (size_t j = 0; j < n; j++) before += x[j] > x[ids[i]] || (x[j] == x[ids[i]] && (int32_t)j < ids[i]);
+                for (size_t j = 0; j < n; j++)
+                    before += x[j] > x[ids[i]] || (x[j] == x[ids[i]] && (int32_t)j < ids[i]);
                 CHECK(before == i, "top_k %zu of %zu: rank %zu", i, n, before);
             }
             add_digest(ids, best * 4);
@@ -423,7 +467,8 @@ static void quantized_tiles(const Kernels *k) {
     begin(8);
     for (int type = SOURCE_BF16; type <= SOURCE_F32; type++)
         for (size_t gi = 0; gi < 4; gi++) {
-            size_t group_size = group_sizes[gi], columns = 2 * group_size, size = columns * (type == SOURCE_F32 ? 4 : 2);
+            size_t group_size = group_sizes[gi], columns = 2 * group_size,
+                size = columns * (type == SOURCE_F32 ? 4 : 2);
             const void *source[16] = {0};
             for (int r = 0; r < 15; r++) {  /* the last row is padding */
                 uint8_t *row = guarded(size);
@@ -442,10 +487,14 @@ static void quantized_tiles(const Kernels *k) {
             k->quantize_tiles(tiles, source, type, columns, group_size, &error);
             CHECK(error.bad == -1 && error.largest > 0, "%s: bad %lld", k->name, (long long)error.bad);
             add_digest(tiles, 2 * TILE_BYTES(group_size));
-            for (size_t i = 0; i < 16 * group_size; i++) CHECK((int8_t)tiles[i] != -128, "%s: code -128", k->name);
-            memcpy((uint8_t *)source[5] + size / 2, type == SOURCE_F32 ? "\0\0\x80\x7f" : type == SOURCE_BF16 ? "\x80\x7f" : "\0\x7c", type == SOURCE_F32 ? 4 : 2);
+            for (size_t i = 0; i < 16 * group_size; i++)
+                CHECK((int8_t)tiles[i] != -128, "%s: code -128", k->name);
+            memcpy((uint8_t *)source[5] + size / 2,
+                   type == SOURCE_F32 ? "\0\0\x80\x7f" : type == SOURCE_BF16 ? "\x80\x7f" : "\0\x7c",
+                   type == SOURCE_F32 ? 4 : 2);
             k->quantize_tiles(tiles, source, type, columns, group_size, &error);
-            CHECK(error.bad == (int64_t)(5 * columns + columns / 2), "%s: infinity found at %lld", k->name, (long long)error.bad);
+            CHECK(error.bad == (int64_t)(5 * columns + columns / 2), "%s: infinity found at %lld", k->name,
+                  (long long)error.bad);
             for (int r = 0; r < 15; r++) release((void *)source[r], size);
             release(tiles, 2 * TILE_BYTES(group_size));
         }
@@ -455,7 +504,8 @@ static void quantized_tiles(const Kernels *k) {
 static void int8_peaks(const Kernels *k) {
     for (size_t rounds = 1; rounds <= 1 << 20; rounds = rounds * 37 + 1) {
         size_t count = k->int8_peak(rounds);
-        CHECK(count > 0 && count % (64 * rounds) == 0 && count / (64 * rounds) == k->int8_peak(1) / 64, "%s: %zu rounds count %zu", k->name, rounds, count);
+        CHECK(count > 0 && count % (64 * rounds) == 0 && count / (64 * rounds) == k->int8_peak(1) / 64,
+              "%s: %zu rounds count %zu", k->name, rounds, count);
     }
 }
 
@@ -463,7 +513,8 @@ static void int8_peaks(const Kernels *k) {
 
 static const float not_finite[] = {NAN, INFINITY, -INFINITY};
 
-static void add_digest_of_numbers(const float *x, size_t n) {  /* which NaN it is depends on the instruction set */
+/* which NaN it is depends on the instruction set */
+static void add_digest_of_numbers(const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
         float value = x[i] == x[i] ? x[i] : 0.5f;
         add_digest(&value, 4);
@@ -478,7 +529,8 @@ static int none_finite(const float *x, size_t n) {
 }
 
 static void damaged_products(const Kernels *k, float bad) {
-    enum { ROWS = 21, COLUMNS = 19 * 32, GROUP = 32, N = 3 };  /* 19 groups: more than are divided at a time */
+    /* 19 groups: more than are divided at a time */
+    enum { ROWS = 21, COLUMNS = 19 * 32, GROUP = 32, N = 3 };
     uint8_t *w = random_matrix(ROWS, COLUMNS, GROUP);
     float *x = floats(N * COLUMNS, 3), *y = guarded(N * ROWS * 4), *clean = guarded(N * ROWS * 4);
     Int8Rows xq = int8_rows(N, COLUMNS, GROUP);
@@ -490,7 +542,8 @@ static void damaged_products(const Kernels *k, float bad) {
         quantize_all(k, &xq, x, N, COLUMNS, GROUP);
         k->matmul_int8[ENCODING_INT8](y, ROWS, &xq, N, w, ROWS, COLUMNS, GROUP);
         CHECK(none_finite(y + ROWS, ROWS), "%s: matmul_int8 of %g in column %zu", k->name, bad, c);
-        CHECK(!memcmp(y, clean, ROWS * 4) && !memcmp(y + 2 * ROWS, clean + 2 * ROWS, ROWS * 4), "%s: %g reaches another token", k->name, bad);
+        CHECK(!memcmp(y, clean, ROWS * 4) && !memcmp(y + 2 * ROWS, clean + 2 * ROWS, ROWS * 4),
+              "%s: %g reaches another token", k->name, bad);
         add_digest(xq.codes, N * COLUMNS);
         add_digest(xq.sums, N * COLUMNS / GROUP * 4);
         add_digest_of_numbers(xq.scales, N * COLUMNS / GROUP);
@@ -501,13 +554,16 @@ static void damaged_products(const Kernels *k, float bad) {
         x[COLUMNS + c] = kept;
     }
     uint16_t half = bad != bad ? 0x7e00 : bad > 0 ? 0x7c00 : 0xfc00;
-    memcpy(w + TILE_BYTES(GROUP) + 16 * GROUP + 2 * 5, &half, 2);  /* the scale of row 5 in the second group */
+    /* the scale of row 5 in the second group */
+    memcpy(w + TILE_BYTES(GROUP) + 16 * GROUP + 2 * 5, &half, 2);
     quantize_all(k, &xq, x, N, COLUMNS, GROUP);
     k->matmul_int8[ENCODING_INT8](y, ROWS, &xq, N, w, ROWS, COLUMNS, GROUP);
-    for (size_t t = 0; t < N; t++) CHECK(none_finite(y + t * ROWS + 5, 1), "%s: matmul_int8 with a scale of %g", k->name, bad);
+    for (size_t t = 0; t < N; t++)
+        CHECK(none_finite(y + t * ROWS + 5, 1), "%s: matmul_int8 with a scale of %g", k->name, bad);
     add_digest_of_numbers(y, N * ROWS);
     k->matmul_float32[ENCODING_INT8](y, ROWS, x, N, w, ROWS, COLUMNS, GROUP);
-    for (size_t t = 0; t < N; t++) CHECK(none_finite(y + t * ROWS + 5, 1), "%s: matmul_float32 with a scale of %g", k->name, bad);
+    for (size_t t = 0; t < N; t++)
+        CHECK(none_finite(y + t * ROWS + 5, 1), "%s: matmul_float32 with a scale of %g", k->name, bad);
     add_digest_of_numbers(y, N * ROWS);
     k->dequantize_row[ENCODING_INT8](x, w, 5, COLUMNS, GROUP);
     CHECK(none_finite(x + GROUP, GROUP), "%s: dequantize_row with a scale of %g", k->name, bad);
@@ -545,7 +601,8 @@ static void damaged_rows(const Kernels *k, float bad) {
     for (size_t position = 0; position < 5; position++) {
         float frequencies[] = {1, bad, 1e38f, 0.1f}, c[4], s[4], x[8] = {1, 2, 3, 4, 5, 6, 7, 8};
         k->rope_angles(c, s, frequencies, 4, position, 1);
-        CHECK(none_finite(c + 1, 1) && none_finite(s + 1, 1), "%s: the angle of %g at %zu", k->name, bad, position);
+        CHECK(none_finite(c + 1, 1) && none_finite(s + 1, 1), "%s: the angle of %g at %zu", k->name, bad,
+              position);
         add_digest_of_numbers(c, 4);
         add_digest_of_numbers(s, 4);
         k->rope(x, c, s, 8, 1);
@@ -554,14 +611,16 @@ static void damaged_rows(const Kernels *k, float bad) {
     }
 }
 
-/* one number of a query, key or value is damaged, in a sequence of one block or three; in place: 0 q, 1 k, 2 v */
+/* One number of a query (place 0), key (1) or value (2) is `bad`, in a sequence of one block or three. */
 static void damaged_attention(const Kernels *k, float bad, KVType type, size_t head_dim, int place) {
     enum { N = 3, GROUP = 2, ROWS = N * GROUP };
     for (size_t position = 5; position < 600; position += 290) {
-        size_t total = position + N, n_blocks = (total + KV_BLOCK - 1) / KV_BLOCK, damaged = total - 2, size = ROWS * head_dim;
+        size_t total = position + N, n_blocks = (total + KV_BLOCK - 1) / KV_BLOCK, damaged = total - 2,
+            size = ROWS * head_dim;
         size_t keys = key_bytes(type, head_dim), block = keys + value_bytes(type, head_dim);
         char *blocks[3];
-        float *k_row = floats(head_dim, 2), *v_row = floats(head_dim, 2), *q = floats(size, 1), *out = guarded(size * 4);
+        float *k_row = floats(head_dim, 2), *v_row = floats(head_dim, 2), *q = floats(size, 1),
+            *out = guarded(size * 4);
         float *scratch = guarded(ATTENTION_SCRATCH(head_dim) * 4), *weights = guarded(ROWS * total * 4);
         for (size_t b = 0; b < n_blocks; b++) blocks[b] = guarded(block);
         for (size_t p = 0; p < total; p++) {
@@ -571,11 +630,14 @@ static void damaged_attention(const Kernels *k, float bad, KVType type, size_t h
             if (p == damaged && place == 2) v_row[head_dim - 1] = bad;
             k->store_kv[type](at, at + keys, p % KV_BLOCK, k_row, v_row, head_dim);
             uint16_t scale = 0x7e00;
-            if (type == KV_I8 && p == damaged && place == 2) memcpy(&scale, at + keys + KV_BLOCK * PADDED(head_dim) + p % KV_BLOCK * 2, 2);
-            CHECK((scale & 0x7fff) > 0x7c00, "%s: the scale of a value of %g is %04x, not a NaN", k->name, bad, scale);
+            if (type == KV_I8 && p == damaged && place == 2)
+                memcpy(&scale, at + keys + KV_BLOCK * PADDED(head_dim) + p % KV_BLOCK * 2, 2);
+            CHECK((scale & 0x7fff) > 0x7c00, "%s: the scale of a value of %g is %04x, not a NaN", k->name,
+                  bad, scale);
         }
         if (place == 0) q[(ROWS - 1) * head_dim] = bad;
-        Attention task = {q, out, GROUP * head_dim, GROUP * head_dim, N, GROUP, head_dim, position, blocks, 0, keys, scratch};
+        Attention task = {q, out, GROUP * head_dim, GROUP * head_dim, N, GROUP, head_dim, position, blocks, 0,
+            keys, scratch};
         task.weights = weights, task.weights_token = GROUP * total, task.weights_head = total;
         k->attend[type](&task);
         add_digest_of_numbers(out, size);
@@ -583,12 +645,15 @@ static void damaged_attention(const Kernels *k, float bad, KVType type, size_t h
             size_t seen = position + row / GROUP + 1;
             int hurt = place == 0 ? row == ROWS - 1 : seen > damaged;
             const float *found = out + row * head_dim;
-            CHECK(hurt ? none_finite(place == 2 ? found + head_dim - 1 : found, place == 2 ? 1 : head_dim) : isfinite(found[0]) && isfinite(found[head_dim - 1]),
-                  "%s: attention type %d, %g in %c, position %zu, row %zu: %g", k->name, (int)type, bad, "qkv"[place], position, row, found[head_dim - 1]);
+            CHECK(hurt ? none_finite(place == 2 ? found + head_dim - 1 : found, place == 2 ? 1 : head_dim)
+                  : isfinite(found[0]) && isfinite(found[head_dim - 1]),
+                  "%s: attention type %d, %g in %c, position %zu, row %zu: %g", k->name, (int)type, bad,
+                  "qkv"[place], position, row, found[head_dim - 1]);
             add_digest_of_numbers(weights + row * total, seen);
         }
         for (size_t b = 0; b < n_blocks; b++) release(blocks[b], block);
-        release(k_row, head_dim * 4); release(v_row, head_dim * 4); release(q, size * 4); release(out, size * 4);
+        release(k_row, head_dim * 4); release(v_row, head_dim * 4); release(q, size * 4);
+        release(out, size * 4);
         release(scratch, ATTENTION_SCRATCH(head_dim) * 4); release(weights, ROWS * total * 4);
     }
 }
@@ -623,7 +688,8 @@ static void kernels_named(const char *name, const Kernels *k, int spec) {
 
 int main(int n_arguments, char **arguments) {  /* the name of a kernel, or nothing for all */
     for (size_t i = 0; i < n_kernels; i++)
-        if (kernels_runnable(all_kernels[i])) kernels_named(n_arguments > 1 ? arguments[1] : NULL, all_kernels[i], i == 0);
+        if (kernels_runnable(all_kernels[i]))
+            kernels_named(n_arguments > 1 ? arguments[1] : NULL, all_kernels[i], i == 0);
     if (failures) printf("%d failures\n", failures);
     return failures > 0;
 }

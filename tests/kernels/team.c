@@ -1,6 +1,7 @@
-/* Threads go through a line of stages: team THREADS JOINING LATE STOP_AT. Of THREADS planned only JOINING take part, the
-   last LATE of them once the first has finished all by itself; thread 0 stops the pass before stage STOP_AT.
-   Every task must be done once, and none before the stage ahead of it is whole. Prints what was wrong. */
+/* Threads go through a line of stages: team THREADS JOINING LATE STOP_AT. Of THREADS planned only JOINING
+   take part, the last LATE of them once the first has finished all by itself; thread 0 stops the pass before
+   stage STOP_AT. Every task must be done once, and none before the stage ahead of it is whole. Prints what
+   was wrong. */
 #include <pthread.h>
 #include <stdio.h>
 
@@ -26,7 +27,8 @@ static void work(size_t index) {
         ptrdiff_t task = stage(&worker, n_tasks[s]);
         while (take(&worker, &task)) {
             if (s > 0 && !whole(s - 1)) __atomic_store_n(&wrong, 1, __ATOMIC_RELAXED);
-            for (int i = 0; i < (s * 7 + task * 13) % 400; i++) __atomic_fetch_add(&spent, 1, __ATOMIC_RELAXED);
+            for (int i = 0; i < (s * 7 + task * 13) % 400; i++)
+                __atomic_fetch_add(&spent, 1, __ATOMIC_RELAXED);
             __atomic_fetch_add(&done[s][task], 1, __ATOMIC_RELAXED);
         }
         if (s < stop_at && index == 0 && !whole(s)) __atomic_store_n(&wrong, 1, __ATOMIC_RELAXED);

@@ -1,4 +1,4 @@
-"""A pass does every task once and in order of stages, whichever threads come, and whenever; a broken one is noticed."""
+"""A pass does every task once, stage after stage, whichever threads come when; a broken team is noticed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SOURCE = Path(__file__).with_name("team.c")
 pytestmark = pytest.mark.skipif(not COMPILER, reason="needs a C compiler on the PATH")
 STAGES = 400
 
-# planned threads, those that take part, of them late, stage before which the pass is given up
+# threads planned, threads that take part, how many of them come late, stage before which the pass is stopped
 PASSES = {
     "one thread": (1, 1, 0, STAGES),
     "two threads": (2, 2, 0, STAGES),
@@ -25,8 +25,10 @@ PASSES = {
 
 MUTATIONS = {
     "a stage is left before it is whole": ("< w->n; spins++", "< 0; spins++"),
-    "the others' shares are left": ("for (; w->share < threads; w->share++)", "for (; w->share < 1; w->share++)"),
-    "a share is taken twice": ("__atomic_fetch_add(w->counters + 1 + owner, 1,", "__atomic_fetch_add(w->counters + 1 + w->index, 1,"),
+    "the others' shares are left": ("for (; w->share < threads; w->share++)",
+                                    "for (; w->share < 1; w->share++)"),
+    "a share is taken twice": ("__atomic_fetch_add(w->counters + 1 + owner, 1,",
+                               "__atomic_fetch_add(w->counters + 1 + w->index, 1,"),
     "the count of a stage is kept": ("w->team->stride * w->stages++", "w->team->stride * (w->stages++ > 0)"),
     "a pass begins where the last ended": ("memset(team->counters, 0,", "memset(team->counters, 0, 0 *"),
 }  # fmt: skip
@@ -45,7 +47,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def passes(program: Path, numbers: tuple[int, ...]) -> bool:
-    """Whether all went right; a pass that hangs did not."""
+    """Whether a run of team.c succeeds; a pass that hangs fails."""
     try:
         result = subprocess.run([str(program), *map(str, numbers)], capture_output=True, timeout=10)
     except subprocess.TimeoutExpired:

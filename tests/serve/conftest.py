@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import openai
 import pytest
@@ -11,6 +12,10 @@ from small_models import TINY_QWEN3
 from test_retrieval import write_source
 
 from qwen3c.convert.export import export
+
+pytest.register_assert_rewrite("browser", "scene")
+if find_spec("playwright"):  # the page's tests drive a browser
+    from browser import browser, chat, served, stub  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What was given in place of a model is called the same by whoever meets it, and the advice can be typed.
+"""All programs give a wrong input the same name, and the advice they give can be typed.
 
 python -m pytest tests/system/test_mistakes.py
 """
@@ -72,7 +72,7 @@ def test_a_name_on_the_hub_is_fetched_by_a_command_and_a_path_is_not(
 def test_a_folder_names_what_in_it_can_be_run_or_converted(tmp_path: Path) -> None:
     folder = tmp_path / "a folder"
     folder.mkdir()
-    os.mkfifo(folder / "a.bin")  # would be waited for, if it were opened
+    os.mkfifo(folder / "a.bin")  # opening it would block
     said = []
     for name, content in (
         ("m.gguf", b"GGUF"),

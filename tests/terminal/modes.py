@@ -1,4 +1,4 @@
-"""The modes of run.py that answer and end, as they are typed; test_modes.py runs them, test_coverage.py counts them."""
+"""The modes of run.py that end by themselves, as typed; for test_modes.py and test_coverage.py."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
         terminal.wait_for("> ")
         terminal.type("hello\\r")
 
-pexpect owns the pseudo-terminal and the child; pyte draws what the child writes. Tests compare the screen, not
-the escape codes that made it.
+pexpect owns the pseudo-terminal and the child; pyte draws what the child writes. Tests compare the screen,
+not the escape codes that made it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ import pyte
 ROOT = Path(__file__).parents[2]
 SHELL = ("bash", "--norc", "--noprofile", "-i")  # for Ctrl-Z and fg, which only a shell gives a meaning
 KEYS = {
-    "ctrl-c": "\x03", "ctrl-d": "\x04", "ctrl-z": "\x1a", "ctrl-l": "\x0c", "ctrl-a": "\x01", "ctrl-u": "\x15",
-    "up": "\x1b[A", "down": "\x1b[B", "left": "\x1b[D", "right": "\x1b[C", "tab": "\t", "enter": "\r", "backspace": "\x7f",
+    "ctrl-c": "\x03", "ctrl-d": "\x04", "ctrl-z": "\x1a", "ctrl-l": "\x0c", "ctrl-a": "\x01",
+    "ctrl-u": "\x15",
+    "up": "\x1b[A", "down": "\x1b[B", "left": "\x1b[D", "right": "\x1b[C", "tab": "\t", "enter": "\r",
+    "backspace": "\x7f",
 }  # fmt: skip
 PATIENCE = float(os.environ.get("PATIENCE", "60"))  # seconds that a test waits for something before it fails
 
@@ -99,7 +101,7 @@ class Terminal:
 
     @property
     def lines(self) -> list[str]:
-        """Every line from the first: those scrolled off, then those on the screen, without trailing blanks."""
+        """All lines, scrolled off or on the screen, without trailing blanks."""
         gone = [
             "".join(line[x].data for x in range(self._screen.columns)) for line in self._screen.history.top
         ]
@@ -124,7 +126,7 @@ class Terminal:
         return self._screen.erased
 
     def colours(self, text: str) -> set[str]:
-        """The foreground colours of the first place on the screen that shows `text`; {"default"} if uncoloured.
+        """The foreground colours of `text` where it first stands on the screen; {"default"} if uncoloured.
 
         Dim text has the colour "dim".
         """
@@ -135,7 +137,7 @@ class Terminal:
         raise AssertionError(f"{text!r} is not on the screen:\n{self.text}")
 
     def assert_left_as_found(self) -> None:
-        """What is typed next stands at the start of a line, echoed, uncoloured, beside a cursor that is seen."""
+        """Assert that typing starts a line, is echoed and uncoloured, and that the cursor is visible."""
         screen = self._screen
         assert screen.cursor.x == 0, f"the cursor is left at column {screen.cursor.x}:\n{self.text}"
         assert screen.cursor.attrs == screen.default_char, f"the next text would be {screen.cursor.attrs}"
@@ -145,7 +147,7 @@ class Terminal:
         assert flags & termios.ECHO and flags & termios.ICANON and flags & termios.ISIG
 
     def read(self) -> None:
-        """Draw what has come already."""
+        """Draw the output that has arrived."""
         deadline = time.monotonic() + PATIENCE
         while self._draw_next(0.01) and time.monotonic() < deadline:
             pass
@@ -164,7 +166,7 @@ class Terminal:
         return True
 
     def wait_until(self, condition: Callable[[], Any], what: str, timeout: float = PATIENCE) -> None:
-        """Draw until `condition` holds; AssertionError with the screen if it does not within `timeout` seconds."""
+        """Draw until `condition` holds; AssertionError with the screen after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while not condition():
             ended = not self._child.isalive()
@@ -229,7 +231,7 @@ class Terminal:
 
 
 def environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
-    """A person's environment: UTF-8, a colour terminal, and nothing else of the caller's that matters to output."""
+    """The environment of a person: UTF-8 and a colour terminal, without the caller's variables."""
     kept = {
         name: os.environ[name]
         for name in ("PATH", "HOME", "XDG_STATE_HOME", "QWEN3C_ISA")
@@ -240,7 +242,7 @@ def environment(changes: Mapping[str, str | None] | None = None) -> dict[str, st
 
 
 def run_typed(command: Sequence[str | os.PathLike[str]], **options: Any) -> tuple[int, str, bytes]:
-    """A command that asks nothing, to its end: (exit status, the text on the terminal, the bytes behind it)."""
+    """Run a command that asks nothing to its end: (exit status, text on the terminal, bytes behind it)."""
     with Terminal(command, **options) as terminal:
         status = terminal.finish()
         return status, terminal.text, terminal.raw

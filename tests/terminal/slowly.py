@@ -72,7 +72,7 @@ def slow_down() -> None:
 
 
 def shorten_bench(seconds: float) -> None:
-    """Tests of a few tokens, once each, on a machine whose limits are made up and take `seconds` to measure."""
+    """Shrink the benchmark: few tokens, one run each, made-up limits that take `seconds` to measure."""
     from qwen3c.inspect import bench
 
     def measure(machine: bench.Machine) -> None:

@@ -1,4 +1,4 @@
-"""Chat as a person types it: any terminal, keys at any time, a prompt long enough to wait for, every way to end it.
+"""Chat as a person types it: any terminal, keys at any time, long prompts, every way to end.
 
 python -m pytest tests/terminal/test_chat.py
 """
@@ -414,7 +414,8 @@ def test_a_full_context_has_ways_out(chat: Chat, tmp_path: Path) -> None:
         (told,) = ask(t, "x")
         assert re.match(
             r"error: prompt is \d+ tokens, the context holds 128; this model can hold 2048 \(-c 2048\); "
-            r"/clear forgets what was said, /set overflow drop lets the oldest turns go, /set context N makes room",
+            r"/clear forgets what was said, /set overflow drop lets the oldest turns go, "
+            r"/set context N makes room",
             told,
         )
         assert ask(t, "/set overflow drop") == ["overflow drop"]
@@ -438,7 +439,8 @@ def test_the_other_names_of_commands_and_what_is_none(chat: Chat, tmp_path: Path
         for line, answer in [
             (
                 "/hlep",
-                "error: unknown command /hlep: /help? (/help lists them; a space before the / sends it as text)",
+                "error: unknown command /hlep: /help? (/help lists them; a space before the / sends it as "
+                "text)",
             ),
             ("/set-context 5", "error: unknown command /set-context: /set? "),
             ("/q", "error: unknown command /q: /quit? "),

@@ -86,7 +86,7 @@ def test_every_named_test_exists_and_every_name_is_used() -> None:
 
 
 def test_a_test_of_many_commands_has_the_command_that_names_it() -> None:
-    """As pytest collects them: test_modes.py and test_examples.py take the mode or example as a parameter."""
+    """The ids of all tests as pytest collects them; a mode or an example is a parameter of some."""
     pytest_ = [
         sys.executable,
         "-m",

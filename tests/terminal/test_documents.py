@@ -1,7 +1,7 @@
-"""Every command of *.md and docs/*.md, typed in a shell on a terminal, in a folder that has the files it names.
+"""Every command of *.md and docs/*.md, typed in a shell in a folder that has the files it names.
 
-COMMANDS says of each how: as it stands, with flags that make it small, or why it cannot run here. A command that the
-documents gain fails the first test until it is added.
+COMMANDS says how each is run: as it stands, with flags that make it small, or why it cannot run here. A
+command new in the documents fails the first test until it is added there.
 
 python -m pytest tests/terminal/test_documents.py
 """
@@ -37,7 +37,7 @@ IMPORTS = {"train.py": "torch", "fidelity.py": "torch", "relatives.py": "torch",
 
 @dataclass(frozen=True)
 class Typed:
-    """A command that runs: `more` is typed behind it; `shows` stands on the screen; `keys` are typed at each "> "."""
+    """A command that runs, `more` typed behind it. shows: text on the screen. keys: typed at each "> "."""
 
     more: str = ""
     shows: str = ""
@@ -47,7 +47,7 @@ class Typed:
 
 @dataclass(frozen=True)
 class NotHere:
-    """A command that cannot run in a test. It is parsed all the same: `make -n`, --help, or by the shell."""
+    """A command that cannot run in a test; it is only parsed, by `make -n`, --help or the shell."""
 
     reason: str
 
@@ -128,7 +128,9 @@ COMMANDS: dict[str, Typed | NotHere] = {
 
 
 def commands(text: str) -> list[str]:
-    """The commands of a document: lines of indented and fenced blocks (but Python's), and `commands` in the text."""
+    """The commands of a document: lines of indented and fenced blocks (but Python's), and `commands` in the
+    text.
+    """
     text = re.sub(r"^```python$.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     lines = re.findall(r"^(?: {4}|\t)(.*)$", text, re.MULTILINE)
     for language, block in re.findall(r"^```(\w*)$(.*?)^```$", text, re.DOTALL | re.MULTILINE):
@@ -149,7 +151,10 @@ FOUND = list(
 
 
 def test_commands_are_found_in_every_kind_of_block() -> None:
-    text = "a\n\n    make run   # sets up\n\n```sh\n$ pip install .\n```\n\n```text\n$ make bench\nmake it so\n```\n\n```python\nmake = 3\n```\n`A=1 make test`, `x y`\n"
+    text = (
+        "a\n\n    make run   # sets up\n\n```sh\n$ pip install .\n```\n\n```text\n$ make bench\nmake it "
+        "so\n```\n\n```python\nmake = 3\n```\n`A=1 make test`, `x y`\n"
+    )
     assert commands(text) == ["make run", "pip install .", "make bench", "A=1 make test"]
     assert len(FOUND) > 30
 
@@ -262,6 +267,6 @@ def test_a_command_that_cannot_run_here_says_why_and_is_understood(command: str,
 
 
 def missing_import(command: str) -> str:
-    """The library that a command cannot even start without and that is not installed here; "" if there is none."""
+    """A library that a command needs to start and that is not installed here, or ""."""
     needed = [library for script, library in IMPORTS.items() if script in command]
     return next((library for library in needed if importlib.util.find_spec(library) is None), "")

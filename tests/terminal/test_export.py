@@ -24,7 +24,7 @@ from qwen3c.format import MAGIC, ModelFile
 EXPORT = [sys.executable, str(ROOT / "export.py")]
 N_EXPORTS = int(os.environ.get("QWEN3C_EXPORTS", 12))
 
-# The command with its bar drawn from the first call on; before each slice it waits for the first argument's seconds
+# export.py with its bar drawn at once, and a pause before each slice: the first argument, in seconds
 SLOW = """
 import functools, sys, time
 from qwen3c.cli import export as command
@@ -76,7 +76,7 @@ def assert_nothing_written(target: Path) -> None:
 def test_an_export_typed_on_a_terminal_ends_in_its_report(
     source: Path, target: Path, columns: int, seconds: float | None
 ) -> None:
-    """As it is, with every step of the bar drawn, and slowly."""
+    """Three paces: unchanged, with every step of the bar drawn, and slow."""
     command = [*EXPORT, source, target] if seconds is None else slow(source, target, seconds)
     status, text, _ = run_typed(command, columns=columns)  # type: ignore[arg-type]
     assert_reported(text, status, target)
@@ -84,7 +84,7 @@ def test_an_export_typed_on_a_terminal_ends_in_its_report(
 
 @pytest.mark.parametrize("columns", [20, 40, 80])
 def test_the_bar_goes_from_nothing_to_all_within_its_line(source: Path, target: Path, columns: int) -> None:
-    """The first tensor, the rotary frequencies, has no bytes in the source: the first call says that 0 are done."""
+    """The first call reports 0 bytes: the first tensor, the rotary frequencies, has none in the source."""
     with Terminal(slow(source, target), columns=columns) as terminal:
         drawn = []
 

@@ -2,8 +2,8 @@
 
 python -m pytest tests/terminal/test_make.py
 
-What downloads and builds is a stand-in, so that nothing here takes minutes; what make, setup.py and environment.py
-do is real, and so is the conversation at the end of the one that is set up already.
+What downloads and builds is a stand-in, so that nothing here takes minutes; what make, setup.py and
+environment.py do is real, and so is the conversation at the end of the one that is set up already.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ REMARK = "  qwen3c: the compiler has no OpenMP; the engine will run on one threa
 
 
 def make(tmp_path: Path, pip: str = PIP, status: int = 0, pause: str = "0.4") -> list[str]:
-    """make with an environment whose `python -m pip` prints `pip`, pausing at each line, and whose engine only greets."""
+    """make with a stand-in environment: its pip prints the lines of `pip` with pauses, its engine only
+    greets.
+    """
     bin = tmp_path / "venv" / "bin"
     bin.mkdir(parents=True)
     (tmp_path / "pip").write_text(pip)
     (bin / "python").write_text(
         f"#!/bin/sh\n"
-        f'if [ "$2" = pip ]; then while IFS= read -r line; do echo "$line"; sleep {pause}; done < {tmp_path}/pip; '
+        f'if [ "$2" = pip ]; then '
+        f'while IFS= read -r line; do echo "$line"; sleep {pause}; done < {tmp_path}/pip; '
         f"exit {status}; fi\n"
         f"echo the engine runs: $@\n"
     )

@@ -1,5 +1,5 @@
-"""generate, trace, info, perplexity and bench as a person types them: on any terminal, in any pipe, interrupted,
-suspended, resized, closed.
+"""generate, trace, info, perplexity and bench as a person types them: on any terminal, in any pipe,
+interrupted, suspended, resized, closed.
 
 python -m pytest tests/terminal/test_modes.py
 """
@@ -25,7 +25,7 @@ from qwen3c import Model
 
 SGR = re.compile(rb"\x1b\[[\d;]*m")  # colours and the like
 SLOW = ["generate", "perplexity", "info --verify", "bench", "trace --html"]  # take long with a large model
-# each that takes long shows what it does; with these flags long enough for several drawings
+# modes that take long show what they do; flags that make them long enough for several drawings
 DRAWN_LONG = {"generate": ["--file", "text.txt"], "trace --html": ["-n", "40"]}
 PACE = {"bench": "quick"}  # where what it measures for seconds is not what is tested: its figures are made up
 SPEED = re.compile(r"(?:promptN|replyN).*$")  # in words(): the last line of a reply
@@ -42,7 +42,9 @@ def desk(tmp_path: Path) -> Desk:
 
 
 def type_mode(desk: Desk, mode: str, *, columns: int = 80, **options: Any) -> tuple[str, bytes]:
-    """(the text on the terminal, the bytes behind it) of a mode that must succeed and leave things as they were."""
+    """Type a mode that must succeed and leave the terminal as it was: (text on the terminal, bytes behind
+    it).
+    """
     command = desk.command(mode, pace=PACE.get(mode, ""))
     with Terminal(command, columns=columns, cwd=desk.folder, **options) as t:
         status = t.finish()
@@ -65,7 +67,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Usual:
 
 
 def words(text: str) -> str:
-    """What stands on a screen whatever its width and whatever the clock said: no blanks nor rules, every number N."""
+    """Text without what depends on width and clock: no blanks, no rules, every number as N."""
     return re.sub(r"\d[\d.,]*", "N", re.sub(r"[\s:-]+", "", text))
 
 
@@ -74,7 +76,7 @@ def words(text: str) -> str:
 
 
 def said_and_speed(words: str) -> tuple[str, list[str]]:
-    """What words() gave, without the speed line; and the parts of that line, which leaves out what does not fit."""
+    """(words() without the speed line, the parts of that line, which drops parts that do not fit)."""
     speed = SPEED.search(words)
     return SPEED.sub("", words), speed[0].split("|") if speed else []
 

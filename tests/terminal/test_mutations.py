@@ -1,7 +1,7 @@
 """Broken progress, status lines, prompts and colours: each is noticed by a test of this folder.
 
-A module is broken in a copy of the tree, in one way after the other, by what is appended to it; the tests that are
-named must pass there before and fail after. Minutes, so only on request:
+A module is broken in a copy of the tree, in one way after the other, by what is appended to it; the tests
+that are named must pass there before and fail after. Minutes, so only on request:
 
 python -m pytest -m slow tests/terminal/test_mutations.py
 """

@@ -1,4 +1,4 @@
-"""run.py as a person types it: what is said while it works, in which name, and what a model is asked by default.
+"""run.py as a person types it: status lines, the program's name, and the default mode.
 
 python -m pytest tests/terminal/test_run.py
 """
@@ -17,13 +17,13 @@ from small_models import TINY_QWEN3, export_small_model, write_small_model
 
 RUN = [sys.executable, str(ROOT / "run.py")]
 TINY = str(TINY_QWEN3)
-# run.py that says at once what it would say only after a second, so that a test need not wait for something slow
+# run.py with status lines that appear at once, so that tests need no slow work
 AT_ONCE = [*SLOWLY, "at-once", "run.py"]
 ONE_THREAD: dict[str, str | None] = {"QWEN3C_THREADS": "1"}
 
 
 def drawn(raw: bytes) -> list[str]:
-    """What was drawn over itself, each time without what the terminal is told to do."""
+    """The successive states of redrawn lines, without escape codes."""
     parts = re.split(rb"\r\x1b\[K", raw)[1:]
     return [re.split(rb"\r?\n", part)[0].decode() for part in parts]
 
@@ -37,12 +37,15 @@ def text_file(folder: Path) -> str:
     ("arguments", "expected"),
     [
         (["-m", "generate", "-i", "x", "-n", "2"], [r"loading \S+tiny-qwen3\.bin  0 s"]),
-        (["-m", "generate", "-i", "x", "-n", "2", "--huge-pages"], [r"loading \S+tiny-qwen3\.bin into huge pages  0 s"]),
-        (["-m", "trace", "-i", "x", "-n", "1"], [r"tracing \d+ tokens and what follows them  0 s", r"tracing \d+ tokens  0 s"]),
+        (["-m", "generate", "-i", "x", "-n", "2", "--huge-pages"],
+         [r"loading \S+tiny-qwen3\.bin into huge pages  0 s"]),
+        (["-m", "trace", "-i", "x", "-n", "1"], [r"tracing \d+ tokens and what follows them  0 s",
+                                                 r"tracing \d+ tokens  0 s"]),
         (["-m", "trace", "-i", "x", "-n", "1", "--html", "{folder}/t.html"], [r"drawing \S+/t\.html  0 s"]),
         (["-m", "generate", "-i", "x", "-n", "9", "--json"], [r"replying  \d tok"]),
         (["-m", "info", "--verify"], [r"\[#* *\] +\d+%  0\.00 of 0\.00 GB checked"]),
-        (["-m", "perplexity", "{text}"], [r"cutting \d+ characters into tokens", r"\d+%  \d+ of \d+ tokens  \d+ tok/s  perplexity \d"]),
+        (["-m", "perplexity", "{text}"], [r"cutting \d+ characters into tokens",
+                                          r"\d+%  \d+ of \d+ tokens  \d+ tok/s  perplexity \d"]),
     ],
     ids=["load", "huge pages", "trace", "page", "json", "verify", "perplexity"],
 )  # fmt: skip
@@ -106,7 +109,10 @@ def test_ctrl_c_in_a_long_measurement_leaves_an_empty_line(tmp_path: Path) -> No
 
 def test_bench_fits_80_columns_says_what_it_does_and_explains_every_word(tmp_path: Path) -> None:
     model = export_small_model(tmp_path)
-    script = "from qwen3c.inspect import bench; bench.PROBE_BYTES = 1 << 20; from qwen3c.cli import run; run.main()"
+    script = (
+        "from qwen3c.inspect import bench; bench.PROBE_BYTES = 1 << 20; from qwen3c.cli import run; "
+        "run.main()"
+    )
     command = [sys.executable, "-c", script, str(model), "-m", "bench"]
     status, text, raw = run_typed(command, rows=50, env=ONE_THREAD)
     assert status == 0, text
@@ -165,7 +171,7 @@ def test_mistakes_are_one_line_on_a_terminal_too(tmp_path: Path) -> None:
 
 
 def test_an_installed_command_is_the_script_by_its_own_name(tmp_path: Path) -> None:
-    """As pip makes it: a script of pyproject.toml's entry point."""
+    """A script for pyproject.toml's entry point, as pip makes it."""
     declared = (ROOT / "pyproject.toml").read_text().split("[project.scripts]\n")[1].split("\n\n")[0]
     entries = re.findall(r'^([\w-]+) = "([\w.]+):(\w+)"$', declared, re.MULTILINE)
     assert [name for name, _, _ in entries] == ["qwen3c", "qwen3c-export", "qwen3c-train"]

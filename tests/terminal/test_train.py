@@ -1,4 +1,4 @@
-"""train.py as a person types it: every stage on a terminal, narrow, dumb, in a pipe, stopped in every way, resumed.
+"""train.py as a person types it: every stage on any terminal, in a pipe, stopped in every way, resumed.
 
 python -m pytest tests/terminal/test_train.py
 """
@@ -29,7 +29,7 @@ THREAD = {"OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the commands are typed: what README's "Train a model" has there."""
+    """The folder where commands are typed, with the files of README's "Train a model"."""
     folder = tmp_path_factory.mktemp("here")
     write_text(folder / "texts")
     write_chat(folder / "chat.jsonl")

@@ -194,10 +194,10 @@ SOURCE = Path(template.__file__).read_text().splitlines()
 
 
 def interrupt(line: int, call: Callable[[], object]) -> bool:
-    """Make call(), with a KeyboardInterrupt at the line-th line of template.py; False if there were not so many.
+    """Make call() with a KeyboardInterrupt at line number `line` of template.py; False if fewer lines ran.
 
-    Lines that enter and leave a `with` do not count: the interpreter hears no signal between taking a lock and
-    the block, nor between the block and letting go of it, but a tracer is called there.
+    Lines that enter or leave a `with` do not count: there a tracer is called, but no signal is handled
+    between taking a lock and the block, nor between the block and the release.
     """
     passed = 0
 
@@ -224,7 +224,7 @@ def interrupt(line: int, call: Callable[[], object]) -> bool:
 
 @pytest.mark.parametrize("state", ["idle", "running", "last"])
 def test_after_an_interrupt_at_any_line_no_answer_is_taken_for_another(state: str) -> None:
-    """`state`: of the child that the interrupted rendering finds; the next two must be right whatever happened."""
+    """state: the child's before the interrupted rendering. The two renderings after it must be right."""
     lines = 0
     while True:
         renderer = Renderer()
@@ -247,7 +247,7 @@ def test_an_interrupted_child_does_not_stay() -> None:
 
     before, renderer = children(), Renderer()
     renderer.start()
-    for line in range(12, 24):  # from where it is asked on
+    for line in range(12, 24):  # the lines from the request on
         interrupt(line, lambda: renderer.render("{{ a }}", {"a": "x"}))
         renderer.render("{{ a }}", {"a": "x"})
         assert children() <= before + 1, line

@@ -263,12 +263,13 @@ def test_tokens_that_overlap_are_escaped_wherever_one_begins() -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="bounds processor time")
 def test_long_runs_of_spaces_take_time_in_proportion() -> None:
-    """Seven tokens that swallow spaces: 200,000 of them in a process that may compute for 20 seconds."""
+    """Tokens that swallow spaces around 200,000 spaces, in 20 s of processor time: no quadratic search."""
     script = (
         "import resource, tokenizers; from small_models import tokenizer_json\n"
         "from qwen3c.text.tokenizer import Tokenizer\n"
         "source = tokenizers.Tokenizer.from_str(tokenizer_json())\n"
-        "source.add_tokens([tokenizers.AddedToken(f'<{i}>', normalized=False, lstrip=True) for i in range(7)])\n"
+        "source.add_tokens([tokenizers.AddedToken(f'<{i}>', normalized=False, lstrip=True) for i in "
+        "range(7)])\n"
         "tokenizer = Tokenizer(source.to_str().encode())\n"
         "resource.setrlimit(resource.RLIMIT_CPU, (20, 20))\n"
         "text = ' ' * 200_000\n"

@@ -1,4 +1,5 @@
-"""tokenizer.json: what the supported families have is read, anything else is one line before the library sees it.
+"""tokenizer.json: files of supported families are read, others refused in one line before the library sees
+them.
 
 python -m pytest tests/text/test_tokenizer_json.py
 """
@@ -67,7 +68,8 @@ FAMILIES: dict[str, Any] = {
     "llama 3": lambda: copy.deepcopy(originals()[1]),
     "characters": lambda: copy.deepcopy(originals()[2]),
     "llama 2": sentence_piece,
-    "deepseek": lambda: qwen() | {"normalizer": {"type": "Sequence", "normalizers": []}, "post_processor": None},
+    "deepseek": lambda: qwen() | {"normalizer": {"type": "Sequence", "normalizers": []},
+                                  "post_processor": None},
     "smollm": lambda: qwen() | {
         "pre_tokenizer": {
             "type": "Sequence",
@@ -75,7 +77,8 @@ FAMILIES: dict[str, Any] = {
         }
     },
     "merges as text": lambda: qwen() | {
-        "model": originals()[0]["model"] | {"merges": [" ".join(pair) for pair in originals()[0]["model"]["merges"]]}
+        "model": originals()[0]["model"]
+        | {"merges": [" ".join(pair) for pair in originals()[0]["model"]["merges"]]}
     },
 }  # fmt: skip
 
@@ -94,7 +97,7 @@ def test_what_the_families_have_is_read_as_the_library_reads_it(family: str) -> 
 @pytest.mark.parametrize("stray", STRAY, ids=lambda stray: f"{stray.get('type', 'lengths')}")
 @pytest.mark.parametrize("place", ["normalizer", "pre_tokenizer", "post_processor", "decoder", "model"])
 def test_a_step_that_no_family_has_there_is_refused_or_harmless(place: str, stray: dict[str, Any]) -> None:
-    """What is accepted is checked by use in a process of its own, below."""
+    """Values that none of the families has are refused; a test below uses accepted files."""
     data = json.dumps(qwen() | {place: stray}).encode()
     try:
         tokenizer_json.check(data)
@@ -122,7 +125,7 @@ def test_refusals_name_the_place_the_value_and_what_is_supported() -> None:
 
 
 def test_a_template_whose_token_is_missing_is_refused() -> None:
-    """The library would panic when it is used."""
+    """Files that would make the library panic later, in use."""
     llama = copy.deepcopy(originals()[1])
     template = llama["post_processor"]["processors"][1]
     del template["special_tokens"]["<|endoftext|>"]
@@ -240,7 +243,7 @@ def test_only_the_vocabulary_may_be_large() -> None:
 
 
 def test_every_mutant_is_used_or_refused_in_one_line() -> None:
-    """In a process of its own, whose memory is bounded: an abort would end the tests."""
+    """Used in a process of bounded memory, because an abort would end the tests."""
     script = Path(__file__).with_name("tokenizer_mutants.py")
     done = subprocess.run(
         [sys.executable, str(script), "0", str(N_MUTANTS)], capture_output=True, text=True, timeout=300

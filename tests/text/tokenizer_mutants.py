@@ -1,6 +1,6 @@
 """Damaged and hostile tokenizer.json files, each a function of its seed: keys, values and bytes changed.
 
-    python tests/text/tokenizer_mutants.py 0 3000    # read and use each: one JSON line per seed, then how many of each kind
+    python tests/text/tokenizer_mutants.py 0 3000    # use each: one JSON line per seed, then counts by kind
 
 It ends with a signal, or with status 1, at a file that gets past the checks and harms the process.
 
@@ -79,7 +79,8 @@ STRAY = [
 ]  # fmt: skip
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2**31, 2**32 - 1, 2**32, 2**63, 2**64, 10**400, 0.5, 1e308, float("nan"),
-    "", "a", "\x00", "\ud800", "\U0010ffff", "é" * 3, "x" * 5000, "BPE", "ByteLevel", "Regex", "(", "(?<a>", "[",
+    "", "a", "\x00", "\ud800", "\U0010ffff", "é" * 3, "x" * 5000, "BPE", "ByteLevel", "Regex", "(", "(?<a>",
+    "[",
     [], {}, [[]], [{}], {"type": None}, {"type": "Sequence"}, [1, 2], ["a", "b"], {"a": 1},
 ]  # fmt: skip
 
@@ -156,7 +157,7 @@ def _replace(r: random.Random, value: Any) -> None:
 
 
 def _plant(r: random.Random, value: Any) -> None:
-    """Something that the library knows, where a step, one of a sequence of steps or the model stands."""
+    """Put another component of the library in place of a step, a step of a sequence, or the model."""
     tops: list[Place] = [["normalizer"], ["pre_tokenizer"], ["post_processor"], ["decoder"], ["model"],
                         ["truncation"], ["padding"]]  # fmt: skip
     steps = [path for path in _places(value) if isinstance(_at(value, path), dict)]
@@ -198,7 +199,7 @@ def _wrap(r: random.Random, value: Any) -> None:
 
 
 def _copy(r: random.Random, value: Any) -> None:
-    """What stands at one place also at another."""
+    """Copy a value to another place."""
     source, target = r.choices(_places(value), k=2)
     if source != target[: len(source)]:
         _at(value, target[:-1])[target[-1]] = copy.deepcopy(_at(value, source))
@@ -212,7 +213,8 @@ def _add_token(r: random.Random, value: Any) -> None:
         value["added_tokens"].append(token)
 
 
-CHANGES: list[Callable[[random.Random, Any], None]] = [_replace, _plant, _plant, _plant, _remove, _rename, _wrap,
+CHANGES: list[Callable[[random.Random, Any], None]] = [_replace, _plant, _plant, _plant, _remove, _rename,
+                                                       _wrap,
                                                        _copy, _add_token]  # fmt: skip
 
 
@@ -283,7 +285,7 @@ def _as_model_file(data: bytes) -> None:
 def main(first: int, last: int) -> None:
     resource.setrlimit(
         resource.RLIMIT_AS, (4 << 30, 4 << 30)
-    )  # what asks for more than that ends the process
+    )  # a file that makes the process use more ends it
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     kinds: collections.Counter[str] = collections.Counter()
     for seed in range(first, last):

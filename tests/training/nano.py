@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-NANO = ["--dim", "32", "--hidden-dim", "64", "--n-layers", "2", "--n-heads", "2", "--n-kv-heads", "1", "--head-dim", "16",
+NANO = ["--dim", "32", "--hidden-dim", "64", "--n-layers", "2", "--n-heads", "2", "--n-kv-heads", "1",
+        "--head-dim", "16",
         "--context", "64", "--vocab-size", "320", "--threads", "1"]  # fmt: skip
 
 
@@ -57,13 +58,13 @@ def write_jsonl(path: Path, values: list[Any]) -> Path:
 
 
 def losses(directory: Path) -> list[float]:
-    """Of every step, in order."""
+    """The losses of every step, in order."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
 
 def environment() -> dict[str, str]:
-    """For a train.py in a process of its own."""
+    """The environment for a train.py in its own process."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 

@@ -52,7 +52,7 @@ def expected_loss(batch: Any, new: Any, advantages: Any, policy: Any) -> Any:
 
 
 class Stage(GRPO):
-    """The loss alone: no model, no data."""
+    """A GRPO stage without model and data, for its loss."""
 
     def __init__(self, policy: Any, logprobs: Any) -> None:
         self.policy, self.model, self._kl, self.logprobs = policy, None, 0.0, logprobs

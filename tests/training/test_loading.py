@@ -1,4 +1,4 @@
-"""What may be tuned: what the exporter takes, with every tensor there."""
+"""Models that can be tuned: those that the exporter takes, with every tensor."""
 
 from __future__ import annotations
 

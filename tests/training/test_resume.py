@@ -1,4 +1,4 @@
-"""A run is resumed as what it was, or not at all; what stops it in the middle leaves it whole."""
+"""A run is resumed with its own inputs or not at all; a stop at any point leaves whole checkpoints."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def arguments(d: Any, stage: Any, out: Any = None) -> Any:
     return {
         "pretrain": ["pretrain", d / "text", *NANO, *common],
         "sft": ["sft", d / "chat.jsonl", "--model", d / "pretrain", "--batch", 2, *common],
-        "grpo": ["grpo", d / "tasks.jsonl", "--model", d / "pretrain", "--reward", "nano:digits", "--batch", 2,
+        "grpo": ["grpo", d / "tasks.jsonl", "--model", d / "pretrain", "--reward", "nano:digits", "--batch",
+                 2,
                  "--completions", 2, "--max-tokens", 8, *common],
     }[stage]  # fmt: skip
 
@@ -176,7 +177,7 @@ def test_a_disk_without_room_is_named_and_the_last_checkpoint_stays(
 
 
 def test_no_float64_meets_the_device(runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Apple's GPUs have none: here a tensor is on the device until cpu() has brought it back."""
+    """Apple's GPUs have no float64. Here tensors count as on such a device until cpu() is called."""
     import torch
 
     cpu, double, to, back = torch.Tensor.cpu, torch.Tensor.double, torch.Tensor.to, set()

@@ -74,7 +74,8 @@ def test_every_stage_ends_in_a_model_that_the_engine_runs(data: Path, base: Path
                  "--learning-rate", 1e-2, *QUICK) == 0  # fmt: skip
     reinforced = tmp_path / "grpo"
     assert train("grpo", data / "tasks.jsonl", "--model", tuned, "-o", reinforced, "--steps", 8, "--batch", 4,
-                 "--reward", "nano:digits", "--max-tokens", 8, "--learning-rate", 1e-3, *QUICK) == 0  # fmt: skip
+                 "--reward", "nano:digits", "--max-tokens", 8, "--learning-rate", 1e-3,
+                 *QUICK) == 0  # fmt: skip
     export(reinforced, tmp_path / "model.bin", group_size=32)
     model = qwen3c.Model(str(tmp_path / "model.bin"))
     generation = model.generate(
@@ -87,7 +88,8 @@ def test_every_stage_ends_in_a_model_that_the_engine_runs(data: Path, base: Path
 
 @pytest.mark.parametrize("loss", ["dapo", "grpo"])
 def test_reinforcement_raises_the_reward(loss: str, data: Path, base: Path, tmp_path: Path) -> None:
-    assert train("grpo", data / "tasks.jsonl", "--model", base, "-o", tmp_path / "out", "--steps", 30, "--batch", 4,
+    assert train("grpo", data / "tasks.jsonl", "--model", base, "-o", tmp_path / "out", "--steps", 30,
+                 "--batch", 4,
                  "--reward", "nano:digits", "--max-tokens", 6, "--learning-rate", 5e-3, "--kl", 0,
                  "--loss", loss, "--quiet", "--threads", 1, "--evaluate-every", 10) == 0  # fmt: skip
     records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -101,7 +103,8 @@ def test_reinforcement_raises_the_reward(loss: str, data: Path, base: Path, tmp_
 
 def test_the_character_tokenizer_trains_exports_and_generates(data: Path, tmp_path: Path) -> None:
     arguments = [a for a in NANO if a not in ("--vocab-size", "320")]
-    assert train("pretrain", data / "text", "-o", tmp_path / "out", *arguments, "--tokenizer", "char", "--steps", 150,
+    assert train("pretrain", data / "text", "-o", tmp_path / "out", *arguments, "--tokenizer", "char",
+                 "--steps", 150,
                  "--learning-rate", 1e-2, *QUICK) == 0  # fmt: skip
     export(tmp_path / "out", tmp_path / "model.bin", group_size=32)
     model = qwen3c.Model(str(tmp_path / "model.bin"))

@@ -1,4 +1,4 @@
-"""What a run says: nothing that can end it."""
+"""No error of printing ends a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FakeTerminal(io.StringIO):
 
 
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """In a test, not before it: pytest gives every phase a stderr of its own."""
+    """Made inside the test, because pytest replaces stderr for each phase."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(telling, "PATIENCE", 0.01)
     monkeypatch.setattr(sys, "stderr", FakeTerminal())

@@ -124,7 +124,8 @@ def test_characters_without_a_token_are_refused_and_named() -> None:
     with pytest.raises(TrainingError) as error:
         Windows(documents, characters(), context=4, seed=1)
     assert str(error.value) == (
-        "b.txt: the tokenizer has no token for 4 of 14 characters ('ï', 'é', '–'); --tokenizer bpe takes any text"
+        "b.txt: the tokenizer has no token for 4 of 14 characters ('ï', 'é', '–'); --tokenizer bpe takes any "
+        "text"
     )
 
 
