@@ -1,24 +1,33 @@
-"""What the document of the API says beside what the code does: summaries, examples, descriptions, shapes of answers.
+"""What the document of the API says beside what the code does: summaries, descriptions, shapes of answers.
 
-openapi.py runs the examples through the endpoints to see which fields there are. A field that has no description here,
-and a description that no field has, fail tests/serve/test_openapi.py.
+openapi.py sees in the code which fields there are. A field that has no description here, and a description
+that no field has, fail tests/serve/test_openapi.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-Json = dict[str, Any]
+from .examples import (
+    BLOCKS,
+    CHATS,
+    EMBEDDINGS,
+    MESSAGES,
+    RERANKS,
+    RESPONSES,
+    TEMPLATES,
+    TEXTS,
+    TOKENIZES,
+    Json,
+)
 
 
 @dataclass(frozen=True)
 class Endpoint:
     """What is known of an endpoint. answer: the shape of its body, or the type of one that is no JSON.
 
-    events: the shape of an event's data, where the answer may come as a stream. examples: bodies that are accepted; they
-    hold each object and list that a body may have, for what is inside those is seen in no other way. query: its
-    parameters. errors: what it answers when it cannot. open: it needs no key.
+    events: the shape of an event's data, where the answer may come as a stream. examples: bodies that are
+    accepted. query: its parameters. errors: what it answers when it cannot. open: it needs no key.
     """
 
     summary: str
@@ -47,163 +56,98 @@ ERRORS = {
     503: "the model cannot be loaded, or the server is stopping",
 }
 
-USER: Json = {"role": "user", "content": "Who are you?"}
-WEATHER: Json = {
-    "name": "weather",
-    "description": "The weather of a city.",
-    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-}
-TOOL: Json = {"type": "function", "function": WEATHER}
-CALL: Json = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Rome"}'}}
-SCHEMA: Json = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-CHAT: Json = {"messages": [USER], "max_tokens": 8}
-KWARGS: Json = {"chat_template_kwargs": {"enable_thinking": False}}
-CONVERSATIONS: tuple[Json, ...] = (
-    {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hello"}]}]},
-    {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL, CALL | {"function": {"name": "weather", "arguments": {}}}]},
-                  {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}], "tools": [TOOL]},
-    {"messages": [USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, USER]},
-)
-BLOCKS: tuple[Json, ...] = (  # of Anthropic's
-    {"messages": [USER], "system": "Be brief.", "stop_sequences": ["."]},
-    {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], "system": [{"type": "text", "text": "Be brief."}],
-     "thinking": {"type": "disabled"}},
-    {"messages": [USER, {"role": "assistant", "content": [{"type": "thinking", "thinking": "Rome?", "signature": ""}, {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Rome"}}]},
-                  {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "sunny"}], "is_error": False},
-                                               {"type": "tool_result", "tool_use_id": "toolu_1", "content": "sunny"}]}],
-     "tools": [{"name": "weather", "description": "The weather.", "input_schema": WEATHER["parameters"]}],
-     "tool_choice": {"type": "tool", "name": "weather", "disable_parallel_tool_use": True}},
-    {"messages": [USER], "tools": [{"name": "weather", "input_schema": WEATHER["parameters"]}], "tool_choice": {"type": "auto"}},
-)  # fmt: skip
-
-
-def _completions(*more: Json) -> tuple[Json, ...]:
-    """Bodies of /v1/completions, the ways of saying what a text must look like among them."""
-    formats: tuple[Json, ...] = (
-        {"response_format": {"type": "json_object"}},
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "number", "schema": SCHEMA, "strict": True}}},
-        {"response_format": {"type": "json_object", "schema": SCHEMA}},
-        {"response_format": {"type": "regex", "regex": "[0-9]+"}},
-        {"response_format": {"type": "choice", "choice": ["yes", "no"]}},
-        {"response_format": {"type": "lark", "lark": 'start: "yes" | "no"'}},
-        {"guided_json": SCHEMA},
-        {"json_schema": SCHEMA},
-        {"guided_regex": "[0-9]+"},
-        {"guided_choice": ["yes", "no"]},
-        {"stream": True, "stream_options": {"include_usage": True}},
-        {"logit_bias": {"5": -100}, "repeat_penalty": 1.1, "stop": ["."], "seed": 1},
-    )
-    return (*more, *formats)
-
-
 ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ("POST", "/v1/chat/completions"): Endpoint(
         "A reply to a conversation",
         "ChatCompletion",
-        tuple(
-            CHAT | more
-            for more in _completions(
-                *CONVERSATIONS,
-                {"temperature": 0.7, "seed": 1},
-                {"tools": [TOOL], "tool_choice": "auto"},
-                {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "weather"}}},
-                KWARGS,
-            )
-        ),
+        CHATS,
         events="ChatCompletionChunk",
         errors=ENGINE,
     ),
     ("POST", "/v1/completions"): Endpoint(
         "How a text goes on",
         "Completion",
-        tuple(
-            {"prompt": "def add(a, b):", "max_tokens": 8} | more
-            for more in _completions(
-                {},
-                {"prompt": ["import ", "from "], "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0},
-                {"prompt": [[5, 6, 7], [8, 9]]},
-            )
-        ),
+        TEXTS,
         events="CompletionChunk",
         errors=ENGINE,
     ),
     ("POST", "/v1/responses"): Endpoint(
         "A reply, in the words of OpenAI's newer API; nothing is stored",
         "Response",
-        tuple(
-            {"max_output_tokens": 8} | more
-            for more in (
-                {"input": "Who are you?", "instructions": "Be brief."},
-                {"input": [{"role": "developer", "content": "Be brief."}, {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello"}]}],
-                 "stream": True},
-                {"input": [USER, {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Rome?"}]},
-                           {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "Rome?"}], "summary": []},
-                           {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": '{"city":"Rome"}'},
-                           {"type": "function_call_output", "call_id": "call_1", "output": "sunny"},
-                           {"type": "function_call_output", "call_id": "call_1", "output": [{"type": "input_text", "text": "sunny"}]}],
-                 "tools": [{"type": "function", **WEATHER, "strict": False}], "tool_choice": "auto"},
-                {"input": "Rome?", "tools": [{"type": "function", **WEATHER}], "tool_choice": {"type": "function", "name": "weather"}},
-                {"input": "A number.", "text": {"format": {"type": "json_schema", "name": "number", "schema": SCHEMA, "strict": True}}},
-                {"input": "An object.", "text": {"format": {"type": "json_object"}}, "stop": ["."], "include": ["message.output_text.logprobs"],
-                 "reasoning": {"effort": "none"}},
-            )
-        ),
+        RESPONSES,
         events="ResponseEvent",
         errors=ENGINE,
     ),
     ("POST", "/v1/messages"): Endpoint(
         "A reply, in the words of Anthropic's API",
         "Message",
-        tuple({"max_tokens": 8} | more for more in (*BLOCKS, BLOCKS[0] | {"stream": True})),
+        MESSAGES,
         events="MessageEvent",
         errors=ENGINE,
     ),
     ("POST", "/v1/messages/count_tokens"): Endpoint(
-        "How many tokens a conversation is", "InputTokens",
-        BLOCKS, errors=READING,
+        "How many tokens a conversation is",
+        "InputTokens",
+        BLOCKS,
+        errors=READING,
     ),
     ("POST", "/v1/embeddings"): Endpoint(
-        "Texts as vectors of length 1", "Embeddings",
-        ({"input": "a text"}, {"input": ["a text", "another"], "encoding_format": "base64"}, {"input": [5, 6, 7], "dimensions": 8}, {"input": [[5, 6, 7], [8]]}),
+        "Texts as vectors of length 1",
+        "Embeddings",
+        EMBEDDINGS,
         errors=ENGINE,
     ),
     **{
         ("POST", path): Endpoint(
-            "How well documents meet a query: the best first", "Reranked",
-            ({"query": "import", "documents": ["one text", {"text": "another"}], "top_n": 1, "return_documents": True},
-             {"query": "import", "texts": ["one text", "another"], "return_text": True, "raw_scores": True}),
+            "How well documents meet a query: the best first",
+            "Reranked",
+            RERANKS,
             errors=ENGINE,
         )
         for path in ("/v1/rerank", "/rerank")
     },
     ("POST", "/tokenize"): Endpoint(
-        "A text or a conversation as token ids", "Tokens",
-        ({"prompt": "a text"}, {"content": "a text", "with_pieces": True}, {"text": "a text", "return_token_strs": True},
-         *CONVERSATIONS, CONVERSATIONS[0] | KWARGS),
+        "A text or a conversation as token ids",
+        "Tokens",
+        TOKENIZES,
         errors=READING,
     ),
-    ("POST", "/detokenize"): Endpoint("Token ids as a text", "Text", ({"tokens": [5, 6, 7]},), errors=READING),
-    ("POST", "/apply-template"): Endpoint(
-        "A conversation as the text that the model reads", "Prompt",
-        (*CONVERSATIONS, CONVERSATIONS[0] | KWARGS), errors=READING,
+    ("POST", "/detokenize"): Endpoint(
+        "Token ids as a text", "Text", ({"tokens": [5, 6, 7]},), errors=READING
     ),
-    ("GET", "/tokenizer_info"): Endpoint("The tokenizer, in the words of tokenizer_config.json", "TokenizerInfo", query=("model",)),
+    ("POST", "/apply-template"): Endpoint(
+        "A conversation as the text that the model reads",
+        "Prompt",
+        TEMPLATES,
+        errors=READING,
+    ),
+    ("GET", "/tokenizer_info"): Endpoint(
+        "The tokenizer, in the words of tokenizer_config.json", "TokenizerInfo", query=("model",)
+    ),
     ("GET", "/v1/models"): Endpoint("The models", "ModelList"),
     ("GET", "/v1/models/{name}"): Endpoint("One model", "ModelCard"),
     ("GET", "/props"): Endpoint("What is served and how, as llama-server says it", "Props", query=("model",)),
-    ("GET", "/health"): Endpoint("Whether the server does its work; 503 if not", "Health", errors=(403, 503), open=True),
+    ("GET", "/health"): Endpoint(
+        "Whether the server does its work; 503 if not", "Health", errors=(403, 503), open=True
+    ),
     ("GET", "/version"): Endpoint("The version", "Version"),
     ("GET", "/metrics"): Endpoint("Counters and histograms for Prometheus", "text/plain", errors=(401, 403)),
     ("GET", "/openapi.json"): Endpoint("This document", "OpenApi"),
     ("GET", "/"): Endpoint("The page", "text/html", errors=(403,), open=True),
-    ("GET", "/page/tools"): Endpoint("For the page: tools of the MCP servers that are configured", "PageTools"),
-    ("POST", "/page/tools/call"): Endpoint(
-        "For the page: one call of such a tool", "PageResult", errors=(400, 401, 403, 404, 409, 413, 415, 500),
+    ("GET", "/page/tools"): Endpoint(
+        "For the page: tools of the MCP servers that are configured", "PageTools"
     ),
-    ("POST", "/mcp"): Endpoint("The MCP server, streamable HTTP", "application/json", errors=(400, 401, 403, 413, 415)),
-}  # fmt: skip
+    ("POST", "/page/tools/call"): Endpoint(
+        "For the page: one call of such a tool",
+        "PageResult",
+        errors=(400, 401, 403, 404, 409, 413, 415, 500),
+    ),
+    ("POST", "/mcp"): Endpoint(
+        "The MCP server, streamable HTTP", "application/json", errors=(400, 401, 403, 413, 415)
+    ),
+}
 
-# Field, by any end of its dotted path -> what it says: the longest end is taken, before it one with the endpoint
+# Field, by any end of its dotted path -> what it says. The longest end is taken, one with its endpoint first
 DESCRIPTIONS = {
     "/v1/responses text": "what the reply must look like, in `format`",
     "/v1/embeddings input": "a text, texts, token ids, or lists of those",
@@ -216,7 +160,9 @@ DESCRIPTIONS = {
     "messages": "the conversation; system messages join into the first",
     "messages[].role": "system, developer, user, assistant or tool",
     "messages[].content": "a text, or parts of text",
-    "messages[].reasoning_content": "what the assistant thought; `reasoning` and `thinking` are other names of it",
+    "messages[].reasoning_content": (
+        "what the assistant thought; `reasoning` and `thinking` are other names of it"
+    ),
     "messages[].reasoning": "see reasoning_content",
     "messages[].thinking": "see reasoning_content",
     "messages[].name": "of who speaks, or of the tool, if the template shows it",
@@ -261,7 +207,10 @@ DESCRIPTIONS = {
     "json_schema": "llama.cpp's name of a schema that the reply must follow",
     "response_format.json_schema": "name, schema, strict",
     "schema": "a JSON schema",
-    "strict": "a schema that cannot be enforced to the letter is a 400; without it what cannot be is dropped and named in `x-qwen3c-dropped`",
+    "strict": (
+        "a schema that cannot be enforced to the letter is a 400; without it what cannot be is "
+        "dropped and named in `x-qwen3c-dropped`"
+    ),
     "response_format.regex": "a regular expression for the whole reply",
     "response_format.choice": "the reply is one of these texts",
     "response_format.lark": "a grammar in llguidance's Lark",
@@ -317,7 +266,7 @@ DESCRIPTIONS = {
     "is_error": "the tool failed; the model reads that",
     "parameters": "a JSON schema",
     "input_schema": "a JSON schema",
-}  # fmt: skip
+}
 
 
 # ----------------------------------------------------------------------------
@@ -353,15 +302,20 @@ ANSWERS: dict[str, Json] = {
     "AnthropicError": shape("type:string error:AnthropicErrorBody"),
     "AnthropicErrorBody": shape("type:string message:string"),
     "Usage": shape(
-        "prompt_tokens:integer total_tokens:integer completion_tokens?:integer prompt_tokens_details:object completion_tokens_details?:object"
+        "prompt_tokens:integer total_tokens:integer completion_tokens?:integer "
+        "prompt_tokens_details:object completion_tokens_details?:object"
     ),
     "Timings": shape(
-        "cache_n:integer prompt_n:integer prompt_ms:number prompt_per_second:number predicted_n:integer predicted_ms:number "
+        "cache_n:integer prompt_n:integer prompt_ms:number prompt_per_second:number "
+        "predicted_n:integer predicted_ms:number "
         "predicted_per_second:number"
     ),
-    "Progress": shape("total:integer cache:integer processed:integer time_ms:number stage:string position:integer"),
+    "Progress": shape(
+        "total:integer cache:integer processed:integer time_ms:number stage:string position:integer"
+    ),
     "ChatCompletion": shape(
-        "id:string object:string created:integer model:string choices:[ChatChoice] usage:Usage timings:Timings system_fingerprint:string"
+        "id:string object:string created:integer model:string choices:[ChatChoice] usage:Usage "
+        "timings:Timings system_fingerprint:string"
     ),
     "ChatChoice": shape("index:integer message:ChatMessage logprobs:object|null finish_reason:string"),
     "ChatMessage": shape(
@@ -369,50 +323,71 @@ ANSWERS: dict[str, Json] = {
     ),
     "ToolCall": shape("id:string type:string function:object"),
     "ChatCompletionChunk": shape(
-        "id:string object:string created:integer model:string choices:[ChatDelta] usage?:Usage|null timings?:Timings "
+        "id:string object:string created:integer model:string choices:[ChatDelta] "
+        "usage?:Usage|null timings?:Timings "
         "prompt_progress?:Progress system_fingerprint:string"
     ),
     "ChatDelta": shape("index:integer delta:object logprobs:object|null finish_reason:string|null"),
     "Completion": shape(
-        "id:string object:string created:integer model:string choices:[CompletionChoice] usage:Usage timings:Timings "
+        "id:string object:string created:integer model:string choices:[CompletionChoice] "
+        "usage:Usage timings:Timings "
         "system_fingerprint:string"
     ),
     "CompletionChunk": shape(
-        "id:string object:string created:integer model:string choices:[CompletionChoice] usage?:Usage|null timings?:Timings "
+        "id:string object:string created:integer model:string choices:[CompletionChoice] "
+        "usage?:Usage|null timings?:Timings "
         "prompt_progress?:Progress system_fingerprint:string"
     ),
     "CompletionChoice": shape(
-        "index:integer text:string logprobs:object|null finish_reason:string|null token_ids?:[integer] prompt_token_ids?:[integer]"
+        "index:integer text:string logprobs:object|null finish_reason:string|null "
+        "token_ids?:[integer] prompt_token_ids?:[integer]"
     ),
-    "Response": shape("id:string object:string created_at:integer status:string model:string output:[object] usage:object|null error:null"),
+    "Response": shape(
+        "id:string object:string created_at:integer status:string model:string output:[object] "
+        "usage:object|null error:null"
+    ),
     "ResponseEvent": shape("type:string sequence_number:integer"),
-    "Message": shape("id:string type:string role:string model:string content:[object] stop_reason:string stop_sequence:string|null usage:object"),
+    "Message": shape(
+        "id:string type:string role:string model:string content:[object] stop_reason:string "
+        "stop_sequence:string|null usage:object"
+    ),
     "MessageEvent": shape("type:string"),
     "InputTokens": shape("input_tokens:integer"),
     "Embeddings": shape("object:string data:[Embedding] model:string usage:Usage"),
     "Embedding": shape("object:string index:integer embedding:[number]|string"),
-    "Reranked": {"anyOf": [shape("id:string object:string model:string results:[Ranked] usage:Usage"), _type("[Scored]")]},
+    "Reranked": {
+        "anyOf": [
+            shape("id:string object:string model:string results:[Ranked] usage:Usage"),
+            _type("[Scored]"),
+        ]
+    },
     "Ranked": shape("index:integer relevance_score:number document?:object"),
     "Scored": shape("index:integer score:number text?:string"),
     "Tokens": shape("tokens:[any] count:integer max_model_len:integer token_strs?:[string]"),
     "Text": shape("prompt:string content:string"),
     "Prompt": shape("prompt:string"),
-    "TokenizerInfo": shape("tokenizer_class:string bos_token:any eos_token:any chat_template:string|null model_max_length:integer vocab_size:integer"),
+    "TokenizerInfo": shape(
+        "tokenizer_class:string bos_token:any eos_token:any chat_template:string|null "
+        "model_max_length:integer vocab_size:integer"
+    ),
     "ModelList": shape("object:string data:[ModelCard]"),
     "ModelCard": shape(
-        "id:string object:string created:integer owned_by:string context_length:integer|null max_model_len:integer|null "
+        "id:string object:string created:integer owned_by:string context_length:integer|null "
+        "max_model_len:integer|null "
         "capabilities:[string]|null loaded:boolean"
     ),
     "Props": shape(
-        "model_alias:string model_path:null n_ctx:integer default_generation_settings:object total_slots:integer modalities:object "
-        "chat_template:string thinking:string bos_token:any eos_token:any build_info:string upstream:object|null mcp:boolean needs_key:boolean"
+        "model_alias:string model_path:null n_ctx:integer default_generation_settings:object "
+        "total_slots:integer modalities:object "
+        "chat_template:string thinking:string bos_token:any eos_token:any build_info:string "
+        "upstream:object|null mcp:boolean needs_key:boolean"
     ),
     "Health": shape("status:string models:object queue:object"),
     "Version": shape("version:string"),
     "OpenApi": shape("openapi:string info:object paths:object"),
     "PageTools": shape("servers:[object] tools:[object]"),
     "PageResult": shape("content:string isError:boolean truncated:boolean"),
-}  # fmt: skip
+}
 
 HEADERS = {
     "x-request-id": "of the request: the client's, or one made here",

@@ -1,7 +1,7 @@
 """GET /openapi.json: the OpenAPI document of what is really served.
 
-The fields of a body are those that its endpoint asks for: each example of the catalogue is read by the endpoint itself,
-up to where the engine would begin, while Fields note what they are asked for. A field without which the endpoint
+The fields of a body are those that its endpoint asks for: each example is read by the endpoint itself, up to
+where the engine would begin, while Fields note what they are asked for. A field without which the endpoint
 refuses the examples is required. So the code says once what it takes.
 """
 
@@ -18,16 +18,18 @@ from starlette.routing import BaseRoute, Route
 
 from .. import __version__
 from .api import Api, json_answer
-from .catalogue import ANSWERS, DESCRIPTIONS, ENDPOINTS, ERRORS, HEADERS, Endpoint, Json
+from .catalogue import ANSWERS, DESCRIPTIONS, ENDPOINTS, ERRORS, HEADERS, Endpoint
 from .errors import ApiError
+from .examples import Json
 from .fields import recorded
 from .models import Models, Served
 
 Read = Callable[[Request], Awaitable[Response]]
 SUMMARY = (
-    "Every body is a JSON object; a null field counts as absent. A field that would change the meaning and cannot be "
-    "obeyed is a 400 that names it (x-qwen3c-refused); one that changes nothing is taken (x-qwen3c-ignored); what nobody "
-    "knows is named in the header x-qwen3c-ignored, unless it is nearly a known name: that is a 400, too."
+    "Every body is a JSON object; a null field counts as absent. A field that would change the meaning and "
+    "cannot be obeyed is a 400 that names it (x-qwen3c-refused); one that changes nothing is taken "
+    "(x-qwen3c-ignored); what nobody knows is named in the header x-qwen3c-ignored, unless it is nearly a "
+    "known name: that is a 400, too."
 )
 
 
@@ -294,7 +296,7 @@ class Node:
         return (made | kinds[0]) if len(kinds) == 1 else made | ({"anyOf": kinds} if kinds else {})
 
     def _described(self, path: str) -> Json:
-        """What the code says of the field; that it is refused or ignored counts if it never is anything else."""
+        """What the code says of the field: that it is refused or ignored, if it never is anything else."""
         marked = [one for one in self.noted if "x-qwen3c-refused" in one or "x-qwen3c-ignored" in one]
         taken = [one for one in self.noted if one not in marked]
         made = dict(next(filter(None, taken), {}) if taken else marked[0] if marked else {})
