@@ -1,4 +1,5 @@
-"""A server around a small application, to try what stands before every application: guard, HTTP layer, service.
+"""A server around a small application, to try what stands before every application: guard, HTTP layer,
+service.
 
     with serving(header_timeout=0.3) as server:
         answer = server.get("/health")
@@ -34,8 +35,8 @@ JSON = {"content-type": "application/json"}
 class App:
     """Answers what it was asked, as JSON. seen: paths. left: paths whose client went away before the answer.
 
-    /slow waits until the client leaves, or is cancelled; /large sends 64 MiB, /whole 64 MiB at once; /fails raises with `secret` in the exception; /breaks raises
-    in the middle of its answer.
+    /slow waits until the client leaves, or is cancelled; /large sends 64 MiB, /whole 64 MiB at once; /fails
+    raises with `secret` in the exception; /breaks raises in the middle of its answer.
     """
 
     def __init__(self, secret: str = "") -> None:
@@ -57,7 +58,13 @@ class App:
             return
         if path == "/fails":
             raise RuntimeError(self.secret)
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})  # fmt: skip
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [(b"content-type", b"application/json")],
+            }
+        )
         if path == "/breaks":
             await send({"type": "http.response.body", "body": b"x", "more_body": True})
             raise RuntimeError(self.secret)
@@ -139,7 +146,11 @@ class Running:
         self, method: str, path: str, headers: Mapping[str, str] | None = None, body: bytes = b""
     ) -> Answer:
         lines = [f"{method} {path} HTTP/1.1"]
-        own = {"host": f"localhost:{self.port}", "connection": "close", **({"content-length": str(len(body))} if body else {})}  # fmt: skip
+        own = {
+            "host": f"localhost:{self.port}",
+            "connection": "close",
+            **({"content-length": str(len(body))} if body else {}),
+        }
         lines += [f"{name}: {value}" for name, value in {**own, **(headers or {})}.items() if value]
         return Answer(self.exchange("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body))
 

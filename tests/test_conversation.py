@@ -216,7 +216,7 @@ def test_turns_are_dropped_whole_and_system_messages_never(model: Model, tmp_pat
     conversation.load(str(tmp_path / "c.json"))
     prompts: list[list[dict[str, Any]]] = []
     chat_prompt = model.chat_prompt
-    model.chat_prompt = lambda told, thinking: (prompts.append(told), chat_prompt(told, thinking))[1]  # type: ignore[assignment, func-returns-value, misc]
+    model.chat_prompt = lambda told, thinking, tools: (prompts.append(told), chat_prompt(told, thinking))[1]  # type: ignore[assignment, func-returns-value, misc]
     try:
         say(conversation, "go on")
     finally:

@@ -30,8 +30,8 @@ TALKING = ("chat", "generate", "trace")
 COMPUTING = (*TALKING, "perplexity", "bench", "serve", "mcp")
 MODES = (*TALKING, "info", "perplexity", "bench", "serve", "mcp")
 SERVING = (
-    "host", "port", "fd", "config", "print_config", "api_keys", "max_gap", "cache_memory", "queue", "running", "cors_origin",
-    "allowed_host", "drain", "log_json", "metrics", "model_alias", "idle_unload",
+    "host", "port", "fd", "config", "print_config", "api_keys", "max_gap", "cache_memory", "queue", "running",
+    "cors_origin", "allowed_host", "drain", "log_json", "metrics", "model_alias", "idle_unload",
 )  # fmt: skip
 CLOUD_FIRST = ("chat", "serve")  # modes that may ask a provider before the model
 # option -> the modes that use it; any other mode refuses it. --mode alone is every mode's
@@ -64,7 +64,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
         ),
         CLOUD_FIRST,
     ),
-    "mcp": ("chat",),
+    "mcp": ("chat", "serve"),
     "url": ("mcp",),
 }
 
@@ -327,11 +327,14 @@ def _add_serving(group: Any) -> None:
     add("--print-config", action="store_true", help="print all settings as TOML, and serve nothing")
     add("--model-alias", action="append", default=[], type=_alias, metavar="NAME=PATH",
         help="one more model, loaded when a request names it; repeatable")  # fmt: skip
-    add("--api-keys", metavar="FILE", help="only requests with a key of this file are answered; a line: NAME KEY "
+    add("--api-keys", metavar="FILE",
+        help="only requests with a key of this file are answered; a line: NAME KEY "
         "[running=N] [queue=N] [priority=N]; SIGHUP reads it again")  # fmt: skip
-    add("--max-gap", type=float, metavar="SECONDS", help="longest pause in a reply while prompts of others are read "
+    add("--max-gap", type=float, metavar="SECONDS",
+        help="longest pause in a reply while prompts of others are read "
         "(default: 0.1 to 0.5, as the model allows)")  # fmt: skip
-    add("--cache-memory", metavar="SIZE", help='for keys and values of requests and of what may be asked again, such as '
+    add("--cache-memory", metavar="SIZE",
+        help='for keys and values of requests and of what may be asked again, such as '
         '"2 GiB" (default: a quarter of what is available)')  # fmt: skip
     add("--running", type=at_least(1), metavar="N", help="sequences at once (default: 64)")
     add(
@@ -377,7 +380,7 @@ def _add_serving(group: Any) -> None:
 
 def _add_mcp(group: Any) -> None:
     add = group.add_argument
-    add("--mcp", metavar="FILE", help="chat: let the model call the tools of the MCP servers that FILE names under "
+    add("--mcp", metavar="FILE", help="chat, serve: let the model call the tools of the MCP servers that FILE names under "
         "mcpServers; each call is asked about first")  # fmt: skip
     add("--url", metavar="URL", help="mcp: serve the tools of the server that runs there, which loads nothing here; "
         "QWEN3C_API_KEY is its key")  # fmt: skip

@@ -17,20 +17,44 @@ from .options import model_by_default
 
 if TYPE_CHECKING:
     from starlette.requests import Request
+    from starlette.routing import BaseRoute
 
     from ..model import Model
+    from ..serve.api import Api
+    from ..serve.app import Running
     from ..serve.ask import Stream
     from ..serve.config import Settings
     from ..serve.models import Models, Served
+    from ..serve.upstream import Upstream
 
 LIBRARIES = ("starlette", "uvicorn", "h11", "prometheus_client", "llguidance")
 # option -> the setting that it sets
 SETTINGS = {
-    "host": "host", "port": "port", "fd": "fd", "api_keys": "api_keys_file", "max_gap": "max_gap",
-    "cache_memory": "cache_memory", "queue": "queue", "running": "running", "cors_origin": "cors_origins",
-    "allowed_host": "allowed_hosts", "drain": "drain", "log_json": "log_json", "metrics": "metrics",
-    "idle_unload": "idle_unload", "context": "context", "threads": "threads", "kv": "kv", "isa": "isa",
-    "huge_pages": "huge_pages", "model_alias": "models",
+    "host": "host",
+    "port": "port",
+    "fd": "fd",
+    "api_keys": "api_keys_file",
+    "max_gap": "max_gap",
+    "cache_memory": "cache_memory",
+    "queue": "queue",
+    "running": "running",
+    "cors_origin": "cors_origins",
+    "allowed_host": "allowed_hosts",
+    "drain": "drain",
+    "log_json": "log_json",
+    "metrics": "metrics",
+    "idle_unload": "idle_unload",
+    "context": "context",
+    "threads": "threads",
+    "kv": "kv",
+    "isa": "isa",
+    "huge_pages": "huge_pages",
+    "model_alias": "models",
+}
+
+UPSTREAM = {
+    "upstream": "url", "upstream_model": "model", "upstream_requests": "requests_per_day",
+    "upstream_tokens": "tokens_per_day", "upstream_insecure": "insecure", "upstream_env_proxy": "env_proxy",
 }  # fmt: skip
 
 
@@ -41,6 +65,7 @@ def serve(args: argparse.Namespace) -> int:
     from ..serve.keys import Keys
     from ..serve.scheduler import KeyLimits
     from ..serve.service import Service, open_sockets
+    from ..serve.surfaces.listing import STUCK
 
     settings = _settings(args)
     if args.print_config:
@@ -49,8 +74,13 @@ def serve(args: argparse.Namespace) -> int:
     with concerning(settings.api_keys_file or "API keys"):
         keys = Keys(settings.api_keys_file, KeyLimits(settings.key_running, settings.key_queue))
     sockets = open_sockets(settings)
-    app, models = _application(settings)
-    service = Service(app, settings, sockets, keys, says=lambda: _described(models))
+    app, api = _application(settings, needs_key=keys.path is not None)
+    service = Service(
+        app, settings, sockets, keys,
+        says=lambda: _described(api.models),
+        is_healthy=lambda: all(served.scheduler.is_alive(STUCK) for served in api.models.loaded),
+        stopping=lambda: setattr(api, "draining", True),
+    )  # fmt: skip
     return service.run()
 
 
@@ -60,12 +90,15 @@ def _check_libraries() -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"-m serve needs {' and '.join(missing)}: `pip install '.[serve]'` in the folder of qwen3c installs it"
+            f"-m serve needs {' and '.join(missing)}: "
+            "`pip install '.[serve]'` in the folder of qwen3c installs it"
         )
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    """Defaults, --config and flags. A model that is named on the command line comes first; without any, the usual one."""
+    """Defaults, --config and flags. A model that is named on the command line comes first; without any, the
+    usual one.
+    """
     from ..serve import config
 
     flags: dict[str, Any] = {SETTINGS[dest]: getattr(args, dest) for dest in args.given if dest in SETTINGS}
@@ -78,6 +111,9 @@ def _settings(args: argparse.Namespace) -> Settings:
     if models:
         flags["models"] = models
     names = {setting: "--" + dest.replace("_", "-") for dest, setting in SETTINGS.items()}
+    if args.upstream is not None:
+        flags["upstream"] = {UPSTREAM[dest]: getattr(args, dest) for dest in args.given if dest in UPSTREAM}
+        names["upstream"] = "--upstream"
     names["default_model"] = "MODEL"
     made = config.settings(args.config, flags, names)
     if made.models:
@@ -97,8 +133,8 @@ def _alias(path: str) -> str:
     return re.sub(r"[^A-Za-z0-9._:@/-]+", "-", name).strip("-./:@")[:64] or "model"
 
 
-def _application(settings: Settings) -> tuple[Any, Models]:
-    """The ASGI app over the models of the settings, the default one first, and those models."""
+def _application(settings: Settings, needs_key: bool) -> tuple[Any, Api]:
+    """The ASGI app over the models of the settings, the default one first, and what its endpoints share."""
     from .. import engine
     from ..format import ModelFile
     from ..serve.api import Api
@@ -110,21 +146,57 @@ def _application(settings: Settings) -> tuple[Any, Models]:
         engine.set_isa(settings.isa)
     openers: dict[str, Callable[[], Model]] = {}
     sizes: dict[str, int] = {}
+    files: dict[str, str] = {}
     for alias in sorted(settings.models, key=lambda alias: alias != settings.default_model):
         model = settings.models[alias]
-        sizes[alias] = ModelFile(model.path).file_size
+        files[alias], sizes[alias] = model.path, ModelFile(model.path).file_size
         openers[alias] = functools.partial(_open, settings, model.path, model.kv or settings.kv)
     options = ServeOptions(
-        settings.running, settings.queue, settings.cache_memory, settings.max_gap, settings.context or None
-    )
-    models = Models(openers, options, sizes)
-    metrics = Metrics(lambda: models.loaded)
+        settings.running, settings.queue, settings.cache_memory, settings.max_gap, settings.context or None,
+        settings.idle_unload,
+    )  # fmt: skip
+    api = Api(Models(openers, options, sizes, files), settings.ping, needs_key=needs_key)
+    api.provider = _provider(settings)
+    more: list[BaseRoute] = []
+    running: list[Running] = []
+    metrics = Metrics(lambda: api.models.loaded)
+    if settings.metrics:
+        more += metrics.routes()
+    if importlib.util.find_spec("mcp") is not None:
+        from ..serve.mcp import mcp_routes
+
+        routes, entered = mcp_routes(api.models, hosts=None)  # the guard has checked the host
+        more, running, api.mcp = [*more, *routes], [*running, entered], True
+    if settings.mcp_servers is not None:
+        from ..serve.host import Host, host_routes, read_servers
+
+        host = Host(read_servers(settings.mcp_servers))
+        more, running = [*more, *host_routes(host)], [*running, lambda: host]
 
     def ended(request: Request, served: Served, stream: Stream) -> None:
         metrics.of(served.name).ended(stream)
-        request.state.record.tell(served.name, stream)
+        record = getattr(request.state, "record", None)
+        if record is not None:
+            record.tell(served.name, stream)
 
-    return create_app(Api(models, settings.ping, ended)), models
+    api.ended = ended
+    return create_app(api, more, running), api
+
+
+def _provider(settings: Settings) -> Upstream | None:
+    """Who is offered each chat first, if anybody is."""
+    wanted = settings.upstream
+    if wanted is None:
+        return None
+    from ..serve import upstream
+
+    return upstream.Upstream(
+        upstream.Settings(
+            wanted.url, wanted.model, upstream.read_key(wanted.key_env), settings.offline, wanted.insecure,
+            wanted.env_proxy, wanted.requests_per_day, wanted.tokens_per_day, wanted.connect_timeout,
+            wanted.first_delta_timeout, wanted.silence_timeout,
+        )
+    )  # fmt: skip
 
 
 def _open(settings: Settings, path: str, kv: Any) -> Model:

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -19,6 +19,9 @@ from .fields import Fields, parse_json
 from .models import Models, Served
 from .scheduler import KeyLimits
 from .streams import PING, dump
+
+if TYPE_CHECKING:
+    from .upstream import Upstream
 
 UNLIMITED = KeyLimits()
 FINGERPRINT = (
@@ -51,8 +54,8 @@ class Api:
     """models: those that answer. ping: seconds of silence after which a stream gets a comment.
 
     ended: told about every stream that has ended, with the request it answers. draining: whether the server is about to
-    end, and takes no new work. needs_key, mcp, upstream: what /props says of keys, of the MCP server, and of the
-    provider that is asked first. started: in seconds since 1970.
+    end, and takes no new work. needs_key, mcp: what /props says of keys and of the MCP server. provider: who is offered
+    a chat first. started: in seconds since 1970.
     """
 
     models: Models
@@ -61,7 +64,7 @@ class Api:
     draining: bool = False
     needs_key: bool = False
     mcp: bool = False
-    upstream: Callable[[], dict[str, Any] | None] = lambda: None
+    provider: Upstream | None = None
     started: int = field(default_factory=lambda: int(time.time()))
 
     async def fields(self, request: Request) -> Fields:
@@ -82,9 +85,23 @@ class Api:
         found: str = getattr(request.state, "request_id", None) or secrets.token_hex(12)
         return found
 
-    def headers(self, served: Served, ignored: list[str], ask: Ask | None = None) -> dict[str, str]:
-        """Headers of an answer of `served`. ignored: fields of the request that nobody knows."""
+    def told(self, request: Request, **known: Any) -> None:
+        """Note what the log has to know of a request: backend, model, fallback."""
+        record = getattr(request.state, "record", None)
+        for name, value in known.items():
+            if record is not None:
+                setattr(record, name, value)
+
+    def headers(
+        self, served: Served, ignored: list[str], ask: Ask | None = None, fallback: str | None = None
+    ) -> dict[str, str]:
+        """Headers of an answer of `served`. ignored: fields of the request that nobody knows.
+
+        fallback: why the provider that was offered the request does not answer it.
+        """
         headers = {"x-qwen3c-backend": "local", "x-qwen3c-model": header_text(served.name)}
+        if fallback:
+            headers["x-qwen3c-fallback"] = fallback
         if ignored:
             headers["x-qwen3c-ignored"] = header_text(", ".join(ignored))
         if ask is not None and ask.grammar is not None and ask.grammar.dropped:

@@ -7,8 +7,8 @@
     small = "qwen3-0.6b.bin"
     large = { path = "qwen3-8b.bin", kv = "int8" }
 
-Every value is checked where it comes in; an error names the file or the flag, the key, and what was expected. A file has no secrets:
-keys are in files of their own.
+Every value is checked where it comes in; an error names the file or the flag, the key, and what was expected.
+A file has no secrets: keys are in files of their own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,17 @@ else:
 
 Check = Callable[[Any], Any]  # a value as TOML or a flag gives it -> the value; ValueError: what was expected
 MAX_FILE = 1 << 20  # bytes
-UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # fmt: skip
+UNITS = {
+    "B": 1,
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+    "TiB": 1 << 40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
 _SIZE = re.compile(rf"(\d{{1,12}}(?:\.\d{{1,6}})?) ?({'|'.join(UNITS)})")
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/-]{0,127}")
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+\]?")
@@ -149,7 +159,9 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class UpstreamSettings:
-    """A provider that is asked first. Its key comes from the variable `key_env`, or a systemd credential of that name."""
+    """A provider that is asked first. Its key comes from the variable `key_env`, or a systemd credential of
+    that name.
+    """
 
     url: str = _setting("", _url)
     model: str = _setting("", text(what="the name of a model"))
@@ -159,11 +171,15 @@ class UpstreamSettings:
     silence_timeout: float = _setting(30.0, seconds(0.01, 600))
     requests_per_day: int | None = _setting(None, whole(0, 1 << 40))
     tokens_per_day: int | None = _setting(None, whole(0, 1 << 50))
+    insecure: bool = _setting(False, flag)
+    env_proxy: bool = _setting(False, flag)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a server can be told. Times in seconds, sizes in bytes; None: what suits the machine or the model."""
+    """Everything a server can be told. Times in seconds, sizes in bytes; None: what suits the machine or the
+    model.
+    """
 
     host: str = _setting("127.0.0.1", text(_HOST, "a host name or an address"))
     port: int = _setting(8080, whole(0, 65535))
@@ -187,7 +203,9 @@ class Settings:
     huge_pages: bool = _setting(False, flag)
     # who may ask, and how
     api_keys_file: str | None = _setting(None, text(what="the path of a file"))
-    allowed_hosts: tuple[str, ...] = _setting((), each(text(_HEADER_HOST, "host names, without http://"), "host names"))  # fmt: skip
+    allowed_hosts: tuple[str, ...] = _setting(
+        (), each(text(_HEADER_HOST, "host names, without http://"), "host names")
+    )
     cors_origins: tuple[str, ...] = _setting((), each(_origin, "origins"))
     max_body: int = _setting(4 << 20, size)
     header_timeout: float = _setting(10.0, seconds(0.01, 3600))
@@ -211,6 +229,7 @@ class Settings:
 
 
 PATHS = ("api_keys_file", "mcp_servers")  # relative to the file that names them
+HOW_TO_GIVE_KEYS = "--api-keys FILE (a line: NAME KEY)"
 CREDENTIAL = "api-keys"  # the file of keys that systemd hands over
 
 
@@ -258,12 +277,10 @@ def _check_together(made: Settings) -> None:
         known = ", ".join(made.models) or "none"
         raise ValueError(f"default_model is {made.default_model}, but the models are: {known}")
     if made.public and made.fd is None and made.api_keys_file is None:
-        raise ValueError(
-            f"--host {made.host} lets other computers in, which takes keys: --api-keys FILE (a line: NAME KEY)"
-        )
+        raise ValueError(f"--host {made.host} lets other computers in, which takes keys: {HOW_TO_GIVE_KEYS}")
     if "*" in made.cors_origins and made.api_keys_file is None:
         raise ValueError(
-            "--cors-origin '*' lets the page of any site ask, which takes keys: --api-keys FILE (a line: NAME KEY)"
+            f"--cors-origin '*' lets the page of any site ask, which takes keys: {HOW_TO_GIVE_KEYS}"
         )
 
 
@@ -277,7 +294,10 @@ def read(path: str) -> dict[str, Any]:
         table = tomllib.loads(data.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not TOML: {error}") from None
-    values = {name: _checked(Settings, name, value, f"{path}: {name}") for name, value in _known(Settings, table, f"{path}: ")}  # fmt: skip
+    values = {
+        name: _checked(Settings, name, value, f"{path}: {name}")
+        for name, value in _known(Settings, table, f"{path}: ")
+    }
     folder = Path(path).parent
     for name in PATHS:
         if name in values:

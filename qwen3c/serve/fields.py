@@ -13,11 +13,12 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NoReturn
+from typing import Any
 
 from .errors import ApiError
 
 SHOWN = 60  # characters of a value in an error
+DEEPEST = 100  # how far objects and lists of a body may nest: what comes after walks them by recursion
 NEAR = 0.84  # how alike an unknown name is to a known one that was meant
 
 
@@ -39,21 +40,17 @@ def recorded() -> Iterator[dict[str, list[dict[str, Any]]]]:
 
 
 def parse_json(body: bytes) -> Any:
-    """The JSON value of a body; ApiError 400 if it is none. NaN and Infinity are no JSON."""
+    """The JSON value of a body; ApiError 400 if it is none. NaN and Infinity, which are no JSON, are left to Fields."""
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not UTF-8 at byte {error.start}", code="invalid_json") from None
     try:
-        return json.loads(text, parse_constant=_no_constant, parse_int=_integer)
+        return json.loads(text, parse_int=_integer)
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _integer(digits: str) -> int | float:
@@ -71,10 +68,15 @@ class Fields:
         if not isinstance(value, dict):
             what = f"{where} is" if where else "the body is"
             raise ApiError(400, f"{what} {_kind(value)}, not an object", param=where or None)
-        _check_text(value, where)
-        self._value = value
+        _check(value, where)
+        self._value: dict[str, Any] = value
         self._where = where
         self._known: set[str] = set()
+
+    @property
+    def value(self) -> dict[str, Any]:
+        """The object itself."""
+        return self._value
 
     def __contains__(self, name: str) -> bool:
         """Whether the field is there and not null."""
@@ -198,20 +200,34 @@ class Fields:
         return unknown
 
 
-def _check_text(value: Any, where: str) -> None:
-    """ApiError 400 if a text anywhere in the value holds half a surrogate pair, which no UTF-8 can say."""
-    waiting = [(value, where)]
+def _check(value: Any, where: str) -> None:
+    """ApiError 400 for what nobody can mean anywhere in a value.
+
+    That is half a surrogate pair, which no UTF-8 can say, a number that is none or infinite, and endless nesting.
+    """
+    waiting = [(value, where, 0)]
     while waiting:
-        value, path = waiting.pop()
+        value, path, depth = waiting.pop()
+        fault = None
         if isinstance(value, str):
             if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-                raise ApiError(400, f"{path or 'the body'} holds half a surrogate pair", param=path or None)
+                fault = "holds half a surrogate pair"
+        elif isinstance(value, float):
+            fault = None if math.isfinite(value) else "is no finite number"
+        elif isinstance(value, (dict, list)) and depth == DEEPEST:
+            fault = f"is nested more than {DEEPEST} deep"
         elif isinstance(value, dict):
             for key, item in value.items():
-                waiting.append((key, path))
-                waiting.append((item, f"{path}.{key}" if path else key))
+                waiting.append((key, path, depth + 1))
+                waiting.append((item, f"{path}.{key}" if path else key, depth + 1))
         elif isinstance(value, list):
-            waiting += [(item, f"{path}[{i}]") for i, item in enumerate(value)]
+            waiting += [(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]
+        if fault:
+            raise ApiError(400, f"{_short_path(path)} {fault}", param=_short_path(path) if path else None)
+
+
+def _short_path(path: str) -> str:
+    return (path if len(path) <= SHOWN else path[: SHOWN - 1] + "…") or "the body"
 
 
 def _kind(value: Any) -> str:

@@ -1,7 +1,8 @@
 """Who may ask what: every request passes here first, before any route is looked up.
 
-In this order: Host, path, Origin, API key, kind and size of the body. All of it is decided on the bytes that came, never on a URL
-made of them. The body is read here, whole, so that nothing behind begins before a request is complete.
+In this order: Host, path, Origin, API key, kind and size of the body. All of it is decided on the bytes that
+came, never on a URL made of them. The body is read here, whole, so that nothing behind begins before a
+request is complete.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 OPEN = frozenset({b"/", b"/health"})  # GET and HEAD of these need no key: the page holds no secret
 BODIES = 16  # times the largest body: what all bodies that are being read may take together
 SAFE_METHODS = frozenset({"GET", "HEAD"})
-# What a browser's script may send to an origin that is listed, besides x-stainless-* of the OpenAI and Anthropic SDKs
+# What a browser's script may send to an origin that is listed, besides x-stainless-* of the OpenAI and
+# Anthropic SDKs
 CORS_HEADERS = frozenset(
     "authorization content-type accept x-api-key x-request-id anthropic-version anthropic-beta "
     "anthropic-dangerous-direct-browser-access openai-organization openai-project openai-beta user-agent "
@@ -48,7 +50,8 @@ _AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(\d{1,5}))?")
 
 @dataclass(frozen=True)
 class Rules:
-    """hosts: names that Host may have besides those of this computer. origins: those whose pages may ask; "*" is all.
+    """hosts: names that Host may have besides those of this computer. origins: those whose pages may ask; "*"
+    is all.
 
     public: the server listens on more than the loopback interface, and Host may be any address.
     open_paths: GET and HEAD of these need no key. max_body: bytes.
@@ -66,7 +69,9 @@ class _Left(Exception):
 
 
 class Guard:
-    """ASGI middleware. Behind it scope["state"] has `key` (a Key), `record` (a Record to fill in) and `request_id`."""
+    """ASGI middleware. Behind it scope["state"] has `key` (a Key), `record` (a Record to fill in) and
+    `request_id`.
+    """
 
     def __init__(self, app: App, rules: Rules, keys: Keys, log: Log) -> None:
         self._app, self._rules, self._keys, self._log = app, rules, keys, log
@@ -109,7 +114,8 @@ class Guard:
         except _Left:
             record.status = scope["state"].get("refused", 0)
         except asyncio.CancelledError:
-            # the server stops; an answer that has begun just ends, which its reader can tell from a complete one
+            # the server stops; an answer that has begun just ends, which its reader can tell from a complete
+            # one
             await answer.send_error(
                 ApiError(503, "the server is stopping", code="stopping", type="server_error", retry_after=5.0)
             )
@@ -172,7 +178,7 @@ class Guard:
         ]
 
     def _preflight(self, visit: _Visit) -> bool:
-        """Whether a browser asks in the name of a listed page if it may ask. It never sends a key with that."""
+        """Whether a browser asks, in the name of a listed page, if it may ask; it sends no key with that."""
         if visit.method != "OPTIONS" or visit.origin is None or not self._is_listed(visit.origin):
             return False
         if visit.one(b"access-control-request-method") is None:
@@ -197,8 +203,12 @@ class Guard:
                     raise self._too_large()
                 if self._reading > BODIES * self._rules.max_body:
                     raise ApiError(
-                        503, "too many large requests at once", code="overloaded", type="server_error", retry_after=1.0
-                    )  # fmt: skip
+                        503,
+                        "too many large requests at once",
+                        code="overloaded",
+                        type="server_error",
+                        retry_after=1.0,
+                    )
                 if not message.get("more_body", False):
                     break
         finally:
@@ -277,7 +287,8 @@ def _visit(scope: Scope) -> _Visit:
 
 
 def _is_plain(path: bytes) -> bool:
-    """Whether a path is one that a route may have: no escapes, no dot segments, nothing that two readers read differently.
+    """Whether a path is one that a route may have: no escapes, no dot segments, nothing that two readers read
+    differently.
 
     Only the name of a model may have escapes, since it may have a slash.
     """
@@ -347,7 +358,9 @@ class _Answer:
         await self._send(message)
 
     async def send_error(self, error: ApiError, closes: bool = False) -> None:
-        """An error in the shape of the surface; nothing if an answer has begun. closes: it is the connection's last."""
+        """An error in the shape of the surface; nothing if an answer has begun. closes: it is the
+        connection's last.
+        """
         if self._begun:
             return
         headers = {"content-type": "application/json", **error.headers()}

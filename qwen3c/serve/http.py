@@ -1,7 +1,9 @@
-"""HTTP/1.1 for clients that are slow, broken or hostile: uvicorn's h11 protocol with timeouts and limits of its own.
+"""HTTP/1.1 for clients that are slow, broken or hostile: uvicorn's h11 protocol with timeouts and limits of
+its own.
 
-A connection owes a header within `header_timeout`, then a body within `body_timeout`, and takes what it is sent
-without a stall of `write_timeout`. What is not HTTP is refused in JSON and let go; so is what came after it.
+A connection owes a header within `header_timeout`, then a body within `body_timeout`, and takes what it is
+sent without a stall of `write_timeout`. What is not HTTP is refused in JSON and let go; so is what came after
+it.
 """
 
 from __future__ import annotations
@@ -110,7 +112,7 @@ def _refused(request: h11.Request) -> int:
 
 
 class _Closing:
-    """A transport whose close() is the protocol's: it may have to wait until the client has read its answer."""
+    """A transport whose close() is the protocol's: it may have to wait until the client has its answer."""
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
         self._transport = transport
@@ -261,7 +263,7 @@ class _Protocol(H11Protocol):
     def _refuse(self, error: ApiError) -> None:
         """Answer with an error, if no answer has begun, and let the client go.
 
-        An application that is still waiting for the body learns that the client is gone; scope["state"]["refused"]
+        An application that still waits for the body learns that the client is gone; scope["state"]["refused"]
         says with which status.
         """
         if self._deaf:

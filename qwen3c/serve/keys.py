@@ -69,7 +69,8 @@ class Keys:
         mode = stat.S_IMODE(self.path.stat().st_mode)
         if not mode & 0o007:
             return None
-        return f"warning: everybody on this computer may read {self.path} (mode {mode:04o}): chmod 600 {self.path}"
+        found = f"everybody on this computer may read {self.path} (mode {mode:04o})"
+        return f"warning: {found}: chmod 600 {self.path}"
 
     def owner(self, headers: Iterable[tuple[bytes, bytes]]) -> Key:
         """Whose key the headers of a request bring; ApiError 401 if it is none of the file's."""
@@ -86,7 +87,9 @@ class Keys:
 
 
 def _presented(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """The key in `Authorization: Bearer KEY` or `x-api-key: KEY`; ApiError 401 if there is none, or more than one."""
+    """The key in `Authorization: Bearer KEY` or `x-api-key: KEY`; ApiError 401 if there is none, or more than
+    one.
+    """
     found: dict[bytes, bytes] = {}
     for name, value in headers:
         if name in (b"authorization", b"x-api-key"):
@@ -111,7 +114,9 @@ def _unauthorized(message: str) -> ApiError:
 
 
 def read_keys(path: Path, limits: KeyLimits = NO_LIMITS) -> tuple[Key, ...]:
-    """The keys of a file; ValueError or OSError if there is none in it or a line is wrong. No message shows a key."""
+    """The keys of a file; ValueError or OSError if there is none in it or a line is wrong. No message shows a
+    key.
+    """
     with open(path, "rb") as file:
         data = file.read(MAX_FILE + 1)
     if len(data) > MAX_FILE:

@@ -1,4 +1,6 @@
-"""What the server says of itself on stderr: one line a request, as text or as JSON; never a prompt, a reply or a key."""
+"""What the server says of itself on stderr: one line a request, as text or as JSON; never a prompt, a reply
+or a key.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ MAX_PATH = 120  # characters of a path that are shown
 class Record:
     """What is known of one request; whoever serves it fills in its part.
 
-    path: without the query. status: 0 where the client left before an answer. queue, ttft: seconds. prompt: tokens, of them `cached`
-    from the prefix cache; completion: tokens of the reply. key: the name of the API key. backend: local or cloud.
+    path: without the query. status: 0 where the client left before an answer. queue, ttft: seconds. prompt:
+    tokens, of them `cached` from the prefix cache; completion: tokens of the reply. key: the name of the API
+    key. backend: local or
+    cloud.
     """
 
     method: str = ""
@@ -101,7 +105,9 @@ def _ms(seconds: float | None) -> int | None:
 
 
 class Log:
-    """Lines on `stream` (None: whatever stderr is), from `level` on. Control characters are escaped in all of them."""
+    """Lines on `stream` (None: whatever stderr is), from `level` on. Control characters are escaped in all of
+    them.
+    """
 
     def __init__(self, level: str = "info", as_json: bool = False, stream: TextIO | None = None) -> None:
         self.level = LEVELS.index(level)

@@ -476,18 +476,18 @@ def new_server(provider: Provider) -> Server[Any]:
 
 
 def mcp_routes(
-    models: Models, *, hosts: Sequence[str], origins: Sequence[str]
+    models: Models, *, hosts: Sequence[str] | None, origins: Sequence[str] = ()
 ) -> tuple[list[BaseRoute], Callable[[], AbstractAsyncContextManager[None]]]:
     """The routes of /mcp, and the context manager that the app's lifespan has to enter around serving.
 
     hosts, origins: which Host and Origin headers are answered, such as "127.0.0.1:8080" and "http://127.0.0.1:8080";
-    ":*" at the end is any port. Who asks is the `key` in the state of the request, if the guard has put one there.
+    ":*" at the end is any port; without hosts the app has to check them itself. Who asks is the `key` in the state of the request, if the guard has put one there.
     """
     return routes_of(Local(models), hosts, origins)
 
 
 def routes_of(
-    provider: Provider, hosts: Sequence[str], origins: Sequence[str]
+    provider: Provider, hosts: Sequence[str] | None, origins: Sequence[str] = ()
 ) -> tuple[list[BaseRoute], Callable[[], AbstractAsyncContextManager[None]]]:
     """The routes of /mcp for any tools; see mcp_routes."""
     server = new_server(provider)
@@ -495,7 +495,11 @@ def routes_of(
     from mcp.server.transport_security import TransportSecuritySettings
     from starlette.routing import Route
 
-    security = TransportSecuritySettings(allowed_hosts=list(hosts), allowed_origins=list(origins))
+    security = TransportSecuritySettings(
+        enable_dns_rebinding_protection=hosts is not None,
+        allowed_hosts=list(hosts or ()),
+        allowed_origins=list(origins),
+    )
     manager = StreamableHTTPSessionManager(server, security_settings=security)
     return [Route(PATH, endpoint=_Endpoint(manager.handle_request))], manager.run
 

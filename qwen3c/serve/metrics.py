@@ -1,7 +1,8 @@
-"""What Prometheus may ask: counters and histograms under the names that vLLM gives them, in a registry of their own.
+"""What Prometheus may ask: counters and histograms under the names that vLLM gives them, in a registry of
+their own.
 
-What the engine threads count is read when somebody asks. What only a surface can see, it tells by the methods of the
-ModelMetrics that Metrics.of() gives.
+What the engine threads count is read when somebody asks. What only a surface can see, it tells by the methods
+of the ModelMetrics that Metrics.of() gives.
 """
 
 from __future__ import annotations
@@ -46,8 +47,11 @@ class Metrics:
             return Histogram(PREFIX + name, what, ["model_name"], registry=self._registry, buckets=buckets)
 
         self.success = Counter(
-            PREFIX + "request_success", "Requests that ended", ["model_name", "finished_reason"], registry=self._registry
-        )  # fmt: skip
+            PREFIX + "request_success",
+            "Requests that ended",
+            ["model_name", "finished_reason"],
+            registry=self._registry,
+        )
         self.queued = histogram("request_queue_time_seconds", "From arrival to the first pass", FIRST_TOKEN)
         self.first = histogram("time_to_first_token_seconds", "From arrival to the first token", FIRST_TOKEN)
         self.between = histogram(
@@ -57,10 +61,15 @@ class Metrics:
         self._started = time.monotonic()
         self._worked = 0.0
         self._worker = Counter(
-            PREFIX + "worker_seconds", "What worker threads computed: templates, tokens, JSON", registry=self._registry
-        )  # fmt: skip
-        share = Gauge(PREFIX + "worker_thread_share", "Share of the time since the start that a worker thread computed",
-                      registry=self._registry)  # fmt: skip
+            PREFIX + "worker_seconds",
+            "What worker threads computed: templates, tokens, JSON",
+            registry=self._registry,
+        )
+        share = Gauge(
+            PREFIX + "worker_thread_share",
+            "Share of the time since the start that a worker thread computed",
+            registry=self._registry,
+        )
         share.set_function(lambda: self._worked / max(time.monotonic() - self._started, 1e-9))
 
     def of(self, model: str) -> ModelMetrics:

@@ -28,6 +28,8 @@ from ..engine import Logits
 from ..format import ModelFile
 from ..memory import available, gib
 from ..model import Model
+from ..text.chat import TOOL_CALL
+from ..text.chat import TOOL_CALL
 from .ask import Ask, Stream
 from .errors import ApiError, context_error
 from .pace import Pace
@@ -41,13 +43,17 @@ SHARE_OF_MEMORY = 4  # without --cache-memory the KV cache gets this part of wha
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """How models are served. kv_bytes: None for a part of what is available. context: None for what fits."""
+    """How models are served. kv_bytes: None for a part of what is available. context: None for what fits.
+
+    idle_unload: seconds without a request after which a model is released; None for never.
+    """
 
     running: int = 64
     queue: int = 128
     kv_bytes: int | None = None
     max_gap: float | None = None
     context: int | None = None
+    idle_unload: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,8 @@ class Card:
 def card_of(file: ModelFile, context: int) -> Card:
     """The card of a model, from its file alone."""
     template, thinks = file.template, file.metadata["thinking"] != "none"
-    able = {"completion": True, "chat": bool(template), "tools": "tools" in template, "thinking": thinks}
+    calls = "tools" in template and TOOL_CALL.encode() in file.tokenizer
+    able = {"completion": True, "chat": bool(template), "tools": calls, "thinking": thinks}
     return Card(context, (*(name for name, has in able.items() if has), "embedding"))
 
 
@@ -292,12 +299,25 @@ class Models:
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Models]:
-        """Within, the default model is loaded."""
+        """Within, the default model is loaded, and what nobody asks for is released when its time is over."""
         await self.get()
+        watching = asyncio.create_task(self._unload_idle())
         try:
             yield self
         finally:
+            watching.cancel()
             await asyncio.to_thread(self.close)
+
+    async def _unload_idle(self) -> None:
+        longest = self.options.idle_unload
+        while longest is not None:
+            await asyncio.sleep(min(longest / 4, 10))
+            for served in self.loaded:
+                busy = served.scheduler.n_running + served.scheduler.n_waiting
+                if busy:
+                    served.used = time.monotonic()
+                elif time.monotonic() - served.used > longest:
+                    self.unload(served.name)
 
 
 def _without_paths(error: Exception) -> str:

@@ -1,8 +1,9 @@
-"""A server from its sockets to its end: uvicorn run from here, signals, systemd, and a stop that lets requests finish.
+"""A server from its sockets to its end: uvicorn run from here, signals, systemd, and a stop that lets
+requests finish.
 
-SIGTERM and Ctrl-C: no new connections, what is under way has `drain` seconds, then it is cancelled; a second signal
-cancels at once. Either way the exit status is 0: the server did as it was told. SIGHUP reads the API keys again; where
-a terminal is attached it means that the terminal was closed, and ends the server as SIGTERM does, with status 129.
+SIGTERM and Ctrl-C: no new connections, what is under way has `drain` seconds, then it is cancelled; a second
+signal cancels at once. Either way the exit status is 0: the server did as it was told. SIGHUP reads the API keys again;
+where a terminal is attached it means that the terminal was closed, and ends the server as SIGTERM does, with 129.
 """
 
 from __future__ import annotations
@@ -48,11 +49,12 @@ class Service:
         *,
         says: Callable[[], Sequence[str]] = tuple,
         is_healthy: Callable[[], bool] = lambda: True,
+        stopping: Callable[[], None] = lambda: None,
         open_paths: frozenset[bytes] = OPEN,
     ) -> None:
-        """says: further parts of the line that says that the server is ready. is_healthy: whether the watchdog of systemd
-        is told that all is well. open_paths: GET and HEAD of these need no key. ValueError if a socket is open
-        to other computers and there are no keys.
+        """says: further parts of the line that says that the server is ready. is_healthy: whether the watchdog
+        of systemd is told that all is well. stopping: called when the server is told to stop. open_paths: GET and HEAD of these need no key. ValueError if a
+        socket is open to other computers and there are no keys.
         """
         public = settings.public or any(_is_public(listener) for listener in sockets)
         if public and keys.path is None:
@@ -63,7 +65,7 @@ class Service:
         self.log = Log(settings.log_level, settings.log_json)
         self.ready = threading.Event()
         self._sockets = list(sockets)
-        self._says, self._is_healthy = says, is_healthy
+        self._says, self._is_healthy, self._stopping = says, is_healthy, stopping
         hosts = {
             *settings.allowed_hosts,
             *([] if public and _is_wildcard(settings.host) else [settings.host]),
@@ -74,7 +76,9 @@ class Service:
         self._hung_up = False
 
     def run(self) -> int:
-        """Serve until told to stop; the exit status. Whatever the application raises at its start is raised here."""
+        """Serve until told to stop; the exit status. Whatever the application raises at its start is raised
+        here.
+        """
         with _signals(self._handlers()), _uvicorn_says(self._hear):
             try:
                 self._server.run(self._sockets)
@@ -88,6 +92,7 @@ class Service:
 
     def stop(self) -> None:
         """Ask the server to stop; the second time, to stop without waiting for anybody."""
+        self._stopping()
         self._server.ask_to_stop()
 
     def _config(self, guard: Guard) -> uvicorn.Config:
@@ -117,7 +122,9 @@ class Service:
         self.log.request(record)
 
     def _hear(self, record: logging.LogRecord) -> None:
-        """A warning of uvicorn or asyncio becomes one line. What the guard has told already, or run() raises, is dropped."""
+        """A warning of uvicorn or asyncio becomes one line. What the guard has told already, or run() raises,
+        is dropped.
+        """
         message = record.getMessage().split("\n")[0]
         if not self._server.started or message.startswith(("ASGI callable returned", "Invalid HTTP request")):
             return
@@ -235,7 +242,7 @@ class _Server(uvicorn.Server):
         await self.lifespan.shutdown()
 
     async def _wait(self, seconds: float, enough: Callable[[], bool]) -> None:
-        """Until no request is under way and what was answered has been taken; or that long; or it is enough."""
+        """Until no request is under way and all answers have been taken; or that long; or it is enough."""
         end = asyncio.get_running_loop().time() + seconds
         state = self.server_state
         while (state.tasks or state.connections) and not enough():
@@ -249,7 +256,9 @@ class _Server(uvicorn.Server):
 
 
 def open_sockets(settings: Settings) -> list[socket.socket]:
-    """Sockets that are bound but do not listen yet; from systemd or `fd` where there are some. ValueError or OSError."""
+    """Sockets that are bound but do not listen yet; from systemd or `fd` where there are some. ValueError or
+    OSError.
+    """
     handed = _handed_over()
     if settings.fd is not None:
         handed = [settings.fd]
@@ -277,7 +286,9 @@ def open_sockets(settings: Settings) -> list[socket.socket]:
 
 
 def _resolve(host: str, port: int) -> list[Any]:
-    """The IPv4 addresses of a host, else those of IPv6: localhost may have one of these that the system does not."""
+    """The IPv4 addresses of a host, else those of IPv6: localhost may have one of these that the system does
+    not.
+    """
     found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     first = [place for place in found if place[0] == socket.AF_INET]
     return first or found
@@ -320,7 +331,9 @@ def address(listener: socket.socket) -> str:
 
 
 def _allow_files(connections: int) -> int:
-    """Raise the soft limit of open files to what so many connections take, if the hard one lets us; the limit then."""
+    """Raise the soft limit of open files to what so many connections take, if the hard one lets us; the limit
+    then.
+    """
     try:
         import resource
     except ImportError:
@@ -351,7 +364,9 @@ def notify(state: str) -> None:
 
 
 def _beat_interval() -> int:
-    """Ticks of uvicorn, ten a second, between two signs of life: half of what the watchdog allows; 0: there is none."""
+    """Ticks of uvicorn, ten a second, between two signs of life: half of what the watchdog allows; 0: there
+    is none.
+    """
     allowed = os.environ.get("WATCHDOG_USEC", "")
     mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
     return max(int(allowed) // 200_000, 1) if mine and allowed.isdecimal() and int(allowed) else 0
@@ -359,7 +374,9 @@ def _beat_interval() -> int:
 
 @contextlib.contextmanager
 def _signals(handlers: Mapping[str, Callable[[], None]]) -> Iterator[None]:
-    """Within, signals call these; one that the caller ignores (nohup) stays ignored. Only the main thread hears any."""
+    """Within, signals call these; one that the caller ignores (nohup) stays ignored. Only the main thread
+    hears any.
+    """
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for name, handler in handlers.items():

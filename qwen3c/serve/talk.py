@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..drivers.reply import ContextFullError, Event, Reply, Stats, Vocabulary
 from ..drivers.sampler import SamplingOptions
 from ..drivers.score import TokenScore
-from ..text.chat import TOOL_CALL
+from ..text.chat import END_THINK, THINK, TOOL_CALL, last_control_token
 from .ask import Ask, Progress, Stream
 from .errors import ApiError
 from .fields import Fields
@@ -53,7 +53,7 @@ class Talk:
 
     messages: as Model.chat_prompt takes them. tools: OpenAI's, functions alone. tool_choice: "auto", "required", "none"
     or the name of a function. parallel: whether a reply may hold several calls. thinking: None leaves it to the model.
-    n: how many replies.
+    n: how many replies. continues: the last message is the assistant's, unfinished, and the reply goes on with it.
     """
 
     messages: list[dict[str, Any]]
@@ -68,6 +68,7 @@ class Talk:
     stop: list[str] = field(default_factory=list)
     logprobs: int | None = None
     n: int = 1
+    continues: bool = False
     paths: dict[str, str] = field(
         default_factory=dict
     )  # what a field is called in this surface, if otherwise
@@ -82,10 +83,25 @@ class Talk:
 
     def _prompt(self, served: Served) -> list[int]:
         tools = self.tools if self.tools else None
+        messages = self.messages[:-1] if self.continues else self.messages
         try:
-            return served.model.chat_prompt(self.messages, self.thinking, tools)
+            ids = served.model.chat_prompt(messages, self.thinking, tools)
+            return ids + self._unfinished(served, ids) if self.continues else ids
         except ValueError as error:
             raise ApiError(400, str(error), param=self.paths.get("messages", "messages")) from None
+
+    def _unfinished(self, served: Served, before: list[int]) -> list[int]:
+        """The tokens of the message that the reply goes on with, as the model would have said them."""
+        tokenizer, message = served.model.tokenizer, self.messages[-1]
+        thought, said = message.get("reasoning_content") or "", message["content"]
+        begin, end = tokenizer.control_id(THINK), tokenizer.control_id(END_THINK)
+        ids: list[int] = []
+        if thought and begin is not None and end is not None:
+            ids = [] if last_control_token(tokenizer, before) == begin else [begin, *tokenizer.encode("\n")]
+            ids += tokenizer.encode(thought)
+            if said:
+                ids += [*tokenizer.encode("\n"), end, *tokenizer.encode("\n\n")]
+        return ids + tokenizer.encode(said) if said else ids
 
     def _ask(self, served: Served, namespace: str, priority: int) -> Ask:
         tools = self._tool_set(served)
@@ -99,7 +115,7 @@ class Talk:
             stop=self.stop,
             logprobs=self.logprobs,
             grammar=grammar,
-            tools=tools,
+            tools=tools if self.tool_choice != "none" else None,
             thinking_budget=self.thinking_budget,
             namespace=namespace,
             priority=priority,

@@ -121,12 +121,12 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def read_key() -> str | None:
+def read_key(variable: str = KEY_VARIABLE) -> str | None:
     """The provider's key from the environment, else from a systemd credential; None if there is neither.
 
     ValueError, which does not hold the key, if no header can carry it.
     """
-    where, key = KEY_VARIABLE, os.environ.get(KEY_VARIABLE, "")
+    where, key = variable, os.environ.get(variable, "")
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     if not key and directory and (path := Path(directory, CREDENTIAL)).exists():
         where = str(path)

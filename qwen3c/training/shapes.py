@@ -12,8 +12,6 @@ from .vocabulary import end_of_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-GROUP_SIZE = 64  # export's default: widths that are multiples of it export without --group-size
-
 
 @dataclass(frozen=True)
 class Shape:

@@ -179,6 +179,21 @@ def test_json_is_one_line_that_tells_everything(model: Model, capsys: pytest.Cap
     assert reply["prefill_seconds"] > 0 and reply["tool_calls"] == [] and reply["thinking"] == ""
 
 
+def test_a_reply_is_held_to_the_schema_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "schema.json"
+    path.write_text('{"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 4}')
+    done = in_process(capsys, *COMPLETE, "-i", PROMPT, "--schema", str(path), "-s", "1")
+    items = json.loads(done.out)
+    assert done.status == 0 and 2 <= len(items) <= 4 and set(items) <= {"a", "b"}
+    as_json = in_process(capsys, *COMPLETE, "-i", PROMPT, "--schema", str(path), "-s", "1", "--json")
+    reply = json.loads(as_json.out)
+    assert json.loads(reply["text"]) == items and reply["finish_reason"] == "stop"
+    answer = in_process(capsys, "-i", "hi", "--no-think", "--schema", str(path), "-s", "1", "--json")
+    assert 2 <= len(json.loads(json.loads(answer.out)["text"])) <= 4  # also where it is an answer
+    short = in_process(capsys, *COMPLETE, "-i", PROMPT, "--schema", str(path), "-n", "1")
+    assert short.out.strip() == "[" and "ended by length (-n), before its JSON was complete" in short.err
+
+
 def test_flags_reach_the_sampler(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
     flags = (
         "-t 0.9 -p 0.7 --top-k 9 --min-p 0.01 --presence-penalty 1 --frequency-penalty 0.2 "
@@ -287,7 +302,7 @@ def with_template(file: ModelFile, path: Path, template: str) -> str:
 # ----------------------------------------------------------------------------
 # Modes and options
 
-ALL = {"chat", "generate", "trace", "info", "perplexity", "bench", "serve"}
+ALL = {"chat", "generate", "trace", "info", "perplexity", "bench", "serve", "mcp"}
 MAKES_TEXT = {"chat", "generate", "trace"}
 SAMPLING = (
     "-t 1", "-p 1", "-s 1", "--top-k 1", "--min-p 0.1", "--presence-penalty 1", "--frequency-penalty 1",
@@ -296,10 +311,10 @@ SAMPLING = (
 OPTIONS = [  # and the modes that use them
     (("-i x", "--chat-template", "--raw"), {"generate", "trace"}),
     (("--file /dev/null",), {"generate", "trace", "perplexity"}),
-    (("--echo",), {"generate"}),
+    (("--echo", "--schema x"), {"generate"}),
     (("-y x", "--system-file x", "-r 1", "--think", "--no-think"), MAKES_TEXT),
     (("-n 1", "--stop x", *SAMPLING), MAKES_TEXT),
-    (("-c 0",), MAKES_TEXT | {"perplexity", "serve"}),
+    (("-c 0",), MAKES_TEXT | {"perplexity", "serve", "mcp"}),
     (("-j 1", "--kv f16", "--huge-pages", "--isa scalar"), ALL - {"info"}),
     (("--activations int8",), ALL - {"info", "serve"}),
     (
@@ -326,9 +341,10 @@ OPTIONS = [  # and the modes that use them
         {"serve"},
     ),
     (("--hide-thinking", "--json --logprobs 1"), {"chat", "generate"}),
-    (("--json",), ALL - {"bench", "serve"}),
+    (("--json",), ALL - {"bench", "serve", "mcp"}),
     (("--level compact", "--html x"), {"trace"}),
     (("--verify",), {"info"}),
+    (("--mcp x",), {"chat", "serve"}),
 ]
 
 
@@ -496,6 +512,9 @@ def test_the_name_of_a_mode_where_the_model_stands_is_recognised(
         (["-i", ""], "prompt is empty"),
         (["-i", "x " * 3000], "tokens, the context holds 2048"),
         (["-i", "x\udcff"], "--prompt: character 1 is not UTF-8 text"),
+        (["-i", "x", "--schema", "/nowhere/schema.json"], "/nowhere/schema.json: No such file or directory"),
+        (["-i", "x", "--schema", "{text}"], "{text}: schema is not JSON: Expecting value"),
+        (["-i", "x", "--schema", "{not}"], '{not}: Unimplemented keys: ["not"]'),
         (["--file", "/nowhere/prompt.txt"], "/nowhere/prompt.txt: No such file or directory"),
         (["--file", "{binary}"], "{binary}: byte 2 is not UTF-8 text"),
         (["-i", "x", "-y", "a", "--system-file", "b"], "--system and --system-file are two system prompts"),
@@ -513,12 +532,13 @@ def test_the_name_of_a_mode_where_the_model_stands_is_recognised(
 def test_wrong_input_is_one_line_and_status_2(
     args: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = {name: str(tmp_path / name) for name in ("dir", "text", "binary", "one")}
+    places = {name: str(tmp_path / name) for name in ("dir", "text", "binary", "one", "not")}
     (tmp_path / "dir").mkdir()
     (tmp_path / "dir" / "config.json").write_text("{}")
     (tmp_path / "text").write_text("not a model")
     (tmp_path / "binary").write_bytes(b"ab\xff")
     (tmp_path / "one").write_text("a")
+    (tmp_path / "not").write_text('{"not": {}}')
     done = in_process(capsys, *(arg.format(**places) if "{" in arg else arg for arg in args))
     assert done.status == 2 and done.out == ""
     assert done.err.startswith("run.py: error: ") and complaint.format(**places) in done.err

@@ -81,7 +81,7 @@ def state(grammar: Grammar | None, prompt: str = "x", of: Vocabulary = HYBRID, *
 def said(state: ReplyState, text: str) -> str:
     """What a model that wants to say `text` and then to end says; "…" follows where it was not let."""
     tokens = [*TOKENIZER.encode(text, special=True), END]
-    out = []
+    out: list[int] = []
     for wanted in tokens:
         assert wanted is not None
         state.prepare()
@@ -271,7 +271,7 @@ def test_a_grammar_that_becomes_too_complex_fails_its_own_replies_alone(tiny: Mo
     alone = [until_too_complex(new().mask([1]), seed) for seed in range(2)]
     assert all(re.match(r"grammar: too complex to go on: .*$", said) for _, said in alone)
     shared = new()
-    assert [until_too_complex(shared.mask([1]), seed) for seed in range(3)] == alone
+    assert [until_too_complex(shared.mask([1]), seed) for seed in range(2)] == alone
 
 
 def test_a_vocabulary_that_cannot_be_held_to_a_grammar_says_so() -> None:
@@ -392,7 +392,7 @@ def test_replies_of_models_that_know_no_json_meet_random_schemas(
     for i in range(n):
         schema = some_schema(r)
         sampling = {"temperature": 0} if i % 3 == 0 else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        reply = model.generate(asked(model), 120, schema=schema, seed=i, **sampling).result()  # type: ignore[arg-type]
+        reply = model.generate(asked(model), 120, schema=schema, seed=i, **sampling).result()
         assert reply.finish_reason in ("stop", "length")
         if reply.finish_reason == "stop":
             stopped += 1
@@ -694,6 +694,7 @@ def test_the_values_of_coder_calls_are_of_their_types() -> None:
         coder("f", other="x"),
         coder("f", text="a\n</parameter>\nb"),
         coder("f", text="<parameter=unit>"),
+        coder("f", text="a").replace("</function>", ""),
     ):
         assert not may_say(grammar, bad), bad
 
@@ -703,7 +704,7 @@ def test_calls_that_a_model_is_held_to_are_read_back(flat: Model) -> None:
     for i in range(12):
         parameters = {**some_schema(r), "additionalProperties": False}
         for format in ("hermes", "qwen3-coder"):
-            tools = ToolSet([{"name": "f", "parameters": parameters}], format)  # type: ignore[arg-type]
+            tools = ToolSet([{"name": "f", "parameters": parameters}], format)
             grammar = Grammar.tools(flat.vocabulary, tools, "required", parallel=False)
             reply = flat.generate(
                 [1, 2], 150, grammar=grammar, toolset=tools, seed=i, temperature=1.0

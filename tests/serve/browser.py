@@ -129,6 +129,8 @@ def stored(chat: Chat, kind: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    if not CHROMIUM:
+        pytest.skip("needs chromium")
     with chromium() as opened:
         yield opened
 

@@ -52,7 +52,8 @@ def running(paths: Mapping[str, Path], **options: Any) -> Iterator[Server]:
     openers = {alias: opener(path) for alias, path in paths.items()}
     api = Api(Models(openers, ServeOptions(**options), files=paths))
     config = uvicorn.Config(create_app(api), log_level="error", lifespan="on", http="h11")
-    with socket.socket() as listening:
+    # named, for asyncio turns off Nagle only where it sees TCP: else every answer waits 40 ms for an acknowledgement
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.bind(("127.0.0.1", 0))
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

@@ -34,18 +34,42 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
 def test_models_of_flags_come_before_those_of_the_file_and_in_place_of_namesakes(tmp_path: Path) -> None:
     text = '[models]\na = "a.bin"\nb = { path = "/b.bin", kv = "int8" }'
     made = load(tmp_path, text, models={"c": "/c.bin", "a": "/other.bin"}, default_model="b")
-    assert {alias: model.path for alias, model in made.models.items()} == {"c": "/c.bin", "a": "/other.bin", "b": "/b.bin"}  # fmt: skip
+    assert {alias: model.path for alias, model in made.models.items()} == {
+        "c": "/c.bin",
+        "a": "/other.bin",
+        "b": "/b.bin",
+    }
     assert made.models["b"].kv == "int8"
 
 
 def test_what_is_printed_can_be_read_back(tmp_path: Path) -> None:
     """Every setting, with values that need quoting."""
     made = Settings(
-        host="::1", port=1, fd=3, models={'a/b:c': ModelSettings('/tmp/"x"\\ü\x7f\n.bin', "f32"), "d": ModelSettings("/d")}, default_model="d",
-        max_gap=0.2, cache_memory=5, key_running=1, key_queue=0, idle_unload=60.0, context=9, threads=2, isa="scalar", huge_pages=True,
-        api_keys_file="/keys", allowed_hosts=("a", "b:1"), cors_origins=("https://x.y",), drain=0.0, metrics=False, log_json=True,
-        log_level="debug", offline=True, mcp_servers="/m.json", upstream=UpstreamSettings("https://u/v1", "big", tokens_per_day=7),
-    )  # fmt: skip
+        host="::1",
+        port=1,
+        fd=3,
+        models={"a/b:c": ModelSettings('/tmp/"x"\\ü\x7f\n.bin', "f32"), "d": ModelSettings("/d")},
+        default_model="d",
+        max_gap=0.2,
+        cache_memory=5,
+        key_running=1,
+        key_queue=0,
+        idle_unload=60.0,
+        context=9,
+        threads=2,
+        isa="scalar",
+        huge_pages=True,
+        api_keys_file="/keys",
+        allowed_hosts=("a", "b:1"),
+        cors_origins=("https://x.y",),
+        drain=0.0,
+        metrics=False,
+        log_json=True,
+        log_level="debug",
+        offline=True,
+        mcp_servers="/m.json",
+        upstream=UpstreamSettings("https://u/v1", "big", tokens_per_day=7),
+    )
     assert load(tmp_path, to_toml(made)) == made
     assert load(tmp_path, to_toml(load(tmp_path, ""))) == Settings()
     unset = {line.split()[1] for line in to_toml(made).splitlines() if line.startswith("# ")}
@@ -62,27 +86,42 @@ def test_what_is_printed_can_be_read_back(tmp_path: Path) -> None:
         ("port = 65536", "port: expected a whole number from 0 to 65535, not 65536"),
         ("port = 1.0", "port: expected a whole number"),
         ("drain = -1", "drain: expected seconds from 0 to 3600, not -1"),
-        ("drain = nan", "drain: expected seconds"), ("drain = inf", "drain: expected seconds"),
+        ("drain = nan", "drain: expected seconds"),
+        ("drain = inf", "drain: expected seconds"),
         ("max_gap = true", "max_gap: expected seconds"),
         ("metrics = 1", "metrics: expected true or false, not 1"),
         ("kv = 'int4'", "kv: expected one of int8, f16, f32, not 'int4'"),
-        ("cache_memory = '2 G'", "cache_memory: expected bytes, such as"), ("cache_memory = -1", "cache_memory: expected bytes"),
+        ("cache_memory = '2 G'", "cache_memory: expected bytes, such as"),
+        ("cache_memory = -1", "cache_memory: expected bytes"),
         ("cors_origins = 'https://x'", "cors_origins: expected a list of origins"),
-        ("cors_origins = ['x']", "cors_origins: expected an origin such as"), ("cors_origins = ['https://x/']", "cors_origins: expected an origin"),
+        ("cors_origins = ['x']", "cors_origins: expected an origin such as"),
+        ("cors_origins = ['https://x/']", "cors_origins: expected an origin"),
         ("allowed_hosts = ['http://x']", "allowed_hosts: expected host names"),
-        ("models = 'x'", "models: expected a table such as"), ("[models]\na = 1", "models.a: expected a table with path"),
-        ("[models.a]\nkv = 'f16'", "models.a: path is missing"), ("[models.a]\npath = 'x'\npaht = 1", "models.a.paht: there is no such setting; did you mean path?"),
-        ("[models]\n'a b' = 'x'", "models: 'a b' is no alias"), ("default_model = 'x'", "default_model is x, but the models are: none"),
+        ("models = 'x'", "models: expected a table such as"),
+        ("[models]\na = 1", "models.a: expected a table with path"),
+        ("[models.a]\nkv = 'f16'", "models.a: path is missing"),
+        ("[models.a]\npath = 'x'\npaht = 1", "models.a.paht: there is no such setting; did you mean path?"),
+        ("[models]\n'a b' = 'x'", "models: 'a b' is no alias"),
+        ("default_model = 'x'", "default_model is x, but the models are: none"),
         ("[upstream]\nurl = 'https://u'", "upstream: model is missing"),
-        ("[upstream]\nmodel = 'm'\nurl = 'https://me:sk-canary@u'", "upstream.url: expected a URL without a password"),
-        ("[upstream]\nmodel = 'm'\nurl = 'https://u?key=sk-canary'", "upstream.url: expected a URL without a password"),
+        (
+            "[upstream]\nmodel = 'm'\nurl = 'https://me:sk-canary@u'",
+            "upstream.url: expected a URL without a password",
+        ),
+        (
+            "[upstream]\nmodel = 'm'\nurl = 'https://u?key=sk-canary'",
+            "upstream.url: expected a URL without a password",
+        ),
         ("[upstream]\nmodel = 'm'\nurl = 'ftp://u'", "upstream.url: expected a URL such as"),
         ("[upstream]\nkey = 'sk'", "upstream.key: there is no such setting"),
         ("host = '0.0.0.0'", "--host 0.0.0.0 lets other computers in, which takes keys: --api-keys FILE"),
         ("cors_origins = ['*']", "--cors-origin '*' lets the page of any site ask, which takes keys"),
-        ("port = ", "not TOML: "), ("\x00", "not TOML: "), ("port = 1\nport = 2", "not TOML: "), ("a = " + "[" * 5000, "not TOML: "),
+        ("port = ", "not TOML: "),
+        ("\x00", "not TOML: "),
+        ("port = 1\nport = 2", "not TOML: "),
+        ("a = " + "[" * 5000, "not TOML: "),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_one_line(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ValueError) as error:
         load(tmp_path, text)

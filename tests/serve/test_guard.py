@@ -18,10 +18,26 @@ SECRET = "sk-c0ffee-and-more"
 BEARER = {"authorization": f"Bearer {SECRET}"}
 SITE = "https://chat.example.com"
 ROUTES = [
-    "/", "/health", "/metrics", "/props", "/openapi.json", "/tokenize", "/detokenize", "/mcp", "/rerank", "/page/tools",
-    "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages",
-    "/v1/messages/count_tokens", "/v1/models/some%2Fmodel", "/nothing",
-]  # fmt: skip
+    "/",
+    "/health",
+    "/metrics",
+    "/props",
+    "/openapi.json",
+    "/tokenize",
+    "/detokenize",
+    "/mcp",
+    "/rerank",
+    "/page/tools",
+    "/v1/models",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/models/some%2Fmodel",
+    "/nothing",
+]
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"]
 
 
@@ -47,14 +63,50 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @pytest.mark.parametrize(
     ("host", "status"),
     [
-        *((host, 200) for host in ("localhost", "LOCALHOST:1", "127.0.0.1", "127.0.0.1:8080", "[::1]", "[::1]:80", "llm.lan", "LLM.lan:9")),
-        *((host, 403) for host in (
-            "evil.com", "evil.com:8080", "localhost.evil.com", "evil.localhost", "127.0.0.1.evil.com", "localhost@evil.com",
-            "localhost:80:80", "localhost:", "localhost:x", "localhost/", "localhost#", "localhost?", "localhost, evil.com", "10.0.0.1",
-            "127.0.0.2", "0x7f000001", "[::]", "::1", "localhost ", "\xe9", "*", ".", "xn--lcalhost-",
-        ) if host != "localhost "),
+        *(
+            (host, 200)
+            for host in (
+                "localhost",
+                "LOCALHOST:1",
+                "127.0.0.1",
+                "127.0.0.1:8080",
+                "[::1]",
+                "[::1]:80",
+                "llm.lan",
+                "LLM.lan:9",
+            )
+        ),
+        *(
+            (host, 403)
+            for host in (
+                "evil.com",
+                "evil.com:8080",
+                "localhost.evil.com",
+                "evil.localhost",
+                "127.0.0.1.evil.com",
+                "localhost@evil.com",
+                "localhost:80:80",
+                "localhost:",
+                "localhost:x",
+                "localhost/",
+                "localhost#",
+                "localhost?",
+                "localhost, evil.com",
+                "10.0.0.1",
+                "127.0.0.2",
+                "0x7f000001",
+                "[::]",
+                "::1",
+                "localhost ",
+                "\xe9",
+                "*",
+                ".",
+                "xn--lcalhost-",
+            )
+            if host != "localhost "
+        ),
     ],
-)  # fmt: skip
+)
 def test_only_names_of_this_computer_are_served(open_server: Running, host: str, status: int) -> None:
     """Another Host is a page whose DNS was pointed here."""
     assert open_server.get("/x", host=host).status == status
@@ -70,20 +122,41 @@ def test_a_server_for_other_computers_is_asked_for_by_any_of_its_addresses_but_b
 ) -> None:
     (tmp_path / "keys").write_text(f"alice {SECRET}\n")
     with serving(host="0.0.0.0", api_keys_file=str(tmp_path / "keys")) as server:
-        for host, status in (("192.168.1.7:8080", 200), ("[fe80::1]", 200), ("localhost", 200), ("evil.com", 403)):  # fmt: skip
+        for host, status in (
+            ("192.168.1.7:8080", 200),
+            ("[fe80::1]", 200),
+            ("localhost", 200),
+            ("evil.com", 403),
+        ):
             assert server.ask("GET", "/x", {"host": host, **BEARER}).status == status
 
 
 @pytest.mark.parametrize(
     ("origin", "status"),
     [
-        (SITE, 200), ("http://localhost:{port}", 200), ("https://localhost:{port}", 200),
-        *((origin, 403) for origin in (
-            "https://evil.com", "null", SITE + ".evil.com", SITE + "/", SITE.replace("https", "http"), SITE.upper(), "http://localhost",
-            "http://localhost:1", "http://127.0.0.1:{port}", "file://", "*", "chrome-extension://x", "localhost:{port}",
-        )),
+        (SITE, 200),
+        ("http://localhost:{port}", 200),
+        ("https://localhost:{port}", 200),
+        *(
+            (origin, 403)
+            for origin in (
+                "https://evil.com",
+                "null",
+                SITE + ".evil.com",
+                SITE + "/",
+                SITE.replace("https", "http"),
+                SITE.upper(),
+                "http://localhost",
+                "http://localhost:1",
+                "http://127.0.0.1:{port}",
+                "file://",
+                "*",
+                "chrome-extension://x",
+                "localhost:{port}",
+            )
+        ),
     ],
-)  # fmt: skip
+)
 def test_only_pages_from_here_and_of_listed_sites_may_ask(
     open_server: Running, origin: str, status: int
 ) -> None:
@@ -106,7 +179,8 @@ def test_a_listed_page_may_ask_first_what_it_may_send(locked: Running) -> None:
     asked = {
         "origin": SITE,
         "access-control-request-method": "POST",
-        "access-control-request-headers": "Authorization, content-type,x-api-key, x-stainless-os, anthropic-version, x-evil",
+        "access-control-request-headers": "Authorization, content-type,x-api-key, x-stainless-os, "
+        "anthropic-version, x-evil",
     }
     answer = locked.ask("OPTIONS", "/v1/chat/completions", asked)
     assert (answer.status, answer.body) == (204, b"")
@@ -123,14 +197,30 @@ def test_a_listed_page_may_ask_first_what_it_may_send(locked: Running) -> None:
 # Keys
 
 
-@pytest.mark.parametrize("headers", [
-    {}, {"authorization": "Bearer "}, {"authorization": "Bearer wrong"}, {"authorization": f"Bearer {SECRET[:-1]}"},
-    {"authorization": f"Bearer {SECRET}x"}, {"authorization": SECRET}, {"authorization": f"Basic {SECRET}"},
-    {"authorization": "Bearer \xe9\xff"}, {"authorization": f"Bearer {SECRET}\xa0"}, {"x-api-key": "wrong"}, {"x-api-key": ""},
-    {"authorization": f"Bearer {SECRET}", "x-api-key": "sk-another-key"}, {"authorization": f"Bearer {SECRET}", "x-api-key": "wrong"},
-    {"authorization": f"Bearer {SECRET}", "Authorization": f"Bearer {SECRET}"}, {"x-api-key": SECRET, "X-Api-Key": SECRET},
-    {"authorization": f"Bearer {SECRET.upper()}"}, {"cookie": f"key={SECRET}"}, {"authorization": "Bearer " + "k" * 9000},
-], ids=range(18))  # fmt: skip
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"authorization": "Bearer "},
+        {"authorization": "Bearer wrong"},
+        {"authorization": f"Bearer {SECRET[:-1]}"},
+        {"authorization": f"Bearer {SECRET}x"},
+        {"authorization": SECRET},
+        {"authorization": f"Basic {SECRET}"},
+        {"authorization": "Bearer \xe9\xff"},
+        {"authorization": f"Bearer {SECRET}\xa0"},
+        {"x-api-key": "wrong"},
+        {"x-api-key": ""},
+        {"authorization": f"Bearer {SECRET}", "x-api-key": "sk-another-key"},
+        {"authorization": f"Bearer {SECRET}", "x-api-key": "wrong"},
+        {"authorization": f"Bearer {SECRET}", "Authorization": f"Bearer {SECRET}"},
+        {"x-api-key": SECRET, "X-Api-Key": SECRET},
+        {"authorization": f"Bearer {SECRET.upper()}"},
+        {"cookie": f"key={SECRET}"},
+        {"authorization": "Bearer " + "k" * 9000},
+    ],
+    ids=range(18),
+)
 def test_without_one_right_key_every_route_and_method_is_refused(
     locked: Running, headers: dict[str, str]
 ) -> None:
@@ -147,10 +237,22 @@ def test_without_one_right_key_every_route_and_method_is_refused(
 @pytest.mark.parametrize(
     "path",
     [
-        "/health/", "/Health", "//health", "/health/../v1/models", "/./health", "/health%2f..%2fv1%2fmodels", "/%68ealth",
-        "http://localhost/health", "/v1/models?/health", "/health;/v1/models", "/v1/models#/health", "/v1/models/../../health", "*", "/health%00",
+        "/health/",
+        "/Health",
+        "//health",
+        "/health/../v1/models",
+        "/./health",
+        "/health%2f..%2fv1%2fmodels",
+        "/%68ealth",
+        "http://localhost/health",
+        "/v1/models?/health",
+        "/health;/v1/models",
+        "/v1/models#/health",
+        "/v1/models/../../health",
+        "*",
+        "/health%00",
     ],
-)  # fmt: skip
+)
 def test_no_spelling_of_a_path_gets_around_the_key(locked: Running, path: str) -> None:
     app = locked.service._guard._app
     assert isinstance(app, App)
@@ -190,11 +292,49 @@ def test_errors_have_the_shape_of_their_surface(locked: Running) -> None:
 
 
 BAD_PATHS = [
-    "/../", "/%2e%2e/", "/..%5c", "//", "//x", "/x//y", "/a/../b", "/a/./b", "/..", "/.", "/a/..", "/%00", "/x%00.html", "/%2e", "/x%2fy",
-    "/%", "/%zz", "/x\\y", "/..\\", "/etc/passwd/../..", "/v1/models/..", "/v1/models/%2e%2e", "/v1/models/a%2f..%2fb", "/v1/models/%00",
-    "/v1/models/a%5cb", "/v1/models/%0d%0aset-cookie:x", "/v1/models//x", "/v1/models/%2f%2fx", "http://evil.com/", "https://localhost/",
-    "/|", '/"', "/<script>", "/'", "/{x}", "/x;y", "/$x", "/~/../x", "*", "/%u002e", "/%c0%ae%c0%ae/", "/%252e%252e/%2e",
-]  # fmt: skip
+    "/../",
+    "/%2e%2e/",
+    "/..%5c",
+    "//",
+    "//x",
+    "/x//y",
+    "/a/../b",
+    "/a/./b",
+    "/..",
+    "/.",
+    "/a/..",
+    "/%00",
+    "/x%00.html",
+    "/%2e",
+    "/x%2fy",
+    "/%",
+    "/%zz",
+    "/x\\y",
+    "/..\\",
+    "/etc/passwd/../..",
+    "/v1/models/..",
+    "/v1/models/%2e%2e",
+    "/v1/models/a%2f..%2fb",
+    "/v1/models/%00",
+    "/v1/models/a%5cb",
+    "/v1/models/%0d%0aset-cookie:x",
+    "/v1/models//x",
+    "/v1/models/%2f%2fx",
+    "http://evil.com/",
+    "https://localhost/",
+    "/|",
+    '/"',
+    "/<script>",
+    "/'",
+    "/{x}",
+    "/x;y",
+    "/$x",
+    "/~/../x",
+    "*",
+    "/%u002e",
+    "/%c0%ae%c0%ae/",
+    "/%252e%252e/%2e",
+]
 
 
 @pytest.mark.parametrize("path", BAD_PATHS)
@@ -219,11 +359,20 @@ def test_names_of_models_may_have_slashes_and_escapes(open_server: Running) -> N
 @pytest.mark.parametrize(
     ("kind", "status"),
     [
-        ("application/json", 200), ("Application/JSON; charset=UTF-8", 200), ('application/json;charset="utf-8"', 200), ("", 415),
-        ("text/plain", 415), ("text/plain; application/json", 415), ("application/x-www-form-urlencoded", 415), ("multipart/form-data; boundary=x", 415),
-        ("application/json; charset=utf-16", 415), ("application/jsonx", 415), ("application/json, text/plain", 415), ("*/*", 415),
+        ("application/json", 200),
+        ("Application/JSON; charset=UTF-8", 200),
+        ('application/json;charset="utf-8"', 200),
+        ("", 415),
+        ("text/plain", 415),
+        ("text/plain; application/json", 415),
+        ("application/x-www-form-urlencoded", 415),
+        ("multipart/form-data; boundary=x", 415),
+        ("application/json; charset=utf-16", 415),
+        ("application/jsonx", 415),
+        ("application/json, text/plain", 415),
+        ("*/*", 415),
     ],
-)  # fmt: skip
+)
 def test_a_body_is_plain_json(open_server: Running, kind: str, status: int) -> None:
     """What a page may send without asking first is none of it."""
     assert open_server.ask("POST", "/x", {"content-type": kind}, b"{}").status == status
@@ -242,7 +391,12 @@ def test_the_largest_body_arrives_whole_and_a_larger_one_not_at_all(open_server:
     for size, status in ((1000, 200), (1001, 413)):
         body = b"x" * size
         whole = open_server.ask("POST", "/x", JSON, body)
-        parts = open_server.ask("POST", "/x", chunked, b"a\r\n" + body[:10] + b"\r\n%x\r\n" % (size - 10) + body[10:] + b"\r\n0\r\n\r\n")  # fmt: skip
+        parts = open_server.ask(
+            "POST",
+            "/x",
+            chunked,
+            b"a\r\n" + body[:10] + b"\r\n%x\r\n" % (size - 10) + body[10:] + b"\r\n0\r\n\r\n",
+        )
         assert whole.status == parts.status == status
         if status == 200:
             assert whole.json["body"] == parts.json["body"] == body.decode()
@@ -250,7 +404,8 @@ def test_the_largest_body_arrives_whole_and_a_larger_one_not_at_all(open_server:
 
 def test_large_bodies_that_are_read_at_once_are_bounded_together() -> None:
     with serving(max_body=100_000) as server:
-        head = f"POST /x HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {100_000}\r\n\r\n".encode()
+        head = b"POST /x HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        head += b"content-length: 100000\r\n\r\n"
         clients = [server.connect() for _ in range(17)]
         for client in clients:
             client.sendall(head + b" " * 99_999)

@@ -42,12 +42,23 @@ def test_without_a_file_everybody_is_nobody_in_particular() -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("", None), ("# only\n", None), ("alice\n", 1), (f"alice {SECRET} running=0", 1), (f"alice {SECRET} running=x", 1),
-        (f"alice {SECRET} queue=-1", 1), (f"alice {SECRET} limit=1", 1), (f"alice {SECRET} queue=1 queue=2", 1),
-        (f"alice {SECRET}\nalice other", 2), (f"alice {SECRET}\nbob {SECRET}", 2), (f"../alice {SECRET}", 1), (f"{'a' * 65} {SECRET}", 1),
-        (f"alice {SECRET}\xe9", 1), (f"alice {SECRET} extra", 1), (f"a\x1bb {SECRET}", 1),
+        ("", None),
+        ("# only\n", None),
+        ("alice\n", 1),
+        (f"alice {SECRET} running=0", 1),
+        (f"alice {SECRET} running=x", 1),
+        (f"alice {SECRET} queue=-1", 1),
+        (f"alice {SECRET} limit=1", 1),
+        (f"alice {SECRET} queue=1 queue=2", 1),
+        (f"alice {SECRET}\nalice other", 2),
+        (f"alice {SECRET}\nbob {SECRET}", 2),
+        (f"../alice {SECRET}", 1),
+        (f"{'a' * 65} {SECRET}", 1),
+        (f"alice {SECRET}\xe9", 1),
+        (f"alice {SECRET} extra", 1),
+        (f"a\x1bb {SECRET}", 1),
     ],
-)  # fmt: skip
+)
 def test_a_bad_file_is_one_line_that_names_the_line_and_shows_no_key(
     tmp_path: Path, text: str, line: int | None
 ) -> None:

@@ -32,12 +32,23 @@ def record(**fields: object) -> Record:
 
 
 def test_a_line_has_what_is_known() -> None:
-    known = record(seconds=1.234, queue=0.003, prompt=812, cached=790, completion=215, rate=9.84, key="alice", model="m", backend="local")  # fmt: skip
+    known = record(
+        seconds=1.234,
+        queue=0.003,
+        prompt=812,
+        cached=790,
+        completion=215,
+        rate=9.84,
+        key="alice",
+        model="m",
+        backend="local",
+    )
     (line,) = lines("info", False, known)
     stamp, _, rest = line.partition(" ")
     assert stamp.endswith("Z") and "T" in stamp
     assert rest == (
-        "POST /v1/chat/completions 200 1234 ms | queued 3 ms | 812 in, 790 cached, 215 out | 9.8 tok/s | m | local | key alice | req_1"
+        "POST /v1/chat/completions 200 1234 ms | queued 3 ms | 812 in, 790 cached, 215 out | 9.8 tok/s"
+        " | m | local | key alice | req_1"
     )
 
 
@@ -45,9 +56,16 @@ def test_json_has_the_same_by_names() -> None:
     found = json.loads(lines("info", True, record(seconds=1.5, prompt=8, key="alice"))[0])
     assert found.pop("time").endswith("Z")
     assert found == {
-        "level": "info", "event": "request", "method": "POST", "path": "/v1/chat/completions", "status": 200, "ms": 1500,
-        "prompt_tokens": 8, "key": "alice", "request_id": "req_1",
-    }  # fmt: skip
+        "level": "info",
+        "event": "request",
+        "method": "POST",
+        "path": "/v1/chat/completions",
+        "status": 200,
+        "ms": 1500,
+        "prompt_tokens": 8,
+        "key": "alice",
+        "request_id": "req_1",
+    }
 
 
 def test_levels_sort_by_what_went_wrong() -> None:

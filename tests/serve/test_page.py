@@ -18,11 +18,9 @@ from starlette.testclient import TestClient
 from qwen3c.serve import page
 
 pytest.importorskip("playwright")
-from browser import CHROMIUM, Chat, stored, visit
+from browser import Chat, stored, visit
 from playwright.sync_api import Browser, expect
 from stub import MODEL, Stub, calls, chunk, reading, text, tool, usage
-
-needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
 
 
 def said(stub: Stub, number: int = -1) -> list[tuple[str, str]]:
@@ -230,6 +228,7 @@ def test_replies_and_questions_have_versions(chat: Chat, stub: Stub) -> None:
     chat.button("edit").click()
     edit = chat.page.get_by_role("textbox", name="Edit your message")
     expect(edit).to_be_focused()
+    expect(edit).to_be_in_viewport()
     edit.fill("Q, but better")
     edit.press("Enter")
     expect(chat.answers.locator(".prose")).to_have_text("three")
@@ -494,9 +493,20 @@ def test_consent_is_for_one_tool_in_one_chat_and_as_it_was(chat: Chat, stub: Stu
     chat.page.get_by_text("What its server says of it").click()
     expect(chat.page.locator(".tool.asks")).to_contain_text("Now it deletes.")
     assert len(stub.called) == 2
-    chat.button("Allow once").click()
+    chat.button("Always for this tool here").click()
     chat.rest()
     assert stub.called[-1]["digest"] == "d2"
+    # a change that the page hears of when it is loaded, not from a refusal
+    stub.tools[1]["digest"] = "d3"
+    chat.page.reload()
+    ask("files__read", "c1")
+    chat.say("Once more")
+    expect(chat.button("Allow once")).to_be_visible()
+    assert len(stub.called) == 3
+    stub.script(*text("Fine."))
+    chat.button("Deny").click()
+    expect(chat.answers.last.locator(".prose")).to_have_text("Fine.")
+    chat.rest()
 
     chat.button("New chat").click()
     ask("files__read", "c5")

@@ -14,12 +14,10 @@ from typing import Any
 import pytest
 
 pytest.importorskip("playwright")
-from browser import CHROMIUM, Chat, stored, visit
+from browser import Chat, stored, visit
 from playwright.sync_api import Browser, expect
 from scene import import_text, long_talk
 from stub import Stub, chunk, text, usage
-
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
 
 
 def test_conversations_are_found_renamed_and_deleted(chat: Chat, stub: Stub) -> None:
@@ -163,6 +161,30 @@ def test_a_reply_goes_on_while_another_conversation_is_read(chat: Chat, stub: St
     expect(chat.answers.locator(".prose")).to_have_text("slow but sure")
     chat.page.go_back()
     expect(chat.answers.locator(".prose")).to_have_text("quick")
+
+
+def test_a_conversation_that_is_being_written_is_deleted_whole(chat: Chat, stub: Stub) -> None:
+    stub.script(chunk(delta={"content": "for ever"}), threading.Event())
+    chat.say("Hi")
+    expect(chat.answers.locator(".prose")).to_have_text("for ever")
+    chat.button("More for Hi").click()
+    chat.button("delete").click()
+    chat.button("Delete", chat.page.get_by_role("dialog")).click()
+    expect(chat.page.locator("#list")).to_have_text("Nothing said yet")
+    chat.rest()
+    assert stored(chat, "messages") == stored(chat, "conversations") == []
+    expect(chat.answers).to_have_count(0)
+
+
+def test_an_imported_reply_goes_on(chat: Chat, stub: Stub) -> None:
+    half = {**MESSAGE, "role": "assistant", "content": "Half", "state": "stopped"}
+    import_text(chat, exported(half))
+    chat.page.locator("#list .open").click()
+    stub.script(*text(" and half", thinking="Hm."))
+    chat.button("continue").click()
+    expect(chat.answers.locator(".prose")).to_have_text("Half and half")
+    chat.rest()
+    expect(chat.answers.locator("details.thinking > div")).to_have_text("Hm.", use_inner_text=False)
 
 
 def test_two_tabs_show_the_same_conversations(chat: Chat, stub: Stub) -> None:

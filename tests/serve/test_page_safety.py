@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 
 pytest.importorskip("playwright")
-from browser import CHROMIUM, Chat, visit
+from browser import Chat, visit
 from playwright.sync_api import Browser, expect
 from scene import talk, tools
 from stub import Stub, calls, text
 
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
-
-TAKEN = "window.taken = true"
+TAKEN = "window.taken=true"  # without a blank, which would end an address
 SCRIPT = f"<script>{TAKEN}; alert(1)</script>"
 HOSTILE = {
     "script": SCRIPT,
@@ -46,6 +44,7 @@ HOSTILE = {
     "template": "{{constructor.constructor('alert(1)')()}} ${alert(1)} <%= alert(1) %>",
     "names of the page": '<a id=log name=log>x</a> <form id=box name=body><input name=innerHTML></form> __proto__ constructor',
     "deep quotes": "> " * 3000 + "x",
+    "quotes, less deep": "> " * 400 + "x",
     "deep lists": "- " * 3000 + "x",
     "deep emphasis": "**a " * 2000 + "**" * 2000,
     "brackets": "[" * 20_000 + "![" * 10_000,
@@ -79,6 +78,9 @@ def test_hostile_replies_do_nothing(reader: Chat, name: str) -> None:
     assert prose.evaluate(
         "node => [...node.querySelectorAll('*')].flatMap(one => [...one.attributes]).filter(a => /^on|^src|^style|^id$|^name$/.test(a.name)).length"
     ) == 0  # fmt: skip
+    deepest = """node => { let deep = 0; for (const one of node.querySelectorAll('*')) { let n = 0;
+        for (let up = one; up !== node; up = up.parentNode) n++; deep = Math.max(deep, n); } return deep; }"""
+    assert prose.evaluate(deepest) < 100
     addresses = prose.evaluate("node => [...node.querySelectorAll('a')].map(a => a.protocol)")
     assert set(addresses) <= {"https:", "http:"}
     for link in prose.locator("a").all():
@@ -172,8 +174,11 @@ def test_axe_finds_nothing(browser: Browser, stub: Stub, view: str) -> None:
         expect(chat.button("Allow once")).to_be_visible()
         chat.page.get_by_text("What its server says of it").click()
         check("tool card")
+        # two cards of one tool
+        stub.script(*calls(("c1", "files__read", "{}")))
         stub.script(*text("Ok."), headers={"x-qwen3c-fallback": "connect_timeout"})
-        chat.button("Allow once").click()
+        chat.button("Always for this tool here").click()
+        expect(chat.answers.last.locator(".prose")).to_have_text("Ok.")
         chat.rest()
         for summary in chat.page.locator(".tool summary").all():
             summary.click()

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 from small_server import PATIENCE, App, read_all, serving, wait_until
 
-from qwen3c.serve.config import Settings
+from qwen3c.cli.options import parse
+from qwen3c.serve.config import Settings, read
 from qwen3c.serve.keys import Keys
 from qwen3c.serve.service import Service, open_sockets
 
@@ -28,8 +29,12 @@ ROOT = Path(__file__).parents[2]
 SERVER = [sys.executable, str(ROOT / "tests" / "small_server.py")]
 SLOW = b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-# the program after it, with a socket as descriptor 3 as systemd hands it over; argv[1]: the socket's descriptor here
-HAND_OVER = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.execv(sys.argv[2], sys.argv[2:])"
+# the program after it, with a socket as descriptor 3 as systemd hands it over; argv[1]: the socket's
+# descriptor here
+HAND_OVER = """import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execv(sys.argv[2], sys.argv[2:])"""
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and descriptors are POSIX")
 
@@ -73,8 +78,13 @@ def started(
 ) -> Iterator[Process]:
     process = subprocess.Popen(
         [*command, json.dumps({"port": 0, "log_level": "debug", **settings})],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=fds, env={**os.environ, **(env or {})},
-    )  # fmt: skip
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        pass_fds=fds,
+        env={**os.environ, **(env or {})},
+    )
     try:
         yield Process(process)
     finally:
@@ -103,7 +113,9 @@ def test_a_server_that_is_told_to_stop_ends_well() -> None:
 
 
 def test_what_is_under_way_may_finish() -> None:
-    """The client leaves while the server drains, so that its request ends by itself, long before the drain does."""
+    """The client leaves while the server drains, so that its request ends by itself, long before the drain
+    does.
+    """
     with started(drain=300) as server:
         client = wait_for_slow(server)
         server.process.send_signal(signal.SIGTERM)
@@ -263,3 +275,18 @@ def test_sockets_for_another_process_are_none_of_ours(monkeypatch: pytest.Monkey
     (listener,) = open_sockets(Settings(port=0))
     with listener:
         assert listener.getsockname()[0] == "127.0.0.1"
+
+
+def test_what_is_packaged_fits_the_program() -> None:
+    """The commands of the unit and of the image have only flags that there are, and the configuration can be
+    read.
+    """
+    packaging = ROOT / "packaging"
+    assert read(str(packaging / "qwen3c.toml"))["models"]
+    (unit,) = re.findall(r"^ExecStart=\S+ (.*)$", (packaging / "qwen3c.service").read_text(), re.MULTILINE)
+    image = (packaging / "Dockerfile").read_text()
+    entry, command = [
+        json.loads(re.findall(rf"^{word} (\[.*)$", image, re.MULTILINE)[-1]) for word in ("ENTRYPOINT", "CMD")
+    ]
+    for arguments in (unit.split(), [*entry[1:], *command]):
+        assert parse(arguments).mode == "serve"

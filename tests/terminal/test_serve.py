@@ -1,4 +1,4 @@
-"""run.py -m serve as it is typed: what it says before it is ready, while it serves, and when it is told to stop.
+"""run.py -m serve as it is typed: what it says before it is ready, while it serves, and when it stops.
 
 python -m pytest tests/terminal/test_serve.py
 """
@@ -16,7 +16,19 @@ import pytest
 from screen import ROOT, SHELL, Terminal, run_typed
 from small_models import TINY_QWEN3
 
-SERVE = [sys.executable, str(ROOT / "run.py"), str(TINY_QWEN3), "-m", "serve", "--port", "0", "-j", "1", "--cache-memory", "16 MiB"]  # fmt: skip
+SERVE = [
+    sys.executable,
+    str(ROOT / "run.py"),
+    str(TINY_QWEN3),
+    "-m",
+    "serve",
+    "--port",
+    "0",
+    "-j",
+    "1",
+    "--cache-memory",
+    "16 MiB",
+]
 
 
 def port(terminal: Terminal) -> int:
@@ -30,8 +42,10 @@ def port(terminal: Terminal) -> int:
 def ask(port: int) -> dict[str, object]:
     body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-    )  # fmt: skip
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"content-type": "application/json"},
+    )
     with urllib.request.urlopen(request, timeout=60) as answer:
         found: dict[str, object] = json.load(answer)
         return found
@@ -43,7 +57,8 @@ def test_it_says_what_it_serves_answers_and_ends_on_ctrl_c() -> None:
         t.wait_for("POST /v1/chat/completions 200 ")
         first, *log = t.lines
         assert re.fullmatch(
-            r"serving tiny-qwen3 at http://127\.0\.0\.1:\d+ \| context 2048 of 2048 \| KV f16: \S+ \S+ in all \| threads 1 \| \w+ \| no API keys",
+            r"serving tiny-qwen3 at http://127\.0\.0\.1:\d+ \| context 2048 of 2048 \| KV f16: \S+ \S+ in all"
+            r" \| threads 1 \| \w+ \| no API keys",
             first,
         )
         assert len(log) == 1 and " 12 in, 0 cached, 4 out | " in log[0]
@@ -113,7 +128,8 @@ def test_stdout_stays_empty_and_any_stream_may_be_a_pipe(tmp_path: Path) -> None
         t.finish()
         assert (tmp_path / "out").read_text() == "" and "Traceback" not in t.text
     with Terminal(["bash", "-c", f"exec {command} 2> err"], cwd=tmp_path) as t:
-        t.wait_until(lambda: "no API keys" in (tmp_path / "err").read_text(), "the server")
+        err = tmp_path / "err"
+        t.wait_until(lambda: err.exists() and "no API keys" in err.read_text(), "the server")
         t.press("ctrl-c")
         assert t.finish() == 0
         assert "\x1b" not in (tmp_path / "err").read_text()
@@ -122,19 +138,28 @@ def test_stdout_stays_empty_and_any_stream_may_be_a_pipe(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other computers in, which takes keys: --api-keys FILE (a line: NAME KEY)"),
+        (
+            ["--host", "0.0.0.0"],
+            "--host 0.0.0.0 lets other computers in, which takes keys: --api-keys FILE (a line: NAME KEY)",
+        ),
         (["--api-keys", "nothing"], "nothing: No such file or directory"),
         (["--config", "nothing"], "nothing: No such file or directory"),
         (["--config", "bad.toml"], "bad.toml: prot: there is no such setting; did you mean port?"),
         (["--model-alias", "a"], "argument --model-alias: 'a' is not NAME=PATH"),
-        (["--model-alias", "a=nothing"], "nothing: No such file or directory; `python export.py DIR model.bin` makes one of a Hugging Face model or a GGUF file"),
+        (
+            ["--model-alias", "a=nothing"],
+            "nothing: No such file or directory; `python export.py DIR model.bin` makes one",
+        ),
         (["--port", "70000"], "--port: expected a whole number from 0 to 65535, not 70000"),
-        (["--cache-memory", "2 G"], '--cache-memory: expected bytes, such as 2147483648 or "2 GiB", not \'2 G\''),
+        (
+            ["--cache-memory", "2 G"],
+            "--cache-memory: expected bytes, such as 2147483648 or \"2 GiB\", not '2 G'",
+        ),
         (["--isa", "x86"], "x86"),
         (["--fd", "99"], "file descriptor 99 is no socket: Bad file descriptor"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
-)  # fmt: skip
+)
 def test_what_it_refuses_is_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
     (tmp_path / "bad.toml").write_text("prot = 1\n")
     status, text, _ = run_typed([*SERVE, *arguments], columns=250, cwd=tmp_path)

@@ -39,6 +39,7 @@ from ..talk import (
     timings,
     usage,
 )  # fmt: skip
+from .cloud import model_here, offered
 
 IGNORED = (
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -53,11 +54,15 @@ def routes(api: Api) -> list[Route]:
 
     async def complete(request: Request) -> Response:
         fields = await api.fields(request)
-        served = await api.models.get(fields.text("model"))
+        served = await api.models.get(model_here(api, request, fields))
         wanted = read(fields, served)
-        client = api.client(request)
-        ask = await wanted.talk.ask(served, client.name, api.priority(request, fields))
-        headers = api.headers(served, fields.finish(), ask)
+        client, priority, ignored = api.client(request), api.priority(request, fields), fields.finish()
+        cloud = await offered(api, request, fields, wanted.streams)
+        if isinstance(cloud, Response):
+            return cloud
+        ask = await wanted.talk.ask(served, client.name, priority)
+        headers = api.headers(served, ignored, ask, cloud)
+        api.told(request, fallback=cloud)
         stream = await served.submit(ask, client.limits)
         chat = Chat(f"chatcmpl-{api.request_id(request)}", served, wanted, stream)
         if wanted.streams:
@@ -113,9 +118,25 @@ def read(fields: Fields, served: Served) -> Wanted:
         n=fields.whole("n", 1, MOST_REPLIES, 1) or 1,
     )
     talk.tool_choice = tool_choice_of(fields, talk)
+    talk.continues = continues(fields, messages)
     streams, wants_usage = stream_of(fields)
     wanted = Wanted(talk, streams, wants_usage, fields.flag("return_progress", False) or False)
     refuse_others(fields)
+    return wanted
+
+
+def continues(fields: Fields, messages: list[dict[str, Any]]) -> bool:
+    """Whether the reply goes on with the last message, in vLLM's words; ApiError 400 if that cannot be."""
+    wanted = fields.flag("continue_final_message", False) or False
+    begins = fields.flag("add_generation_prompt", not wanted)
+    if wanted == begins:
+        raise fields.error(
+            "add_generation_prompt", "is true where continue_final_message is not, and the other way round"
+        )
+    if wanted and (messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1] or len(messages) < 2):
+        raise fields.error(
+            "continue_final_message", "needs a last message of the assistant, without tool calls"
+        )
     return wanted
 
 
@@ -129,8 +150,6 @@ def refuse_others(fields: Fields) -> None:
     if modalities is not None and modalities != ["text"]:
         raise fields.error("modalities", "holds something other than text", "unsupported_parameter")
     fields.ignore("audio")  # says how audio would sound, which modalities alone can ask for
-    fields.refuse("add_generation_prompt", "a reply always begins a new message", unless=(True,))
-    fields.refuse("continue_final_message", "a reply always begins a new message", unless=(False,))
     fields.refuse("chat_template", "the model's own template is used")
     fields.refuse("documents", "put them into a message")
     refuse_foreign_sampling(fields)

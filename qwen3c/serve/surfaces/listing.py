@@ -81,7 +81,7 @@ def props_body(api: Api, served: Served) -> dict[str, Any]:
         "bos_token": info["bos_token"] or "",
         "eos_token": info["eos_token"] or "",
         "build_info": FINGERPRINT,
-        "upstream": api.upstream(),
+        "upstream": api.provider.state() if api.provider is not None else None,
         "mcp": api.mcp,
         "needs_key": api.needs_key,
     }
@@ -95,4 +95,5 @@ def health_body(api: Api) -> dict[str, Any]:
         running += served.scheduler.n_running
         waiting += served.scheduler.n_waiting
     status = "draining" if api.draining else "failed" if "failed" in states.values() else "ok"
-    return {"status": status, "models": states, "queue": {"running": running, "waiting": waiting}}
+    body = {"status": status, "models": states, "queue": {"running": running, "waiting": waiting}}
+    return body | ({"upstream": api.provider.state()} if api.provider is not None else {})
