@@ -6,7 +6,8 @@ that no field has, fail tests/serve/test_openapi.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from .examples import (
     BLOCKS,
@@ -27,7 +28,8 @@ class Endpoint:
     """What is known of an endpoint. answer: the shape of its body, or the type of one that is no JSON.
 
     events: the shape of an event's data, where the answer may come as a stream. examples: bodies that are
-    accepted. query: its parameters. errors: what it answers when it cannot. open: it needs no key.
+    accepted. query: its parameters. headers: name -> what for, and its values. errors: what it answers when it
+    cannot. open: it needs no key.
     """
 
     summary: str
@@ -35,6 +37,7 @@ class Endpoint:
     examples: tuple[Json, ...] = ()
     events: str | None = None
     query: tuple[str, ...] = ()
+    headers: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     errors: tuple[int, ...] = (401, 403, 404, 500)
     open: bool = False
 
@@ -62,6 +65,7 @@ ENDPOINTS: dict[tuple[str, str], Endpoint] = {
         "ChatCompletion",
         CHATS,
         events="ChatCompletionChunk",
+        headers={"x-qwen3c-route": ("who answers, if a provider is asked first", ("auto", "local", "cloud"))},
         errors=ENGINE,
     ),
     ("POST", "/v1/completions"): Endpoint(
@@ -200,6 +204,8 @@ DESCRIPTIONS = {
     "reasoning_effort": "a wish: none and minimal do not think, if the model can choose",
     "reasoning": "how much to think",
     "reasoning.effort": "a wish: none and minimal do not think, if the model can choose",
+    "continue_final_message": "the reply goes on with the last message, which is the assistant's",
+    "add_generation_prompt": "false where continue_final_message is true",
     "chat_template_kwargs": "of the template's switches enable_thinking alone",
     "enable_thinking": "whether to think: an order, refused by a model that cannot obey",
     "response_format": "what the reply must look like",
@@ -279,8 +285,8 @@ def shape(fields: str) -> Json:
     A name with ? may be missing. A type is JSON's, `any`, a shape of ANSWERS, or a list of one in brackets.
     """
     properties, required = {}, []
-    for field in fields.split():
-        name, _, kinds = field.partition(":")
+    for one in fields.split():
+        name, _, kinds = one.partition(":")
         if not name.endswith("?"):
             required.append(name)
         found = [_type(kind) for kind in kinds.split("|")]

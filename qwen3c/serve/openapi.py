@@ -53,7 +53,7 @@ def routes(api: Api, surfaces: Sequence[Surface]) -> list[Route]:
 
 async def document(api: Api, surfaces: Sequence[Surface], served: Iterable[BaseRoute]) -> Json:
     """The document of the routes of an app."""
-    dry = replace(api, models=cast(Models, _Unasked(await api.models.get())))
+    dry = replace(api, models=cast(Models, _Unasked(await api.models.get())), provider=None)
     readers = {
         (method, path): cast(Read, route.endpoint)
         for surface in surfaces
@@ -99,6 +99,10 @@ def _operation(path: str, method: str, endpoint: Endpoint, keyed: bool) -> Json:
     parameters: list[Json] = [
         {"name": name, "in": "query", "schema": {"type": "string"}, "description": DESCRIPTIONS[name]}
         for name in endpoint.query
+    ]
+    parameters += [
+        {"name": name, "in": "header", "schema": {"enum": list(choices)}, "description": why}
+        for name, (why, choices) in endpoint.headers.items()
     ]
     if "{name}" in path:
         parameters.append({"name": "name", "in": "path", "required": True, "schema": {"type": "string"}})

@@ -6,17 +6,21 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import jsonschema
 import pytest
-from servers import Client, Server, running
+from servers import BOX, Client, Server, running
 from small_models import export_small_model
+from small_server import serving
 from starlette.routing import Route
 
+from qwen3c.cli.serve import _application
 from qwen3c.serve import openapi
 from qwen3c.serve.app import create_app
 from qwen3c.serve.catalogue import ANSWERS, DESCRIPTIONS, ENDPOINTS, ERRORS
+from qwen3c.serve.config import ModelSettings, Settings
 from qwen3c.serve.errors import ApiError
 
 Json = dict[str, Any]
@@ -219,3 +223,27 @@ def test_an_example_that_the_model_cannot_obey_is_left_out(client: Client) -> No
     answer = client.http.get("/openapi.json")
     assert answer.status_code == 200
     assert len(answer.json()["paths"]["/v1/chat/completions"]["post"]["requestBody"]) == 2
+
+
+def test_a_server_with_everything_serves_all_that_the_catalogue_knows(tmp_path: Path) -> None:
+    """The page, the metrics, the MCP server and the tools of other servers among it."""
+    servers = tmp_path / "servers.json"
+    servers.write_text('{"mcpServers": {}}')
+    settings = Settings(
+        models={"box": ModelSettings(str(BOX))}, cache_memory=64 << 20, mcp_servers=str(servers)
+    )
+    app, _ = _application(settings, False)
+    with serving(app) as server:
+        found = server.get("/openapi.json").json
+    assert {(m.upper(), path) for path, told in found["paths"].items() for m in told} == ENDPOINTS.keys()
+
+
+def test_keys_that_are_needed_are_told(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("me secret-key\n")
+    app, _ = _application(Settings(models={"box": ModelSettings(str(BOX))}, cache_memory=64 << 20), True)
+    with serving(app, api_keys_file=str(keys)) as server:
+        assert server.get("/openapi.json").status == 401
+        found = server.get("/openapi.json", x_api_key="secret-key").json
+    needs = {path for path, told in found["paths"].items() for one in told.values() if "security" in one}
+    assert needs == found["paths"].keys() - {"/", "/health"}
