@@ -28,7 +28,7 @@ class Endpoint:
     """What is known of an endpoint. answer: the shape of its body, or the type of one that is no JSON.
 
     events: the shape of an event's data, where the answer may come as a stream. examples: bodies that are
-    accepted. query: its parameters. headers: name -> what for, and its values. errors: what it answers when it
+    accepted. query: its parameters. headers: name -> what for, its values. errors: what it answers when it
     cannot. open: it needs no key.
     """
 
