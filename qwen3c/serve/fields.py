@@ -221,7 +221,10 @@ def _check(value: Any, where: str) -> None:
                 waiting.append((key, path, depth + 1))
                 waiting.append((item, f"{path}.{key}" if path else key, depth + 1))
         elif isinstance(value, list):
-            waiting += [(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]
+            # not the integers, of which a prompt may have a million
+            waiting += [
+                (item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value) if type(item) is not int
+            ]
         if fault:
             raise ApiError(400, f"{_short_path(path)} {fault}", param=_short_path(path) if path else None)
 

@@ -196,8 +196,12 @@ class Scheduler:
 
     def most(self, limits: KeyLimits) -> int:
         """How many sequences a key can have at once, running and waiting."""
-        most = self.limits.running + self.limits.queue
-        return most if limits.queue is None else min(most, limits.queue + (limits.running or 0))
+        running, queue = self.limits.running, self.limits.queue
+        if limits.running is not None:
+            running = min(running, limits.running)
+        if limits.queue is not None:
+            queue = min(queue, limits.queue)
+        return running + queue
 
     def is_alive(self, bound: float) -> bool:
         """Whether the engine thread lives and, while there is work, has ended a step within `bound` seconds."""
@@ -214,7 +218,7 @@ class Scheduler:
             if self._closing:
                 down = ApiError(503, "the server is shutting down", type="server_error", retry_after=5)
                 raise self._failed or down
-            namespace, own = jobs[0].namespace, jobs[0].limits.queue
+            namespace = jobs[0].namespace
             most = self.most(jobs[0].limits)
             if len(jobs) > most:
                 raise ApiError(
@@ -223,8 +227,8 @@ class Scheduler:
                     code="too_many_sequences",
                 )
             room = self.limits.running + self.limits.queue - self.n_running - self.n_waiting
-            if own is not None:
-                room = min(room, own + (jobs[0].limits.running or 0) - self._waiting[namespace])
+            running = sum(job.namespace == namespace for job in list(self._jobs.values()))
+            room = min(room, most - running - self._waiting[namespace])
             if len(jobs) > room:
                 message = f"{len(jobs)} more do not fit into the queue: {self.n_waiting} wait already"
                 raise ApiError(

@@ -2,8 +2,9 @@
 requests finish.
 
 SIGTERM and Ctrl-C: no new connections, what is under way has `drain` seconds, then it is cancelled; a second
-signal cancels at once. Either way the exit status is 0: the server did as it was told. SIGHUP reads the API keys again;
-where a terminal is attached it means that the terminal was closed, and ends the server as SIGTERM does, with 129.
+signal cancels at once. Either way the exit status is 0: the server did as it was told. SIGHUP reads the API
+keys again; where a terminal is attached it means that the terminal was closed, and ends the server as SIGTERM
+does, with status 129.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ class Service:
         stopping: Callable[[], None] = lambda: None,
         open_paths: frozenset[bytes] = OPEN,
     ) -> None:
-        """says: further parts of the line that says that the server is ready. is_healthy: whether the watchdog
-        of systemd is told that all is well. stopping: called when the server is told to stop. open_paths: GET and HEAD of these need no key. ValueError if a
-        socket is open to other computers and there are no keys.
+        """says: further parts of the line that says that the server is ready. is_healthy: whether systemd's
+        watchdog is told that all is well. stopping: called when the server is told to stop. open_paths: GET
+        and HEAD of these need no key. ValueError if a socket is open to other computers and there are no
+        keys.
         """
         public = settings.public or any(_is_public(listener) for listener in sockets)
         if public and keys.path is None:

@@ -18,37 +18,37 @@ if find_spec("playwright"):  # the page's tests drive a browser
     from browser import browser, chat, served, stub  # noqa: F401
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def box() -> Iterator[Server]:
     """A server of the model in the box, which answers but does not think; it has few places."""
     with running({"box": BOX}, running=4, queue=8) as server:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny() -> Iterator[Server]:
     """A server of a hybrid model with a context of 2048."""
     with running({"tiny": TINY_QWEN3}) as server:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(box: Server) -> Client:
     return Client(box.address)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def thinker(tiny: Server) -> Client:
     return Client(tiny.address)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def python(box: Server) -> openai.OpenAI:
     """openai-python, which repeats nothing."""
     return openai.OpenAI(base_url=f"{box.address}/v1", api_key="none", max_retries=0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of a random model that has the tokens of Qwen3-Reranker's recipe; it has few places."""
     directory = tmp_path_factory.mktemp("judge")
@@ -57,6 +57,6 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranker(judge: Server) -> Client:
     return Client(judge.address)

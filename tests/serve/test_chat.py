@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -13,7 +15,9 @@ from pydantic import BaseModel
 from servers import Client, Server, asking, eventually, running
 from small_models import TINY_QWEN3, export_small_model, token_id
 
-from qwen3c.serve.scheduler import Scheduler
+from qwen3c.serve.ask import Ask
+from qwen3c.serve.errors import ApiError
+from qwen3c.serve.scheduler import KeyLimits, Scheduler
 
 PATH = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "What is 27 + 45?"}]
@@ -394,6 +398,30 @@ def test_a_full_queue_says_when_to_come_back() -> None:
                 answer = client.post(PATH, fields | {"stream": stream})
                 assert (answer.status, answer.error["code"]) == (429, "queue_full")
                 assert 1 <= int(answer.headers["retry-after"]) <= 120
+
+
+def test_a_key_has_no_more_places_than_it_is_given(slow: Server) -> None:
+    """Running ones count, too; and what another key has does not."""
+    limits, scheduler = KeyLimits(running=1, queue=1), slow.served.scheduler
+
+    async def several() -> list[int]:
+        found, streams = [], []
+        ask = Ask([[5, 6]], max_tokens=500, sampling={"logit_bias": {4092: -1000.0}}, namespace="key")
+        for one in (ask, ask, ask, replace(ask, namespace="other"), replace(ask, prompts=[[5]] * 3)):
+            try:
+                streams.append(await slow.served.submit(one, limits))
+                found.append(200)
+            except ApiError as error:
+                found.append(error.status)
+            await asyncio.sleep(0.1)
+        for stream in streams:
+            stream.cancel()
+            async for _ in stream:
+                pass
+        return found
+
+    assert asyncio.run(several()) == [200, 200, 429, 200, 400]
+    eventually(lambda: idle(scheduler))
 
 
 # ----------------------------------------------------------------------------

@@ -72,8 +72,8 @@ def test_a_misspelt_name_is_an_error_and_a_foreign_one_is_not() -> None:
 
 
 def test_what_is_refused_may_have_the_value_that_changes_nothing() -> None:
-    for value in (0, None):
-        Fields({"m": value}).refuse("m", "no", unless=(0,))
+    for nothing in (0, None):
+        Fields({"m": nothing}).refuse("m", "no", unless=(0,))
     for value in (1, False, "0"):
         error = refused({"m": value}, lambda fields: fields.refuse("m", "no", unless=(0,)))
         assert error.code == "unsupported_parameter"

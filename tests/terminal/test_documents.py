@@ -68,6 +68,7 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "make lint": NotHere("checks all of the sources: CI runs it"),
     "make sanitize": LONG,
     "make serial": LONG,
+    "make slow": LONG,
     "make test-arm": NotHere("needs a cross-compiler and qemu"),
     "make model": LONG,
     "make bench": LONG,

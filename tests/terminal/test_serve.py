@@ -89,7 +89,7 @@ def test_a_window_that_closes_ends_it() -> None:
 def test_it_serves_on_while_the_window_changes_and_after_it_was_suspended() -> None:
     with Terminal(SHELL, columns=200) as t:
         t.type("PS1='$ '; clear\r")
-        t.wait_for("$ ")
+        t.wait_until(lambda: t.current_line == "$", "the prompt of the shell")
         t.type(" ".join(f"'{word}'" for word in SERVE) + "\r")
         where = port(t)
         t.resize(60, 20)
@@ -108,7 +108,7 @@ def test_nohup_and_an_ampersand_leave_it_running(tmp_path: Path) -> None:
     """Ctrl-C in the shell that started it is not for it; SIGTERM is."""
     with Terminal(SHELL, columns=200, cwd=tmp_path) as t:
         t.type("PS1='$ '; clear\r")
-        t.wait_for("$ ")
+        t.wait_until(lambda: t.current_line == "$", "the prompt of the shell")
         t.type("nohup " + " ".join(f"'{word}'" for word in SERVE) + " > out 2> err &\r")
         t.wait_until(
             lambda: (tmp_path / "err").exists() and "no API keys" in (tmp_path / "err").read_text(),
