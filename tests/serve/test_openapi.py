@@ -22,6 +22,7 @@ from qwen3c.serve.app import create_app
 from qwen3c.serve.catalogue import ANSWERS, DESCRIPTIONS, ENDPOINTS, ERRORS
 from qwen3c.serve.config import ModelSettings, Settings
 from qwen3c.serve.errors import ApiError
+from qwen3c.serve.surfaces import chat
 
 Json = dict[str, Any]
 REFUSED, IGNORED = "x-qwen3c-refused", "x-qwen3c-ignored"
@@ -247,3 +248,9 @@ def test_keys_that_are_needed_are_told(tmp_path: Path) -> None:
         found = server.get("/openapi.json", x_api_key="secret-key").json
     needs = {path for path, told in found["paths"].items() for one in told.values() if "security" in one}
     assert needs == found["paths"].keys() - {"/", "/health"}
+
+
+def test_no_provider_is_asked_for_the_document(caller: Server) -> None:
+    api = replace(caller.api, provider=cast(Any, object()))  # whatever is asked of it fails
+    made = asyncio.run(openapi.document(api, [chat], chat.routes(api)))
+    assert made["paths"].keys() == {"/v1/chat/completions"}
