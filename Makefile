@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py environment.py \
     $(wildcard qwen3c/*/*.pyx qwen3c/*/*.pxd qwen3c/kernels/*.[ch])
 
-.PHONY: help run test oracles model test-arm bench lint sanitize serial clean
+.PHONY: help run serve test slow oracles model test-arm bench lint sanitize serial clean
 
 help:
 	@grep -E '^## ' Makefile | cut -c4-
@@ -17,14 +17,24 @@ run: $(VENV)/ready
 	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/python run.py; \
 	else $(BIN)/python run.py -m generate --chat-template -i 'What is 27 + 45?' -s 1; fi
 
-## make test       all tests; those that need torch and transformers run after `make oracles`
-test: $(VENV)/ready
-	$(BIN)/python -m pytest
+## make serve      the model in the box behind a chat page and an API, at http://127.0.0.1:8080
+serve: $(VENV)/serve
+	@$(BIN)/python run.py -m serve
+
+# two processes, a file of tests in one of them: on two cores one half waits for terminals while the other computes
+SIDE_BY_SIDE := -n 2 --dist loadfile
+## make test       all tests but the slow; those that need torch and transformers run after `make oracles`
+test: $(VENV)/tests
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+
+## make slow       the tests that take minutes: what a terminal shows is broken on purpose, and noticed
+slow: $(VENV)/tests
+	$(BIN)/python -m pytest -m slow
 
 ## make oracles    torch and transformers, to train with and to compare with (about 1 GB)
 oracles: $(VENV)/ready
 	@$(BIN)/python environment.py $(VENV) torch==2.13.0
-	@$(BIN)/python environment.py $(VENV) -e '.[oracles]'
+	@$(BIN)/python environment.py $(VENV) --extras oracles
 
 ## make model      train the model in the box from this Python's library: build/model.bin, 100 min; resumes
 # Every figure of docs/MODEL_CARD.md comes from these lines, seed 1.
@@ -71,7 +81,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
 TYPED = $(sort $(dir $(wildcard tests/*.py tests/*/*.py benchmarks/*.py recipe/*.py)))
 ## make lint       style and types, of the package, its tests and its scripts
-lint: $(VENV)/ready
+lint: $(VENV)/tests
 	$(PIP) $(call extra,lint)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -81,19 +91,19 @@ lint: $(VENV)/ready
 apart = mkdir -p build/$@ && rm -rf build/$@/qwen3c build/$@/tests \
     && tar -c --exclude '*.so' --exclude __pycache__ \
     qwen3c tests docs *.py *.toml *.md Makefile | tar -x -C build/$@ && $(PIP) $(call extra,build) \
-    && cd build/$@ && $(1) $(abspath $(BIN))/python setup.py -q build_ext --inplace
+    && cd build/$@ && $(1) $(abspath $(BIN))/python setup.py -q build_ext --inplace -j 2
 
 ## make sanitize   engine, format and kernel tests under AddressSanitizer and UBSan (gcc), in build/sanitize
 # without use-after-scope, which takes gcc ten minutes over the hundreds of small structs of scalar.c
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all \
     -fno-sanitize-address-use-after-scope -g -O1
 ASAN = $(shell $(CC) -print-file-name=libasan.so)
-sanitize: $(VENV)/ready
+sanitize: $(VENV)/tests
 	@case "$(ASAN)" in /*) ;; *) echo "make sanitize needs gcc with its libasan, $(CC) has none" \
 	    "(CC=gcc-12 names another)" >&2; exit 1;; esac
 	@$(call apart,QWEN3C_CFLAGS="$(SANITIZE)")
 	cd build/$@ && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD=$(ASAN) \
-	    $(abspath $(BIN))/python -m pytest \
+	    $(abspath $(BIN))/python -m pytest $(SIDE_BY_SIDE) \
 	    tests/engine/test_engine.py tests/test_format.py tests/test_reference.py
 	cd build/$@ && $(CC) $(SANITIZE) -std=c11 -Iqwen3c/kernels tests/kernels/kernels.c \
 	    $$(ls build/temp*/qwen3c/kernels/*.o | grep -v /table.o) -lm -o kernels \
@@ -102,19 +112,30 @@ sanitize: $(VENV)/ready
 	    tests/kernels/team.c -o team \
 	    && ./team 5 5 0 400 && ./team 4 4 2 400 && ./team 3 3 1 200
 
-## make serial     engine and kernel tests of a build without OpenMP, in build/serial
-serial: $(VENV)/ready
-	@$(call apart,QWEN3C_OPENMP=0) && $(abspath $(BIN))/python -m pytest \
-	    tests/engine/test_engine.py tests/test_reference.py tests/kernels
+## make serial     what computes, tested in a build without OpenMP, in build/serial
+# without tests/kernels, which builds its own program from kernels that know no OpenMP: `make test` has run the same
+serial: $(VENV)/tests
+	@$(call apart,QWEN3C_OPENMP=0) && $(abspath $(BIN))/python -m pytest $(SIDE_BY_SIDE) \
+	    tests/engine/test_engine.py tests/test_reference.py tests/test_format.py tests/convert/test_export.py \
+	    tests/drivers
 
 ## make clean      remove everything that was built
 clean:
 	rm -rf $(VENV) build dist *.egg-info qwen3c/*/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
+# what goes beyond `make run`: the server's libraries; those of the tests, some of them clients that others wrote
+$(VENV)/serve: $(VENV)/ready
+	@$(BIN)/python environment.py $(VENV) --extras serve mcp
+	@touch $@
+
+$(VENV)/tests: $(VENV)/ready
+	@$(BIN)/python environment.py $(VENV) --extras test
+	@touch $@
+
 $(VENV)/ready: $(SOURCES)
 	@command -v $(PYTHON) > /dev/null \
 	    || { echo "qwen3c: $(PYTHON) is not installed; Python 3.10 or later is needed" >&2; exit 1; }
 	@$(PYTHON) setup.py missing venv
-	@$(PYTHON) environment.py $(VENV) -e '.[test]'
+	@$(PYTHON) environment.py $(VENV) -e .
 	@touch $@

@@ -1,6 +1,7 @@
 """Makes the virtual environment of `make` and builds the engine in it, showing each step.
 
-    python environment.py .venv -e '.[test]'
+    python environment.py .venv -e .              # the package, editable
+    python environment.py .venv --extras test     # what extras of pyproject.toml name, nothing is built again
 
 On a terminal one line is drawn again and again; elsewhere each step is a line. A second run has nothing to
 do, as make knows. What fails is said with the end of what pip had to say.
@@ -34,8 +35,12 @@ LAST_LINES = 25  # of pip's output, shown if it fails
 
 
 def main(arguments: list[str]) -> int:
-    """arguments: the directory of the environment, then what pip is to install in it."""
+    """arguments: the directory of the environment, then what pip is to install, or --extras and their names."""
     directory, *packages = arguments
+    installed = packages[-1]
+    if packages[0] == "--extras":
+        packages = requirements(packages[1:])
+        installed = f"what {installed} needs"
     begin, python = time.monotonic(), Path(directory, "bin", "python")
     pip = [
         str(python),
@@ -50,7 +55,7 @@ def main(arguments: list[str]) -> int:
     ]
     steps = [("asking which packages are needed", [*pip, *packages])]
     if python.exists():
-        note(f"installing {packages[-1]} in {directory}")
+        note(f"installing {installed} in {directory}")
     else:
         note(f"setting up in {directory}, once: what it needs is downloaded (about 50 MB)")
         steps.insert(0, ("making the virtual environment", [sys.executable, "-m", "venv", directory]))
@@ -62,6 +67,20 @@ def main(arguments: list[str]) -> int:
             return status
     note(f"done in {time.monotonic() - begin:.0f} s")
     return 0
+
+
+def requirements(extras: list[str]) -> list[str]:
+    """The packages that extras of pyproject.toml name, with those of the extras that they name in turn."""
+    from pip._vendor import tomli  # Python 3.10 has no tomllib, and every environment has pip
+
+    with open(Path(__file__).with_name("pyproject.toml"), "rb") as file:
+        groups = tomli.load(file)["project"]["optional-dependencies"]
+    found: list[str] = []
+    for extra in extras:
+        for package in groups[extra]:
+            inner = re.fullmatch(r"qwen3c\[(.*)\]", package)
+            found += requirements(inner[1].split(",")) if inner else [package]
+    return list(dict.fromkeys(found))
 
 
 def run(step: str, command: list[str]) -> int:

@@ -47,8 +47,10 @@ class Model(Engine):
     ModelFileError, one line, if the file is not a model.bin that this version can run. MemoryError where
     `ulimit -v` leaves too little address space.
 
-    config: the numbers of the model, such as config.n_layers and config.context. metadata: what else the file
-    says of it, such as metadata["name"]. file: the mapped file itself. closed: whether close() was called.
+    config: the numbers of the model, such as config.n_layers and config.context. metadata: what else the file says
+    of it, such as metadata["name"]. file: the mapped file itself. closed: whether close() was called.
+    kv_bytes: bytes of KV cache that its sessions hold, those of a block that several share once. kv_block_bytes:
+    bytes of one such block.
 
     Threads may share a model: calls take turns. A pickle holds the path and the options, so unpickling, in
     another process too, opens the file again; so does copying. `with Model(path) as model:` closes it.

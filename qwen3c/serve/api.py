@@ -119,8 +119,8 @@ def json_answer(value: Any, status: int = 200, headers: dict[str, str] | None = 
 
 
 def header_text(text: str) -> str:
-    """Text as a header may hold it: printable ASCII, not too long."""
-    return "".join(letter if " " <= letter <= "~" else "?" for letter in text)[:200]
+    """Text as a header may hold it: printable ASCII, not too long, no space at its ends."""
+    return "".join(letter if " " <= letter <= "~" else "?" for letter in text)[:200].strip()
 
 
 # ----------------------------------------------------------------------------

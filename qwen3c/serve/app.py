@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from . import openapi
 from .api import Api, say_api_error, say_failure, say_http_error
 from .errors import ApiError
 from .page import page
@@ -39,6 +40,7 @@ def create_app(api: Api, more: Sequence[BaseRoute] = (), running: Sequence[Runni
 
     surfaces = (chat, responses, messages, completions, embeddings, rerank, tokens, listing)
     routes: list[BaseRoute] = [route for surface in surfaces for route in surface.routes(api)]
+    routes += openapi.routes(api, surfaces)
     return Starlette(
         routes=[Route("/", page, methods=["GET"]), *routes, *more],
         lifespan=lifespan,

@@ -22,16 +22,16 @@ DEEPEST = 100  # how far objects and lists of a body may nest: what comes after 
 NEAR = 0.84  # how alike an unknown name is to a known one that was meant
 
 
-_recorded: ContextVar[dict[str, dict[str, Any]] | None] = ContextVar("recorded", default=None)
+_recorded: ContextVar[dict[str, list[dict[str, Any]]] | None] = ContextVar("recorded", default=None)
 
 
 @contextmanager
-def recorded() -> Iterator[dict[str, dict[str, Any]]]:
-    """Within, what Fields are asked for is noted: dotted path -> JSON schema of what may be there.
+def recorded() -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """Within, what Fields are asked for is noted: dotted path -> JSON schemas of what may be there, one an inquiry.
 
     So the OpenAPI document says what the code takes, and nothing else.
     """
-    schemas: dict[str, dict[str, Any]] = {}
+    schemas: dict[str, list[dict[str, Any]]] = {}
     token = _recorded.set(schemas)
     try:
         yield schemas
@@ -101,7 +101,7 @@ class Fields:
         noted = _recorded.get()
         if noted is not None:
             path = re.sub(r"\[\d+\]", "[]", self.path(name))
-            noted[path] = noted.get(path) or schema
+            noted.setdefault(path, []).append(schema)
         return self._value.get(name)
 
     def text(
@@ -180,7 +180,7 @@ class Fields:
 
     def refuse(self, name: str, why: str, unless: Sequence[Any] = ()) -> None:
         """ApiError 400 if the field is there and is none of `unless`: it changes the meaning and cannot be done."""
-        value = self._take(name, {"enum": [*unless, None], "description": f"not supported: {why}"})
+        value = self._take(name, {"enum": [*unless, None], "description": why, "x-qwen3c-refused": True})
         # 0 == False, but a client that says one does not mean the other
         if value is not None and not any(type(value) is type(one) and value == one for one in unless):
             raise self.error(name, f"is not supported: {why}", "unsupported_parameter")
@@ -188,7 +188,7 @@ class Fields:
     def ignore(self, *names: str) -> None:
         """These fields change nothing here, and docs/SERVING.md says so."""
         for name in names:
-            self._take(name, {"description": "taken, and changes nothing"})
+            self._take(name, {"description": "taken, and changes nothing", "x-qwen3c-ignored": True})
 
     def finish(self) -> list[str]:
         """Names of fields that nobody asked for; ApiError 400 if one is nearly a known name."""

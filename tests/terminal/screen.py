@@ -80,6 +80,7 @@ class Terminal:
             timeout=PATIENCE,
         )
         self._child.delaybeforesend = None
+        self._child.ptyproc.delayafterclose = 0  # by default each child costs 0.1 s, also one that has ended
         self._hung_up = False
         self.raw = b""
 

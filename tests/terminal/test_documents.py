@@ -57,17 +57,23 @@ SETS_UP = NotHere("sets up an environment with packages from the network")
 WHOLE_SUITE = NotHere("is this suite")
 PEERS = NotHere("needs other engines and the 0.6B shape")
 LONG = NotHere("takes minutes to hours")
+IN_SERVING = NotHere("needs a server; tests/serve/test_documents.py has one")
+PROVIDER, HERE = "https://api.example.com/v1", "http://127.0.0.1:8080"
 PROCESSES = NotHere("two processes with a GPU each; tests/training/test_stages.py launches two on the CPU")
 CHAT = ("hello", "/exit")
 
 COMMANDS: dict[str, Typed | NotHere] = {
     "make run": SETS_UP,
     "make test": WHOLE_SUITE,
+    "make serve": SETS_UP,
+    "pip install '.[serve]'": SETS_UP,
+    "pip install '.[mcp]'": SETS_UP,
     "make oracles": SETS_UP,
     "make oracles test": SETS_UP,
     "make lint": NotHere("checks all of the sources: CI runs it"),
     "make sanitize": LONG,
     "make serial": LONG,
+    "make slow": LONG,
     "make test-arm": NotHere("needs a cross-compiler and qemu"),
     "make model": LONG,
     "make bench": LONG,
@@ -93,6 +99,13 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "python run.py model.bin -m info --verify": Typed(shows="checksums"),
     "python run.py model.bin -m perplexity text.txt": Typed(shows="perplexity"),
     "python run.py model.bin -m bench": Typed(shows="tg64"),
+    "python run.py model.bin -m serve": Typed("--print-config", shows="port = 8080"),
+    f"python run.py model.bin -m serve --upstream {PROVIDER} --upstream-model their-model": Typed(
+        "--print-config", shows=PROVIDER
+    ),
+    "qwen3c -m mcp --url http://127.0.0.1:8080": NotHere("needs a server; tests/cli/test_mcp.py has one"),
+    "curl -s http://127.0.0.1:8080/v1/chat/completions -H 'content-type: application/json' \\": IN_SERVING,
+    f"docker run -d --network=host -e PORT=3000 -e OPENAI_API_BASE_URL={HERE}/v1 -e OPENAI_API_KEY=none \\": IN_SERVING,
     "python run.py --help": Typed(shows="usage"),
     "run.py model.bin -m info --verify": NotHere("without the python before it; README has the whole"),
     "run.py --help": NotHere("in a table, without the python before it; README has the whole"),

@@ -96,19 +96,20 @@ def test_ctrl_z_fg_and_another_width_change_nothing(name: str, tmp_path: Path) -
         shell.press("ctrl-z")
         shell.wait_for("Stopped")
         shell.resize(60, 200)
-        shell.type("fg\r")
+        shell.type("touch go; fg\r")
         shell.type("echo status=$?\r")
         shell.wait_until(lambda: "status=0" in shell.lines, "the end")
         assert "Traceback" not in shell.text
 
 
 def held(name: str) -> list[str]:
-    """The example, which holds for a second once the model is open."""
+    """The example, which holds once the model is open, until a file `go` is there."""
     program = (
-        "import runpy, sys, time, qwen3c, qwen3c.model as m\n"
+        "import os, runpy, sys, time, qwen3c, qwen3c.model as m\n"
         "class Held(m.Model):\n"
         "    def __init__(self, *args):\n"
-        "        super().__init__(*args); print('held', flush=True); time.sleep(1)\n"
+        "        super().__init__(*args); print('held', flush=True)\n"
+        "        while not os.path.exists('go'): time.sleep(0.01)\n"
         "m.Model = qwen3c.Model = Held\n"
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
