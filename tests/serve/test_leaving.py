@@ -1,6 +1,6 @@
-"""A client that leaves frees its places in any state, unnoticed by others, with all that stands before a model.
+"""A client that leaves frees its places in any state, and nobody else notices.
 
-test_chat.py looks at the application alone; here are the guard, the HTTP layer, metrics, logs and MCP as well.
+test_chat.py looks at the application alone; here guard, HTTP layer, metrics, logs and MCP stand before it.
 
 python -m pytest tests/serve/test_leaving.py
 """
