@@ -2,10 +2,10 @@
 
     python benchmarks/soak.py --requests 10000 --clients 24 --slow 64 --seconds 1800
 
-Starts `run.py MODEL -m serve` and asks it from many connections at once: whole replies and streams, a third of them
-cancelled at random moments, slow readers, bodies that are no request. Every reply is compared with what the same request
-got alone; a cancelled one must be the beginning of it. Then memory and descriptors are looked at, SIGTERM comes in the
-middle of streams, and after SIGKILL the server is started again.
+Starts `run.py MODEL -m serve` and asks it from many connections at once: whole replies and streams, a third
+of them cancelled at random moments, slow readers, bodies that are no request. Every reply is compared with
+what the same request got alone; a cancelled one must be the beginning of it. Then memory and descriptors are
+looked at, SIGTERM comes in the middle of streams, and after SIGKILL the server is started again.
 """
 
 from __future__ import annotations

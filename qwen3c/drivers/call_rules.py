@@ -1,4 +1,6 @@
-"""Tool calls as rules of llguidance's Lark: what a model writes to call a tool, in the two formats of text/tools.py."""
+"""Tool calls as rules of llguidance's Lark: what a model writes to call a tool, in the
+two formats of text/tools.py.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ ROOTS = ("$defs", "definitions")  # what references point into
 
 
 class CallRules:
-    """The calls of some tools. enforceable: (tool, schema) -> what can be enforced of it, keywords dropped from it.
+    """The calls of some tools. enforceable: (tool, schema) -> what can be enforced
+    of it, keywords dropped from it.
 
     parts: grammars that the rules name. dropped: keywords that are not enforced, as "tool.path.keyword".
     GrammarError if a strict tool has such a keyword.
@@ -109,7 +112,9 @@ _END = _text(f"\n{END_PARAMETER}\n")
 
 
 def _texts(schema: Any, root: dict[str, Any], depth: int = 0) -> list[str]:
-    """The texts a parameter is limited to, as they stand between its tags; none if there are too many to list."""
+    """The texts a parameter is limited to, as they stand between its tags; none if
+    there are too many to list.
+    """
     if not isinstance(schema, dict) or depth > 8:
         return []
     if isinstance(schema.get("$ref"), str):

@@ -1,4 +1,6 @@
-"""JSON schemas before they are compiled: the limits they are held to, and what a schema loses that is not strict."""
+"""JSON schemas before they are compiled: the limits they are held to, and what a
+schema loses that is not strict.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class GrammarError(ValueError):
 
 
 def named(name: str, schema: dict[str, Any], strict: bool) -> Part:
-    """The grammar of JSON that a schema allows. strict: refuse a oneOf whose schemas may overlap, not read it as anyOf."""
+    """The grammar of JSON that a schema allows. strict: refuse a oneOf whose schemas may
+    overlap, not read it as anyOf.
+    """
     options = {"coerce_one_of": not strict, "lenient": False, "whitespace_pattern": SPACE}
     return {"name": name, "json_schema": {**schema, "x-guidance": options}}
 
@@ -65,8 +69,8 @@ def enforceable(
 ) -> tuple[dict[str, Any], list[str]]:
     """(what can be enforced of `schema`, the places of the keywords that were dropped from it).
 
-    refusal: what llguidance says against a schema, None if it takes it. Without it nothing is dropped. What cannot be
-    dropped stays, and will be refused.
+    refusal: what llguidance says against a schema, None if it takes it. Without it nothing is dropped. What
+    cannot be dropped stays, and will be refused.
     """
     dropped: list[str] = []
     if "x-guidance" in schema:
@@ -122,7 +126,9 @@ def _is_culprit(
 
 
 def _keywords(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Every keyword within a schema: (its place, the schema it is in, its name). Names of properties are none."""
+    """Every keyword within a schema: (its place, the schema it is in, its name).
+    Names of properties are none.
+    """
     waiting: list[tuple[str, Any]] = [("", schema)]
     while waiting:
         where, one = waiting.pop()

@@ -33,13 +33,14 @@ Stage = Literal["queued", "reading"]
 class Ask:
     """Sequences that share a key, a priority and the way their tokens are chosen.
 
-    prompts: token ids, one list a sequence; a prompt that is wanted n times is there n times. origin: the field of the
-    request that they come from, which an error names. max_tokens, sampling, stop, logprobs, thinking_budget: see
-    Model.generate. seeds: one for each sequence, in place of the sampling's. grammar: what each reply must follow.
-    tools: whose calls are looked for in each reply. bare: a reply is text alone, in which no tag means anything.
-    echo: None, or how many of the most likely tokens to give with the log-probability of each token of the prompts.
-    vectors: the final hidden state of each prompt is wanted; rows: the logits after each prompt; either way there is no
-    reply. namespace: of the prefix cache, the name of the key. priority: lower comes sooner.
+    prompts: token ids, one list a sequence; a prompt that is wanted n times is there n times. origin: the
+    field of the request that they come from, which an error names. max_tokens, sampling, stop, logprobs,
+    thinking_budget: see Model.generate. seeds: one for each sequence, in place of the sampling's. grammar:
+    what each reply must follow. tools: whose calls are looked for in each reply. bare: a reply is text alone,
+    in which no tag means anything. echo: None, or how many of the most likely tokens to give with the
+    log-probability of each token of the prompts. vectors: the final hidden state of each prompt is wanted;
+    rows: the logits after each prompt; either way there is no reply. namespace: of the prefix cache, the name
+    of the key. priority: lower comes sooner.
     """
 
     prompts: Sequence[list[int]]
@@ -64,8 +65,8 @@ class Ask:
 class Progress:
     """Where a sequence is before its first token.
 
-    stage: whether it waits or its prompt is read. position: in the queue, from 1. total, cached, processed: tokens of
-    the prompt in all, found in the cache, and read including those. ms: since the request came.
+    stage: whether it waits or its prompt is read. position: in the queue, from 1. total, cached, processed:
+    tokens of the prompt in all, found in the cache, and read including those. ms: since the request came.
     """
 
     stage: Stage
@@ -96,7 +97,8 @@ class Update:
 class Stream(AsyncIterator[Update]):
     """The updates of an Ask as they come; it ends after the last one of every sequence.
 
-    An engine that fails raises its ApiError here. stats: of each sequence. Belongs to the event loop that made it.
+    An engine that fails raises its ApiError here. stats: of each sequence. Belongs
+    to the event loop that made it.
     """
 
     def __init__(self, n: int) -> None:
@@ -123,7 +125,9 @@ class Stream(AsyncIterator[Update]):
         self._changed.set()
 
     def cancel(self) -> None:
-        """End every sequence after the pass under way, whatever its state. From any thread, as often as one likes."""
+        """End every sequence after the pass under way, whatever its state. From any
+        thread, as often as one likes.
+        """
         for job in self.jobs:
             job.cancel()
 

@@ -5,9 +5,10 @@
     count_tokens       what a text or a conversation takes
     score              the log-probability of every token of a text
 
-mcp_routes serves them at /mcp (streamable HTTP, with and without the handshake of before 2026-07-28), cli/mcp.py over
-stdin and stdout. Local has the tools of the models here, Proxy those of a server that runs elsewhere. A call ends with
-its request: closing the stream, or `notifications/cancelled`, frees the engine after the pass under way.
+mcp_routes serves them at /mcp (streamable HTTP, with and without the handshake of before 2026-07-28),
+cli/mcp.py over stdin and stdout. Local has the tools of the models here, Proxy those of a server that
+runs elsewhere. A call ends with its request: closing the stream, or `notifications/cancelled`, frees the
+engine after the pass under way.
 """
 
 from __future__ import annotations
@@ -432,8 +433,8 @@ def failed(text: str) -> types.CallToolResult:
 async def while_connected(request: Any, work: Awaitable[T]) -> T | None:
     """What `work` comes to; None, and it is cancelled, once the client of an HTTP request is gone.
 
-    The SDK cancels calls itself where the protocol says so. Before 2026-07-28 it does not, and the result of a call
-    whose stream is closed reaches nobody.
+    The SDK cancels calls itself where the protocol says so. Before 2026-07-28 it does not, and the result of
+    a call whose stream is closed reaches nobody.
     """
     gone: asyncio.Event | None = request.scope.get(GONE) if request is not None else None
     if gone is None:
@@ -480,8 +481,9 @@ def mcp_routes(
 ) -> tuple[list[BaseRoute], Callable[[], AbstractAsyncContextManager[None]]]:
     """The routes of /mcp, and the context manager that the app's lifespan has to enter around serving.
 
-    hosts, origins: which Host and Origin headers are answered, such as "127.0.0.1:8080" and "http://127.0.0.1:8080";
-    ":*" at the end is any port; without hosts the app has to check them itself. Who asks is the `key` in the state of the request, if the guard has put one there.
+    hosts, origins: which Host and Origin headers are answered, such as "127.0.0.1:8080" and
+    "http://127.0.0.1:8080"; ":*" at the end is any port; without hosts the app has to check them itself. Who
+    asks is the `key` in the state of the request, if the guard has put one there.
     """
     return routes_of(Local(models), hosts, origins)
 

@@ -4,9 +4,10 @@
                 ^                                                            |
                 +------------------- preempted, when KV memory runs out -----+
 
-One thread owns a model. Between two passes it drops what was cancelled, admits what waits, makes room in the KV cache
-and hands over what came, once for all streams. What a sequence computes does not depend on the others, to the bit, and
-its random numbers follow from its positions: so a sequence that was preempted and read again goes on with the same text.
+One thread owns a model. Between two passes it drops what was cancelled, admits what waits, makes room in the
+KV cache and hands over what came, once for all streams. What a sequence computes does not depend on the
+others, to the bit, and its random numbers follow from its positions: so a sequence that was preempted and
+read again goes on with the same text.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ LONGEST_RETRY = 120.0  # seconds that Retry-After says at most
 
 @dataclass(frozen=True)
 class Limits:
-    """running, queue: sequences on their way, and waiting. kv_bytes: of KV cache, running sequences and cache together."""
+    """running, queue: sequences on their way, and waiting. kv_bytes: of KV cache, running
+    sequences and cache together.
+    """
 
     running: int = 64
     queue: int = 128
@@ -204,7 +207,9 @@ class Scheduler:
         return running + queue
 
     def is_alive(self, bound: float) -> bool:
-        """Whether the engine thread lives and, while there is work, has ended a step within `bound` seconds."""
+        """Whether the engine thread lives and, while there is work, has ended a step within `bound`
+        seconds.
+        """
         with self._changed:
             working = bool(self._inbox or self._queue or self._jobs)
             return self._thread.is_alive() and not (working and time.monotonic() - self._seen > bound)
@@ -361,8 +366,8 @@ class Scheduler:
     def _affordable(self) -> list[tuple[Member[Any], list[int]]]:
         """The rows of the next pass, with room for their keys and values made before any is allocated.
 
-        Sessions that only the cache holds go first, the least recently used before the others; then the youngest
-        sequence goes back to the queue.
+        Sessions that only the cache holds go first, the least recently used before the others; then the
+        youngest sequence goes back to the queue.
         """
         while True:
             rows = self._batch.plan()
@@ -377,7 +382,9 @@ class Scheduler:
                 return rows  # one sequence alone fits: see `context`
 
     def _preempt(self, job: Job) -> None:
-        """Back to the queue; what was computed of it is let go of when memory is short, and computed again."""
+        """Back to the queue; what was computed of it is let go of when memory is short, and computed
+        again.
+        """
         member = self._leave_batch(job)
         if job.kind == "last":
             self.tree.insert(job.namespace, member.session)
@@ -416,7 +423,9 @@ class Scheduler:
         self._post(job, Update(job.index, error=server_error(what, code="engine_failed"), last=True))
 
     def _settle(self, member: Member[Any], outcome: Any) -> None:
-        """What came of a sequence in a pass goes to its stream; one that has ended leaves, its session stays cached."""
+        """What came of a sequence in a pass goes to its stream; one that has ended
+        leaves, its session stays cached.
+        """
         job = self._jobs[member.index]
         self.counters.generated_tokens += outcome.token is not None
         if job.first_token is None and not member.reads:

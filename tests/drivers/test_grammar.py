@@ -1,4 +1,5 @@
-"""An answer that is held to a grammar meets it, whatever the model would rather say, and nothing else of it changes.
+"""An answer that is held to a grammar meets it, whatever the model would rather say,
+and nothing else of it changes.
 
 python -m pytest tests/drivers/test_grammar.py
 """

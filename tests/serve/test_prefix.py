@@ -1,4 +1,6 @@
-"""The tree of sessions finds the longest beginning that any of them holds, and lets the least useful one go first."""
+"""The tree of sessions finds the longest beginning that any of them holds, and lets
+the least useful one go first.
+"""
 
 from __future__ import annotations
 

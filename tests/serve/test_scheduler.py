@@ -1,4 +1,6 @@
-"""A sequence's text, tokens and log-probabilities do not depend on what runs beside it, before it or instead of it."""
+"""A sequence's text, tokens and log-probabilities do not depend on what runs beside it,
+before it or instead of it.
+"""
 
 from __future__ import annotations
 

@@ -498,7 +498,9 @@ class HurriedLoop(asyncio.SelectorEventLoop):
     [("backlog", 2), ("silent", 15), ("pings", 15), ("body", 15), ("stall", 30)],
 )
 def test_patience_ends_as_the_table_says(kind: str, seconds: float) -> None:
-    """2 s for a connection, 15 s for the first delta, 30 s of silence: of the loop's clock, which runs ahead."""
+    """2 s for a connection, 15 s for the first delta, 30 s of silence: of the loop's clock, which runs
+    ahead.
+    """
     pings: list[Any] = [head(), ROLE, *[b": ping\n\n"] * 3, "silence"]
     scripts: dict[str, list[Any]] = {
         "backlog": ["silence"], "silent": ["silence"], "pings": pings,

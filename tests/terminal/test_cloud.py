@@ -1,4 +1,5 @@
-"""A chat that asks a provider first, as a person types it: who spoke is on the screen, whatever the provider does.
+"""A chat that asks a provider first, as a person types it: who spoke is on the
+screen, whatever the provider does.
 
 python -m pytest tests/terminal/test_cloud.py
 """

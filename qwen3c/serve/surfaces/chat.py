@@ -158,8 +158,8 @@ def refuse_others(fields: Fields) -> None:
 def messages_of(fields: Fields, name: str) -> list[dict[str, Any]]:
     """The conversation in the shape that chat templates are written for.
 
-    developer is OpenAI's newer word for system. All system messages join into the first: templates know one, at the
-    beginning, and agents send several.
+    developer is OpenAI's newer word for system. All system messages join into the first: templates know one,
+    at the beginning, and agents send several.
     """
     found = fields.items(name, MOST_MESSAGES)
     if not found:
@@ -191,7 +191,9 @@ def messages_of(fields: Fields, name: str) -> list[dict[str, Any]]:
 def joined(
     system: list[str], messages: list[dict[str, Any]], fields: Fields, name: str
 ) -> list[dict[str, Any]]:
-    """The messages after one that says what all system messages say; ApiError 400 if there is nothing to answer."""
+    """The messages after one that says what all system messages say; ApiError 400 if
+    there is nothing to answer.
+    """
     if not messages:
         raise fields.error(name, "holds system messages alone: there is nothing to answer")
     first = [{"role": "system", "content": "\n\n".join(system)}] if system else []
@@ -250,7 +252,9 @@ def calls_of(message: Fields) -> dict[str, Any]:
 
 
 def tools_of(fields: Fields) -> list[dict[str, Any]]:
-    """The tools that are functions; other kinds, which agents offer beside them, are nothing a local model has."""
+    """The tools that are functions; other kinds, which agents offer beside them, are nothing a local model
+    has.
+    """
     found = fields.items("tools", 1024) or []
     for i, item in enumerate(found):
         if not isinstance(item, dict):
@@ -283,7 +287,8 @@ def tool_choice_of(fields: Fields, talk: Talk) -> str:
 def thinking_of(fields: Fields, served: Served) -> tuple[bool | None, int | None]:
     """(whether to think, None for what the model does; how many tokens of thought at most).
 
-    chat_template_kwargs.enable_thinking is an order, which a model that cannot obey refuses; reasoning_effort is a wish.
+    chat_template_kwargs.enable_thinking is an order, which a model that cannot obey
+    refuses; reasoning_effort is a wish.
     """
     kind = served.model.metadata["thinking"]
     thinking = thinking_wish(fields, "reasoning_effort", served)
@@ -304,7 +309,9 @@ def thinking_of(fields: Fields, served: Served) -> tuple[bool | None, int | None
 
 
 def thinking_wish(fields: Fields, name: str, served: Served) -> bool | None:
-    """Whether a hybrid model should think, by how much effort is wished for; None where nothing can be chosen."""
+    """Whether a hybrid model should think, by how much effort is wished for; None
+    where nothing can be chosen.
+    """
     effort = fields.text(name, choices=("none", "minimal", "low", "medium", "high", "xhigh", "max"))
     if effort is None or served.model.metadata["thinking"] != "hybrid":
         return None
@@ -337,7 +344,9 @@ class Chat:
         }  # fmt: skip
 
     async def chunks(self) -> AsyncGenerator[str, None]:
-        """The answer in chunks: roles, what comes, why each reply ended, the usage if it is wanted, [DONE]."""
+        """The answer in chunks: roles, what comes, why each reply ended, the usage if it is wanted,
+        [DONE].
+        """
         talk = self.wanted.talk
         found = [Answer() for _ in range(talk.n)]
         yield "".join(self._chunk(i, {"role": "assistant", "content": ""}) for i in range(talk.n))

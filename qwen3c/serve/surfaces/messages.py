@@ -1,7 +1,8 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's API, which Claude Code and others speak.
 
-The conversation becomes that of chat completions: text, tool_use and tool_result blocks are messages with calls and
-results, `system` is a system message. Events come in Anthropic's order; the errors are Anthropic's, too.
+The conversation becomes that of chat completions: text, tool_use and tool_result blocks are
+messages with calls and results, `system` is a system message. Events come in Anthropic's order;
+the errors are Anthropic's, too.
 """
 
 from __future__ import annotations
@@ -139,7 +140,9 @@ def _texts(fields: Fields, name: str) -> list[str]:
 
 
 def _messages(message: Fields, role: str) -> list[dict[str, Any]]:
-    """A message of Anthropic's as those of a chat: results of tools are messages of their own, before what is said."""
+    """A message of Anthropic's as those of a chat: results of tools are messages of
+    their own, before what is said.
+    """
     if isinstance(message.raw("content"), str):
         return [{"role": role, "content": message.raw("content")}]
     texts: list[str] = []
@@ -379,7 +382,9 @@ class Message:
         )
 
     def _close(self) -> str:
-        """The end of the block that is open, if one is; thought ends with a signature, which SDKs wait for."""
+        """The end of the block that is open, if one is; thought ends with a
+        signature, which SDKs wait for.
+        """
         if not self._open:
             return ""
         signature = (

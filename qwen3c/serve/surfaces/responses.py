@@ -1,7 +1,8 @@
 """POST /v1/responses: OpenAI's newer API, stateless, which Codex speaks.
 
-The input items become the conversation of chat completions: messages, function_call and function_call_output; what was
-answered before has to be sent again, for nothing is stored. Events and ids are those of the API reference.
+The input items become the conversation of chat completions: messages, function_call and
+function_call_output; what was answered before has to be sent again, for nothing is stored. Events and ids
+are those of the API reference.
 """
 
 from __future__ import annotations
@@ -283,7 +284,9 @@ def _format(fields: Fields) -> Format | None:
 
 @dataclass
 class Made:
-    """The answer to a request, whole or in events. id: of the request. echo: fields that the answer repeats."""
+    """The answer to a request, whole or in events. id: of the request. echo: fields that the answer
+    repeats.
+    """
 
     id: str
     served: Served
