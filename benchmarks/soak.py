@@ -43,8 +43,18 @@ CANARY = {
     "max_tokens": 40,
     "logprobs": True,
 }
-BROKEN = (b"", b"{", b"[]", b'{"messages":', b"\xff\xfe", b'{"messages":[]}', b"[" * 50_000, b'{"messages":"x"}',
-          b'{"messages":[{"role":"user","content":"x"}],"max_tokens":-1}', b'{"model":5,"messages":NaN}')  # fmt: skip
+BROKEN = (
+    b"",
+    b"{",
+    b"[]",
+    b'{"messages":',
+    b"\xff\xfe",
+    b'{"messages":[]}',
+    b"[" * 50_000,
+    b'{"messages":"x"}',
+    b'{"messages":[{"role":"user","content":"x"}],"max_tokens":-1}',
+    b'{"model":5,"messages":NaN}',
+)
 
 
 class Server:
@@ -222,7 +232,8 @@ class Soak:
             try:
                 reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port, limit=64)
                 body = json.dumps(self.wanted[self.random.randrange(60)] | {"stream": True}).encode()
-                head = f"POST {ADDRESS} HTTP/1.1\r\nhost: 127.0.0.1:{self.server.port}\r\ncontent-type: application/json\r\n"
+                host = f"host: 127.0.0.1:{self.server.port}"
+                head = f"POST {ADDRESS} HTTP/1.1\r\n{host}\r\ncontent-type: application/json\r\n"
                 writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
                 while await reader.read(64):
                     await asyncio.sleep(self.random.random() * 2)

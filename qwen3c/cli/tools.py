@@ -126,7 +126,8 @@ class Tools:
             return CHANGED
         content = str(found["content"])
         note(
-            f"({len(content)} characters{', an error' * bool(found['isError'])}{', cut' * bool(found['truncated'])})"
+            f"({len(content)} characters{', an error' * bool(found['isError'])}"
+            f"{', cut' * bool(found['truncated'])})"
         )
         return content
 

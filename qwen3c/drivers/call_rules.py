@@ -15,8 +15,21 @@ from .schema import GrammarError, Part, named
 PLAIN = {"type", "title", "description", "default", "examples", "nullable", "anyOf", "deprecated", "$comment",
          "readOnly", "writeOnly"}  # fmt: skip
 """Keywords that a parameter of text may have, whose value then is any text."""
-WHOLE = {"type", "title", "description", "properties", "required", "additionalProperties", "$defs", "definitions",
-         "$schema", "$id", "$comment", "examples", "default"}  # fmt: skip
+WHOLE = {
+    "type",
+    "title",
+    "description",
+    "properties",
+    "required",
+    "additionalProperties",
+    "$defs",
+    "definitions",
+    "$schema",
+    "$id",
+    "$comment",
+    "examples",
+    "default",
+}
 """Keywords of all parameters together that the rules enforce, or that say nothing of them."""
 ROOTS = ("$defs", "definitions")  # what references point into
 

@@ -153,7 +153,8 @@ class Grammar:
             lark = f"start: {body}\n{rules}{NO_FORCING}"
             return _FreeUntilCall(vocabulary, [{"lark_grammar": lark}, *parts], dropped, begin, parallel)
         more = "" if name is not None or not parallel else ' ("\\n" call)*'
-        lark = f"start: calls{' | @answer' * (answer is not None)}\ncalls: call{more}\ncall: <[{begin}]> {body}\n{rules}"
+        start = "start: calls" + " | @answer" * (answer is not None)
+        lark = f"{start}\ncalls: call{more}\ncall: <[{begin}]> {body}\n{rules}"
         if answer is not None:
             parts += _renamed(answer.parts, "answer")
         return cls(vocabulary, [{"lark_grammar": lark + NO_FORCING}, *parts], dropped)

@@ -274,42 +274,88 @@ _DOCUMENTS = _list(_TEXT, 1, description="what to choose from")
 
 TOOLS = (
     ToolOfOurs(
-        "chat", "Chat", "Ask the local language model: a conversation in, its reply out.",
+        "chat",
+        "Chat",
+        "Ask the local language model: a conversation in, its reply out.",
         {"messages": _MESSAGES, "thinking": _THINKING, **_REPLYING},
-        ("messages",), _REPLY, _chat, lambda found: str(found["text"]),
+        ("messages",),
+        _REPLY,
+        _chat,
+        lambda found: str(found["text"]),
     ),
     ToolOfOurs(
-        "generate", "Complete text", "How the local language model goes on from a bare text, without roles.",
+        "generate",
+        "Complete text",
+        "How the local language model goes on from a bare text, without roles.",
         {"prompt": _TEXT, **_REPLYING, "max_tokens": {**_REPLYING["max_tokens"], "default": 256}},
-        ("prompt",), _REPLY, _generate, lambda found: str(found["text"]),
+        ("prompt",),
+        _REPLY,
+        _generate,
+        lambda found: str(found["text"]),
     ),
     ToolOfOurs(
-        "embed", "Embed texts", "Texts as vectors of length 1: the product of two is how alike they are.",
-        {"texts": _list({"type": "string", "minLength": 1}, 1), "instruction": {
-            "type": "string", "description": "what the texts, as queries, search for; absent for documents"}},
-        ("texts",), _object({"embeddings": _list(_list(_NUMBER)), "dimensions": _COUNT}), _embed,
+        "embed",
+        "Embed texts",
+        "Texts as vectors of length 1: the product of two is how alike they are.",
+        {
+            "texts": _list({"type": "string", "minLength": 1}, 1),
+            "instruction": {
+                "type": "string",
+                "description": "what the texts, as queries, search for; absent for documents",
+            },
+        },
+        ("texts",),
+        _object({"embeddings": _list(_list(_NUMBER)), "dimensions": _COUNT}),
+        _embed,
     ),
     ToolOfOurs(
-        "rerank", "Rank documents", "Documents by how likely each meets a query, the best first.",
-        {"query": _TEXT, "documents": _DOCUMENTS, "instruction": {
-            "type": "string", "description": "what the search is for"}, "top_n": {"type": "integer", "minimum": 1}},
-        ("query", "documents"), _object({"results": _list(_object({"index": _COUNT, "score": _NUMBER}))}), _rerank,
+        "rerank",
+        "Rank documents",
+        "Documents by how likely each meets a query, the best first.",
+        {
+            "query": _TEXT,
+            "documents": _DOCUMENTS,
+            "instruction": {"type": "string", "description": "what the search is for"},
+            "top_n": {"type": "integer", "minimum": 1},
+        },
+        ("query", "documents"),
+        _object({"results": _list(_object({"index": _COUNT, "score": _NUMBER}))}),
+        _rerank,
     ),
     ToolOfOurs(
-        "count_tokens", "Count tokens", "How many tokens a text or a conversation takes, and how many fit.",
+        "count_tokens",
+        "Count tokens",
+        "How many tokens a text or a conversation takes, and how many fit.",
         {"text": _TEXT, "messages": _MESSAGES, "thinking": _THINKING},
-        (), _object({"tokens": _COUNT, "context": _COUNT}), _count_tokens,
+        (),
+        _object({"tokens": _COUNT, "context": _COUNT}),
+        _count_tokens,
     ),
     ToolOfOurs(
-        "score", "Score a text", "The log-probability, in nats, of every token of a text under the model.",
-        {"text": {"type": "string", "minLength": 1},
-         "context": {"type": "string", "description": "what stands before the text and is not scored"},
-         "top": {"type": "integer", "minimum": 0, "maximum": 20, "description": "likeliest tokens to list in each place"}},
-        ("text",), _object({
-            "tokens": _list(_object(_TOKEN | {"top": _list(_object(_TOKEN))}, tuple(_TOKEN))),
-            "total_logprob": _NUMBER, "scored_tokens": _COUNT}), _score,
+        "score",
+        "Score a text",
+        "The log-probability, in nats, of every token of a text under the model.",
+        {
+            "text": {"type": "string", "minLength": 1},
+            "context": {"type": "string", "description": "what stands before the text and is not scored"},
+            "top": {
+                "type": "integer",
+                "minimum": 0,
+                "maximum": 20,
+                "description": "likeliest tokens to list in each place",
+            },
+        },
+        ("text",),
+        _object(
+            {
+                "tokens": _list(_object(_TOKEN | {"top": _list(_object(_TOKEN))}, tuple(_TOKEN))),
+                "total_logprob": _NUMBER,
+                "scored_tokens": _COUNT,
+            }
+        ),
+        _score,
     ),
-)  # fmt: skip
+)
 
 
 def fault_in(arguments: Mapping[str, Any], schema: dict[str, Any]) -> str | None:
@@ -469,7 +515,7 @@ def new_server(provider: Provider) -> Server[Any]:
         "qwen3c",
         version=__version__,
         title="qwen3c",
-        instructions="A language model on this computer: it chats, completes, embeds, ranks, counts and scores.",
+        instructions="A language model on this computer: it chats, completes, embeds, ranks and scores.",
         cache_hints={"tools/list": CacheHint(ttl_ms=60_000), "server/discover": CacheHint(ttl_ms=60_000)},
         on_list_tools=list_tools,
         on_call_tool=call_tool,

@@ -1,6 +1,6 @@
 """What earlier requests left in the KV cache: a radix tree of sessions, exact to the token.
 
-    root of a namespace --[edge: token ids]--> node --[edge]--> leaf: a session that holds all tokens of its path
+    root of a namespace --[edge: token ids]--> node --[edge]--> leaf: a session of all tokens on its path
 
 Every leaf holds a session and no inner node does: a session serves any beginning of its tokens, by fork() and
 rewind(). Namespaces do not see each other, so that nobody learns from the speed of an answer what others have

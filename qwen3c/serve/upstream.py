@@ -48,15 +48,35 @@ LONGEST_ERROR = 64 << 10  # bytes of a provider's error that are read
 LAST_BYTES = 0.05  # seconds that the end of a transfer may come after the end of the answer
 # what of a request goes up; its model is the provider's
 ALLOWED = (
-    "messages", "tools", "tool_choice", "parallel_tool_calls", "response_format", "max_tokens",
-    "max_completion_tokens", "n", "stop", "seed", "temperature", "top_p", "presence_penalty", "frequency_penalty",
-    "logprobs", "top_logprobs", "logit_bias",
-)  # fmt: skip
+    "messages",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_format",
+    "max_tokens",
+    "max_completion_tokens",
+    "n",
+    "stop",
+    "seed",
+    "temperature",
+    "top_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "logprobs",
+    "top_logprobs",
+    "logit_bias",
+)
 OF_A_MESSAGE = ("role", "content", "name", "refusal", "tool_calls", "tool_call_id")
 # they bind the text to a form that no provider knows of, so such a request is answered here
 LOCAL_ONLY = (
-    "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "json_schema",
-)  # fmt: skip
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "grammar",
+    "json_schema",
+)
 FORMATS = ("text", "json_object", "json_schema")
 log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())  # a chat on a terminal says it in its own words

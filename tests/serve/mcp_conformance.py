@@ -28,8 +28,12 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 # ask.
 NO_RESOURCES = ["resources-list", "resources-read-text", "resources-read-binary", "resources-templates-read"]
 NO_PROMPTS = [
-    "prompts-list", "prompts-get-simple", "prompts-get-with-args", "prompts-get-embedded-resource", "prompts-get-with-image",
-]  # fmt: skip
+    "prompts-list",
+    "prompts-get-simple",
+    "prompts-get-with-args",
+    "prompts-get-embedded-resource",
+    "prompts-get-with-image",
+]
 SERVER = {
     "2026-07-28": [
         *NO_RESOURCES,
@@ -75,9 +79,16 @@ SERVER = {
 # what our own tools must pass without a fixture among them
 OURS = ["tools-list", "dns-rebinding-protection", "http-header-validation", "server-sse-multiple-streams"]
 CLIENT = [
-    "initialize", "tools_call", "sse-retry", "request-metadata", "http-standard-headers", "http-custom-headers",
-    "http-invalid-tool-headers", "json-schema-ref-no-deref", "json-schema-2020-12-preservation",
-]  # fmt: skip
+    "initialize",
+    "tools_call",
+    "sse-retry",
+    "request-metadata",
+    "http-standard-headers",
+    "http-custom-headers",
+    "http-invalid-tool-headers",
+    "json-schema-ref-no-deref",
+    "json-schema-2020-12-preservation",
+]
 
 
 def main(folder: str) -> int:

@@ -137,8 +137,9 @@ async def mixed(
 
         order = draw.sample(range(len(wanted)), len(wanted))
         await asyncio.gather(
-            *(one(i) for i in order), *(disturber(i) for i in draw.sample(order, len(order) // 3) if not wanted[i].vectors)
-        )  # fmt: skip
+            *(one(i) for i in order),
+            *(disturber(i) for i in draw.sample(order, len(order) // 3) if not wanted[i].vectors),
+        )
     return [found[i] for i in range(len(wanted))], served
 
 

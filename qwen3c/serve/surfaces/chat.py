@@ -42,10 +42,23 @@ from ..talk import (
 from .cloud import model_here, offered
 
 IGNORED = (
-    "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prompt_cache_options", "verbosity", "prediction", "cache_prompt", "id_slot", "timings_per_token", "keep_alive",
-    "moderation", "include_reasoning",
-)  # fmt: skip
+    "user",
+    "store",
+    "metadata",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "prompt_cache_options",
+    "verbosity",
+    "prediction",
+    "cache_prompt",
+    "id_slot",
+    "timings_per_token",
+    "keep_alive",
+    "moderation",
+    "include_reasoning",
+)
 MOST_MESSAGES = 16384
 
 

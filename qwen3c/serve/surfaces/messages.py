@@ -53,10 +53,14 @@ def routes(api: Api) -> list[Route]:
         message = Message(f"msg_{api.request_id(request)}", served, stream)
         if streams:
             return EventStream(
-                message.events(), say_error=lambda error: event("error", error.anthropic()), cancel=stream.cancel,
-                headers=headers, ping=api.ping, ping_event=event("ping", {"type": "ping"}),
+                message.events(),
+                say_error=lambda error: event("error", error.anthropic()),
+                cancel=stream.cancel,
+                headers=headers,
+                ping=api.ping,
+                ping_event=event("ping", {"type": "ping"}),
                 ended=lambda: api.ended(request, served, stream),
-            )  # fmt: skip
+            )
         try:
             (answer,) = await unless_left(request.receive, answers(stream), stream.cancel)
         finally:

@@ -38,9 +38,20 @@ from ..talk import (
 from .chat import MOST_MESSAGES, content_of, joined, logprobs_of, thinking_wish
 
 IGNORED = (
-    "store", "metadata", "service_tier", "user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "client_metadata", "stream_options", "max_tool_calls", "context_management", "prompt_cache_options", "moderation",
-)  # fmt: skip
+    "store",
+    "metadata",
+    "service_tier",
+    "user",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "client_metadata",
+    "stream_options",
+    "max_tool_calls",
+    "context_management",
+    "prompt_cache_options",
+    "moderation",
+)
 INCLUDABLE = ("reasoning.encrypted_content", "message.output_text.logprobs")
 PATHS = {"messages": "input"}
 
@@ -202,8 +213,10 @@ def _call(item: Fields) -> dict[str, Any]:
     if not name:
         raise item.error("name", "is missing")
     return {
-        "type": "function", "id": item.text("call_id"), "function": {"name": name, "arguments": arguments or {}}
-    }  # fmt: skip
+        "type": "function",
+        "id": item.text("call_id"),
+        "function": {"name": name, "arguments": arguments or {}},
+    }
 
 
 def _output(item: Fields) -> str:
