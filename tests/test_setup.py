@@ -137,9 +137,16 @@ def test_old_pythons_can_read_what_refuses_them() -> None:
 
 
 def test_extras_have_what_the_tests_and_the_linters_need() -> None:
-    test, lint = (re.search(rf"^{name} = \[(.*)\]$", PYPROJECT, re.M) for name in ("test", "lint"))
-    assert test and all(f'"{name}>=' in test[1] for name in ("pytest", "pexpect", "pyte"))
-    assert lint and all(re.search(rf'"{name}==[\d.]+"', lint[1]) for name in ("ruff", "mypy"))
+    extras = {
+        name: packages
+        for name, packages in re.findall(r"^(\w+) = \[(.*?)\]$", PYPROJECT, re.MULTILINE | re.DOTALL)
+    }
+    for name in ("pytest", "pexpect", "pyte", "openai", "anthropic", "playwright", "jsonschema"):
+        assert f'"{name}>=' in extras["test"]
+    for name in ("starlette", "uvicorn", "h11", "httpx2", "llguidance", "prometheus_client"):
+        assert f'"{name}>=' in extras["serve"]
+    assert '"mcp>=' in extras["mcp"]
+    assert all(re.search(rf'"{name}==[\d.]+"', extras["lint"]) for name in ("ruff", "mypy"))
 
 
 def test_the_compiler_that_reads_no_name_of_f16c_finds_it_all_the_same() -> None:

@@ -270,8 +270,10 @@ def open_sockets(settings: Settings) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     try:
         port = settings.port
-        for family, kind, _, _, place in _resolve(settings.host, port):
-            listener = socket.socket(family, kind)
+        for family, kind, protocol, _, place in _resolve(settings.host, port):
+            # with its protocol, or asyncio does not turn Nagle off: then each answer, and each piece of a stream,
+            # waits 40 ms for an acknowledgement
+            listener = socket.socket(family, kind, protocol)
             sockets.append(listener)
             if os.name == "posix":
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

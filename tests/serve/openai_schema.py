@@ -1,8 +1,8 @@
 """OpenAI's schemas of its answers (openai_schemas.json), and the checks of bodies and chunks against them.
 
-Three things are otherwise here, on purpose: the first token of an echoed prompt has no log-probability (null, as lm-eval
-and OpenAI's own server have it), embeddings may be base64 (what openai-python asks for), and a chunk of a completion has
-no finish_reason before the last (as OpenAI's own server has it).
+Three things are otherwise here, on purpose: the first token of an echoed prompt has no log-probability (null,
+as lm-eval and OpenAI's own server have it), embeddings may be base64 (what openai-python asks for), and a
+chunk of a completion has no finish_reason before the last (as OpenAI's own server has it).
 """
 
 from __future__ import annotations

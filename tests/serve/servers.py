@@ -52,7 +52,7 @@ def running(paths: Mapping[str, Path], **options: Any) -> Iterator[Server]:
     openers = {alias: opener(path) for alias, path in paths.items()}
     api = Api(Models(openers, ServeOptions(**options), files=paths))
     config = uvicorn.Config(create_app(api), log_level="error", lifespan="on", http="h11")
-    # named, for asyncio turns off Nagle only where it sees TCP: else every answer waits 40 ms for an acknowledgement
+    # with its protocol, or asyncio leaves Nagle on, and each answer waits 40 ms for an acknowledgement
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.bind(("127.0.0.1", 0))
         server = uvicorn.Server(config)
@@ -73,7 +73,13 @@ def asking(address: str, path: str, **fields: Any) -> Iterator[socket.socket]:
     """A request that has been sent; the connection is closed at the end of the block, whatever has come."""
     host, _, port = address.rpartition("/")[2].partition(":")
     body = json.dumps(fields).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    lines = [
+        f"POST {path} HTTP/1.1",
+        f"host: {host}",
+        "content-type: application/json",
+        f"content-length: {len(body)}",
+    ]
+    head = "\r\n".join([*lines, "", ""])
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         connection.sendall(head.encode() + body)
         yield connection

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
 from servers import Client, Server, running
-from small_models import export_small_model
+from small_models import token_id, write_small_model
 
 from qwen3c import Model
+from qwen3c.convert.export import export
 from qwen3c.drivers.reply import Vocabulary
 from qwen3c.drivers.sampler import Sampler, Sampling
 
@@ -116,21 +119,52 @@ def test_an_empty_prompt_is_an_error_where_no_token_begins_a_text(
     assert (answer.status, answer.error["param"]) == (400, param)
 
 
-def test_an_empty_text_is_what_begins_a_text_where_something_does(tmp_path: Any) -> None:
-    path = export_small_model(tmp_path, architecture="llama")
-    with running({"m": path}) as server:
-        opening = server.model.tokenizer.opening
-        answer = Client(server.address).post(PATH, prompt="", max_tokens=1, return_token_ids=True)
-        if opening:
-            assert answer.body["choices"][0]["prompt_token_ids"] == opening
-        else:
-            assert answer.status == 400
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a model whose vocabulary puts a token before each text, as Llama's does."""
+    directory = tmp_path_factory.mktemp("opened")
+    source = write_small_model(directory / "source")
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    begin = {"id": "<|endoftext|>", "ids": [token_id("<|endoftext|>")], "tokens": ["<|endoftext|>"]}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|endoftext|>": begin},
+    }
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    export(source, directory / "model.bin")
+    with running({"m": directory / "model.bin"}) as server:
+        yield server
+
+
+def test_what_begins_a_text_is_read_and_scored_but_does_not_show(opened: Server) -> None:
+    client, begin = Client(opened.address), token_id("<|endoftext|>")
+    fields: dict[str, Any] = {"max_tokens": 1, "echo": True, "logprobs": 0, "return_token_ids": True}
+    (empty,) = client.ok(PATH, prompt="", **fields)["choices"]
+    assert empty["prompt_token_ids"] == [begin]
+    ids = opened.model.tokenizer.encode("ab c")
+    (choice,) = client.ok(PATH, prompt="ab c", **fields)["choices"]
+    assert choice["prompt_token_ids"] == [begin, *ids] == opened.model.text_prompt("ab c")
+    assert choice["text"].startswith("ab c")
+    assert choice["logprobs"]["text_offset"][:3] == [0, 0, len(opened.model.tokenizer.decode(ids[:1]))]
+    assert choice["logprobs"]["text_offset"][-1] == len("ab c")
+    for given in ({"prompt": "<|endoftext|>ab c"}, {"prompt": [begin, *ids]}):
+        assert client.ok(PATH, **given, **fields)["choices"][0]["prompt_token_ids"] == [begin, *ids], "once"
+    bare = client.ok(PATH, prompt="ab c", add_special_tokens=False, **fields)
+    assert bare["choices"][0]["prompt_token_ids"] == ids
+    assert client.ok("/tokenize", prompt="ab c")["tokens"] == [begin, *ids]
+    assert client.ok("/tokenize", content="ab c")["tokens"] == ids
 
 
 @pytest.mark.parametrize(
     ("prompt", "param"),
     [
-        (5, "prompt"), ({}, "prompt"), ([1, "a"], "prompt[1]"), ([1, True], "prompt[1]"), ([1.5], "prompt[0]"),
+        (5, "prompt"), ({}, "prompt"), ([1, "a"], "prompt[1]"), ([1, True], "prompt[1]"),
+        ([1.5], "prompt[0]"),
         ([-1], "prompt[0]"), ([[1], [1 << 63]], "prompt[1][0]"), ([[1], "a"], "prompt[0]"), (None, "prompt"),
         ([4096], "prompt[0]"),
     ],
@@ -177,7 +211,9 @@ def test_echo_scores_every_token_of_the_prompt_as_the_engine_does(client: Client
 
 
 def test_is_greedy_can_be_told_by_exact_equality(client: Client, box: Server) -> None:
-    """lm-eval compares a token's log-probability with the largest of those listed: the same float, or greater."""
+    """lm-eval compares a token's log-probability with the largest of those listed: the same float, or
+    greater.
+    """
     ids = box.model.tokenizer.encode(TEXT)
     body = client.ok(PATH, prompt=[ids], max_tokens=1, echo=True, logprobs=1, temperature=0)
     logprobs = body["choices"][0]["logprobs"]
@@ -239,7 +275,8 @@ def test_log_probabilities_are_those_of_the_model_whatever_the_sampling(client: 
     fields: dict[str, Any] = {"prompt": TEXT, "max_tokens": 6, "logprobs": 3, "seed": 2}
     body = client.ok(PATH, **fields, temperature=1.5, presence_penalty=1, return_token_ids=True)
     (choice,) = body["choices"]
-    events = [*box.model.generate(box.model.text_prompt(TEXT), 6, logprobs=3, seed=2, temperature=1.5, presence_penalty=1)]  # fmt: skip
+    options: Any = {"logprobs": 3, "seed": 2, "temperature": 1.5, "presence_penalty": 1}
+    events = [*box.model.generate(box.model.text_prompt(TEXT), 6, **options)]
     assert choice["token_ids"] == [event.token for event in events]
     assert choice["logprobs"]["token_logprobs"] == [event.logprob for event in events]
     for event, top in zip(events, choice["logprobs"]["top_logprobs"], strict=True):
@@ -291,8 +328,8 @@ def test_tags_are_text_and_nothing_is_taken_out(thinker: Client, tiny: Server) -
     tags = [tokenizer.control_id(tag) for tag in ("<think>", "</think>")]
     bias = {str(tag): 100 for tag in tags} | {"198": 99}
     for stream in (False, True):
-        fields: dict[str, Any] = {"prompt": "<think>\n", "max_tokens": 12, "logit_bias": bias, "seed": 1, "temperature": 2,
-                                  "return_token_ids": True}  # fmt: skip
+        fields: dict[str, Any] = {"prompt": "<think>\n", "max_tokens": 12, "logit_bias": bias, "seed": 1}
+        fields |= {"temperature": 2, "return_token_ids": True}
         choices = (
             gathered(thinker.events(PATH, **fields)) if stream else thinker.ok(PATH, **fields)["choices"]
         )
@@ -312,7 +349,8 @@ def test_a_format_holds_and_a_bad_one_is_refused_at_once(client: Client) -> None
     [
         ({"suffix": "x"}, "suffix"), ({"best_of": 3}, "best_of"), ({"messages": []}, "messages"),
         ({"logprobs": 21}, "logprobs"), ({"logprobs": True}, "logprobs"), ({"echo": 1}, "echo"),
-        ({"max_tokens": -1}, "max_tokens"), ({"max_token": 5}, "max_token"), ({"temprature": 1}, "temprature"),
+        ({"max_tokens": -1}, "max_tokens"), ({"max_token": 5}, "max_token"),
+        ({"temprature": 1}, "temprature"),
         ({"logit_bias": {"4096": 1}}, "logit_bias.4096"), ({"logit_bias": {"foo": 1}}, "logit_bias.foo"),
         ({"stream_options": {"include_usage": True}}, "stream_options"), ({"ignore_eos": True}, "ignore_eos"),
         ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"), ({"n_predict": 5}, "n_predict"),
@@ -328,7 +366,8 @@ def test_what_changes_the_meaning_and_cannot_be_done_is_refused_by_name(
 
 
 def test_what_changes_nothing_is_taken_and_what_nobody_knows_is_named(client: Client) -> None:
-    answer = client.post(PATH, prompt="x", max_tokens=1, user="me", best_of=1, suffix="", zebra=1, logit_bias={"foo": 0})  # fmt: skip
+    nothing: dict[str, Any] = {"user": "me", "best_of": 1, "suffix": "", "logit_bias": {"foo": 0}}
+    answer = client.post(PATH, prompt="x", max_tokens=1, zebra=1, **nothing)
     assert answer.status == 200
     assert answer.headers["x-qwen3c-ignored"] == "zebra"
 

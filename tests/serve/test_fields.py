@@ -1,4 +1,4 @@
-"""A body that cannot be meant is an error that names the field, on every surface; none makes the server fail."""
+"""A body that cannot be meant is an error that names the field, on every surface; no server fails."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def test_what_is_refused_may_have_the_value_that_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"a": {"b": [float("nan")]}}, "a.b[0]"), ({"a": "\ud800"}, "a"), ({"\udfff": 1}, None), ([], None), (5, None),
+        ({"a": {"b": [float("nan")]}}, "a.b[0]"), ({"a": "\ud800"}, "a"), ({"\udfff": 1}, None), ([], None),
+        (5, None),
         (float("nan"), None),
     ],
     ids=str,
@@ -117,48 +118,60 @@ SURFACES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     CHAT: (
         {"messages": MESSAGES, "max_tokens": 1},
         (
-            *SAMPLING, *FORMATS, *OTHERS, "model", "messages", "max_tokens", "max_completion_tokens", "logprobs",
-            "top_logprobs", "tools", "tool_choice", "parallel_tool_calls", "stream_options", "return_progress",
-            "reasoning_effort", "chat_template_kwargs", "thinking_budget", "modalities", "functions", "user", "metadata",
+            *SAMPLING, *FORMATS, *OTHERS, "model", "messages", "max_tokens", "max_completion_tokens",
+            "logprobs",
+            "top_logprobs", "tools", "tool_choice", "parallel_tool_calls", "stream_options",
+            "return_progress",
+            "reasoning_effort", "chat_template_kwargs", "thinking_budget", "modalities", "functions",
+            "user", "metadata",
         ),
     ),
     TEXTS: (
         {"prompt": "a", "max_tokens": 1},
         (
             *SAMPLING, *FORMATS, *OTHERS, "model", "prompt", "max_tokens", "logprobs", "echo", "suffix",
-            "stream_options", "return_token_ids", "return_tokens_as_token_ids", "parse_special", "add_special_tokens",
+            "stream_options", "return_token_ids", "return_tokens_as_token_ids", "parse_special",
+            "add_special_tokens",
         ),
     ),
-    "/v1/embeddings": ({"input": "a"}, ("model", "input", "dimensions", "encoding_format", "normalize", "priority")),
+    "/v1/embeddings": ({"input": "a"},
+     ("model", "input", "dimensions", "encoding_format", "normalize", "priority")),
     "/v1/rerank": (
         {"query": "a", "documents": ["b"]},
-        ("model", "query", "documents", "texts", "top_n", "return_documents", "raw_scores", "instruction", "priority"),
+        ("model", "query", "documents", "texts", "top_n", "return_documents", "raw_scores", "instruction",
+         "priority"),
     ),
     "/v1/responses": (
         {"input": "hi", "max_output_tokens": 1},
         (
-            "model", "input", "instructions", "max_output_tokens", "temperature", "top_p", "top_k", "min_p", "seed",
-            "top_logprobs", "tools", "tool_choice", "text", "reasoning", "include", "truncation", "background",
+            "model", "input", "instructions", "max_output_tokens", "temperature", "top_p", "top_k", "min_p",
+            "seed",
+            "top_logprobs", "tools", "tool_choice", "text", "reasoning", "include", "truncation",
+            "background",
             "parallel_tool_calls", "previous_response_id",
         ),
     ),
     "/v1/messages": (
         {"messages": MESSAGES, "max_tokens": 1},
         (
-            "model", "messages", "max_tokens", "temperature", "top_p", "top_k", "stop_sequences", "system", "tools",
+            "model", "messages", "max_tokens", "temperature", "top_p", "top_k", "stop_sequences", "system",
+            "tools",
             "tool_choice", "thinking", "metadata",
         ),
     ),
-    "/v1/messages/count_tokens": ({"messages": MESSAGES}, ("model", "messages", "system", "tools", "thinking")),
+    "/v1/messages/count_tokens": ({"messages": MESSAGES},
+     ("model", "messages", "system", "tools", "thinking")),
     "/tokenize": (
         {"prompt": "a"},
-        ("model", "prompt", "content", "messages", "add_special", "add_special_tokens", "with_pieces", "parse_special"),
+        ("model", "prompt", "content", "messages", "add_special", "add_special_tokens", "with_pieces",
+         "parse_special"),
     ),
     "/detokenize": ({"tokens": [5]}, ("model", "tokens")),
     "/apply-template": ({"messages": MESSAGES}, ("messages", "tools", "chat_template_kwargs")),
 }  # fmt: skip
 VALUES = (
-    "-1", "0", "1", "2147483648", "9223372036854775808", "-9223372036854775809", "NaN", "Infinity", "1e999", "0.5", "true",
+    "-1", "0", "1", "2147483648", "9223372036854775808", "-9223372036854775809", "NaN", "Infinity", "1e999",
+    "0.5", "true",
     "false", '"5"', '""', "null", "[]", "{}", "[[]]", "[null]", '[{}]', '{"type":5}', "9" * 400, '"\\ud800"',
 )  # fmt: skip
 DEEP = '{"a":' * 300 + "1" + "}" * 300

@@ -1,4 +1,4 @@
-"""POST /v1/rerank and /rerank give the scores of Model.rerank, to the bit, in the words of Jina and of TEI."""
+"""POST /v1/rerank and /rerank give the scores of Model.rerank, to the bit, in Jina's words and TEI's."""
 
 from __future__ import annotations
 
@@ -67,12 +67,14 @@ def test_a_model_without_the_tokens_of_the_recipe_says_so_in_a_line(client: Clie
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"documents": ["a"]}, "query"), ({"query": "a"}, "documents"), ({"query": "a", "documents": []}, "documents"),
+        ({"documents": ["a"]}, "query"), ({"query": "a"}, "documents"),
+        ({"query": "a", "documents": []}, "documents"),
         ({"query": 5, "documents": ["a"]}, "query"), ({"query": "a", "documents": ["b", 5]}, "documents[1]"),
         ({"query": "a", "documents": [{"txt": "b"}]}, "documents[0]"),
         ({"query": "a", "documents": [{"text": 5}]}, "documents[0].text"),
         ({"query": "a", "documents": ["b"], "texts": ["b"]}, "documents"),
-        ({"query": "a", "documents": ["b"], "top_n": 0}, "top_n"), ({"query": "a", "documents": ["b"], "topn": 1}, "topn"),
+        ({"query": "a", "documents": ["b"], "top_n": 0}, "top_n"),
+        ({"query": "a", "documents": ["b"], "topn": 1}, "topn"),
         ({"query": "a", "documents": ["b"], "max_tokens_per_doc": 9}, "max_tokens_per_doc"),
         ({"query": "a", "documents": ["b"], "rank_fields": ["t"]}, "rank_fields"),
     ],

@@ -1,7 +1,7 @@
 """Answers fit OpenAI's schemas, and where they do not, on purpose, the schemas would say so.
 
-The client of these tests (servers.py) holds every body and every chunk that it sees against the schemas, so that every
-test of a surface is a test of them, too.
+The client of these tests (servers.py) holds every body and every chunk that it sees against the schemas, so
+that every test of a surface is a test of them, too.
 """
 
 from __future__ import annotations

@@ -277,6 +277,13 @@ def test_sockets_for_another_process_are_none_of_ours(monkeypatch: pytest.Monkey
         assert listener.getsockname()[0] == "127.0.0.1"
 
 
+def test_small_pieces_do_not_wait_for_acknowledgements() -> None:
+    """asyncio turns Nagle off where a socket names its protocol."""
+    (listener,) = open_sockets(Settings(port=0))
+    with listener:
+        assert listener.proto == socket.IPPROTO_TCP
+
+
 def test_what_is_packaged_fits_the_program() -> None:
     """The commands of the unit and of the image have only flags that there are, and the configuration can be
     read.

@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize, /apply-template and /tokenizer_info say what the model's tokenizer and template do."""
+"""/tokenize, /detokenize, /apply-template, /tokenizer_info say what the tokenizer and the template do."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def test_tokens_become_their_text_again(client: Client) -> None:
     ("path", "fields", "param"),
     [
         ("/tokenize", {}, "prompt"), ("/tokenize", {"prompt": "a", "content": "a"}, "content"),
-        ("/tokenize", {"prompt": 5}, "prompt"), ("/tokenize", {"content": "a", "with_piece": True}, "with_piece"),
+        ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/tokenize", {"content": "a", "with_piece": True}, "with_piece"),
         ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "add_generation_prompt": False},
          "add_generation_prompt"),
         ("/detokenize", {}, "tokens"), ("/detokenize", {"tokens": "a"}, "tokens"),

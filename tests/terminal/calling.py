@@ -26,6 +26,9 @@ class Script:
         self._ids = ids
         self._n_tokens = n_tokens
 
+    def prepare(self) -> None:
+        """The next token is known already."""
+
     def allowed(self) -> NDArray[np.bool_]:
         allowed = np.zeros(self._n_tokens, np.bool_)
         allowed[self._ids[0]] = True

@@ -141,9 +141,12 @@ def test_a_prompt_typed_without_a_mode_is_answered_and_the_line_says_so() -> Non
         assert status == 0 and f"| {said} |" in text, text
 
 
-def test_without_a_prompt_a_chat_begins() -> None:
-    with Terminal([*RUN, TINY], columns=200, env=ONE_THREAD) as terminal:
+def test_without_a_prompt_a_chat_begins(tmp_path: Path) -> None:
+    env = {**ONE_THREAD, "XDG_STATE_HOME": str(tmp_path)}
+    with Terminal([*RUN, TINY], columns=200, env=env) as terminal:
         terminal.wait_for("/help lists the commands")
+        # a Ctrl-D that comes before the prompt is lost when the terminal goes over to line editing
+        terminal.wait_until(lambda: terminal.current_line == ">", "the prompt")
         terminal.press("ctrl-d")
         assert terminal.finish() == 0
 

@@ -1,8 +1,8 @@
 """POST /v1/completions: how a model goes on from bare texts or token ids, and how likely it finds them.
 
-There is no template and there are no roles: what the client sends is what the model reads, and no tag in the reply means
-anything. With `echo` and `logprobs` the answer has the log-probability of every token of the prompts, as lm-eval's
-local-completions takes them. docs/SERVING.md lists what is taken, ignored and refused.
+There is no template and there are no roles: what the client sends is what the model reads, and no tag in the
+reply means anything. With `echo` and `logprobs` the answer has the log-probability of every token of the
+prompts, as lm-eval's local-completions takes them. docs/SERVING.md lists what is taken, ignored and refused.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ from ..talk import (
 )  # fmt: skip
 
 IGNORED = (
-    "user", "metadata", "cache_prompt", "id_slot", "timings_per_token", "keep_alive", "spaces_between_special_tokens",
+    "user", "metadata", "cache_prompt", "id_slot", "timings_per_token", "keep_alive",
+    "spaces_between_special_tokens",
     "request_id",
 )  # fmt: skip
 MAX_TOKENS = 16  # where the client says nothing, as OpenAI has it
@@ -90,7 +91,7 @@ def routes(api: Api) -> list[Route]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: its token ids and its text. hidden: how many tokens, at its beginning, are not in the text."""
+    """A prompt: its token ids and its text. hidden: how many tokens at the beginning are not in the text."""
 
     ids: list[int]
     text: str
@@ -99,10 +100,11 @@ class Prompt:
 
 @dataclass
 class Wanted:
-    """The request. prompts: texts or token ids; n replies to each. logprobs: how many of the most likely tokens.
+    """The request. prompts: texts or token ids; n replies to each. logprobs: how many of the most likely
+    tokens.
 
-    special: whether the text of a control token in a prompt is that token. opens: whether a text begins with what the
-    vocabulary puts before one.
+    special: whether the text of a control token in a prompt is that token. opens: whether a text begins with
+    what the vocabulary puts before one.
     """
 
     prompts: list[str | list[int]]
@@ -234,7 +236,9 @@ class Completion:
         return self._head() | {"choices": choices, "usage": tokens, "timings": timings(self.stream)}
 
     async def chunks(self) -> AsyncGenerator[str, None]:
-        """The answer in chunks: what is echoed, what comes, why each reply ended, the usage if it is wanted, [DONE]."""
+        """The answer in chunks: what is echoed, what comes, why each reply ended, the usage if it is wanted,
+        [DONE].
+        """
         found = [Answer() for _ in self.stream.jobs]
         if (self.wanted.token_ids or self.wanted.echo) and not self.wanted.scores:
             yield "".join(self._echo(i, answer) for i, answer in enumerate(found))
@@ -285,7 +289,9 @@ class Completion:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
     def _with_ids(self, choice: dict[str, Any], ids: list[int], begins: bool = False) -> dict[str, Any]:
-        """The choice with token ids, if they are wanted: vLLM's fields. begins: whether it is the choice's first chunk."""
+        """The choice with token ids, if they are wanted: vLLM's fields. begins: whether it is the choice's
+        first chunk.
+        """
         if self.wanted.token_ids:
             choice["token_ids"] = ids
             if begins:
@@ -312,9 +318,11 @@ class Completion:
 
 
 class Tokens:
-    """The tokens of one choice with their log-probabilities, in the shape of OpenAI's completions, as they come.
+    """The tokens of one choice with their log-probabilities, in the shape of OpenAI's completions, as they
+    come.
 
-    names_ids: whether a token is called by its id. A text_offset is the place in the choice's text where a token begins.
+    names_ids: whether a token is called by its id. A text_offset is the place in the choice's text where a
+    token begins.
     """
 
     def __init__(self, tokenizer: Tokenizer, names_ids: bool) -> None:

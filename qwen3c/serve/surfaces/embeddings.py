@@ -1,8 +1,8 @@
 """POST /v1/embeddings: texts as vectors, by the recipe that Model.embed has.
 
-A text ends with the vocabulary's own end, and so do token ids unless they have it already. The vector is the final hidden
-state there, at length 1. `dimensions` cuts it and brings it to length 1 again, as models that were trained for it
-(Matryoshka) allow; with others a part of the vector says less than it seems to.
+A text ends with the vocabulary's own end, and so do token ids unless they have it already. The vector is the
+final hidden state there, at length 1. `dimensions` cuts it and brings it to length 1 again, as models that
+were trained for it (Matryoshka) allow; with others a part of the vector says less than it seems to.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def routes(api: Api) -> list[Route]:
 
 
 async def model_body(api: Api, name: str) -> dict[str, Any]:
-    """A model in OpenAI's words, with what clients of local servers look for; null is what is not known yet."""
+    """A model in OpenAI's words, with what clients of local servers look for; null is not known yet."""
     card = await api.models.card(name)
     context = card.context if card is not None else None
     return {
@@ -88,7 +88,9 @@ def props_body(api: Api, served: Served) -> dict[str, Any]:
 
 
 def health_body(api: Api) -> dict[str, Any]:
-    """Whether the engines do their work: "ok", "draining" while the server ends, "failed" if one is dead or stuck."""
+    """Whether the engines do their work: "ok", "draining" while the server ends, "failed" if one is dead or
+    stuck.
+    """
     states, running, waiting = dict.fromkeys(api.models.names, "unloaded"), 0, 0
     for served in api.models.loaded:
         states[served.name] = "ok" if served.scheduler.is_alive(STUCK) else "failed"

@@ -1,7 +1,7 @@
 """POST /v1/rerank and /rerank: how well documents meet a query, by the recipe that Model.rerank has.
 
-`documents` is answered as Jina and Cohere do, an object with `results`; `texts` as text-embeddings-inference does, a
-bare list. Either way the best come first.
+`documents` is answered as Jina and Cohere do, an object with `results`; `texts` as text-embeddings-inference
+does, a bare list. Either way the best come first.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def routes(api: Api) -> list[Route]:
 class Wanted:
     """The request. name: of the field with the documents, which says whose words the answer is in.
 
-    instruction: what the search is for. top: how many results. returns: whether they have the texts. raw: whether a score
-    is the logit of the probability.
+    instruction: what the search is for. top: how many results. returns: whether they have the texts. raw:
+    whether a score is the logit of the probability.
     """
 
     name: str
@@ -70,7 +70,9 @@ class Wanted:
     raw: bool
 
     def prompts(self, served: Served) -> tuple[list[list[int]], list[int]]:
-        """(the prompts, the ids of the two answers). ApiError 400 if the model has not the tokens of the recipe."""
+        """(the prompts, the ids of the two answers). ApiError 400 if the model has not the tokens of the
+        recipe.
+        """
         model = served.model
         try:
             return rerank_prompts(model, model.tokenizer, self.query, self.documents, self.instruction)

@@ -1,6 +1,7 @@
 """POST /tokenize, /detokenize and /apply-template, GET /tokenizer_info: texts, conversations and token ids.
 
-The fields are vLLM's and llama.cpp's: a text may be called prompt, content or text. lm-eval reads /tokenizer_info.
+The fields are vLLM's and llama.cpp's: a text may be called prompt, content or text. lm-eval reads
+/tokenizer_info.
 """
 
 from __future__ import annotations
@@ -83,9 +84,11 @@ def talk_of(fields: Fields, served: Served) -> Talk:
 
 
 def text_of(fields: Fields) -> tuple[str, str, bool, bool]:
-    """(the name of the field with the text, the text, whether control tokens in it are such, whether it opens).
+    """(the name of the field with the text, the text, whether control tokens in it are such, whether it
+    opens).
 
-    A `prompt` opens with what the vocabulary puts before a text, as in vLLM; a `content` does not, as in llama.cpp.
+    A `prompt` opens with what the vocabulary puts before a text, as in vLLM; a `content` does not, as in
+    llama.cpp.
     """
     given = [name for name in TEXTS if name in fields]
     if not given:
