@@ -13,11 +13,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from .. import __version__
-from .ask import Ask, Stream
+from .ask import Ask, KeyLimits, Stream
 from .errors import ApiError, server_error
 from .fields import Fields, parse_json
 from .models import Models, Served
-from .scheduler import KeyLimits
 from .streams import PING, dump
 
 if TYPE_CHECKING:

@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from ..drivers.reply import Reply
 from ..drivers.retrieval import embedding_prompts, instruct, relevance, rerank_prompts, unit_vectors
 from ..drivers.score import TokenScore
-from .ask import Ask, Progress, Stream
+from .ask import Ask, KeyLimits, Progress, Stream
 from .errors import ApiError
 from .models import Models, Served
-from .scheduler import KeyLimits
 
 if TYPE_CHECKING:
     import mcp_types as types

@@ -29,10 +29,10 @@ from ..format import ModelFile
 from ..memory import available, gib
 from ..model import Model
 from ..text.chat import TOOL_CALL
-from .ask import Ask, Stream
+from .ask import Ask, Job, KeyLimits, Stream
 from .errors import ApiError, context_error
 from .pace import Pace
-from .scheduler import Job, KeyLimits, Limits, Scheduler
+from .scheduler import Limits, Scheduler
 
 T = TypeVar("T")
 ROWS_AT_ONCE = 16  # prompts without a reply that one request has in the queue

@@ -19,18 +19,12 @@ import time
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..drivers.batch import Batch, CachedSession, LastRow, Member, session_for
-from ..drivers.reply import Event, FinishReason, ReplyState, Stats
-from ..drivers.score import PromptScores
-from ..engine import Logits
 from ..model import Model
-from .ask import Progress, Stream, Update
+from .ask import Failed, Job, KeyLimits, Progress, Stream, Update
 from .errors import ApiError, server_error
 from .pace import Pace
 from .prefix import PrefixTree
@@ -52,14 +46,6 @@ class Limits:
     kv_bytes: int = 1 << 30
 
 
-@dataclass(frozen=True)
-class KeyLimits:
-    """What one key may have at once; None: as much as all together."""
-
-    running: int | None = None
-    queue: int | None = None
-
-
 @dataclass
 class Counters:
     """What has happened since the start, for metrics. Written by the engine thread alone."""
@@ -71,82 +57,6 @@ class Counters:
     generated_tokens: int = 0
     preemptions: int = 0
     evictions: int = 0
-
-
-@dataclass
-class Failed:
-    """The outcome of a sequence whose next token could not be chosen."""
-
-    error: ApiError
-    token: int | None = None
-    finish_reason: FinishReason | None = "cancelled"
-
-
-@dataclass(eq=False)
-class Job:
-    """One sequence of a stream, from its arrival to its last update; to a Batch it is a State.
-
-    number: in order of arrival. state: what makes a reply of logits; a LastRow where there is none to make.
-    kind: what is wanted of the rows of the prompt (see Session.forward).
-    """
-
-    stream: Stream
-    index: int
-    prompt: list[int]
-    state: ReplyState | LastRow
-    kind: Logits
-    namespace: str
-    priority: int
-    limits: KeyLimits
-    scores: PromptScores | None = None
-    number: int = 0
-    stats: Stats = field(default_factory=Stats)
-    arrived: float = field(default_factory=time.monotonic)
-    first_token: float | None = None  # seconds after `arrived`
-    ended: float | None = None  # likewise
-    preempted: int = 0
-    position: int = 0  # in the queue, as last told
-    scheduler: Scheduler | None = None
-    cancelled: bool = False
-
-    def __lt__(self, other: Job) -> bool:
-        """Whether it comes sooner."""
-        return (self.priority, self.number) < (other.priority, other.number)
-
-    @property
-    def tokens(self) -> list[int]:
-        """The prompt and what has been sampled after it."""
-        return self.prompt + self.state.tokens if isinstance(self.state, ReplyState) else self.prompt
-
-    @property
-    def max_tokens(self) -> int:
-        """How many rows its state will take at most."""
-        return self.state.max_tokens
-
-    @property
-    def stop_string(self) -> str | None:
-        """The stop string that has ended the reply, if one has."""
-        return self.state.stop_string if isinstance(self.state, ReplyState) else None
-
-    def cancel(self) -> None:
-        """End it after the pass under way. From any thread."""
-        self.cancelled = True
-        if self.scheduler is not None:
-            self.scheduler.wake()
-
-    def prepare(self) -> None:
-        self.state.prepare()
-
-    def take(self, logits: NDArray[np.float32]) -> Event | LastRow | Failed:
-        if self.max_tokens == 0:  # the prompt alone was to be read
-            return self.state.end("length")
-        try:
-            return self.state.take(logits)
-        except ValueError as error:  # a grammar that allows no token: it is this sequence's fault alone
-            return Failed(server_error(str(error)))
-
-    def end(self, reason: FinishReason) -> Event | LastRow | Failed:
-        return self.state.end(reason)
 
 
 class Scheduler:
@@ -247,7 +157,7 @@ class Scheduler:
                 self._seen = time.monotonic()
             for job in jobs:
                 self._n_submitted += 1
-                job.number, job.scheduler = self._n_submitted, self
+                job.number, job.wake = self._n_submitted, self.wake
                 self._waiting[namespace] += 1
                 self._inbox.append(job)
             self._changed.notify()

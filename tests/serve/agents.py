@@ -1,8 +1,10 @@
-"""Codex, Claude Code and opencode against a server of ours, each twice: it answers, and the second turn is cached.
+"""Codex, Claude Code and opencode against a server of ours, each twice: it answers,
+and the second turn is cached.
 
 python tests/serve/agents.py FOLDER [MODEL]      FOLDER: where npm installs them, unless they are there
 
-They see an environment that holds nothing of this machine's, and a server that is all of the network they need.
+They see an environment that holds nothing of this machine's, and a server that is all of the network they
+need.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ def home() -> Iterator[tuple[dict[str, str], Path]]:
         yield {"HOME": folder, "PATH": os.environ["PATH"], "TERM": "dumb"}, work
 
 
-def turn(server: Served, command: list[str], env: dict[str, str], work: Path) -> tuple[str, list[dict[str, int]]]:
+def turn(
+    server: Served, command: list[str], env: dict[str, str], work: Path
+) -> tuple[str, list[dict[str, int]]]:
     """(what the agent prints, the log's records of the requests it made)."""
     before = len(server.records())
     done = subprocess.run(
@@ -76,7 +80,9 @@ def turn(server: Served, command: list[str], env: dict[str, str], work: Path) ->
 
 def main(folder: str, model: str | None = None) -> int:
     binary = install_npm(Path(folder).resolve(), NODE, PACKAGES)
-    os.environ["PATH"] = f"{binary}{os.pathsep}{binary.parent / 'node' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    os.environ["PATH"] = (
+        f"{binary}{os.pathsep}{binary.parent / 'node' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    )
     faults = []
     with tempfile.TemporaryDirectory() as made:
         path = Path(model) if model else write_talker(Path(made, "talker.bin"))

@@ -3,8 +3,8 @@
 
 LLAMA_SERVER_BIN_PATH=tests/serve/llama_server_shim.py python -m pytest unit/test_compat_anthropic.py
 
-Its flags become ours where there are such, the model that it would fetch becomes one of ours, and the rest is ignored.
-QWEN3C_SHIM_TALKER: a model.bin that knows tools (talker.py). QWEN3C_SHIM_RANKER: one that can rank.
+Its flags become ours where there are such, the model that it would fetch becomes one of ours, and the rest is
+ignored. QWEN3C_SHIM_TALKER: a model.bin that knows tools (talker.py). QWEN3C_SHIM_RANKER: one that can rank.
 """
 
 from __future__ import annotations

@@ -47,7 +47,17 @@ def serving(models: Mapping[str, Path], *options: str) -> Iterator[Served]:
     """Within, `-m serve` answers with the models, by alias; options: of its command line."""
     port = free_port()
     named = [word for alias, path in models.items() for word in ("--model-alias", f"{alias}={path}")]
-    command = [sys.executable, str(ROOT / "run.py"), "-m", "serve", "--port", str(port), "--log-json", *named, *options]
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "-m",
+        "serve",
+        "--port",
+        str(port),
+        "--log-json",
+        *named,
+        *options,
+    ]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         with log.open("w") as file:
@@ -83,8 +93,11 @@ def install_npm(root: Path, node: str, packages: list[str]) -> Path:
         if not (modules / "node" / "bin" / "node").exists():
             subprocess.run(["npm", "init", "-y"], cwd=root, check=True, stdout=subprocess.DEVNULL)
             subprocess.run(["npm", "install", *quiet, node], cwd=root, check=True)
-        # npm from 11.16 on runs a package's install script only when told to; an older one has no such command
-        subprocess.run(["npm", "install-scripts", "approve", "node"], cwd=root, capture_output=True, check=False)
+        # npm from 11.16 on runs a package's install script only when told to; an older one has no such
+        # command
+        subprocess.run(
+            ["npm", "install-scripts", "approve", "node"], cwd=root, capture_output=True, check=False
+        )
         subprocess.run(["npm", "rebuild", "node"], cwd=root, check=True, stdout=subprocess.DEVNULL)
         env = {**os.environ, "PATH": f"{modules / 'node' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
         subprocess.run(["npm", "install", *quiet, *packages], cwd=root, check=True, env=env)

@@ -1,9 +1,9 @@
 """A model that talks at random, for clients that want a long context, tools and a reply that ends.
 
-Its weights are random but for two channels. One holds the same number at every position: through it the last matrix
-gives each token the frequency that it has here, whatever came before. The other is there after line ends, where a reply
-begins and so must not end. A reply is a few letters, thought and tool calls come only where a grammar asks for them, and
-40,000 tokens of prompt take seconds.
+Its weights are random but for two channels. One holds the same number at every position: through it the last
+matrix gives each token the frequency that it has here, whatever came before. The other is there after line
+ends, where a reply begins and so must not end. A reply is a few letters, thought and tool calls come only
+where a grammar asks for them, and 40,000 tokens of prompt take seconds.
 """
 
 from __future__ import annotations
@@ -14,8 +14,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from small_models import small_weights, tokenizer_json, write_json, write_safetensors, write_small_model
-from small_models import encode_tensor as encoded
+from small_models import (
+    encode_tensor as encoded,
+    small_weights,
+    tokenizer_json,
+    write_json,
+    write_safetensors,
+    write_small_model,
+)
 from tokenizers import Tokenizer
 
 from qwen3c.convert.export import export
@@ -58,7 +64,9 @@ TEMPLATE = """\
 
 
 def write_talker(target: Path, tokenizer: Path | None = None, context: int = CONTEXT) -> Path:
-    """Write `target`, a model.bin. tokenizer: a directory with Qwen3's tokenizer.json and tokenizer_config.json."""
+    """Write `target`, a model.bin. tokenizer: a directory with Qwen3's
+    tokenizer.json and tokenizer_config.json.
+    """
     source = target.with_suffix(".source")
     text = tokenizer_json() if tokenizer is None else (tokenizer / "tokenizer.json").read_text()
     n_tokens = Tokenizer.from_str(text).get_vocab_size()

@@ -17,9 +17,9 @@ from pydantic import BaseModel
 from servers import Client, Server, asking, eventually, running
 from small_models import TINY_QWEN3, export_small_model, token_id
 
-from qwen3c.serve.ask import Ask
+from qwen3c.serve.ask import Ask, KeyLimits
 from qwen3c.serve.errors import ApiError
-from qwen3c.serve.scheduler import KeyLimits, Scheduler
+from qwen3c.serve.scheduler import Scheduler
 
 PATH = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "What is 27 + 45?"}]

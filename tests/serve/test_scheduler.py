@@ -19,10 +19,9 @@ from small_models import export_small_model
 
 from qwen3c import Model
 from qwen3c.drivers.reply import Event
-from qwen3c.serve.ask import Ask, Stream
+from qwen3c.serve.ask import Ask, KeyLimits, Stream
 from qwen3c.serve.errors import ApiError
 from qwen3c.serve.models import Served, ServeOptions
-from qwen3c.serve.scheduler import KeyLimits
 
 
 @pytest.fixture(scope="module")
