@@ -80,8 +80,8 @@ async def document(api: Api, surfaces: Sequence[Surface], served: Iterable[BaseR
 
 
 def addresses(route: BaseRoute) -> Iterator[tuple[str, str]]:
-    """(method, path) of what a route answers, HEAD aside."""
-    if isinstance(route, Route):
+    """(method, path) of what a route answers, HEAD aside; none of a route that only repeats another."""
+    if isinstance(route, Route) and route.include_in_schema:
         path = route.path.replace(":path}", "}")
         for method in sorted((route.methods or {"POST"}) - {"HEAD"}):
             yield method, path

@@ -216,7 +216,7 @@ def test_refused_fields_are_refused_and_ignored_ones_are_not(
                 ignored.add(name)
                 for value in KINDS[:6]:
                     reads(path, examples[0] | {name: value})
-    assert refused > {"functions", "suffix", "mirostat", "previous_response_id", "output_format"}
+    assert refused > {"functions", "suffix", "mirostat", "previous_response_id", "mcp_servers"}
     assert ignored > {"user", "store", "betas"}
 
 

@@ -198,17 +198,11 @@ def messages_of(fields: Fields, name: str) -> list[dict[str, Any]]:
         if role == "assistant":
             known |= calls_of(message)
         messages.append(known)
-    return joined(system, messages, fields, name)
+    return joined(system, messages)
 
 
-def joined(
-    system: list[str], messages: list[dict[str, Any]], fields: Fields, name: str
-) -> list[dict[str, Any]]:
-    """The messages after one that says what all system messages say; ApiError 400 if
-    there is nothing to answer.
-    """
-    if not messages:
-        raise fields.error(name, "holds system messages alone: there is nothing to answer")
+def joined(system: list[str], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages after one that says what all system messages say. There may be nothing else: as with OpenAI."""
     first = [{"role": "system", "content": "\n\n".join(system)}] if system else []
     return first + messages
 

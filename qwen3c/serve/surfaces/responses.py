@@ -52,7 +52,13 @@ IGNORED = (
     "prompt_cache_options",
     "moderation",
 )
-INCLUDABLE = ("reasoning.encrypted_content", "message.output_text.logprobs")
+LOGPROBS = "message.output_text.logprobs"
+# beside those, what an answer would say more of if it had it: thought that is encrypted, and tools that OpenAI runs
+INCLUDABLE = (
+    LOGPROBS, "reasoning.encrypted_content", "file_search_call.results", "web_search_call.results",
+    "web_search_call.action.sources", "message.input_image.image_url", "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+)  # fmt: skip
 PATHS = {"messages": "input"}
 
 
@@ -94,7 +100,7 @@ def read(fields: Fields, served: Served) -> Talk:
     instructions = fields.text("instructions")
     if instructions:
         system.insert(0, instructions)
-    talk = Talk(joined(system, messages, fields, "input"), paths=PATHS)
+    talk = Talk(joined(system, messages), paths=PATHS)
     talk.tools = _tools(fields)
     talk.tool_choice = _tool_choice(fields, talk)
     talk.parallel = fields.flag("parallel_tool_calls", True) is not False
@@ -122,7 +128,7 @@ def read(fields: Fields, served: Served) -> Talk:
             raise fields.error(
                 "include", f"holds {name!r}, which this server has not", "unsupported_parameter"
             )
-    talk.logprobs = (top or 0) if "message.output_text.logprobs" in included else None
+    talk.logprobs = (top or 0) if LOGPROBS in included else None
     fields.refuse("previous_response_id", "nothing is stored: send the conversation with each request")
     fields.refuse("conversation", "nothing is stored: send the conversation with each request")
     fields.refuse("background", "every answer is waited for", unless=(False,))
