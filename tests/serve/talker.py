@@ -28,7 +28,8 @@ from qwen3c.convert.export import export
 
 CONTEXT = 131072
 LENGTH = 12  # tokens of a reply, on average
-SAID = "abcdefghijklmnopqrstuvwxyz 0123456789"
+SAID = "abcdefghijklmnopqrstuvwxyz 0123456789,:"
+MARKS = '"{}[]'  # which grammars want, as likely as the end of the reply: else space follows space
 # Qwen3's, in so far as clients need it: tools, calls, their results, thought
 TEMPLATE = """\
 {%- if tools %}
@@ -115,7 +116,9 @@ def _biases(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray[tuple[int], np.
     biases = np.full(vocab_size, -4.0, np.float32)
     letters = [id for word, id in tokenizer.get_vocab().items() if word.replace("Ġ", " ") in SAID]
     biases[letters] = 0.0
-    biases[tokenizer.token_to_id("<|im_end|>")] = np.log(len(letters) / LENGTH) / 11.3
+    ends = [tokenizer.token_to_id(word) for word in ("<|im_end|>", *MARKS)]
+    biases[ends] = np.log(len(letters) / LENGTH) / 11.3
+    biases[tokenizer.token_to_id("<tool_call>")] = -1.0  # where a call is wanted, rather that than a thought
     return biases
 
 
