@@ -71,6 +71,8 @@ class Grammar:
         self.dropped = list(dropped)
         self._compiled = _Compiled(vocabulary, parts)
         self.warnings = self._compiled.warnings
+        if any("oneOf" in warning for warning in self.warnings):
+            self.dropped.append("oneOf")  # it holds as anyOf
 
     @classmethod
     def json_object(cls, vocabulary: Vocabulary) -> Grammar:
