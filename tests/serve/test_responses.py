@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from openai.types.responses import Response
 from servers import Client, running
 from talker import write_talker
 
@@ -66,6 +67,24 @@ def test_a_response_is_complete_whole_or_streamed(agent: Client, name: str) -> N
         assert response["status"] == "completed"
         assert [item["type"] for item in response["output"]] == [kind]
     assert said(whole) == said(events[-1]["response"])
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_the_sdk_finds_every_field_that_it_demands(agent: Client, name: str) -> None:
+    request = {"model": "talker", "seed": 1, **REQUESTS[name]}
+    for body in (agent.ok(PATH, **request), *(event["response"] for event in ends(streamed(agent, request)))):
+        Response.model_validate(body | {"usage": body["usage"] or USED}, strict=True)
+
+
+USED = {
+    "input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "output_tokens_details": {"reasoning_tokens": 0},
+    "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+}  # fmt: skip
+
+
+def ends(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events that hold the response."""
+    return [event for event in events if "response" in event]
 
 
 def streamed(agent: Client, request: dict[str, Any]) -> list[dict[str, Any]]:
