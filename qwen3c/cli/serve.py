@@ -50,6 +50,8 @@ SETTINGS = {
     "isa": "isa",
     "huge_pages": "huge_pages",
     "model_alias": "models",
+    "offline": "offline",
+    "mcp": "mcp_servers",
 }
 
 UPSTREAM = {

@@ -104,7 +104,8 @@ class Grammar:
             raise GrammarError(f"choice is not a list of 1 to {MAX_CHOICES} texts")
         for i, text in enumerate(texts):
             _check_text(f"choice[{i}]", text, MAX_PATTERN)
-        return cls(vocabulary, [{"lark_grammar": f"start: {one_of(texts)}{NO_FORCING}"}])
+        # a lexeme: of alternatives in a rule llguidance follows no more than 2,000
+        return cls(vocabulary, [{"lark_grammar": f"start: TEXT\nTEXT: {one_of(texts)}{NO_FORCING}"}])
 
     @classmethod
     def lark(cls, vocabulary: Vocabulary, text: str) -> Grammar:
@@ -498,7 +499,13 @@ def _compiled(vocabulary: Vocabulary, parts: list[Part]) -> LLMatcher:
 
     def compile() -> LLMatcher:
         limits = LLParserLimits(verbose_errors=False)
-        return LLMatcher(tokens, json.dumps({"grammars": parts}), log_level=0, limits=limits)
+        made = LLMatcher(tokens, json.dumps({"grammars": parts}), log_level=0, limits=limits)
+        if not made.is_error():
+            begun = made.deep_copy()
+            begun.compute_bitmask()  # some faults show only at the first token: rules that never end
+            if error := begun.get_error():
+                raise GrammarError(f"grammar cannot be followed: {_sentence(error)}")
+        return made
 
     matcher = _with_large_stack(compile)
     if matcher.is_error():

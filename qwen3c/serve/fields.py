@@ -19,6 +19,7 @@ from .errors import ApiError
 
 SHOWN = 60  # characters of a value in an error
 DEEPEST = 100  # how far objects and lists of a body may nest: what comes after walks them by recursion
+MOST_UNKNOWN = 100  # fields that nobody asked for: each is compared with all known ones
 NEAR = 0.84  # how alike an unknown name is to a known one that was meant
 
 
@@ -198,6 +199,9 @@ class Fields:
     def finish(self) -> list[str]:
         """Names of fields that nobody asked for; ApiError 400 if one is nearly a known name."""
         unknown = [name for name in self._value if name not in self._known]
+        if len(unknown) > MOST_UNKNOWN:
+            reason = f"is one of {len(unknown)} fields that are unknown here, more than {MOST_UNKNOWN}"
+            raise self.error(unknown[0][:SHOWN], reason, "unknown_parameter")
         for name in unknown:
             near = difflib.get_close_matches(name, self._known, 1, NEAR) if len(name) < SHOWN else []
             if near:

@@ -218,3 +218,34 @@ def test_texts_with_control_characters_and_of_every_script_are_texts(client: Cli
             (TEXTS, {"prompt": text}),
         ):
             assert client.post(path, fields | {"max_tokens": 1}).status == 200
+
+
+LOOPS = (
+    {"guided_json": {"$ref": "#"}}, {"response_format": {"type": "lark", "lark": "start: start start"}},
+    {"response_format": {"type": "lark", "lark": "start: a\na: b\nb: a"}},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", LOOPS, ids=str)
+def test_a_grammar_without_a_first_token_is_refused_before_anything_is_computed(
+    client: Client, fields: dict[str, Any]
+) -> None:
+    for path, base in ((CHAT, {"messages": MESSAGES}), (TEXTS, {"prompt": "a"})):
+        for stream in (False, True):
+            answer = client.post(path, base | fields | {"stream": stream})
+            assert (answer.status, answer.error["code"]) == (400, "unsupported_schema")
+            assert next(iter(fields)) in answer.error["param"]
+
+
+def test_thousands_of_choices_are_followed(client: Client) -> None:
+    choices = [f"{i} is a number" for i in range(4096)]
+    body = client.ok(TEXTS, prompt="a", guided_choice=choices, max_tokens=60)
+    assert body["choices"][0]["text"] in choices
+
+
+def test_fields_that_nobody_knows_are_not_compared_without_end(client: Client) -> None:
+    unknown = {f"zebra{i}": 1 for i in range(101)}
+    error = client.post(CHAT, {"messages": MESSAGES, "max_tokens": 1} | unknown).error
+    assert (error["param"], error["code"]) == ("zebra0", "unknown_parameter") and "101" in error["message"]
+    del unknown["zebra0"]
+    assert client.post(CHAT, {"messages": MESSAGES, "max_tokens": 1} | unknown).status == 200

@@ -30,7 +30,6 @@ from ..talk import (
     Answer,
     Format,
     Talk,
-    answers,
     refuse_foreign_sampling,
     seed_of,
     stops_of,
@@ -81,11 +80,11 @@ def routes(api: Api) -> list[Route]:
                 ended=lambda: api.ended(request, served, stream),
             )  # fmt: skip
         try:
-            (answer,) = await unless_left(request.receive, answers(stream), stream.cancel)
+            response = await unless_left(request.receive, made.whole(), stream.cancel)
         finally:
             stream.cancel()
             api.ended(request, served, stream)
-        return json_answer(made.whole(answer), headers=headers)
+        return json_answer(response, headers=headers)
 
     return [Route("/v1/responses", create, methods=["POST"])]
 
@@ -320,20 +319,14 @@ class Made:
     _number: int = field(default=-1, init=False)  # of the last event
     _items: list[dict[str, Any]] = field(default_factory=list, init=False)  # those that have begun
     _open: str = field(default="", init=False)  # type of the last item, "" if it is done
-    _logprobs: list[dict[str, Any]] = field(default_factory=list, init=False)  # of the text that is open
+    _logprobs: list[dict[str, Any]] = field(default_factory=list, init=False)  # whose text is held back
+    _last: dict[str, Any] = field(default_factory=dict, init=False)  # the answer, once it has ended
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
-        """The body of an answer that is sent at once."""
-        reply = answer.reply
-        items = []
-        if reply.thinking:
-            items.append(self._item("reasoning", 0, "completed", reply.thinking))
-        if reply.text or not reply.tool_calls:
-            logprobs = self._token_logprobs(answer.events)
-            items.append(self._item("message", len(items), self._ended(answer), reply.text, logprobs))
-        for call in reply.tool_calls:
-            items.append(self._call(len(items), call, "completed"))
-        return self._response(self._ended(answer), items, answer)
+    async def whole(self) -> dict[str, Any]:
+        """The body of an answer that is sent at once: what the last of its events says."""
+        async for _ in self.events():
+            pass
+        return self._last
 
     async def events(self) -> AsyncGenerator[str, None]:
         """The answer as events, in the order of the API reference."""
@@ -350,12 +343,11 @@ class Made:
                     texts += self._deltas(update.event)
             if texts:
                 yield "".join(texts)
-        closing = self._close(self._ended(answer))
-        if not self._items:
-            closing = self._begin("message") + self._close(self._ended(answer))
         ended = self._ended(answer)
-        response = self._response(ended, self._items, answer)
-        yield closing + self._event(f"response.{ended}", response=response)
+        opening = "" if self._items else self._begin("message") + self._text("")
+        closing = opening + self._close(ended)
+        self._last = self._response(ended, self._items, answer)
+        yield closing + self._event(f"response.{ended}", response=self._last)
 
     def failed(self, error: ApiError) -> str:
         """The event of an answer that the engine could not finish."""
@@ -439,27 +431,27 @@ class Made:
         """The events that a token makes."""
         texts = []
         kind = "reasoning" if came.thinking else "message"
-        logprobs = self._token_logprobs([came]) if came.logprob is not None else []
-        if came.text or (logprobs and self._open == "message"):
+        if came.logprob is not None:
+            self._logprobs += self._token_logprobs([came])
+        if came.text or (self._logprobs and self._open == "message"):
             if self._open != kind:
                 texts += [self._close("completed"), self._begin(kind)]
-            place = {
-                "item_id": self._items[-1]["id"],
-                "output_index": len(self._items) - 1,
-                "content_index": 0,
-            }
-            part = self._items[-1]["content"][0]
-            part["text"] += came.text
-            if kind == "reasoning":
-                texts.append(self._event("response.reasoning_text.delta", **place, delta=came.text))
-            else:
-                part["logprobs"] += logprobs
-                texts.append(
-                    self._event("response.output_text.delta", **place, delta=came.text, logprobs=logprobs)
-                )
+            texts.append(self._text(came.text))
         for call in came.tool_calls:
             texts += [self._close("completed"), self._whole_call(call)]
         return texts
+
+    def _text(self, text: str) -> str:
+        """More of the item of text that is open, with what is known of its tokens."""
+        item, index = self._items[-1], len(self._items) - 1
+        place = {"item_id": item["id"], "output_index": index, "content_index": 0}
+        part = item["content"][0]
+        part["text"] += text
+        if self._open == "reasoning":
+            return self._event("response.reasoning_text.delta", **place, delta=text)
+        logprobs, self._logprobs = self._logprobs, []
+        part["logprobs"] += logprobs
+        return self._event("response.output_text.delta", **place, delta=text, logprobs=logprobs)
 
     def _begin(self, kind: str) -> str:
         """An item of text begins, with its one part."""
