@@ -95,7 +95,7 @@ async def _stream(agents: Any, agent: Any) -> None:
 
 def use_llm(url: str) -> None:
     models = import_module("llm.default_plugins.openai_models")
-    model = models.Chat(MODEL, model_name=MODEL, api_base=f"{url}/v1", api_key="none")
+    model = models.Chat(MODEL, key="none", model_name=MODEL, api_base=f"{url}/v1", supports_tools=True, supports_schema=True)
     for stream in (True, False):
         assert model.prompt("hello", stream=stream, key="none", max_tokens=50).text()
 

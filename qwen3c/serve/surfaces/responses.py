@@ -141,9 +141,14 @@ def read(fields: Fields, served: Served) -> Talk:
 def echoed(fields: Fields) -> dict[str, Any]:
     """Fields of the request that the answer repeats."""
     tool_choice = fields.raw("tool_choice")
+    user = fields.raw("user")
+    tools = [
+        {"description": None, "parameters": {}, "strict": False} | tool if tool.get("type") == "function" else tool
+        for tool in fields.raw("tools") or []
+    ]
     return {
         "instructions": fields.raw("instructions"),
-        "tools": fields.raw("tools") or [],
+        "tools": tools,
         "tool_choice": "auto" if tool_choice is None else tool_choice,
         "parallel_tool_calls": fields.raw("parallel_tool_calls") is not False,
         "text": fields.raw("text") or {"format": {"type": "text"}},
@@ -153,8 +158,7 @@ def echoed(fields: Fields) -> dict[str, Any]:
         "top_logprobs": fields.raw("top_logprobs") or 0,
         "safety_identifier": fields.raw("safety_identifier"),
         "prompt_cache_key": fields.raw("prompt_cache_key"),
-        "user": fields.raw("user"),
-    }
+    } | ({} if user is None else {"user": user})
 
 
 def _input(fields: Fields) -> tuple[list[str], list[dict[str, Any]]]:
@@ -386,7 +390,7 @@ class Made:
         stats = self.stream.stats[0]
         return {
             "input_tokens": stats.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": stats.cached_tokens},
+            "input_tokens_details": {"cached_tokens": stats.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": answer.tokens,
             "output_tokens_details": {"reasoning_tokens": answer.reasoning_tokens},
             "total_tokens": stats.prompt_tokens + answer.tokens,

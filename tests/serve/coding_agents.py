@@ -1,7 +1,7 @@
 """Codex, Claude Code and opencode against a server of ours, each twice: it answers,
 and the second turn is cached.
 
-python tests/serve/agents.py FOLDER [MODEL]      FOLDER: where npm installs them, unless they are there
+python tests/serve/coding_agents.py FOLDER [MODEL]      FOLDER: where npm installs them, unless they are there
 
 They see an environment that holds nothing of this machine's, and a server that is all of the network they
 need.
