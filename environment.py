@@ -35,7 +35,9 @@ LAST_LINES = 25  # of pip's output, shown if it fails
 
 
 def main(arguments: list[str]) -> int:
-    """arguments: the directory of the environment, then what pip is to install, or --extras and their names."""
+    """arguments: the directory of the environment, then what pip is to install, or --extras and their
+    names.
+    """
     directory, *packages = arguments
     installed = packages[-1]
     if packages[0] == "--extras":

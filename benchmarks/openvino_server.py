@@ -2,8 +2,8 @@
 
     python benchmarks/openvino_server.py path/to/openvino-model --port 8082 --threads 2
 
-Its model server is no wheel, but this engine of it is. Prompts are token ids, replies greedy and of full length.
-Needs openvino-genai, starlette and uvicorn.
+Its model server is no wheel, but this engine of it is. Prompts are token ids, replies greedy and of full
+length. Needs openvino-genai, starlette and uvicorn.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""Servers under clients: tokens per second, time to the first token, the largest gap while long prompts arrive.
+"""Servers under clients: tokens per second, time to the first token, the largest gap while long prompts
+arrive.
 
-    python benchmarks/serving.py ours=http://127.0.0.1:8080 llama-server=http://127.0.0.1:8081 --json figures.json
+    python benchmarks/serving.py ours=http://127.0.0.1:8080 llama-server=http://127.0.0.1:8081
 
-Every server is asked the same token ids by POST /v1/completions, the servers take turns test by test. Prompts are random
-ids, so speed is all that is compared. Tokens are counted by `usage`, since some servers keep bytes of a character back.
-The model must be the same shape in each server; docs/SERVING.md has the commands that start them.
+Every server is asked the same token ids by POST /v1/completions, the servers take turns test by test.
+Prompts are random ids, so speed is all that is compared. Tokens are counted by `usage`, since some
+servers keep bytes of a character back. The model must be the same shape in each server; docs/SERVING.md
+has the commands that start them.
 """
 
 from __future__ import annotations

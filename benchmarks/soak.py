@@ -2,10 +2,10 @@
 
     python benchmarks/soak.py --requests 10000 --clients 24 --slow 64 --seconds 1800
 
-Starts `run.py MODEL -m serve` and asks it from many connections at once: whole replies and streams, a third of them
-cancelled at random moments, slow readers, bodies that are no request. Every reply is compared with what the same request
-got alone; a cancelled one must be the beginning of it. Then memory and descriptors are looked at, SIGTERM comes in the
-middle of streams, and after SIGKILL the server is started again.
+Starts `run.py MODEL -m serve` and asks it from many connections at once: whole replies and streams, a third
+of them cancelled at random moments, slow readers, bodies that are no request. Every reply is compared with
+what the same request got alone; a cancelled one must be the beginning of it. Then memory and descriptors are
+looked at, SIGTERM comes in the middle of streams, and after SIGKILL the server is started again.
 """
 
 from __future__ import annotations
@@ -44,8 +44,18 @@ CANARY = {
     "max_tokens": 40,
     "logprobs": True,
 }
-BROKEN = (b"", b"{", b"[]", b'{"messages":', b"\xff\xfe", b'{"messages":[]}', b"[" * 50_000, b'{"messages":"x"}',
-          b'{"messages":[{"role":"user","content":"x"}],"max_tokens":-1}', b'{"model":5,"messages":NaN}')  # fmt: skip
+BROKEN = (
+    b"",
+    b"{",
+    b"[]",
+    b'{"messages":',
+    b"\xff\xfe",
+    b'{"messages":[]}',
+    b"[" * 50_000,
+    b'{"messages":"x"}',
+    b'{"messages":[{"role":"user","content":"x"}],"max_tokens":-1}',
+    b'{"model":5,"messages":NaN}',
+)
 
 
 class Server:
@@ -231,15 +241,18 @@ class Soak:
         while True:
             try:
                 connection = socket.socket()
-                connection.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_RCVBUF, 4096
-                )  # the kernel's would hold all
+                # the kernel's own buffer would hold all
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 connection.setblocking(False)
                 await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", self.server.port))
                 reader, writer = await asyncio.open_connection(sock=connection, limit=64)
                 asked = self.wanted[self.random.randrange(60)] | {"logprobs": True, "top_logprobs": 20}
                 body = json.dumps(asked | {"stream": True}).encode()
-                head = f"POST {ADDRESS} HTTP/1.1\r\nhost: 127.0.0.1:{self.server.port}\r\ncontent-type: application/json\r\n"
+                host = f"host: 127.0.0.1:{self.server.port}"
+                head = f"POST {ADDRESS} HTTP/1.1
+{host}
+content-type: application/json
+"
                 writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
                 self.seen["slow reader"] += 1
                 try:

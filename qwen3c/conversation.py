@@ -119,7 +119,9 @@ class Conversation:
         return self.answer(self.question(text), **options)
 
     def answer_calls(self, results: Sequence[str], **options: Any) -> Generation:
-        """Tell what the calls of the last reply came to, in their order; the reply to that. options: see ask."""
+        """Tell what the calls of the last reply came to, in their order; the reply to that. options: see
+        ask.
+        """
         told = [{"role": "tool", "content": text} for text in results]
         return self.answer([*self.messages, *told], **options)
 

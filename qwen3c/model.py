@@ -47,10 +47,10 @@ class Model(Engine):
     ModelFileError, one line, if the file is not a model.bin that this version can run. MemoryError where
     `ulimit -v` leaves too little address space.
 
-    config: the numbers of the model, such as config.n_layers and config.context. metadata: what else the file says
-    of it, such as metadata["name"]. file: the mapped file itself. closed: whether close() was called.
-    kv_bytes: bytes of KV cache that its sessions hold, those of a block that several share once. kv_block_bytes:
-    bytes of one such block.
+    config: the numbers of the model, such as config.n_layers and config.context. metadata: what else the file
+    says of it, such as metadata["name"]. file: the mapped file itself. closed: whether close() was called.
+    kv_bytes: bytes of KV cache that its sessions hold, those of a block that several share once.
+    kv_block_bytes: bytes of one such block.
 
     Threads may share a model: calls take turns. A pickle holds the path and the options, so unpickling, in
     another process too, opens the file again; so does copying. `with Model(path) as model:` closes it.
@@ -157,9 +157,9 @@ class Model(Engine):
     ) -> Reply:
         """The whole reply to a conversation; str() of it is the answer.
 
-        messages, thinking, tools: see chat_prompt. max_tokens, and options (session, stop, mask, cancel, progress,
-        the fields of AnswerOptions and of Sampling): see generate, which has the reply token by token. Conversation
-        remembers what was said.
+        messages, thinking, tools: see chat_prompt. max_tokens, and options (session, stop, mask, cancel,
+        progress, the fields of AnswerOptions and of Sampling): see generate, which has the reply token by
+        token. Conversation remembers what was said.
         """
         _check_keywords(Model.chat, options, ReplyOptions.__optional_keys__)
         prompt = self.chat_prompt(messages, thinking, tools)
@@ -171,8 +171,8 @@ class Model(Engine):
     def complete(self, text: str, max_tokens: int | None = 256, **options: Unpack[ReplyOptions]) -> Reply:
         """How the model goes on from a bare text: no template, no roles.
 
-        max_tokens: None for what the context holds; such text need not come to an end. options: session, stop, mask,
-        cancel, progress, the fields of AnswerOptions and of Sampling, see generate.
+        max_tokens: None for what the context holds; such text need not come to an end. options: session,
+        stop, mask, cancel, progress, the fields of AnswerOptions and of Sampling, see generate.
         """
         _check_keywords(Model.complete, options, ReplyOptions.__optional_keys__)
         if not isinstance(text, str):
@@ -230,14 +230,13 @@ class Model(Engine):
 
         max_tokens: None for as many as the context holds. session: a session to use; tokens that it shares
         with the beginning of the prompt are not computed again. stop: texts that end the reply and are not
-        part of it. logprobs: None, or how many of the most likely tokens to give with each event.
-        mask: says before each token which may come; see reply.Mask.
-        cancel: asked before every token and every piece of the prompt; true ends the reply.
-        progress: told (tokens done, tokens in all) of the prompt. options: see Sampling and AnswerOptions.
-        An answer that is held to a schema, regex, choice or grammar meets it if finish_reason is "stop" and no text
-        of `stop` came; one that ended by "length" is the beginning of such an answer.
-        ValueError, before anything is computed, if an argument is out of range, an id of the prompt is no
-        token, the prompt is longer than the context or a grammar cannot be enforced.
+        part of it. logprobs: None, or how many of the most likely tokens to give with each event. mask: says
+        before each token which may come; see reply.Mask. cancel: asked before every token and every piece of
+        the prompt; true ends the reply. progress: told (tokens done, tokens in all) of the prompt. options:
+        see Sampling and AnswerOptions. An answer that is held to a schema, regex, choice or grammar meets it
+        if finish_reason is "stop" and no text of `stop` came; one that ended by "length" is the beginning of
+        such an answer. ValueError, before anything is computed, if an argument is out of range, an id of the
+        prompt is no token, the prompt is longer than the context or a grammar cannot be enforced.
         """
         _check_keywords(Model.generate, options, AnswerOptions.__optional_keys__)
         ids = token_ids(prompt, self.config.vocab_size)

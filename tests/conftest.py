@@ -1,7 +1,7 @@
 import signal
 
-# a shell that starts the tests in the background has SIGINT ignored, nohup SIGHUP, and so would the programs they start:
-# what is ignored is inherited, a handler is not
+# a shell that starts the tests in the background has SIGINT ignored, nohup SIGHUP, and so would the programs
+# they start: what is ignored is inherited, a handler is not
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda number, frame: None)

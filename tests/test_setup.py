@@ -137,10 +137,7 @@ def test_old_pythons_can_read_what_refuses_them() -> None:
 
 
 def test_extras_have_what_the_tests_and_the_linters_need() -> None:
-    extras = {
-        name: packages
-        for name, packages in re.findall(r"^(\w+) = \[(.*?)\]$", PYPROJECT, re.MULTILINE | re.DOTALL)
-    }
+    extras = dict(re.findall(r"^(\w+) = \[(.*?)\]$", PYPROJECT, re.MULTILINE | re.DOTALL))
     for name in ("pytest", "pexpect", "pyte", "openai", "anthropic", "playwright", "jsonschema"):
         assert f'"{name}>=' in extras["test"]
     for name in ("starlette", "uvicorn", "h11", "httpx2", "llguidance", "prometheus_client"):

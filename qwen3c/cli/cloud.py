@@ -1,6 +1,8 @@
-"""The provider's side of a chat: it is asked before the model, and what it says is shown as the model's words are.
+"""The provider's side of a chat: it is asked before the model, and what it says is
+shown as the model's words are.
 
-The event loop of the Upstream runs in a thread of its own, so that an open breaker probes while a person types.
+The event loop of the Upstream runs in a thread of its own, so that an open breaker probes while a person
+types.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def upstream_settings(args: argparse.Namespace) -> Settings:
 
 
 class Cloud:
-    """A provider that replies to a conversation. route, one of `routes`: which backend is asked, auto for both."""
+    """A provider that replies to a conversation. route, one of `routes`: which
+    backend is asked, auto for both.
+    """
 
     routes = ROUTES
 
@@ -70,7 +74,8 @@ class Cloud:
     def reply(
         self, conversation: Conversation, asked: list[dict[str, Any]], writer: ReplyWriter | JsonWriter
     ) -> CloudReply | str:
-        """Show the provider's reply to `asked`; or why it does not reply: then nothing was shown. Ctrl-C ends it.
+        """Show the provider's reply to `asked`; or why it does not reply: then
+        nothing was shown. Ctrl-C ends it.
 
         ValueError: the provider refuses the question, or nobody else may be asked.
         """

@@ -1,6 +1,7 @@
 """-m mcp: the MCP server over stdin and stdout, of a model here or of a server that runs already.
 
-Only the protocol goes to stdout: while it runs, descriptor 1 is stderr to everyone else, and descriptor 0 is empty.
+Only the protocol goes to stdout: while it runs, descriptor 1 is stderr to everyone
+else, and descriptor 0 is empty.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ async def serve(provider: Provider) -> int:
 
 @contextmanager
 def _signals(ended: asyncio.Future[int]) -> Iterator[None]:
-    """Within, the first signal that asks the program to end is the result of `ended`, and does nothing else."""
+    """Within, the first signal that asks the program to end is the result of
+    `ended`, and does nothing else.
+    """
     loop = asyncio.get_running_loop()
 
     def hear(number: int) -> None:
@@ -103,7 +106,9 @@ def _signals(ended: asyncio.Future[int]) -> Iterator[None]:
 
 @contextmanager
 def wire() -> Iterator[tuple[int, int]]:
-    """Descriptors that stand for stdin and stdout; within, 0 is empty and 1 is stderr, for whoever else uses them."""
+    """Descriptors that stand for stdin and stdout; within, 0 is empty and 1 is stderr,
+    for whoever else uses them.
+    """
     received, sent = os.dup(0), os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nowhere, 0)
@@ -183,7 +188,9 @@ def _refusal(code: int, message: str, id: int | str | None = None) -> str:
 
 
 async def _lines(descriptor: int) -> AsyncIterator[bytes]:
-    """The lines of a descriptor. Of one that is longer than LARGEST_LINE the beginning, longer than that, too."""
+    """The lines of a descriptor. Of one that is longer than LARGEST_LINE the
+    beginning, longer than that, too.
+    """
     loop = asyncio.get_running_loop()
     pieces: asyncio.Queue[bytes] = asyncio.Queue()
     wanted = threading.Semaphore(2)  # pieces that are read ahead of the one at hand
@@ -216,7 +223,9 @@ async def _lines(descriptor: int) -> AsyncIterator[bytes]:
 
 
 class Writer:
-    """Lines to a descriptor, in a daemon thread: a host that no longer reads can hold up a line, but not our end."""
+    """Lines to a descriptor, in a daemon thread: a host that no longer reads can hold
+    up a line, but not our end.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor

@@ -80,9 +80,15 @@ def write_reply(args: argparse.Namespace) -> int:
 
     def ask(**callbacks: Any) -> Generation:
         reply = model.generate(
-            prompt, max_tokens or None, session=session, stop=args.stop, logprobs=args.logprobs, grammar=grammar,
-            **sampling(args), **callbacks,
-        )  # fmt: skip
+            prompt,
+            max_tokens or None,
+            session=session,
+            stop=args.stop,
+            logprobs=args.logprobs,
+            grammar=grammar,
+            **sampling(args),
+            **callbacks,
+        )
         say_what_was_chosen(args, model, session.context, model.may_think(prompt), raw)
         if args.echo:
             print(text, end="", flush=True)

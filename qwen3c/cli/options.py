@@ -193,10 +193,16 @@ def new_parser() -> Parser:
         metavar="MODEL",
         help="file made by export.py (default: QWEN3C_MODEL, else the model in the box)",
     )
-    add("-m", "--mode", choices=MODES, help="chat; generate: one reply or completion; trace: look inside "
-        "while a text flows through; info: what is in the file and the memory it takes; perplexity FILE: how well the model predicts a text; "
-        "bench: how fast it runs here, beside what the machine can do; serve: a chat page and OpenAI's API over HTTP; "
-        "mcp: the model as tools of an MCP host, over stdin and stdout")  # fmt: skip
+    add(
+        "-m",
+        "--mode",
+        choices=MODES,
+        help="chat; generate: one reply or completion; trace: look inside "
+        "while a text flows through; info: what is in the file and the memory it takes; perplexity FILE: how "
+        "well the model predicts a text; bench: how fast it runs here, beside what the machine can do; "
+        "serve: a chat page and OpenAI's API over HTTP; "
+        "mcp: the model as tools of an MCP host, over stdin and stdout",
+    )
     add("--version", action="version", version=_version())
     _add_text(parser.add_argument_group("text"))
     _add_sampling(parser.add_argument_group("sampling"))
@@ -292,8 +298,12 @@ def _add_output(group: Any) -> None:
 
 def _add_cloud(group: Any) -> None:
     add = group.add_argument
-    add("--upstream", metavar="URL", help="ask a provider first: its URL without /chat/completions. Its key comes from "
-        "QWEN3C_UPSTREAM_KEY or the systemd credential upstream-key")  # fmt: skip
+    add(
+        "--upstream",
+        metavar="URL",
+        help="ask a provider first: its URL without /chat/completions. Its key comes from "
+        "QWEN3C_UPSTREAM_KEY or the systemd credential upstream-key",
+    )
     add("--upstream-model", metavar="M", help="the model it is asked for")
     add("--upstream-requests", type=at_least(1), metavar="N", help="ask it at most N times a day")
     add("--upstream-tokens", type=at_least(1), metavar="N", help="spend at most about N tokens a day")
@@ -380,10 +390,18 @@ def _add_serving(group: Any) -> None:
 
 def _add_mcp(group: Any) -> None:
     add = group.add_argument
-    add("--mcp", metavar="FILE", help="chat, serve: let the model call the tools of the MCP servers that FILE names under "
-        "mcpServers; each call is asked about first")  # fmt: skip
-    add("--url", metavar="URL", help="mcp: serve the tools of the server that runs there, which loads nothing here; "
-        "QWEN3C_API_KEY is its key")  # fmt: skip
+    add(
+        "--mcp",
+        metavar="FILE",
+        help="chat, serve: let the model call the tools of the MCP servers that FILE names under "
+        "mcpServers; each call is asked about first",
+    )
+    add(
+        "--url",
+        metavar="URL",
+        help="mcp: serve the tools of the server that runs there, which loads nothing here; "
+        "QWEN3C_API_KEY is its key",
+    )
 
 
 def _version() -> str:

@@ -152,8 +152,8 @@ def cost_by_depth(pieces: list[tuple[float, float, float]]) -> tuple[float, floa
 def speed_line(generation: Generation, width: int = sys.maxsize, speaker: str = "") -> str:
     """Counts and rates of a reply, and why it ended if not by itself.
 
-    speaker: who replied, where it could have been another. Speaker, reply and why it ended always stand there; of the
-    rest only what fits into `width`.
+    speaker: who replied, where it could have been another. Speaker, reply and why it ended always stand
+    there; of the rest only what fits into `width`.
     """
     stats, session = generation.stats, generation.session
     parts = {

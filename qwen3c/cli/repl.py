@@ -62,8 +62,8 @@ KEPT = 9  # interrupted conversations: the older ones go
 class Repl:
     """Reads messages until there are no more.
 
-    writer: makes what shows a reply. cloud: who is asked before the model. tools: those that replies may call.
-    options: Model.generate.
+    writer: makes what shows a reply. cloud: who is asked before the model. tools: those that replies may
+    call. options: Model.generate.
     """
 
     def __init__(

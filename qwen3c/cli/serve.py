@@ -64,8 +64,8 @@ def serve(args: argparse.Namespace) -> int:
     """Models behind HTTP until a signal ends it; with --print-config only the configuration, on stdout."""
     _check_libraries()
     from ..serve import config
+    from ..serve.ask import KeyLimits
     from ..serve.keys import Keys
-    from ..serve.scheduler import KeyLimits
     from ..serve.service import Service, open_sockets
     from ..serve.surfaces.listing import STUCK
 

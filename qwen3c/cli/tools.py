@@ -28,7 +28,8 @@ T = TypeVar("T")
 
 @contextmanager
 def opened_tools(path: str | None, model: Model) -> Iterator[Tools | None]:
-    """The tools of the servers that a file names, connected; None if there is no file. At the end all are closed.
+    """The tools of the servers that a file names, connected; None if there is no
+    file. At the end all are closed.
 
     ValueError if the chat template cannot tell a model of tools, or the file is not as it should be.
     """
@@ -53,7 +54,8 @@ def opened_tools(path: str | None, model: Model) -> Iterator[Tools | None]:
 class Tools:
     """The tools of other servers as the chat has them. `functions`: what the model is told of.
 
-    A call is made when the person allows it: once, or always in this session while the tool's definition is the same.
+    A call is made when the person allows it: once, or always in this session while the
+    tool's definition is the same.
     """
 
     def __init__(self, configs: Sequence[Config]) -> None:
@@ -96,7 +98,8 @@ class Tools:
         return "\n".join(lines)
 
     def run(self, call: dict[str, Any], confirm: Callable[[str], str] | None) -> str:
-        """What a call of the model comes to, for the model. confirm: asks the person; None: nobody is there to ask.
+        """What a call of the model comes to, for the model. confirm: asks the
+        person; None: nobody is there to ask.
 
         KeyboardInterrupt ends the call.
         """
@@ -123,7 +126,8 @@ class Tools:
             return CHANGED
         content = str(found["content"])
         note(
-            f"({len(content)} characters{', an error' * bool(found['isError'])}{', cut' * bool(found['truncated'])})"
+            f"({len(content)} characters{', an error' * bool(found['isError'])}"
+            f"{', cut' * bool(found['truncated'])})"
         )
         return content
 

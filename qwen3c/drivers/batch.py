@@ -156,9 +156,10 @@ class State(Protocol[OutcomeT_co]):
 class Member(Generic[OutcomeT]):
     """A sequence in a batch: its session, the tokens that the session has still to read, and its state.
 
-    index: the caller's own number for it. kind: what of each row is wanted (see Session.forward). reads: whether it is
-    still in its prompt. cancelled: asked before each pass. progress: told (tokens read, tokens in all) of the prompt.
-    rows: with kind "all", told the rows of each piece of the prompt, (tokens, vocab_size).
+    index: the caller's own number for it. kind: what of each row is wanted (see Session.forward).
+    reads: whether it is still in its prompt. cancelled: asked before each pass. progress: told
+    (tokens read, tokens in all) of the prompt. rows: with kind "all", told the rows of each piece of
+    the prompt, (tokens, vocab_size).
     """
 
     index: int
@@ -186,7 +187,9 @@ class Pace(Protocol):
     """How much of the prompts each pass takes."""
 
     def shares(self, left: Sequence[int], n_decoding: int) -> Sequence[int]:
-        """Tokens for each prompt in the next pass; left: those each has still to read, the first come first."""
+        """Tokens for each prompt in the next pass; left: those each has still to
+        read, the first come first.
+        """
 
     def learn(self, seconds: float, n_rows: int, n_decoding: int) -> None:
         """A pass took so long, with n_rows tokens of prompts and one token of n_decoding sequences."""
@@ -214,8 +217,8 @@ class Pieces:
 class Batch(Generic[OutcomeT]):
     """The sequences that are on their way, and the passes that take them further.
 
-    A pass takes one token of every sequence that decodes, and as many tokens of prompts as the pace allows. A Batch is
-    driven by step(); or by plan() and run(), for a caller who has to make room for a pass first.
+    A pass takes one token of every sequence that decodes, and as many tokens of prompts as the pace allows. A
+    Batch is driven by step(); or by plan() and run(), for a caller who has to make room for a pass first.
     """
 
     def __init__(self, model: Engine, pace: Pace | None = None) -> None:
@@ -224,7 +227,9 @@ class Batch(Generic[OutcomeT]):
         self.running: list[Member[OutcomeT]] = []
 
     def step(self) -> list[tuple[Member[OutcomeT], OutcomeT]]:
-        """One pass: what came of the sequences that have read all they had. Those that ended leave the batch."""
+        """One pass: what came of the sequences that have read all they had. Those
+        that ended leave the batch.
+        """
         return self.drop_cancelled() + self.run(self.plan())
 
     def drop_cancelled(self) -> list[tuple[Member[OutcomeT], OutcomeT]]:

@@ -1,4 +1,6 @@
-"""Tool calls as rules of llguidance's Lark: what a model writes to call a tool, in the two formats of text/tools.py."""
+"""Tool calls as rules of llguidance's Lark: what a model writes to call a tool, in the
+two formats of text/tools.py.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,28 @@ from .schema import GrammarError, Part, named
 PLAIN = {"type", "title", "description", "default", "examples", "nullable", "anyOf", "deprecated", "$comment",
          "readOnly", "writeOnly"}  # fmt: skip
 """Keywords that a parameter of text may have, whose value then is any text."""
-WHOLE = {"type", "title", "description", "properties", "required", "additionalProperties", "$defs", "definitions",
-         "$schema", "$id", "$comment", "examples", "default"}  # fmt: skip
+WHOLE = {
+    "type",
+    "title",
+    "description",
+    "properties",
+    "required",
+    "additionalProperties",
+    "$defs",
+    "definitions",
+    "$schema",
+    "$id",
+    "$comment",
+    "examples",
+    "default",
+}
 """Keywords of all parameters together that the rules enforce, or that say nothing of them."""
 ROOTS = ("$defs", "definitions")  # what references point into
 
 
 class CallRules:
-    """The calls of some tools. enforceable: (tool, schema) -> what can be enforced of it, keywords dropped from it.
+    """The calls of some tools. enforceable: (tool, schema) -> what can be enforced
+    of it, keywords dropped from it.
 
     parts: grammars that the rules name. dropped: keywords that are not enforced, as "tool.path.keyword".
     GrammarError if a strict tool has such a keyword.
@@ -109,7 +125,9 @@ _END = _text(f"\n{END_PARAMETER}\n")
 
 
 def _texts(schema: Any, root: dict[str, Any], depth: int = 0) -> list[str]:
-    """The texts a parameter is limited to, as they stand between its tags; none if there are too many to list."""
+    """The texts a parameter is limited to, as they stand between its tags; none if
+    there are too many to list.
+    """
     if not isinstance(schema, dict) or depth > 8:
         return []
     if isinstance(schema.get("$ref"), str):

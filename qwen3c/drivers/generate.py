@@ -21,7 +21,8 @@ from .sampler import SamplingOptions
 class AnswerOptions(SamplingOptions, total=False):
     """The keywords of Model.generate and Model.generate_many beside their own. None counts as not given.
 
-    Of the first four one may be given; each is what an answer, after the thinking, has to be (drivers/grammar.py).
+    Of the first four one may be given; each is what an answer, after the thinking,
+    has to be (drivers/grammar.py).
     """
 
     schema: dict[str, Any] | str | None  # JSON that a JSON schema allows

@@ -1,11 +1,13 @@
-"""Grammars: JSON schemas, regular expressions, choices, Lark and tool calls as masks over tokens, by llguidance.
+"""Grammars: JSON schemas, regular expressions, choices, Lark and tool calls as masks over tokens, by
+llguidance.
 
     Grammar     compiled and checked once, before anything is computed
     its mask()  the state of one reply: which tokens may come next
 
-What llguidance cannot enforce it refuses, and so does this module: a constraint is never dropped in silence.
-A grammar begins after the thinking. The masks allow every token that keeps the text legal, so that the model cuts the
-text into tokens as it is used to: llguidance's own choice of tokens, where only one text can follow, is switched off.
+What llguidance cannot enforce it refuses, and so does this module: a constraint is never dropped in
+silence. A grammar begins after the thinking. The masks allow every token that keeps the text legal, so
+that the model cuts the text into tokens as it is used to: llguidance's own choice of tokens, where only
+one text can follow, is switched off.
 """
 
 from __future__ import annotations
@@ -69,6 +71,8 @@ class Grammar:
         self.dropped = list(dropped)
         self._compiled = _Compiled(vocabulary, parts)
         self.warnings = self._compiled.warnings
+        if any("oneOf" in warning for warning in self.warnings):
+            self.dropped.append("oneOf")  # it holds as anyOf
 
     @classmethod
     def json_object(cls, vocabulary: Vocabulary) -> Grammar:
@@ -77,7 +81,9 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, vocabulary: Vocabulary, schema: Any, strict: bool = True) -> Grammar:
-        """JSON that a schema (a dict, or its text) allows. strict: refuse, not drop, what cannot be enforced."""
+        """JSON that a schema (a dict, or its text) allows. strict: refuse, not drop, what cannot be
+        enforced.
+        """
         checked, dropped = _enforced(vocabulary, schema, strict)
         return cls(
             vocabulary,
@@ -124,9 +130,10 @@ class Grammar:
     ) -> Grammar:
         """Calls of tools, whose arguments their schemas allow.
 
-        choice: "auto", text or calls; "required", calls alone; "none", text alone. name: a call of this tool alone,
-        whatever the choice. parallel: whether more than one call may come. answer: with "auto", what an answer
-        without calls has to be. A schema of a tool that is not strict loses what cannot be enforced (`dropped`).
+        choice: "auto", text or calls; "required", calls alone; "none", text alone. name: a call of this
+        tool alone, whatever the choice. parallel: whether more than one call may come. answer: with
+        "auto", what an answer without calls has to be. A schema of a tool that is not strict loses what
+        cannot be enforced (`dropped`).
         """
         if name is not None and name not in tools:
             raise GrammarError(f"tool_choice names {name[:64]!r}, which is not among the tools")
@@ -149,7 +156,8 @@ class Grammar:
             lark = f"start: {body}\n{rules}{NO_FORCING}"
             return _FreeUntilCall(vocabulary, [{"lark_grammar": lark}, *parts], dropped, begin, parallel)
         more = "" if name is not None or not parallel else ' ("\\n" call)*'
-        lark = f"start: calls{' | @answer' * (answer is not None)}\ncalls: call{more}\ncall: <[{begin}]> {body}\n{rules}"
+        start = "start: calls" + " | @answer" * (answer is not None)
+        lark = f"{start}\ncalls: call{more}\ncall: <[{begin}]> {body}\n{rules}"
         if answer is not None:
             parts += _renamed(answer.parts, "answer")
         return cls(vocabulary, [{"lark_grammar": lark + NO_FORCING}, *parts], dropped)
@@ -224,8 +232,8 @@ class _WithoutCalls(Grammar):
 class _Compiled:
     """A grammar that any number of replies may go through.
 
-    The matchers of one compilation share what their lexer has worked out, and the limit on that: a reply could fail
-    for what others said. So a matcher that fails is made again, by a compilation of its own.
+    The matchers of one compilation share what their lexer has worked out, and the limit on that: a reply
+    could fail for what others said. So a matcher that fails is made again, by a compilation of its own.
     """
 
     def __init__(self, vocabulary: Vocabulary, parts: list[Part]) -> None:
@@ -299,8 +307,8 @@ class _Matched:
 class _AnswerMask:
     """The mask of an answer that is held to a grammar, and of the thought before it.
 
-    Thought is free but for what would end the reply in it: end tokens and other tags. Up to two newlines after
-    </think>, which models write there, belong to the tag.
+    Thought is free but for what would end the reply in it: end tokens and other tags. Up to two newlines
+    after </think>, which models write there, belong to the tag.
     """
 
     def __init__(
@@ -469,7 +477,9 @@ def _new_tokens(vocabulary: Vocabulary) -> LLTokenizer:
     bytes_alone = {token[0]: id for id, token in enumerate(tokens) if len(token) == 1}
 
     class Wrapped:
-        """What llguidance asks of a tokenizer. It encodes only where tokens are forced, which they are not here."""
+        """What llguidance asks of a tokenizer. It encodes only where tokens are
+        forced, which they are not here.
+        """
 
         eos_token_id, bos_token_id = ends[0], None
         special_token_ids = special
@@ -511,10 +521,11 @@ _compiling = threading.Semaphore(COMPILING)
 
 
 def _with_large_stack(function: Callable[[], T]) -> T:
-    """The result of `function`, run in a thread whose stack llguidance's recursion over a chain of rules fits in.
+    """The result of `function`, run in a thread whose stack llguidance's recursion
+    over a chain of rules fits in.
 
-    GrammarError if it takes longer than COMPILE_SECONDS. Nothing can stop it then, but no more than COMPILING of its
-    kind run at once.
+    GrammarError if it takes longer than COMPILE_SECONDS. Nothing can stop it then, but no more than
+    COMPILING of its kind run at once.
     """
     results: list[T] = []
     errors: list[BaseException] = []

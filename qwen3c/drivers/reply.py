@@ -125,9 +125,10 @@ class Mask(Protocol):
 class Vocabulary:
     """What a reply must know of a model's tokens.
 
-    n_tokens: only ids below it exist. end_tokens: ids that end a reply. undefined: ids below n_tokens that stand for
-    no token. tokenizer: None for events without text. thinking: the model's kind, "hybrid", "always" or "none".
-    bare: replies are text alone, in which no tag means anything. derived: what other modules computed from it once.
+    n_tokens: only ids below it exist. end_tokens: ids that end a reply. undefined: ids below n_tokens that
+    stand for no token. tokenizer: None for events without text. thinking: the model's kind, "hybrid",
+    "always" or "none". bare: replies are text alone, in which no tag means anything. derived: what other
+    modules computed from it once.
     """
 
     n_tokens: int
@@ -143,7 +144,9 @@ class Vocabulary:
         return None if self.tokenizer is None else self.tokenizer.control_id(tag)
 
     def beginning(self, prompt: Sequence[int]) -> Literal["thought", "answer", "either"]:
-        """What the reply to `prompt` begins in. A bare text, without control tokens, is answered by text alone."""
+        """What the reply to `prompt` begins in. A bare text, without control tokens, is answered by text
+        alone.
+        """
         think, end = self.control_id(THINK), self.control_id(END_THINK)
         if self.bare or self.tokenizer is None or think is None or end is None:
             return "answer"
@@ -156,10 +159,10 @@ class Vocabulary:
 class ReplyState:
     """The state of one reply: the tokens sampled so far, the text held back, why it ended.
 
-    prompt: the token ids before the reply. max_tokens: at most so many tokens are sampled; at 0, end() is all that
-    may be called. stop: texts that end the reply and are not part of it. logprobs: None, or how many of the most
-    likely tokens each event gives. mask: restricts the tokens. tools: what ReplyStream needs to know of tool calls.
-    thinking_budget: after so many tokens of thought </think> comes; None for no bound.
+    prompt: the token ids before the reply. max_tokens: at most so many tokens are sampled; at 0, end() is all
+    that may be called. stop: texts that end the reply and are not part of it. logprobs: None, or how many of
+    the most likely tokens each event gives. mask: restricts the tokens. tools: what ReplyStream needs to know
+    of tool calls. thinking_budget: after so many tokens of thought </think> comes; None for no bound.
     ValueError if an argument is out of range, or the vocabulary has no </think> and a budget is given.
     """
 
@@ -211,7 +214,9 @@ class ReplyState:
         return self._sampler.logprob
 
     def prepare(self) -> None:
-        """take() is coming: begin to compute its mask, if there is one, beside the logits. It may be left out."""
+        """take() is coming: begin to compute its mask, if there is one, beside the
+        logits. It may be left out.
+        """
         if self._mask:
             self._mask.prepare()
 

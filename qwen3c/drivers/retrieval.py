@@ -46,7 +46,9 @@ def embed(model: Engine, tokenizer: Tokenizer, texts: Sequence[str]) -> NDArray[
 
 
 def embedding_prompts(model: Engine, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text and its end. ValueError if a text is empty or too long, or there is no such end."""
+    """Token ids of each text and its end. ValueError if a text is empty or too long, or there is no such
+    end.
+    """
     _check_list("texts", texts)
     end = embedding_end(tokenizer)
     prompts = []
@@ -59,7 +61,9 @@ def embedding_prompts(model: Engine, tokenizer: Tokenizer, texts: Sequence[str])
 
 
 def embedding_end(tokenizer: Tokenizer) -> list[int]:
-    """What stands at the end of a text that becomes a vector. ValueError if the vocabulary has no such token."""
+    """What stands at the end of a text that becomes a vector. ValueError if the
+    vocabulary has no such token.
+    """
     return tokenizer.closing or [_control_id(tokenizer, END)]
 
 
@@ -80,7 +84,9 @@ def rerank(
 def rerank_prompts(
     model: Engine, tokenizer: Tokenizer, query: str, documents: Sequence[str], instruction: str | None
 ) -> tuple[list[list[int]], list[int]]:
-    """(token ids of the question about each document, the ids of "no" and "yes"); see Model.rerank for errors."""
+    """(token ids of the question about each document, the ids of "no" and "yes");
+    see Model.rerank for errors.
+    """
     _check_list("documents", documents)
     for tag in ("<|im_start|>", "<|im_end|>", "<think>", "</think>"):
         _control_id(tokenizer, tag)

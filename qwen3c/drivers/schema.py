@@ -1,4 +1,6 @@
-"""JSON schemas before they are compiled: the limits they are held to, and what a schema loses that is not strict."""
+"""JSON schemas before they are compiled: the limits they are held to, and what a
+schema loses that is not strict.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,20 @@ MAX_CHAIN = 200  # schemas that refer to each other, one after the other
 ROUNDS = 16  # of dropping what a refusal is about
 
 # keywords whose value is a schema, a list of schemas, or schemas by name
-_ONE = ("items", "additionalItems", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else",
-        "unevaluatedItems", "unevaluatedProperties", "contentSchema")  # fmt: skip
+_ONE = (
+    "items",
+    "additionalItems",
+    "additionalProperties",
+    "contains",
+    "propertyNames",
+    "not",
+    "if",
+    "then",
+    "else",
+    "unevaluatedItems",
+    "unevaluatedProperties",
+    "contentSchema",
+)
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
@@ -30,7 +44,9 @@ class GrammarError(ValueError):
 
 
 def named(name: str, schema: dict[str, Any], strict: bool) -> Part:
-    """The grammar of JSON that a schema allows. strict: refuse a oneOf whose schemas may overlap, not read it as anyOf."""
+    """The grammar of JSON that a schema allows. strict: refuse a oneOf whose schemas may
+    overlap, not read it as anyOf.
+    """
     options = {"coerce_one_of": not strict, "lenient": False, "whitespace_pattern": SPACE}
     return {"name": name, "json_schema": {**schema, "x-guidance": options}}
 
@@ -65,8 +81,8 @@ def enforceable(
 ) -> tuple[dict[str, Any], list[str]]:
     """(what can be enforced of `schema`, the places of the keywords that were dropped from it).
 
-    refusal: what llguidance says against a schema, None if it takes it. Without it nothing is dropped. What cannot be
-    dropped stays, and will be refused.
+    refusal: what llguidance says against a schema, None if it takes it. Without it nothing is dropped. What
+    cannot be dropped stays, and will be refused.
     """
     dropped: list[str] = []
     if "x-guidance" in schema:
@@ -122,7 +138,9 @@ def _is_culprit(
 
 
 def _keywords(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Every keyword within a schema: (its place, the schema it is in, its name). Names of properties are none."""
+    """Every keyword within a schema: (its place, the schema it is in, its name).
+    Names of properties are none.
+    """
     waiting: list[tuple[str, Any]] = [("", schema)]
     while waiting:
         where, one = waiting.pop()

@@ -13,7 +13,9 @@ from .sampler import Sampler, Sampling
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """A token of a text. logprob: in nats, None for the first, which nothing comes before. top: the likeliest there."""
+    """A token of a text. logprob: in nats, None for the first, which nothing comes
+    before. top: the likeliest there.
+    """
 
     token: int
     logprob: float | None
@@ -23,8 +25,8 @@ class TokenScore:
 class PromptScores:
     """The scores of a prompt's tokens, filled in as its logits come.
 
-    top: how many of the most likely tokens each score lists. add() takes the rows of logits piece by piece, (tokens,
-    vocab_size); the row after the prompt's last token scores nothing.
+    top: how many of the most likely tokens each score lists. add() takes the rows of logits piece by piece,
+    (tokens, vocab_size); the row after the prompt's last token scores nothing.
     """
 
     def __init__(self, vocabulary: Vocabulary, prompt: list[int], top: int) -> None:

@@ -13,11 +13,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from .. import __version__
-from .ask import Ask, Stream
+from .ask import Ask, KeyLimits, Stream
 from .errors import ApiError, server_error
 from .fields import Fields, parse_json
 from .models import Models, Served
-from .scheduler import KeyLimits
 from .streams import PING, dump
 
 if TYPE_CHECKING:
@@ -53,9 +52,9 @@ class Anonymous:
 class Api:
     """models: those that answer. ping: seconds of silence after which a stream gets a comment.
 
-    ended: told about every stream that has ended, with the request it answers. draining: whether the server is about to
-    end, and takes no new work. needs_key, mcp: what /props says of keys and of the MCP server. provider: who is offered
-    a chat first. started: in seconds since 1970.
+    ended: told about every stream that has ended, with the request it answers. draining: whether the server
+    is about to end, and takes no new work. needs_key, mcp: what /props says of keys and of the MCP server.
+    provider: who is offered a chat first. started: in seconds since 1970.
     """
 
     models: Models
@@ -109,7 +108,9 @@ class Api:
         return headers
 
     def priority(self, request: Request, fields: Fields) -> int:
-        """When it is the request's turn: vLLM's `priority`, lower comes sooner; no sooner than the key allows."""
+        """When it is the request's turn: vLLM's `priority`, lower comes sooner; no
+        sooner than the key allows.
+        """
         return max(self.client(request).priority, 0) + (fields.whole("priority", 0, 1000, 0) or 0)
 
 

@@ -19,6 +19,15 @@ from .page import page
 from .streams import ClientLeftError
 from .surfaces import chat, completions, embeddings, listing, messages, rerank, responses, tokens
 
+# llama-server answers here, too, and clients whose base URL lacks /v1 ask here
+UNVERSIONED = (
+    "/chat/completions",
+    "/completions",
+    "/embeddings",
+    "/responses",
+    "/models",
+    "/models/{name:path}",
+)
 Running = Callable[[], AbstractAsyncContextManager[Any]]
 
 
@@ -40,6 +49,11 @@ def create_app(api: Api, more: Sequence[BaseRoute] = (), running: Sequence[Runni
 
     surfaces = (chat, responses, messages, completions, embeddings, rerank, tokens, listing)
     routes: list[BaseRoute] = [route for surface in surfaces for route in surface.routes(api)]
+    shorter = [route for route in routes if isinstance(route, Route) and route.path[3:] in UNVERSIONED]
+    routes += [
+        Route(route.path[3:], route.endpoint, methods=sorted(route.methods or ()), include_in_schema=False)
+        for route in shorter
+    ]
     routes += openapi.routes(api, surfaces)
     return Starlette(
         routes=[Route("/", page, methods=["GET"]), *routes, *more],

@@ -3,28 +3,31 @@
 Ask       prompts of token ids and what is wanted of them
 Update    what a pass of the engine brought one of its sequences
 Stream    the updates of all its sequences, for the event loop
+Job       one of the sequences, for the engine thread
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..drivers.reply import Event, Stats
+from ..drivers.batch import LastRow
+from ..drivers.reply import Event, FinishReason, ReplyState, Stats
 from ..drivers.sampler import SamplingOptions
-from ..drivers.score import TokenScore
-from .errors import ApiError
+from ..drivers.score import PromptScores, TokenScore
+from ..engine import Logits
+from .errors import ApiError, server_error
 
 if TYPE_CHECKING:
     from ..drivers.grammar import Grammar
     from ..text.tools import ToolSet
-    from .scheduler import Job
 
 Stage = Literal["queued", "reading"]
 
@@ -33,13 +36,14 @@ Stage = Literal["queued", "reading"]
 class Ask:
     """Sequences that share a key, a priority and the way their tokens are chosen.
 
-    prompts: token ids, one list a sequence; a prompt that is wanted n times is there n times. origin: the field of the
-    request that they come from, which an error names. max_tokens, sampling, stop, logprobs, thinking_budget: see
-    Model.generate. seeds: one for each sequence, in place of the sampling's. grammar: what each reply must follow.
-    tools: whose calls are looked for in each reply. bare: a reply is text alone, in which no tag means anything.
-    echo: None, or how many of the most likely tokens to give with the log-probability of each token of the prompts.
-    vectors: the final hidden state of each prompt is wanted; rows: the logits after each prompt; either way there is no
-    reply. namespace: of the prefix cache, the name of the key. priority: lower comes sooner.
+    prompts: token ids, one list a sequence; a prompt that is wanted n times is there n times. origin: the
+    field of the request that they come from, which an error names. max_tokens, sampling, stop, logprobs,
+    thinking_budget: see Model.generate. seeds: one for each sequence, in place of the sampling's. grammar:
+    what each reply must follow. tools: whose calls are looked for in each reply. bare: a reply is text alone,
+    in which no tag means anything. echo: None, or how many of the most likely tokens to give with the
+    log-probability of each token of the prompts. vectors: the final hidden state of each prompt is wanted;
+    rows: the logits after each prompt; either way there is no reply. namespace: of the prefix cache, the name
+    of the key. priority: lower comes sooner.
     """
 
     prompts: Sequence[list[int]]
@@ -64,8 +68,8 @@ class Ask:
 class Progress:
     """Where a sequence is before its first token.
 
-    stage: whether it waits or its prompt is read. position: in the queue, from 1. total, cached, processed: tokens of
-    the prompt in all, found in the cache, and read including those. ms: since the request came.
+    stage: whether it waits or its prompt is read. position: in the queue, from 1. total, cached, processed:
+    tokens of the prompt in all, found in the cache, and read including those. ms: since the request came.
     """
 
     stage: Stage
@@ -96,7 +100,8 @@ class Update:
 class Stream(AsyncIterator[Update]):
     """The updates of an Ask as they come; it ends after the last one of every sequence.
 
-    An engine that fails raises its ApiError here. stats: of each sequence. Belongs to the event loop that made it.
+    An engine that fails raises its ApiError here. stats: of each sequence. Belongs
+    to the event loop that made it.
     """
 
     def __init__(self, n: int) -> None:
@@ -123,7 +128,9 @@ class Stream(AsyncIterator[Update]):
         self._changed.set()
 
     def cancel(self) -> None:
-        """End every sequence after the pass under way, whatever its state. From any thread, as often as one likes."""
+        """End every sequence after the pass under way, whatever its state. From any
+        thread, as often as one likes.
+        """
         for job in self.jobs:
             job.cancel()
 
@@ -145,3 +152,90 @@ class Stream(AsyncIterator[Update]):
         while self._updates and self._updates[0].error is None:
             found.append(self._updates.popleft())
         return found
+
+
+# ----------------------------------------------------------------------------
+# A sequence of a stream
+
+
+@dataclass(frozen=True)
+class KeyLimits:
+    """What one key may have at once; None: as much as all together."""
+
+    running: int | None = None
+    queue: int | None = None
+
+
+@dataclass
+class Failed:
+    """The outcome of a sequence whose next token could not be chosen."""
+
+    error: ApiError
+    token: int | None = None
+    finish_reason: FinishReason | None = "cancelled"
+
+
+@dataclass(eq=False)
+class Job:
+    """One sequence of a stream, from its arrival to its last update; to a Batch it is a State.
+
+    number: in order of arrival. state: what makes a reply of logits; a LastRow where there is none to make.
+    kind: what is wanted of the rows of the prompt (see Session.forward).
+    """
+
+    stream: Stream
+    index: int
+    prompt: list[int]
+    state: ReplyState | LastRow
+    kind: Logits
+    namespace: str
+    priority: int
+    limits: KeyLimits
+    scores: PromptScores | None = None
+    number: int = 0
+    stats: Stats = field(default_factory=Stats)
+    arrived: float = field(default_factory=time.monotonic)
+    first_token: float | None = None  # seconds after `arrived`
+    ended: float | None = None  # likewise
+    preempted: int = 0
+    position: int = 0  # in the queue, as last told
+    wake: Callable[[], None] = lambda: None  # its scheduler, which looks for what was cancelled
+    cancelled: bool = False
+
+    def __lt__(self, other: Job) -> bool:
+        """Whether it comes sooner."""
+        return (self.priority, self.number) < (other.priority, other.number)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt and what has been sampled after it."""
+        return self.prompt + self.state.tokens if isinstance(self.state, ReplyState) else self.prompt
+
+    @property
+    def max_tokens(self) -> int:
+        """How many rows its state will take at most."""
+        return self.state.max_tokens
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended the reply, if one has."""
+        return self.state.stop_string if isinstance(self.state, ReplyState) else None
+
+    def cancel(self) -> None:
+        """End it after the pass under way. From any thread."""
+        self.cancelled = True
+        self.wake()
+
+    def prepare(self) -> None:
+        self.state.prepare()
+
+    def take(self, logits: NDArray[np.float32]) -> Event | LastRow | Failed:
+        if self.max_tokens == 0:  # the prompt alone was to be read
+            return self.state.end("length")
+        try:
+            return self.state.take(logits)
+        except ValueError as error:  # a grammar that allows no token: it is this sequence's fault alone
+            return Failed(server_error(str(error)))
+
+    def end(self, reason: FinishReason) -> Event | LastRow | Failed:
+        return self.state.end(reason)

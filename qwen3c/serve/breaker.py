@@ -3,8 +3,9 @@
     closed: it is asked  --3 failures in 60 s, or one that says enough-->  open: it is not
     open  --its time is over: somebody probes-->  closed, or open again for twice as long
 
-The waits are 10 s, doubled at each opening up to 300 s, +-20 % so that many programs do not come back at once. A reply
-takes the wait back to 10 s; a probe that succeeds does not, for it shows only that somebody is there.
+The waits are 10 s, doubled at each opening up to 300 s, +-20 % so that many programs do not
+come back at once. A reply takes the wait back to 10 s; a probe that succeeds does not, for it
+shows only that somebody is there.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ ANTHROPIC_TYPES = {
 class ApiError(Exception):
     """An answer that is an error.
 
-    status: of HTTP. param: the field at fault, as a dotted path. code: for programs. retry_after: seconds after which
-    the request may succeed. should_retry: false tells openai-python not to send the request again by itself.
-    extra: further fields of the error object.
+    status: of HTTP. param: the field at fault, as a dotted path. code: for programs. retry_after: seconds
+    after which the request may succeed. should_retry: false tells openai-python not to send the request again
+    by itself. extra: further fields of the error object.
     """
 
     def __init__(

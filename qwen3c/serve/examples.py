@@ -83,6 +83,8 @@ BLOCKS: tuple[Json, ...] = (  # of Anthropic's
         "tools": [{"name": "weather", "input_schema": WEATHER["parameters"]}],
         "tool_choice": {"type": "auto"},
     },
+    {"messages": [USER], "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+    {"messages": [USER], "output_format": {"type": "json_schema", "schema": SCHEMA}},
 )
 
 

@@ -1,4 +1,6 @@
-"""What goes wrong at a provider: statuses and exceptions of the HTTP client, each as a Failure with a word for it."""
+"""What goes wrong at a provider: statuses and exceptions of the HTTP client, each as a
+Failure with a word for it.
+"""
 
 from __future__ import annotations
 

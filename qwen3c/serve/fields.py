@@ -1,7 +1,7 @@
 """A JSON object whose fields are taken one by one, each checked.
 
-What changes the meaning of a request and cannot be done is an error that names the field. A field that nobody asks for
-and that is nearly a known one is taken for a misspelt one, and is an error, too.
+What changes the meaning of a request and cannot be done is an error that names the field. A field that nobody
+asks for and that is nearly a known one is taken for a misspelt one, and is an error, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _recorded: ContextVar[dict[str, list[dict[str, Any]]] | None] = ContextVar("reco
 
 @contextmanager
 def recorded() -> Iterator[dict[str, list[dict[str, Any]]]]:
-    """Within, what Fields are asked for is noted: dotted path -> JSON schemas of what may be there, one an inquiry.
+    """Within, what Fields are asked for is noted: dotted path -> JSON schemas of
+    what may be there, one an inquiry.
 
     So the OpenAPI document says what the code takes, and nothing else.
     """
@@ -41,7 +42,9 @@ def recorded() -> Iterator[dict[str, list[dict[str, Any]]]]:
 
 
 def parse_json(body: bytes) -> Any:
-    """The JSON value of a body; ApiError 400 if it is none. NaN and Infinity, which are no JSON, are left to Fields."""
+    """The JSON value of a body; ApiError 400 if it is none. NaN and Infinity, which are
+    no JSON, are left to Fields.
+    """
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -180,7 +183,9 @@ class Fields:
         return None if value is None else Fields(value, self.path(name))
 
     def refuse(self, name: str, why: str, unless: Sequence[Any] = ()) -> None:
-        """ApiError 400 if the field is there and is none of `unless`: it changes the meaning and cannot be done."""
+        """ApiError 400 if the field is there and is none of `unless`: it changes the
+        meaning and cannot be done.
+        """
         value = self._take(name, {"enum": [*unless, None], "description": why, "x-qwen3c-refused": True})
         # 0 == False, but a client that says one does not mean the other
         if value is not None and not any(type(value) is type(one) and value == one for one in unless):
@@ -207,7 +212,8 @@ class Fields:
 def _check(value: Any, where: str) -> None:
     """ApiError 400 for what nobody can mean anywhere in a value.
 
-    That is half a surrogate pair, which no UTF-8 can say, a number that is none or infinite, and endless nesting.
+    That is half a surrogate pair, which no UTF-8 can say, a number that is none or
+    infinite, and endless nesting.
     """
     waiting = [(value, where, 0)]
     while waiting:

@@ -5,9 +5,9 @@
     Host.call          one call, limited in time and size
     host_routes        the same two for the page, and for nobody else
 
-Whatever a server says is untrusted: descriptions are text with nothing in it that a screen acts on, a tool is known by
-the digest of its whole definition, and a call with another digest is refused. Servers are started with little of our
-environment, in a process group of their own that ends with us, however we end.
+Whatever a server says is untrusted: descriptions are text with nothing in it that a screen acts on, a tool is
+known by the digest of its whole definition, and a call with another digest is refused. Servers are started
+with little of our environment, in a process group of their own that ends with us, however we end.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ MOST_TOOLS = 256  # of a server
 MOST_PAGES = 32
 PATIENCE = 2.0  # seconds that a server has to end after its stdin, and again after SIGTERM
 TAIL = 2000  # bytes of a server's stderr that are remembered
-# Runs a server and waits for it. When its own parent dies, the kernel tells it, and the whole group dies with it.
+# Runs a server and waits for it. When its own parent dies, the kernel tells it, and the whole group dies with
+# it.
 SUPERVISOR = """\
 import ctypes, os, signal, sys
 def end(*_):
@@ -267,7 +268,9 @@ class Tail:
 
 
 class Server:
-    """A connection to one server, which a task of its own keeps. state: "idle", "connecting", "ready" or "failed"."""
+    """A connection to one server, which a task of its own keeps. state: "idle",
+    "connecting", "ready" or "failed".
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -280,7 +283,9 @@ class Server:
         self._lock = asyncio.Lock()
 
     async def refresh(self) -> None:
-        """Connect if need be and ask for the tools. It does not raise: `state` and `error` say how it went."""
+        """Connect if need be and ask for the tools. It does not raise: `state` and `error` say how it
+        went.
+        """
         async with self._lock:
             if self._client is None:
                 await self._connect()
@@ -444,7 +449,9 @@ def _result(text: str, is_error: bool) -> dict[str, Any]:
 
 
 def supervised(command: Sequence[str]) -> list[str]:
-    """The command that starts a server so that it ends with us, also when we are killed, where the system can."""
+    """The command that starts a server so that it ends with us, also when we are
+    killed, where the system can.
+    """
     if not sys.platform.startswith("linux"):
         return list(command)
     return [sys.executable, "-I", "-S", "-c", SUPERVISOR, str(os.getpid()), *command]
@@ -609,8 +616,8 @@ class Host:
     async def call(self, name: str, arguments: dict[str, Any], digest: str) -> dict[str, Any]:
         """{"content": text, "isError", "truncated"} of one call.
 
-        digest: of the definition that the person saw. ApiError 404 if there is no such tool, 409 if its definition is
-        another one now; the server is asked for it before each call.
+        digest: of the definition that the person saw. ApiError 404 if there is no such tool, 409 if its
+        definition is another one now; the server is asked for it before each call.
         """
         server = self._owner(name)
         await server.refresh()
@@ -679,7 +686,9 @@ def host_routes(host: Host) -> list[BaseRoute]:
 
 
 def _check_origin(request: Request) -> None:
-    """ApiError 403 unless a page of this very server asks: other programs have no business with these tools."""
+    """ApiError 403 unless a page of this very server asks: other programs have no business with these
+    tools.
+    """
     headers = request.headers
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     if origin is not None:

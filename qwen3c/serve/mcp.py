@@ -5,9 +5,10 @@
     count_tokens       what a text or a conversation takes
     score              the log-probability of every token of a text
 
-mcp_routes serves them at /mcp (streamable HTTP, with and without the handshake of before 2026-07-28), cli/mcp.py over
-stdin and stdout. Local has the tools of the models here, Proxy those of a server that runs elsewhere. A call ends with
-its request: closing the stream, or `notifications/cancelled`, frees the engine after the pass under way.
+mcp_routes serves them at /mcp (streamable HTTP, with and without the handshake of before 2026-07-28),
+cli/mcp.py over stdin and stdout. Local has the tools of the models here, Proxy those of a server that
+runs elsewhere. A call ends with its request: closing the stream, or `notifications/cancelled`, frees the
+engine after the pass under way.
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from ..drivers.reply import Reply
 from ..drivers.retrieval import embedding_prompts, instruct, relevance, rerank_prompts, unit_vectors
 from ..drivers.score import TokenScore
-from .ask import Ask, Progress, Stream
+from .ask import Ask, KeyLimits, Progress, Stream
 from .errors import ApiError
 from .models import Models, Served
-from .scheduler import KeyLimits
 
 if TYPE_CHECKING:
     import mcp_types as types
@@ -273,42 +273,88 @@ _DOCUMENTS = _list(_TEXT, 1, description="what to choose from")
 
 TOOLS = (
     ToolOfOurs(
-        "chat", "Chat", "Ask the local language model: a conversation in, its reply out.",
+        "chat",
+        "Chat",
+        "Ask the local language model: a conversation in, its reply out.",
         {"messages": _MESSAGES, "thinking": _THINKING, **_REPLYING},
-        ("messages",), _REPLY, _chat, lambda found: str(found["text"]),
+        ("messages",),
+        _REPLY,
+        _chat,
+        lambda found: str(found["text"]),
     ),
     ToolOfOurs(
-        "generate", "Complete text", "How the local language model goes on from a bare text, without roles.",
+        "generate",
+        "Complete text",
+        "How the local language model goes on from a bare text, without roles.",
         {"prompt": _TEXT, **_REPLYING, "max_tokens": {**_REPLYING["max_tokens"], "default": 256}},
-        ("prompt",), _REPLY, _generate, lambda found: str(found["text"]),
+        ("prompt",),
+        _REPLY,
+        _generate,
+        lambda found: str(found["text"]),
     ),
     ToolOfOurs(
-        "embed", "Embed texts", "Texts as vectors of length 1: the product of two is how alike they are.",
-        {"texts": _list({"type": "string", "minLength": 1}, 1), "instruction": {
-            "type": "string", "description": "what the texts, as queries, search for; absent for documents"}},
-        ("texts",), _object({"embeddings": _list(_list(_NUMBER)), "dimensions": _COUNT}), _embed,
+        "embed",
+        "Embed texts",
+        "Texts as vectors of length 1: the product of two is how alike they are.",
+        {
+            "texts": _list({"type": "string", "minLength": 1}, 1),
+            "instruction": {
+                "type": "string",
+                "description": "what the texts, as queries, search for; absent for documents",
+            },
+        },
+        ("texts",),
+        _object({"embeddings": _list(_list(_NUMBER)), "dimensions": _COUNT}),
+        _embed,
     ),
     ToolOfOurs(
-        "rerank", "Rank documents", "Documents by how likely each meets a query, the best first.",
-        {"query": _TEXT, "documents": _DOCUMENTS, "instruction": {
-            "type": "string", "description": "what the search is for"}, "top_n": {"type": "integer", "minimum": 1}},
-        ("query", "documents"), _object({"results": _list(_object({"index": _COUNT, "score": _NUMBER}))}), _rerank,
+        "rerank",
+        "Rank documents",
+        "Documents by how likely each meets a query, the best first.",
+        {
+            "query": _TEXT,
+            "documents": _DOCUMENTS,
+            "instruction": {"type": "string", "description": "what the search is for"},
+            "top_n": {"type": "integer", "minimum": 1},
+        },
+        ("query", "documents"),
+        _object({"results": _list(_object({"index": _COUNT, "score": _NUMBER}))}),
+        _rerank,
     ),
     ToolOfOurs(
-        "count_tokens", "Count tokens", "How many tokens a text or a conversation takes, and how many fit.",
+        "count_tokens",
+        "Count tokens",
+        "How many tokens a text or a conversation takes, and how many fit.",
         {"text": _TEXT, "messages": _MESSAGES, "thinking": _THINKING},
-        (), _object({"tokens": _COUNT, "context": _COUNT}), _count_tokens,
+        (),
+        _object({"tokens": _COUNT, "context": _COUNT}),
+        _count_tokens,
     ),
     ToolOfOurs(
-        "score", "Score a text", "The log-probability, in nats, of every token of a text under the model.",
-        {"text": {"type": "string", "minLength": 1},
-         "context": {"type": "string", "description": "what stands before the text and is not scored"},
-         "top": {"type": "integer", "minimum": 0, "maximum": 20, "description": "likeliest tokens to list in each place"}},
-        ("text",), _object({
-            "tokens": _list(_object(_TOKEN | {"top": _list(_object(_TOKEN))}, tuple(_TOKEN))),
-            "total_logprob": _NUMBER, "scored_tokens": _COUNT}), _score,
+        "score",
+        "Score a text",
+        "The log-probability, in nats, of every token of a text under the model.",
+        {
+            "text": {"type": "string", "minLength": 1},
+            "context": {"type": "string", "description": "what stands before the text and is not scored"},
+            "top": {
+                "type": "integer",
+                "minimum": 0,
+                "maximum": 20,
+                "description": "likeliest tokens to list in each place",
+            },
+        },
+        ("text",),
+        _object(
+            {
+                "tokens": _list(_object(_TOKEN | {"top": _list(_object(_TOKEN))}, tuple(_TOKEN))),
+                "total_logprob": _NUMBER,
+                "scored_tokens": _COUNT,
+            }
+        ),
+        _score,
     ),
-)  # fmt: skip
+)
 
 
 def fault_in(arguments: Mapping[str, Any], schema: dict[str, Any]) -> str | None:
@@ -432,8 +478,8 @@ def failed(text: str) -> types.CallToolResult:
 async def while_connected(request: Any, work: Awaitable[T]) -> T | None:
     """What `work` comes to; None, and it is cancelled, once the client of an HTTP request is gone.
 
-    The SDK cancels calls itself where the protocol says so. Before 2026-07-28 it does not, and the result of a call
-    whose stream is closed reaches nobody.
+    The SDK cancels calls itself where the protocol says so. Before 2026-07-28 it does not, and the result of
+    a call whose stream is closed reaches nobody.
     """
     gone: asyncio.Event | None = request.scope.get(GONE) if request is not None else None
     if gone is None:
@@ -468,7 +514,7 @@ def new_server(provider: Provider) -> Server[Any]:
         "qwen3c",
         version=__version__,
         title="qwen3c",
-        instructions="A language model on this computer: it chats, completes, embeds, ranks, counts and scores.",
+        instructions="A language model on this computer: it chats, completes, embeds, ranks and scores.",
         cache_hints={"tools/list": CacheHint(ttl_ms=60_000), "server/discover": CacheHint(ttl_ms=60_000)},
         on_list_tools=list_tools,
         on_call_tool=call_tool,
@@ -480,8 +526,9 @@ def mcp_routes(
 ) -> tuple[list[BaseRoute], Callable[[], AbstractAsyncContextManager[None]]]:
     """The routes of /mcp, and the context manager that the app's lifespan has to enter around serving.
 
-    hosts, origins: which Host and Origin headers are answered, such as "127.0.0.1:8080" and "http://127.0.0.1:8080";
-    ":*" at the end is any port; without hosts the app has to check them itself. Who asks is the `key` in the state of the request, if the guard has put one there.
+    hosts, origins: which Host and Origin headers are answered, such as "127.0.0.1:8080" and
+    "http://127.0.0.1:8080"; ":*" at the end is any port; without hosts the app has to check them itself. Who
+    asks is the `key` in the state of the request, if the guard has put one there.
     """
     return routes_of(Local(models), hosts, origins)
 

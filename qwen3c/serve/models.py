@@ -29,10 +29,10 @@ from ..format import ModelFile
 from ..memory import available, gib
 from ..model import Model
 from ..text.chat import TOOL_CALL
-from .ask import Ask, Stream
+from .ask import Ask, Job, KeyLimits, Stream
 from .errors import ApiError, context_error
 from .pace import Pace
-from .scheduler import Job, KeyLimits, Limits, Scheduler
+from .scheduler import Limits, Scheduler
 
 T = TypeVar("T")
 ROWS_AT_ONCE = 16  # prompts without a reply that one request has in the queue
@@ -57,7 +57,9 @@ class ServeOptions:
 
 @dataclass(frozen=True)
 class Card:
-    """What is said of a model. context: positions that one request can have. capabilities: what it can be asked for."""
+    """What is said of a model. context: positions that one request can have.
+    capabilities: what it can be asked for.
+    """
 
     context: int
     capabilities: tuple[str, ...]
@@ -146,7 +148,8 @@ class Served:
     ) -> tuple[list[NDArray[np.float32]], list[Stream]]:
         """The row of each prompt of an Ask with `vectors` or `rows`, and the streams they came by.
 
-        However many they are, they take few places of the queue at once. ApiError 429 if there is none at the start.
+        However many they are, they take few places of the queue at once. ApiError 429
+        if there is none at the start.
         """
         rows: list[NDArray[np.float32]] = []
         streams: list[Stream] = []
@@ -197,9 +200,10 @@ async def _rows_of(stream: Stream) -> list[NDArray[np.float32]]:
 class Models:
     """Models by alias.
 
-    openers: alias -> what opens the model when it is first asked for; the first alias is the default. sizes: bytes that
-    each takes. files: where each lies, so that something can be said of it before it is opened. A model that is asked
-    for and does not fit beside the others takes the place of the least recently used one that nobody waits for.
+    openers: alias -> what opens the model when it is first asked for; the first alias is the default.
+    sizes: bytes that each takes. files: where each lies, so that something can be said of it before it is
+    opened. A model that is asked for and does not fit beside the others takes the place of the least
+    recently used one that nobody waits for.
     """
 
     def __init__(
@@ -229,7 +233,9 @@ class Models:
         return list(self._served.values())
 
     def resolve(self, name: str | None) -> str:
-        """The alias that a request means. With one model every name means it; else ApiError 404 for an unknown one."""
+        """The alias that a request means. With one model every name means it; else
+        ApiError 404 for an unknown one.
+        """
         if name in self._openers:
             return str(name)
         if len(self._openers) == 1 or not name:

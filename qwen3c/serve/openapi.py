@@ -7,6 +7,7 @@ refuses the examples is required. So the code says once what it takes.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from typing import Any, Protocol, cast
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import Message
 
 from .. import __version__
 from .api import Api, json_answer
@@ -78,8 +80,8 @@ async def document(api: Api, surfaces: Sequence[Surface], served: Iterable[BaseR
 
 
 def addresses(route: BaseRoute) -> Iterator[tuple[str, str]]:
-    """(method, path) of what a route answers, HEAD aside."""
-    if isinstance(route, Route):
+    """(method, path) of what a route answers, HEAD aside; none of a route that only repeats another."""
+    if isinstance(route, Route) and route.include_in_schema:
         path = route.path.replace(":path}", "}")
         for method in sorted((route.methods or {"POST"}) - {"HEAD"}):
             yield method, path
@@ -195,19 +197,19 @@ async def _body(read: Read, path: str, examples: Sequence[Json]) -> Json:
 
 async def _noted(read: Read, path: str, body: Json) -> dict[str, list[Json]]:
     """The fields that an endpoint asks for when this body comes. ApiError if it is refused."""
+    await asyncio.sleep(0)  # replies go out meanwhile
     scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b"", "state": {}}
-    request = Request(scope)
-    request._json, request._body = body, _dumped(body)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": json_answer(body).body, "more_body": False}
+
+    request = Request(scope, receive)
     with recorded() as noted:
         try:
             await read(request)
         except _WouldBeginError:
             pass
     return noted
-
-
-def _dumped(body: Json) -> bytes:
-    return bytes(json_answer(body).body)
 
 
 async def _needs(read: Read, path: str, example: Json, where: str) -> bool:

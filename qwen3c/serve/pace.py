@@ -1,12 +1,12 @@
 """How many rows of prompts a pass takes, and whose: a budget of time, not of tokens.
 
-A prompt that is read delays the next token of every reply on its way. So a pass gets the rows that fit into a target of
-seconds, as the passes before have shown:
+A prompt that is read delays the next token of every reply on its way. So a pass gets the rows that fit into a
+target of seconds, as the passes before have shown:
 
     seconds of a pass = quiet (one row of every reply) + rows * seconds per row
 
-Half of the rows go to the oldest prompt and half to the one with the fewest tokens left, so that a short question is
-not kept waiting by a long document and no document starves.
+Half of the rows go to the oldest prompt and half to the one with the fewest tokens left, so that a short
+question is not kept waiting by a long document and no document starves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ MEMORY = 0.3  # weight of the newest pass in the averages
 
 
 class Pace:
-    """max_gap: seconds between two tokens of a reply while prompts are read; None to let quiet passes say it."""
+    """max_gap: seconds between two tokens of a reply while prompts are read; None to let quiet passes say
+    it.
+    """
 
     def __init__(self, max_gap: float | None = None) -> None:
         self._max_gap = max_gap
@@ -41,7 +43,9 @@ class Pace:
         return min(max(QUIET_STEPS * quiet, SHORTEST), ALONE)
 
     def shares(self, left: Sequence[int], n_decoding: int) -> Sequence[int]:
-        """Rows for each prompt in the next pass; left: tokens that each has still to read, the oldest first."""
+        """Rows for each prompt in the next pass; left: tokens that each has still to read, the oldest
+        first.
+        """
         return shares(left, self.rows(n_decoding))
 
     def rows(self, n_decoding: int) -> int:

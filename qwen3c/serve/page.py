@@ -1,8 +1,8 @@
 """The chat page at `/`: one document, its headers, and how it travels.
 
-data/page.html holds the page, data/marked.js the reader of markdown; together they are one document that loads
-nothing. Its policy names the hash of every script and style in it, so the browser runs nothing else, and forbids
-every way of making elements out of text (`trusted-types 'none'`).
+data/page.html holds the page, data/marked.js the reader of markdown; together they are one document that
+loads nothing. Its policy names the hash of every script and style in it, so the browser runs nothing else,
+and forbids every way of making elements out of text (`trusted-types 'none'`).
 """
 
 from __future__ import annotations

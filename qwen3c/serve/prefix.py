@@ -1,10 +1,10 @@
 """What earlier requests left in the KV cache: a radix tree of sessions, exact to the token.
 
-    root of a namespace --[edge: token ids]--> node --[edge]--> leaf: a session that holds all tokens of its path
+    root of a namespace --[edge: token ids]--> node --[edge]--> leaf: a session of all tokens on its path
 
 Every leaf holds a session and no inner node does: a session serves any beginning of its tokens, by fork() and
-rewind(). Namespaces do not see each other, so that nobody learns from the speed of an answer what others have asked
-(CVE-2025-46570). Edges are compared token by token, never by hashes.
+rewind(). Namespaces do not see each other, so that nobody learns from the speed of an answer what others have
+asked (CVE-2025-46570). Edges are compared token by token, never by hashes.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class PrefixTree:
         self._leaves.clear()
 
     def _descend(self, node: Node, tokens: Sequence[int]) -> tuple[Node, int, int]:
-        """(the deepest node whose edge `tokens` enters, tokens matched in all, tokens matched of that edge)."""
+        """(the deepest node whose edge `tokens` enters, tokens matched in all,
+        tokens matched of that edge).
+        """
         depth, matched = 0, len(node.edge)
         while depth < len(tokens) and matched == len(node.edge):
             child = node.children.get(tokens[depth])

@@ -33,7 +33,9 @@ def not_json() -> Failure:
 
 
 def parsed(data: bytes) -> dict[str, Any]:
-    """A JSON object; Failure if `data` is none. Halves of surrogate pairs, which no UTF-8 can carry, become U+FFFD."""
+    """A JSON object; Failure if `data` is none. Halves of surrogate pairs, which no
+    UTF-8 can carry, become U+FFFD.
+    """
     try:
         value = json.loads(data)
         if b"\\ud" in data or b"\\uD" in data:
@@ -140,8 +142,8 @@ class Whole(AsyncIterator[dict[str, Any]]):
 class Shape:
     """Events in, chunks out: role chunks first and in the order of choices, ids of calls once, usage last.
 
-    model: what the provider is asked for; what it says itself is who spoke. n: how many choices were asked for.
-    with_usage: whether the client asked for the usage chunk.
+    model: what the provider is asked for; what it says itself is who spoke. n: how many choices were asked
+    for. with_usage: whether the client asked for the usage chunk.
     """
 
     def __init__(self, model: str, n: int, with_usage: bool) -> None:
@@ -166,7 +168,9 @@ class Shape:
         return [chunk for choice in _dicts(event.get("choices")) for chunk in self._choice(choice)]
 
     def end(self, said_done: bool) -> list[Chunk]:
-        """What comes after the last event. Failure if something is missing: truncated work is not taken as done."""
+        """What comes after the last event. Failure if something is missing:
+        truncated work is not taken as done.
+        """
         whole = self._begun == len(self._finished) > 0 and (said_done or self._begun >= self._n)
         if not whole:
             raise Failure("cut")

@@ -4,9 +4,10 @@
                 ^                                                            |
                 +------------------- preempted, when KV memory runs out -----+
 
-One thread owns a model. Between two passes it drops what was cancelled, admits what waits, makes room in the KV cache
-and hands over what came, once for all streams. What a sequence computes does not depend on the others, to the bit, and
-its random numbers follow from its positions: so a sequence that was preempted and read again goes on with the same text.
+One thread owns a model. Between two passes it drops what was cancelled, admits what waits, makes room in the
+KV cache and hands over what came, once for all streams. What a sequence computes does not depend on the
+others, to the bit, and its random numbers follow from its positions: so a sequence that was preempted and
+read again goes on with the same text.
 """
 
 from __future__ import annotations
@@ -18,18 +19,12 @@ import time
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..drivers.batch import Batch, CachedSession, LastRow, Member, session_for
-from ..drivers.reply import Event, FinishReason, ReplyState, Stats
-from ..drivers.score import PromptScores
-from ..engine import Logits
 from ..model import Model
-from .ask import Progress, Stream, Update
+from .ask import Failed, Job, KeyLimits, Progress, Stream, Update
 from .errors import ApiError, server_error
 from .pace import Pace
 from .prefix import PrefixTree
@@ -42,19 +37,13 @@ LONGEST_RETRY = 120.0  # seconds that Retry-After says at most
 
 @dataclass(frozen=True)
 class Limits:
-    """running, queue: sequences on their way, and waiting. kv_bytes: of KV cache, running sequences and cache together."""
+    """running, queue: sequences on their way, and waiting. kv_bytes: of KV cache, running
+    sequences and cache together.
+    """
 
     running: int = 64
     queue: int = 128
     kv_bytes: int = 1 << 30
-
-
-@dataclass(frozen=True)
-class KeyLimits:
-    """What one key may have at once; None: as much as all together."""
-
-    running: int | None = None
-    queue: int | None = None
 
 
 @dataclass
@@ -68,82 +57,6 @@ class Counters:
     generated_tokens: int = 0
     preemptions: int = 0
     evictions: int = 0
-
-
-@dataclass
-class Failed:
-    """The outcome of a sequence whose next token could not be chosen."""
-
-    error: ApiError
-    token: int | None = None
-    finish_reason: FinishReason | None = "cancelled"
-
-
-@dataclass(eq=False)
-class Job:
-    """One sequence of a stream, from its arrival to its last update; to a Batch it is a State.
-
-    number: in order of arrival. state: what makes a reply of logits; a LastRow where there is none to make.
-    kind: what is wanted of the rows of the prompt (see Session.forward).
-    """
-
-    stream: Stream
-    index: int
-    prompt: list[int]
-    state: ReplyState | LastRow
-    kind: Logits
-    namespace: str
-    priority: int
-    limits: KeyLimits
-    scores: PromptScores | None = None
-    number: int = 0
-    stats: Stats = field(default_factory=Stats)
-    arrived: float = field(default_factory=time.monotonic)
-    first_token: float | None = None  # seconds after `arrived`
-    ended: float | None = None  # likewise
-    preempted: int = 0
-    position: int = 0  # in the queue, as last told
-    scheduler: Scheduler | None = None
-    cancelled: bool = False
-
-    def __lt__(self, other: Job) -> bool:
-        """Whether it comes sooner."""
-        return (self.priority, self.number) < (other.priority, other.number)
-
-    @property
-    def tokens(self) -> list[int]:
-        """The prompt and what has been sampled after it."""
-        return self.prompt + self.state.tokens if isinstance(self.state, ReplyState) else self.prompt
-
-    @property
-    def max_tokens(self) -> int:
-        """How many rows its state will take at most."""
-        return self.state.max_tokens
-
-    @property
-    def stop_string(self) -> str | None:
-        """The stop string that has ended the reply, if one has."""
-        return self.state.stop_string if isinstance(self.state, ReplyState) else None
-
-    def cancel(self) -> None:
-        """End it after the pass under way. From any thread."""
-        self.cancelled = True
-        if self.scheduler is not None:
-            self.scheduler.wake()
-
-    def prepare(self) -> None:
-        self.state.prepare()
-
-    def take(self, logits: NDArray[np.float32]) -> Event | LastRow | Failed:
-        if self.max_tokens == 0:  # the prompt alone was to be read
-            return self.state.end("length")
-        try:
-            return self.state.take(logits)
-        except ValueError as error:  # a grammar that allows no token: it is this sequence's fault alone
-            return Failed(server_error(str(error)))
-
-    def end(self, reason: FinishReason) -> Event | LastRow | Failed:
-        return self.state.end(reason)
 
 
 class Scheduler:
@@ -204,7 +117,9 @@ class Scheduler:
         return running + queue
 
     def is_alive(self, bound: float) -> bool:
-        """Whether the engine thread lives and, while there is work, has ended a step within `bound` seconds."""
+        """Whether the engine thread lives and, while there is work, has ended a step within `bound`
+        seconds.
+        """
         with self._changed:
             working = bool(self._inbox or self._queue or self._jobs)
             return self._thread.is_alive() and not (working and time.monotonic() - self._seen > bound)
@@ -242,7 +157,7 @@ class Scheduler:
                 self._seen = time.monotonic()
             for job in jobs:
                 self._n_submitted += 1
-                job.number, job.scheduler = self._n_submitted, self
+                job.number, job.wake = self._n_submitted, self.wake
                 self._waiting[namespace] += 1
                 self._inbox.append(job)
             self._changed.notify()
@@ -361,8 +276,8 @@ class Scheduler:
     def _affordable(self) -> list[tuple[Member[Any], list[int]]]:
         """The rows of the next pass, with room for their keys and values made before any is allocated.
 
-        Sessions that only the cache holds go first, the least recently used before the others; then the youngest
-        sequence goes back to the queue.
+        Sessions that only the cache holds go first, the least recently used before the others; then the
+        youngest sequence goes back to the queue.
         """
         while True:
             rows = self._batch.plan()
@@ -377,7 +292,9 @@ class Scheduler:
                 return rows  # one sequence alone fits: see `context`
 
     def _preempt(self, job: Job) -> None:
-        """Back to the queue; what was computed of it is let go of when memory is short, and computed again."""
+        """Back to the queue; what was computed of it is let go of when memory is short, and computed
+        again.
+        """
         member = self._leave_batch(job)
         if job.kind == "last":
             self.tree.insert(job.namespace, member.session)
@@ -416,7 +333,9 @@ class Scheduler:
         self._post(job, Update(job.index, error=server_error(what, code="engine_failed"), last=True))
 
     def _settle(self, member: Member[Any], outcome: Any) -> None:
-        """What came of a sequence in a pass goes to its stream; one that has ended leaves, its session stays cached."""
+        """What came of a sequence in a pass goes to its stream; one that has ended
+        leaves, its session stays cached.
+        """
         job = self._jobs[member.index]
         self.counters.generated_tokens += outcome.token is not None
         if job.first_token is None and not member.reads:

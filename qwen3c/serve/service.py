@@ -271,8 +271,8 @@ def open_sockets(settings: Settings) -> list[socket.socket]:
     try:
         port = settings.port
         for family, kind, protocol, _, place in _resolve(settings.host, port):
-            # with its protocol, or asyncio does not turn Nagle off: then each answer, and each piece of a stream,
-            # waits 40 ms for an acknowledgement
+            # with its protocol, or asyncio does not turn Nagle off: then each answer, and each piece of a
+            # stream, waits 40 ms for an acknowledgement
             listener = socket.socket(family, kind, protocol)
             sockets.append(listener)
             if os.name == "posix":

@@ -1,7 +1,8 @@
-"""Answers that come piece by piece: server-sent events, and whole answers whose client may leave before they are done.
+"""Answers that come piece by piece: server-sent events, and whole answers whose client
+may leave before they are done.
 
-Beside every reply a watcher waits for the client to leave, for starlette's own responses notice it only at the next
-write. A reply whose client has left is cancelled after the pass under way, whatever its state.
+Beside every reply a watcher waits for the client to leave, for starlette's own responses notice it only at
+the next write. A reply whose client has left is cancelled after the pass under way, whatever its state.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ async def unless_left(receive: Receive, work: Awaitable[T], cancel: Callable[[],
 class EventStream(Response):
     """Server-sent events as they come, a comment each PING seconds of silence, and always an end.
 
-    events: texts of whole events, such as "data: {...}\\n\\n"; one text may hold several. An ApiError that it raises
-    becomes the event that `say_error` makes of it, after which the stream is closed. cancel: called if the client
-    leaves, and at the end. ended: called at the end.
+    events: texts of whole events, such as "data: {...}\\n\\n"; one text may hold several. An ApiError that it
+    raises becomes the event that `say_error` makes of it, after which the stream is closed. cancel: called if
+    the client leaves, and at the end. ended: called at the end.
     """
 
     media_type = "text/event-stream"

@@ -32,7 +32,9 @@ MOST_TOP = 20  # most likely tokens beside each token, as OpenAI has it
 
 @dataclass
 class Format:
-    """What the reply must look like. kind: of `value`; strict: whether a schema must be followed to the letter."""
+    """What the reply must look like. kind: of `value`; strict: whether a schema must be followed to the
+    letter.
+    """
 
     kind: Literal["json_object", "json_schema", "regex", "choice", "lark"]
     value: Any = None
@@ -51,9 +53,10 @@ class Format:
 class Talk:
     """A conversation to be answered.
 
-    messages: as Model.chat_prompt takes them. tools: OpenAI's, functions alone. tool_choice: "auto", "required", "none"
-    or the name of a function. parallel: whether a reply may hold several calls. thinking: None leaves it to the model.
-    n: how many replies. continues: the last message is the assistant's, unfinished, and the reply goes on with it.
+    messages: as Model.chat_prompt takes them. tools: OpenAI's, functions alone. tool_choice: "auto",
+    "required", "none" or the name of a function. parallel: whether a reply may hold several calls. thinking:
+    None leaves it to the model. n: how many replies. continues: the last message is the assistant's,
+    unfinished, and the reply goes on with it.
     """
 
     messages: list[dict[str, Any]]
@@ -277,7 +280,9 @@ def _logit_bias(fields: Fields, n_tokens: int) -> dict[int, float] | None:
 
 
 def format_of(fields: Fields) -> Format | None:
-    """What the reply must look like: OpenAI's response_format, or vLLM's and llama.cpp's words for more than JSON."""
+    """What the reply must look like: OpenAI's response_format, or vLLM's and
+    llama.cpp's words for more than JSON.
+    """
     found = []
     wanted = fields.object("response_format")
     if wanted is not None:
@@ -350,8 +355,8 @@ def stops_of(fields: Fields, name: str = "stop") -> list[str]:
 class Answer:
     """One reply, put together of its updates.
 
-    reasoning_tokens: how many were thought. ids: of its tokens. events: those with log-probabilities. scores: of the
-    prompt, if they were asked for.
+    reasoning_tokens: how many were thought. ids: of its tokens. events: those with log-probabilities. scores:
+    of the prompt, if they were asked for.
     """
 
     reply: Reply = field(default_factory=Reply)

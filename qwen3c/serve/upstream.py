@@ -1,14 +1,15 @@
-"""Cloud first, local fallback: a request is offered to a provider, and what comes of it is an Answer or Declined.
+"""Cloud first, local fallback: a request is offered to a provider, and what comes of it is an Answer or
+Declined.
 
     upstream = Upstream(Settings("https://api.example.com/v1", "model-m", key=read_key()))
     match await upstream.open(body, "auto", stream=True):
         case Declined(reason): ...  # answer locally, and say why
         case answer: ...            # its first delta is there; async for chunk in answer
 
-Nothing is handed out before the first content, reasoning or tool delta; until then every failure ends in Declined.
-After it a failure is an ApiError with the code "upstream_interrupted": a continuation is never guessed. The provider
-is asked once: the fallback is the retry. A reply that is not streamed to its client is read to its end first, so that
-any failure of it ends in Declined.
+Nothing is handed out before the first content, reasoning or tool delta; until then every failure ends in
+Declined. After it a failure is an ApiError with the code "upstream_interrupted": a continuation is never
+guessed. The provider is asked once: the fallback is the retry. A reply that is not streamed to its client is
+read to its end first, so that any failure of it ends in Declined.
 
 The key is in one place, the headers of a request. It is in no repr, log line, error or argument of a command.
 """
@@ -47,15 +48,35 @@ LONGEST_ERROR = 64 << 10  # bytes of a provider's error that are read
 LAST_BYTES = 0.05  # seconds that the end of a transfer may come after the end of the answer
 # what of a request goes up; its model is the provider's
 ALLOWED = (
-    "messages", "tools", "tool_choice", "parallel_tool_calls", "response_format", "max_tokens",
-    "max_completion_tokens", "n", "stop", "seed", "temperature", "top_p", "presence_penalty", "frequency_penalty",
-    "logprobs", "top_logprobs", "logit_bias",
-)  # fmt: skip
+    "messages",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_format",
+    "max_tokens",
+    "max_completion_tokens",
+    "n",
+    "stop",
+    "seed",
+    "temperature",
+    "top_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "logprobs",
+    "top_logprobs",
+    "logit_bias",
+)
 OF_A_MESSAGE = ("role", "content", "name", "refusal", "tool_calls", "tool_call_id")
 # they bind the text to a form that no provider knows of, so such a request is answered here
 LOCAL_ONLY = (
-    "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "json_schema",
-)  # fmt: skip
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "grammar",
+    "json_schema",
+)
 FORMATS = ("text", "json_object", "json_schema")
 log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())  # a chat on a terminal says it in its own words
@@ -66,8 +87,9 @@ class Settings:
     """A provider and how far it is trusted. ValueError if the URL is none that a key may be sent to.
 
     url: up to and without /chat/completions. model: what it is asked for. offline: no socket is ever opened.
-    insecure: plain http to other machines is allowed. proxy_from_env: HTTPS_PROXY and the like, SSL_CERT_FILE too, are
-    heeded. requests, tokens: at most so many a day, None for no limit. connect, first_delta, silence: seconds.
+    insecure: plain http to other machines is allowed. proxy_from_env: HTTPS_PROXY and the like,
+    SSL_CERT_FILE too, are heeded. requests, tokens: at most so many a day, None for no limit. connect,
+    first_delta, silence: seconds.
     """
 
     url: str
@@ -177,11 +199,12 @@ class Budget:
 
 
 class Answer(AsyncIterator[Chunk]):
-    """A reply of the provider: chat.completion.chunk objects, role chunks first, the usage chunk last if asked for.
+    """A reply of the provider: chat.completion.chunk objects, role chunks first, the
+    usage chunk last if asked for.
 
     model: who spoke, in the provider's words. usage: as the provider counted, None if it did not say.
-    ApiError with the code "upstream_interrupted": the reply broke off. aclose() ends it at any time, and must be
-    called if it is left early.
+    ApiError with the code "upstream_interrupted": the reply broke off. aclose() ends it at any time, and must
+    be called if it is left early.
     """
 
     def __init__(
@@ -320,7 +343,9 @@ class Upstream:
         self._client = None if settings.offline else self._new_client()
 
     def state(self) -> dict[str, Any]:
-        """For /health and /props. until: seconds since 1970 when it will be asked again, None if that is now or never."""
+        """For /health and /props. until: seconds since 1970 when it will be asked again,
+        None if that is now or never.
+        """
         state, reason, until = "ok", None, None
         opened = self.breaker.opened
         if self.settings.offline:
@@ -336,7 +361,8 @@ class Upstream:
     def route(self, header: str | None, model: str | None) -> tuple[Route, str | None]:
         """(route, model of the local names) of the header x-qwen3c-route and the field `model`.
 
-        A model may be "local/NAME" or "cloud/NAME"; cloud/ may be followed by nothing. ApiError if neither can be.
+        A model may be "local/NAME" or "cloud/NAME"; cloud/ may be followed by
+        nothing. ApiError if neither can be.
         """
         prefix, slash, name = (model or "").partition("/")
         route = prefix if slash and prefix in ("local", "cloud") else None
@@ -354,8 +380,8 @@ class Upstream:
     async def open(self, body: dict[str, Any], route: Route = "auto", *, stream: bool) -> Answer | Declined:
         """Offer a checked request to the provider. stream: whether its client sees the reply as it comes.
 
-        ApiError: the provider says that the request is wrong (400, 413, 422), or with the route "cloud" anything
-        else than an answer.
+        ApiError: the provider says that the request is wrong (400, 413, 422), or with the route
+        "cloud" anything else than an answer.
         """
         kept = self._kept(body, route)
         failure = Failure(kept) if kept else None
@@ -575,7 +601,9 @@ class Upstream:
 
 
 def _local_field(body: dict[str, Any]) -> str | None:
-    """The field of a request that binds its reply to what only the local model can keep, None if there is none."""
+    """The field of a request that binds its reply to what only the local model can
+    keep, None if there is none.
+    """
     for name in LOCAL_ONLY:
         if body.get(name) is not None:
             return name

@@ -182,7 +182,8 @@ def last_control_token(tokenizer: Tokenizer, prompt: Sequence[int]) -> int | Non
 
 
 class StopStrings:
-    """Text in, text out up to the first stop string, which is then `found`; what may be the start of one waits.
+    """Text in, text out up to the first stop string, which is then `found`; what may be the start of one
+    waits.
 
     If several match, the one that ends first wins, the longest of those; so the result does not depend on how
     the text arrives.
@@ -222,10 +223,10 @@ class StopStrings:
 class ReplyStream:
     """Tokens of a reply in, pieces of text out, without tags and stop strings.
 
-    thinking: whether the reply starts inside <think>, then whether it is there now. in_call: whether a tool call has
-    begun and not ended. `stopped` is set once a stop string has come. tools: those that may be called, in whose
-    format; without them calls are Hermes calls of any name. tags: those that mean something; others are text.
-    Newlines next to a tag belong to the tag, as they do in the template.
+    thinking: whether the reply starts inside <think>, then whether it is there now. in_call: whether a tool
+    call has begun and not ended. `stopped` is set once a stop string has come. tools: those that may be
+    called, in whose format; without them calls are Hermes calls of any name. tags: those that mean something;
+    others are text. Newlines next to a tag belong to the tag, as they do in the template.
     """
 
     def __init__(
@@ -274,7 +275,9 @@ class ReplyStream:
         return Piece(piece.text + newlines, piece.thinking, piece.tool_calls)
 
     def _emit(self, text: str, ended_by: str | None = None) -> Piece:
-        """`text` on its way out; where a tag or the reply's end ("") ends a channel, nothing held back can go on."""
+        """`text` on its way out; where a tag or the reply's end ("") ends a channel,
+        nothing held back can go on.
+        """
         if self.stopped:
             return Piece("", self.thinking)
         text, self.stopped = self._stops.push(text)
@@ -291,7 +294,9 @@ class ReplyStream:
         return self._piece(parts)
 
     def _piece(self, parts: Iterable[str | Call], exact: bool = False) -> Piece:
-        """Texts and calls that come one after the other. exact: the newlines of the texts belong to no tag."""
+        """Texts and calls that come one after the other. exact: the newlines of the texts belong to no
+        tag.
+        """
         text, calls = "", list[Call]()
         for part in parts:
             if isinstance(part, dict):

@@ -1,10 +1,11 @@
-"""Tools a model may call: their definitions, and the calls in a reply's text, in the two formats of Qwen's templates.
+"""Tools a model may call: their definitions, and the calls in a reply's text, in the
+two formats of Qwen's templates.
 
     hermes        {"name": NAME, "arguments": {...}}
     qwen3-coder   <function=NAME>\\n<parameter=KEY>\\nVALUE\\n</parameter>\\n...</function>
 
-Both stand between <tool_call> and </tool_call>, which models of the second kind forget now and then. A call that is
-broken or unfinished is no error: its text stays text.
+Both stand between <tool_call> and </tool_call>, which models of the second kind forget now and then. A call
+that is broken or unfinished is no error: its text stays text.
 """
 
 from __future__ import annotations
@@ -65,10 +66,10 @@ class Tool:
 class ToolSet:
     """The tools of one request, in their order.
 
-    tools: as OpenAI has them, {"type": "function", "function": {"name", "description", "parameters", "strict"}}, or
-    the function alone. format: see format_of. longest: characters of a name.
-    skipped: types of tools that are no functions, which are left out. definitions: what a chat template takes.
-    ValueError, naming the field, if a definition is malformed or a name comes twice.
+    tools: as OpenAI has them, {"type": "function", "function": {"name", "description", "parameters",
+    "strict"}}, or the function alone. format: see format_of. longest: characters of a name. skipped: types of
+    tools that are no functions, which are left out. definitions: what a chat template takes. ValueError,
+    naming the field, if a definition is malformed or a name comes twice.
     """
 
     def __init__(self, tools: Sequence[Any], format: Format = "hermes", longest: int = 64) -> None:
@@ -106,7 +107,8 @@ class ToolSet:
         return [{"type": "function", "function": tool.function} for tool in self]
 
     def calls(self, text: str, closed: bool = True) -> list[str | Call] | None:
-        """What stands between <tool_call> and </tool_call>: calls, and text that is none; None if there is no call.
+        """What stands between <tool_call> and </tool_call>: calls, and text that is
+        none; None if there is no call.
 
         closed: whether </tool_call> has come; without it only what has an end of its own is a call.
         """
@@ -287,7 +289,9 @@ def _coder_call(text: str, start: int, tools: ToolSet, closed: bool) -> tuple[Ca
 
 
 def _coder_value(text: str, start: int, tool: Tool, key: str) -> tuple[Any, int] | None:
-    """The value of a parameter that begins at `start`, and where what follows it begins; None if it has no end."""
+    """The value of a parameter that begins at `start`, and where what follows it
+    begins; None if it has no end.
+    """
     types = types_of(tool.properties.get(key, {"type": "string"}), tool.parameters)
     if "string" not in types:  # texts within JSON may hold what would end a text
         try:

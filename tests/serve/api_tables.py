@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 if __name__ == "__main__":
@@ -33,9 +34,13 @@ WORDS = {"string": "text", "boolean": "true or false", "integer": "whole number"
 
 
 def document() -> Json:
-    """What a server of the model in the box says that it serves."""
+    """What a server of the model in the box with everything else says that it serves."""
     models = {"box": ModelSettings(str(BOX))}
-    app, _ = _application(Settings(models=models, cache_memory=64 << 20), False)
+    with TemporaryDirectory() as folder:
+        servers = Path(folder, "servers.json")
+        servers.write_text('{"mcpServers": {}}')
+        settings = Settings(models=models, cache_memory=64 << 20, mcp_servers=str(servers))
+        app, _ = _application(settings, False)
     with serving(app) as server:
         found: Json = server.get("/openapi.json").json
     return found

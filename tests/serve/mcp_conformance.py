@@ -2,7 +2,8 @@
 
 python tests/serve/mcp_conformance.py FOLDER     FOLDER: where npm installs the suite, unless it is there
 
-Every scenario of both protocol eras runs. What fails must be on the lists below, and what is on them must fail.
+Every scenario of both protocol eras runs. What fails must be on the lists below, and what is on them must
+fail.
 """
 
 from __future__ import annotations
@@ -23,11 +24,16 @@ INSPECTOR = "@modelcontextprotocol/inspector@2.12.0"
 NODE = "node@22"  # both need it
 FIXTURES = [sys.executable, str(Path(__file__).with_name("mcp_fixtures.py"))]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-# We serve tools. The scenarios of what else the protocol has cannot pass, nor can those of tools that log or ask.
+# We serve tools. The scenarios of what else the protocol has cannot pass, nor can those of tools that log or
+# ask.
 NO_RESOURCES = ["resources-list", "resources-read-text", "resources-read-binary", "resources-templates-read"]
 NO_PROMPTS = [
-    "prompts-list", "prompts-get-simple", "prompts-get-with-args", "prompts-get-embedded-resource", "prompts-get-with-image",
-]  # fmt: skip
+    "prompts-list",
+    "prompts-get-simple",
+    "prompts-get-with-args",
+    "prompts-get-embedded-resource",
+    "prompts-get-with-image",
+]
 SERVER = {
     "2026-07-28": [
         *NO_RESOURCES,
@@ -73,9 +79,16 @@ SERVER = {
 # what our own tools must pass without a fixture among them
 OURS = ["tools-list", "dns-rebinding-protection", "http-header-validation", "server-sse-multiple-streams"]
 CLIENT = [
-    "initialize", "tools_call", "sse-retry", "request-metadata", "http-standard-headers", "http-custom-headers",
-    "http-invalid-tool-headers", "json-schema-ref-no-deref", "json-schema-2020-12-preservation",
-]  # fmt: skip
+    "initialize",
+    "tools_call",
+    "sse-retry",
+    "request-metadata",
+    "http-standard-headers",
+    "http-custom-headers",
+    "http-invalid-tool-headers",
+    "json-schema-ref-no-deref",
+    "json-schema-2020-12-preservation",
+]
 
 
 def main(folder: str) -> int:
@@ -118,7 +131,8 @@ def install(root: Path) -> dict[str, str]:
         quiet = ["--no-audit", "--no-fund", "--loglevel=error"]
         subprocess.run(["npm", "init", "-y"], cwd=root, check=True, stdout=subprocess.DEVNULL)
         subprocess.run(["npm", "install", *quiet, NODE, SUITE, INSPECTOR], cwd=root, check=True)
-        # npm from 11.16 on runs a package's install script only when told to; an older one has no such command
+        # npm from 11.16 on runs a package's install script only when told to; an older one has no such
+        # command
         subprocess.run(
             ["npm", "install-scripts", "approve", "node"], cwd=root, capture_output=True, check=False
         )

@@ -1,4 +1,5 @@
-"""What MCP's conformance suite talks to: our server with the tools that the suite calls, and our host as a client.
+"""What MCP's conformance suite talks to: our server with the tools that the suite
+calls, and our host as a client.
 
 python tests/serve/mcp_fixtures.py server PORT     serves on 127.0.0.1:PORT
 python tests/serve/mcp_fixtures.py ours PORT       the same, with our own tools and the model in the box

@@ -1,4 +1,6 @@
-"""Other people's MCP servers, well-behaved and not, as children that tests start: python other_servers.py KIND."""
+"""Other people's MCP servers, well-behaved and not, as children that tests start:
+python other_servers.py KIND.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ def friendly() -> None:
 
 
 def answer(result: Any) -> None:
-    """Answer each line of stdin with what `result` makes of its method; it may raise KeyError for an error."""
+    """Answer each line of stdin with what `result` makes of its method; it may raise KeyError for an
+    error.
+    """
     for line in sys.stdin:
         message = json.loads(line)
         if "id" not in message:

@@ -91,9 +91,17 @@ def talk(chat: Chat, pause: float = 0.0) -> None:
     """The conversation of the pictures, said and answered."""
     import_text(chat, earlier())
     chat.page.locator("#notice-close").click()
-    chat.stub.script(*text("Each node stands for a prefix that several prompts share, and its edge for the tokens that come next. "
-                           "A request walks down from the root; where it stops, its own work begins.", size=30,
-                           prompt=31, cached=0, completion=44, speed=31.4))  # fmt: skip
+    chat.stub.script(
+        *text(
+            "Each node stands for a prefix that several prompts share, and its edge for the tokens that come next. "
+            "A request walks down from the root; where it stops, its own work begins.",
+            size=30,
+            prompt=31,
+            cached=0,
+            completion=44,
+            speed=31.4,
+        )
+    )
     chat.ask("What is a radix tree good for in an LLM server?")
     steps = text(ANSWER, thinking=THINKING, size=30, prompt=118, cached=75, completion=412, speed=29.8)
     chat.stub.script(*steps[:2], pause, *steps[2:])

@@ -1,4 +1,6 @@
-"""A server with the HTTP contract of the real one, whose replies are scripts: what the tests of the page talk to."""
+"""A server with the HTTP contract of the real one, whose replies are scripts: what
+the tests of the page talk to.
+"""
 
 from __future__ import annotations
 

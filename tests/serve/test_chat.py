@@ -17,9 +17,9 @@ from pydantic import BaseModel
 from servers import Client, Server, asking, eventually, running
 from small_models import TINY_QWEN3, export_small_model, token_id
 
-from qwen3c.serve.ask import Ask
+from qwen3c.serve.ask import Ask, KeyLimits
 from qwen3c.serve.errors import ApiError
-from qwen3c.serve.scheduler import KeyLimits, Scheduler
+from qwen3c.serve.scheduler import Scheduler
 
 PATH = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "What is 27 + 45?"}]
@@ -187,6 +187,12 @@ def test_log_probabilities_are_those_of_the_model(client: Client, box: Server) -
         ]
 
 
+def test_a_conversation_may_be_what_the_developer_says_alone(client: Client, box: Server) -> None:
+    said = {"role": "system", "content": "Say hello."}
+    answer = client.ok(PATH, messages=[said | {"role": "developer"}], max_tokens=2)
+    assert answer["usage"]["prompt_tokens"] == len(box.model.chat_prompt([said]))
+
+
 def test_developer_and_system_messages_join_into_the_first(client: Client, box: Server) -> None:
     messages = [
         {"role": "developer", "content": "one"},
@@ -220,7 +226,7 @@ def test_stop_texts_and_length_end_a_reply(client: Client) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"messages": []}, "messages"), ({"messages": [{"role": "system", "content": "a"}]}, "messages"),
+        ({"messages": []}, "messages"),
         ({"messages": [{"role": "king", "content": "a"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},

@@ -262,3 +262,31 @@ def test_models_in_the_snippets_are_the_one_in_the_box(server: Running) -> None:
     listed = httpx2.get(f"http://127.0.0.1:{server.port}/v1/models").json()
     assert [one["id"] for one in listed["data"]] == [MODEL]
     assert _alias(str(BOX)) == MODEL
+
+
+@pytest.mark.parametrize(
+    ("schema", "dropped"),
+    [
+        ({"type": "string", "pattern": "(?=a)b"}, "pattern"),
+        ({"not": {"type": "string"}}, "not"),
+        ({"if": {"type": "string"}, "then": {"minLength": 2}}, "if, then"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "string", "format": "zzz"}, "format"),
+        ({"$ref": "http://x/y"}, "$ref"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, None),
+    ],
+)
+def test_schemas_are_refused_and_loosened_as_the_document_says(
+    schema: dict[str, Any], dropped: str | None, server: Running
+) -> None:
+    section = TEXT.split("\n## Structured output and tools\n")[1].split("\n## ")[0]
+    for name in (dropped or "oneOf").split(", ")[:1]:
+        assert f"`{name}`" in section
+    url = f"http://127.0.0.1:{server.port}/v1/chat/completions"
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    for strict, status in ((True, 400), (False, 200)):
+        wanted = {"name": "a", "schema": schema, "strict": strict}
+        format = {"type": "json_schema", "json_schema": wanted}
+        answer = httpx2.post(url, json=body | {"response_format": format}, timeout=60)
+        assert answer.status_code == status
+    assert answer.headers.get("x-qwen3c-dropped") == dropped

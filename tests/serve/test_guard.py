@@ -30,6 +30,8 @@ ROUTES = [
     "/page/tools",
     "/v1/models",
     "/v1/chat/completions",
+    "/chat/completions",
+    "/models/m",
     "/v1/completions",
     "/v1/embeddings",
     "/v1/responses",

@@ -1,4 +1,5 @@
-"""The MCP host with real children and real sockets: servers that do what they should, and servers that do not.
+"""The MCP host with real children and real sockets: servers that do what they
+should, and servers that do not.
 
 python -m pytest tests/serve/test_host.py
 """

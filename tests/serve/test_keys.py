@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from qwen3c.serve.ask import KeyLimits
 from qwen3c.serve.errors import ApiError
 from qwen3c.serve.keys import ANONYMOUS, Keys, read_keys
-from qwen3c.serve.scheduler import KeyLimits
 
 SECRET = "sk-canary-4f9c"
 

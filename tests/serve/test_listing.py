@@ -114,3 +114,15 @@ def test_a_server_that_ends_tells_those_who_wait() -> None:
         server.served.scheduler.close()
         answer = client.post("/v1/chat/completions", CHAT)
         assert answer.status == 503 and answer.headers["retry-after"] == "5"
+
+
+def test_the_addresses_of_openai_answer_without_their_version(box: Server) -> None:
+    with openai.OpenAI(base_url=box.address, api_key="none", max_retries=0) as sdk:
+        assert [model.id for model in sdk.models.list()] == ["box"]
+        assert sdk.models.retrieve("box").id == "box"
+        assert sdk.chat.completions.create(
+            model="m", messages=[{"role": "user", "content": "hello"}], max_tokens=2
+        )
+        assert sdk.completions.create(model="m", prompt="hello", max_tokens=2)
+        assert sdk.responses.create(model="m", input="hello", max_output_tokens=2)
+        assert sdk.embeddings.create(model="m", input="hello")

@@ -111,9 +111,18 @@ def test_a_reply_streams_and_says_what_it_took(chat: Chat, stub: Stub) -> None:
 
 def test_the_stage_of_a_request_is_shown(chat: Chat, stub: Stub) -> None:
     gates = [threading.Event() for _ in range(4)]
-    stub.script(reading("queued", position=3), gates[0], reading("reading", total=1000, processed=400), gates[1],
-                chunk(delta={"reasoning_content": "Hm."}), gates[2], chunk(delta={"content": "So"}), gates[3],
-                chunk(finish_reason="stop"), usage())  # fmt: skip
+    stub.script(
+        reading("queued", position=3),
+        gates[0],
+        reading("reading", total=1000, processed=400),
+        gates[1],
+        chunk(delta={"reasoning_content": "Hm."}),
+        gates[2],
+        chunk(delta={"content": "So"}),
+        gates[3],
+        chunk(finish_reason="stop"),
+        usage(),
+    )
     chat.say("Hi")
     foot = chat.answers.locator(".foot")
     for gate, shown in zip(
@@ -155,8 +164,12 @@ def test_thinking_is_folded_with_its_seconds(chat: Chat, stub: Stub) -> None:
 
 
 def test_markdown_becomes_elements(chat: Chat, stub: Stub) -> None:
-    stub.script(*text("# Head\n\nA &amp; b `x<y`  \nnext *em* ~~gone~~\n\n3. three\n4. four\n   - deep\n\n- [x] done\n\n> said\n\n---\n\n"
-                      "| a | b |\n|---|--:|\n| 1 | 2 |\n\n[here](https://a.example/x) <https://b.example> [r]\n\n[r]: https://c.example"))  # fmt: skip
+    stub.script(
+        *text(
+            "# Head\n\nA &amp; b `x<y`  \nnext *em* ~~gone~~\n\n3. three\n4. four\n   - deep\n\n- [x] done\n\n> said\n\n---\n\n"
+            "| a | b |\n|---|--:|\n| 1 | 2 |\n\n[here](https://a.example/x) <https://b.example> [r]\n\n[r]: https://c.example"
+        )
+    )
     prose = chat.ask("all").locator(".prose")
     expect(prose.locator("h3.depth-1")).to_have_text("Head")
     expect(prose.locator("p").first).to_have_text("A & b x<y next em gone", use_inner_text=True)
@@ -175,15 +188,26 @@ def test_markdown_becomes_elements(chat: Chat, stub: Stub) -> None:
     expect(prose.locator("li.task")).to_have_text("☑ done")
     links = prose.locator("a")
     expect(links).to_have_count(3)
-    assert [link.get_attribute("href") for link in links.all()] == ["https://a.example/x", "https://b.example", "https://c.example"]  # fmt: skip
+    assert [link.get_attribute("href") for link in links.all()] == [
+        "https://a.example/x",
+        "https://b.example",
+        "https://c.example",
+    ]
     for link in links.all():
         assert link.get_attribute("rel") == "noopener noreferrer" and link.get_attribute("target") == "_blank"
 
 
 def test_only_the_last_block_is_drawn_again(chat: Chat, stub: Stub) -> None:
     gates = [threading.Event(), threading.Event()]
-    stub.script(chunk(delta={"content": "first\n\n- a\n- b\n\nlast"}), gates[0], chunk(delta={"content": " word\n\n```py\nx = 1\n"}),
-                gates[1], chunk(delta={"content": "y = 2\n```"}), chunk(finish_reason="stop"), usage())  # fmt: skip
+    stub.script(
+        chunk(delta={"content": "first\n\n- a\n- b\n\nlast"}),
+        gates[0],
+        chunk(delta={"content": " word\n\n```py\nx = 1\n"}),
+        gates[1],
+        chunk(delta={"content": "y = 2\n```"}),
+        chunk(finish_reason="stop"),
+        usage(),
+    )
     chat.say("go")
     blocks = chat.answers.locator(".prose > *")
     expect(blocks).to_have_count(3)
@@ -342,7 +366,9 @@ def test_a_key_is_asked_for_once_and_kept_for_the_tab(browser: Browser, stub: St
         assert stub.headers[0]["authorization"] == "Bearer sesame"
         chat.page.reload()
         expect(chat.page.locator("#about")).to_have_text(MODEL)
-        assert chat.page.evaluate("[sessionStorage.length, JSON.stringify({...localStorage}).includes('sesame')]") == [1, False]  # fmt: skip
+        assert chat.page.evaluate(
+            "[sessionStorage.length, JSON.stringify({...localStorage}).includes('sesame')]"
+        ) == [1, False]
         chat.quiet()
 
 
@@ -374,16 +400,36 @@ def test_settings_are_sent_and_defaults_shown(chat: Chat, stub: Stub) -> None:
     assert not sent & stub.asked[0].keys()
     chat.button("Settings").click()
     field = chat.page.get_by_label
-    assert [field(name).get_attribute("placeholder") for name in ("Temperature", "Top-p", "Top-k")] == ["0.6", "0.95", "20"]  # fmt: skip
-    values = {"Temperature": "0.2", "Top-p": "0.9", "Top-k": "40", "Min-p": "0.05", "Most tokens": "99", "Seed": "7", "Thinking budget": "64"}  # fmt: skip
+    assert [field(name).get_attribute("placeholder") for name in ("Temperature", "Top-p", "Top-k")] == [
+        "0.6",
+        "0.95",
+        "20",
+    ]
+    values = {
+        "Temperature": "0.2",
+        "Top-p": "0.9",
+        "Top-k": "40",
+        "Min-p": "0.05",
+        "Most tokens": "99",
+        "Seed": "7",
+        "Thinking budget": "64",
+    }
     for name, value in values.items():
         field(name).fill(value)
     chat.page.locator("#fields select").select_option("off")
     field("System prompt").fill("Be brief.")
     chat.button("Done").click()
     chat.ask("after")
-    expected = {"temperature": 0.2, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "max_tokens": 99, "seed": 7, "thinking_budget": 64,
-                "chat_template_kwargs": {"enable_thinking": False}}  # fmt: skip
+    expected = {
+        "temperature": 0.2,
+        "top_p": 0.9,
+        "top_k": 40,
+        "min_p": 0.05,
+        "max_tokens": 99,
+        "seed": 7,
+        "thinking_budget": 64,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
     assert {name: stub.asked[1][name] for name in sent} == expected
     assert said(stub)[0] == ("system", "Be brief.")
     chat.page.reload()
@@ -609,7 +655,9 @@ def test_on_a_phone_the_conversations_are_a_drawer(browser: Browser, stub: Stub)
             )
         )
         chat.ask("Hi")
-        assert chat.page.evaluate("[document.documentElement.scrollWidth, document.querySelector('#scroll').scrollWidth]") == [360, 360]  # fmt: skip
+        assert chat.page.evaluate(
+            "[document.documentElement.scrollWidth, document.querySelector('#scroll').scrollWidth]"
+        ) == [360, 360]
         expect(chat.button("New chat")).to_be_hidden()
         chat.button("Conversations").click()
         expect(chat.button("New chat")).to_be_focused()

@@ -147,7 +147,13 @@ def imports(browser: Browser, served: Stub) -> Iterator[Chat]:
 
 def test_a_reply_goes_on_while_another_conversation_is_read(chat: Chat, stub: Stub) -> None:
     gate = threading.Event()
-    stub.script(chunk(delta={"content": "slow"}), gate, chunk(delta={"content": " but sure"}), chunk(finish_reason="stop"), usage())  # fmt: skip
+    stub.script(
+        chunk(delta={"content": "slow"}),
+        gate,
+        chunk(delta={"content": " but sure"}),
+        chunk(finish_reason="stop"),
+        usage(),
+    )
     chat.say("first")
     expect(chat.answers.locator(".prose")).to_have_text("slow")
     chat.page.keyboard.press("Control+Shift+O")

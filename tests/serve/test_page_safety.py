@@ -37,12 +37,12 @@ HOSTILE = {
     "table": f"| {SCRIPT} |\n|---|\n| <img src=x onerror={TAKEN}> |",
     "entities": f"&lt;script&gt;{TAKEN}&lt;/script&gt; &#60;img src=x onerror={TAKEN}&#62; &#x202e; &#0; &#xD800; &#9999999;",
     "unclosed fence": f"````\n{SCRIPT}\n```\n",
-    "unclosed everything": "[a](https://a.example **b `c <d \"e\n\n- [ \n> ```",
+    "unclosed everything": '[a](https://a.example **b `c <d "e\n\n- [ \n> ```',
     "ANSI": "\x1b[31mred\x1b]0;title\x07\x1b[2J\x9b31m\x00\x7f",
     "bidi": "user\u202e \u2066// admin\u2069 \u2066 begin",
     "closing tags": f"</div></article></main></body></html>-->]]>{SCRIPT}",
     "template": "{{constructor.constructor('alert(1)')()}} ${alert(1)} <%= alert(1) %>",
-    "names of the page": '<a id=log name=log>x</a> <form id=box name=body><input name=innerHTML></form> __proto__ constructor',
+    "names of the page": "<a id=log name=log>x</a> <form id=box name=body><input name=innerHTML></form> __proto__ constructor",
     "deep quotes": "> " * 3000 + "x",
     "quotes, less deep": "> " * 400 + "x",
     "deep lists": "- " * 3000 + "x",
@@ -52,7 +52,7 @@ HOSTILE = {
     "addresses in each other": "a." * 20_000 + "@",
     "long line": "x" * 1_000_000,
     "long line of words": "word " * 200_000,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +72,18 @@ def test_hostile_replies_do_nothing(reader: Chat, name: str) -> None:
     stub.script(*steps)
     answer = reader.ask(written[:200_000].replace("\x00", ""))
     prose = answer.locator(".prose")
-    assert prose.evaluate(
-        "node => [...node.querySelectorAll('script, img, svg, iframe, object, embed, link, style, form, base, meta, input, video')].length"
-    ) == 0  # fmt: skip
-    assert prose.evaluate(
-        "node => [...node.querySelectorAll('*')].flatMap(one => [...one.attributes]).filter(a => /^on|^src|^style|^id$|^name$/.test(a.name)).length"
-    ) == 0  # fmt: skip
+    assert (
+        prose.evaluate(
+            "node => [...node.querySelectorAll('script, img, svg, iframe, object, embed, link, style, form, base, meta, input, video')].length"
+        )
+        == 0
+    )
+    assert (
+        prose.evaluate(
+            "node => [...node.querySelectorAll('*')].flatMap(one => [...one.attributes]).filter(a => /^on|^src|^style|^id$|^name$/.test(a.name)).length"
+        )
+        == 0
+    )
     deepest = """node => { let deep = 0; for (const one of node.querySelectorAll('*')) { let n = 0;
         for (let up = one; up !== node; up = up.parentNode) n++; deep = Math.max(deep, n); } return deep; }"""
     assert prose.evaluate(deepest) < 100

@@ -1,4 +1,6 @@
-"""The tree of sessions finds the longest beginning that any of them holds, and lets the least useful one go first."""
+"""The tree of sessions finds the longest beginning that any of them holds, and lets
+the least useful one go first.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +58,14 @@ def test_a_random_tree_finds_what_a_search_of_all_sessions_finds() -> None:
             tokens = [draw.randrange(3) for _ in range(draw.randrange(1, 12))]
             if draw.random() < 0.15 and len(tree):
                 assert tree.evict()
-                held = [(ns, t) for ns, t in held if any(
-                    n.session and n.session.tokens == t and _namespace(tree, n) == ns for n, _ in nodes(tree))]  # fmt: skip
+                held = [
+                    (ns, t)
+                    for ns, t in held
+                    if any(
+                        n.session and n.session.tokens == t and _namespace(tree, n) == ns
+                        for n, _ in nodes(tree)
+                    )
+                ]
             elif draw.random() < 0.6:
                 tree.insert(namespace, session(tokens))
                 held.append((namespace, tokens))

@@ -1,4 +1,6 @@
-"""A sequence's text, tokens and log-probabilities do not depend on what runs beside it, before it or instead of it."""
+"""A sequence's text, tokens and log-probabilities do not depend on what runs beside it,
+before it or instead of it.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,9 @@ from small_models import export_small_model
 
 from qwen3c import Model
 from qwen3c.drivers.reply import Event
-from qwen3c.serve.ask import Ask, Stream
+from qwen3c.serve.ask import Ask, KeyLimits, Stream
 from qwen3c.serve.errors import ApiError
 from qwen3c.serve.models import Served, ServeOptions
-from qwen3c.serve.scheduler import KeyLimits
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +136,9 @@ async def mixed(
 
         order = draw.sample(range(len(wanted)), len(wanted))
         await asyncio.gather(
-            *(one(i) for i in order), *(disturber(i) for i in draw.sample(order, len(order) // 3) if not wanted[i].vectors)
-        )  # fmt: skip
+            *(one(i) for i in order),
+            *(disturber(i) for i in draw.sample(order, len(order) // 3) if not wanted[i].vectors),
+        )
     return [found[i] for i in range(len(wanted))], served
 
 

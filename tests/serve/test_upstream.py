@@ -164,17 +164,32 @@ def test_a_provider_that_answers_is_who_speaks(streaming: bool) -> None:
 
 def test_only_what_is_allowed_goes_up() -> None:
     body = {
-        **ASK, "temperature": 0.5, "seed": 3, "logit_bias": None, "user": "me", "top_k": 5, "min_p": 0.1, "stream": False,
-        "chat_template_kwargs": {"enable_thinking": True}, "thinking_budget": 3, "return_progress": True, "n": 2,
+        **ASK,
+        "temperature": 0.5,
+        "seed": 3,
+        "logit_bias": None,
+        "user": "me",
+        "top_k": 5,
+        "min_p": 0.1,
+        "stream": False,
+        "chat_template_kwargs": {"enable_thinking": True},
+        "thinking_budget": 3,
+        "return_progress": True,
+        "n": 2,
         "messages": [{"role": "assistant", "content": "a", "reasoning_content": "secret"}],
-    }  # fmt: skip
+    }
     with Provider(stream("ok")) as provider:
         talk(provider.url, lambda upstream, clock: upstream.open(body, stream=False))
         (request,) = provider.asked
         assert request.body == {
-            "model": "M", "stream": True, "stream_options": {"include_usage": True}, "temperature": 0.5, "seed": 3,
-            "n": 2, "messages": [{"role": "assistant", "content": "a"}],
-        }  # fmt: skip
+            "model": "M",
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "temperature": 0.5,
+            "seed": 3,
+            "n": 2,
+            "messages": [{"role": "assistant", "content": "a"}],
+        }
         assert set(request.headers) == {
             "host", "accept", "accept-encoding", "connection", "user-agent", "content-type", "authorization",
             "content-length",
@@ -289,7 +304,11 @@ BEFORE: dict[str, tuple[Script, str, float]] = {  # script, reason, seconds that
     "204": ([head(204)], "captive", 10),
     "bad JSON": ([head(), event("{nope")], "not_json", 10),
     "bad chunk": ([head(), event({"choices": [{"delta": {"content": 7}}]})], "not_json", 10),
-    "unknown choice": ([head(), event({"choices": [{"index": 9, "delta": {"content": "a"}}]})], "not_json", 10),
+    "unknown choice": (
+        [head(), event({"choices": [{"index": 9, "delta": {"content": "a"}}]})],
+        "not_json",
+        10,
+    ),
     "deep JSON": ([head(), event("[" * 100_000)], "not_json", 10),
     "huge line": ([head(), b"data: " + b"x" * (5 << 20)], "not_json", 10),
     "JSON that is no answer": ([head(200, "application/json") + b"[1]"], "not_json", 10),
@@ -306,7 +325,7 @@ BEFORE: dict[str, tuple[Script, str, float]] = {  # script, reason, seconds that
     "429 with seconds": (error(429, "retry-after: 77"), "http_429", 77),
     "429 with a date": (error(429, "retry-after: DATE"), "http_429", 90),
     **{f"{status}": (error(status), "misconfigured", 300) for status in (401, 402, 403, 404, 405)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("streaming", [True, False], ids=["stream", "whole"])
@@ -498,12 +517,17 @@ class HurriedLoop(asyncio.SelectorEventLoop):
     [("backlog", 2), ("silent", 15), ("pings", 15), ("body", 15), ("stall", 30)],
 )
 def test_patience_ends_as_the_table_says(kind: str, seconds: float) -> None:
-    """2 s for a connection, 15 s for the first delta, 30 s of silence: of the loop's clock, which runs ahead."""
+    """2 s for a connection, 15 s for the first delta, 30 s of silence: of the loop's clock, which runs
+    ahead.
+    """
     pings: list[Any] = [head(), ROLE, *[b": ping\n\n"] * 3, "silence"]
     scripts: dict[str, list[Any]] = {
-        "backlog": ["silence"], "silent": ["silence"], "pings": pings,
-        "body": [head(200, "application/json") + b'{"choices": [', "silence"], "stall": [head(), *HELLO, "silence"],
-    }  # fmt: skip
+        "backlog": ["silence"],
+        "silent": ["silence"],
+        "pings": pings,
+        "body": [head(200, "application/json") + b'{"choices": [', "silence"],
+        "stall": [head(), *HELLO, "silence"],
+    }
     reasons = {"backlog": "connect_timeout", "stall": "silent"}
     loop = HurriedLoop()
 

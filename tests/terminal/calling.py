@@ -1,7 +1,7 @@
 """run.py with a model that says what a test wants, tool calls among it: python calling.py SCRIPT run.py ...
 
-SCRIPT is a JSON file, a list of replies, one for each time the model is asked. What the model was told is appended to
-the file SCRIPT.told, a JSON text a line.
+SCRIPT is a JSON file, a list of replies, one for each time the model is asked. What the model was told is
+appended to the file SCRIPT.told, a JSON text a line.
 """
 
 from __future__ import annotations

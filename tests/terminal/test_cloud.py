@@ -1,4 +1,5 @@
-"""A chat that asks a provider first, as a person types it: who spoke is on the screen, whatever the provider does.
+"""A chat that asks a provider first, as a person types it: who spoke is on the
+screen, whatever the provider does.
 
 python -m pytest tests/terminal/test_cloud.py
 """
@@ -18,7 +19,20 @@ from screen import ROOT, Terminal
 from small_models import TINY_QWEN3
 
 KEY = "sk-canary-77"
-COMMAND = [sys.executable, str(ROOT / "run.py"), str(TINY_QWEN3), "-m", "chat", "-j", "1", "-s", "1", "--no-think", "-n", "4"]  # fmt: skip
+COMMAND = [
+    sys.executable,
+    str(ROOT / "run.py"),
+    str(TINY_QWEN3),
+    "-m",
+    "chat",
+    "-j",
+    "1",
+    "-s",
+    "1",
+    "--no-think",
+    "-n",
+    "4",
+]
 Chat = Callable[..., Terminal]
 
 

@@ -42,10 +42,23 @@ from ..talk import (
 from .cloud import model_here, offered
 
 IGNORED = (
-    "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prompt_cache_options", "verbosity", "prediction", "cache_prompt", "id_slot", "timings_per_token", "keep_alive",
-    "moderation", "include_reasoning",
-)  # fmt: skip
+    "user",
+    "store",
+    "metadata",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "prompt_cache_options",
+    "verbosity",
+    "prediction",
+    "cache_prompt",
+    "id_slot",
+    "timings_per_token",
+    "keep_alive",
+    "moderation",
+    "include_reasoning",
+)
 MOST_MESSAGES = 16384
 
 
@@ -158,8 +171,8 @@ def refuse_others(fields: Fields) -> None:
 def messages_of(fields: Fields, name: str) -> list[dict[str, Any]]:
     """The conversation in the shape that chat templates are written for.
 
-    developer is OpenAI's newer word for system. All system messages join into the first: templates know one, at the
-    beginning, and agents send several.
+    developer is OpenAI's newer word for system. All system messages join into the first: templates know one,
+    at the beginning, and agents send several.
     """
     found = fields.items(name, MOST_MESSAGES)
     if not found:
@@ -185,15 +198,13 @@ def messages_of(fields: Fields, name: str) -> list[dict[str, Any]]:
         if role == "assistant":
             known |= calls_of(message)
         messages.append(known)
-    return joined(system, messages, fields, name)
+    return joined(system, messages)
 
 
-def joined(
-    system: list[str], messages: list[dict[str, Any]], fields: Fields, name: str
-) -> list[dict[str, Any]]:
-    """The messages after one that says what all system messages say; ApiError 400 if there is nothing to answer."""
-    if not messages:
-        raise fields.error(name, "holds system messages alone: there is nothing to answer")
+def joined(system: list[str], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages after one that says what all system messages say. There may be
+    nothing else: as with OpenAI.
+    """
     first = [{"role": "system", "content": "\n\n".join(system)}] if system else []
     return first + messages
 
@@ -250,7 +261,9 @@ def calls_of(message: Fields) -> dict[str, Any]:
 
 
 def tools_of(fields: Fields) -> list[dict[str, Any]]:
-    """The tools that are functions; other kinds, which agents offer beside them, are nothing a local model has."""
+    """The tools that are functions; other kinds, which agents offer beside them, are nothing a local model
+    has.
+    """
     found = fields.items("tools", 1024) or []
     for i, item in enumerate(found):
         if not isinstance(item, dict):
@@ -283,7 +296,8 @@ def tool_choice_of(fields: Fields, talk: Talk) -> str:
 def thinking_of(fields: Fields, served: Served) -> tuple[bool | None, int | None]:
     """(whether to think, None for what the model does; how many tokens of thought at most).
 
-    chat_template_kwargs.enable_thinking is an order, which a model that cannot obey refuses; reasoning_effort is a wish.
+    chat_template_kwargs.enable_thinking is an order, which a model that cannot obey
+    refuses; reasoning_effort is a wish.
     """
     kind = served.model.metadata["thinking"]
     thinking = thinking_wish(fields, "reasoning_effort", served)
@@ -304,7 +318,9 @@ def thinking_of(fields: Fields, served: Served) -> tuple[bool | None, int | None
 
 
 def thinking_wish(fields: Fields, name: str, served: Served) -> bool | None:
-    """Whether a hybrid model should think, by how much effort is wished for; None where nothing can be chosen."""
+    """Whether a hybrid model should think, by how much effort is wished for; None
+    where nothing can be chosen.
+    """
     effort = fields.text(name, choices=("none", "minimal", "low", "medium", "high", "xhigh", "max"))
     if effort is None or served.model.metadata["thinking"] != "hybrid":
         return None
@@ -337,7 +353,9 @@ class Chat:
         }  # fmt: skip
 
     async def chunks(self) -> AsyncGenerator[str, None]:
-        """The answer in chunks: roles, what comes, why each reply ended, the usage if it is wanted, [DONE]."""
+        """The answer in chunks: roles, what comes, why each reply ended, the usage if it is wanted,
+        [DONE].
+        """
         talk = self.wanted.talk
         found = [Answer() for _ in range(talk.n)]
         yield "".join(self._chunk(i, {"role": "assistant", "content": ""}) for i in range(talk.n))

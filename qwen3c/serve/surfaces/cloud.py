@@ -21,8 +21,8 @@ ROUTE = "x-qwen3c-route"  # header of a request: auto, local or cloud
 async def offered(api: Api, request: Request, fields: Fields, streams: bool) -> Response | str | None:
     """The provider's answer; or the reason why it gives none; or None where it is not asked at all.
 
-    fields: of a request that was read and found right. ApiError if the provider refuses the request, or has to answer
-    and cannot.
+    fields: of a request that was read and found right. ApiError if the provider refuses the
+    request, or has to answer and cannot.
     """
     provider = api.provider
     if provider is None:

@@ -1,7 +1,8 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's API, which Claude Code and others speak.
 
-The conversation becomes that of chat completions: text, tool_use and tool_result blocks are messages with calls and
-results, `system` is a system message. Events come in Anthropic's order; the errors are Anthropic's, too.
+The conversation becomes that of chat completions: text, tool_use and tool_result blocks are
+messages with calls and results, `system` is a system message. Events come in Anthropic's order;
+the errors are Anthropic's, too.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from ..ask import Stream
 from ..fields import Fields
 from ..models import Served
 from ..streams import EventStream, event, unless_left
-from ..talk import LARGEST, Answer, Talk, answers, refuse_foreign_sampling, stops_of
+from ..talk import LARGEST, Answer, Format, Talk, answers, refuse_foreign_sampling, stops_of
 from .chat import MOST_MESSAGES, joined
 
 BILLING = (
     "x-anthropic-billing-header:"  # a system part that changes with every request and kills the prefix cache
 )
 IGNORED = (
-    "metadata", "service_tier", "container", "context_management", "output_config", "betas", "inference_geo",
+    "metadata", "service_tier", "container", "context_management", "betas", "inference_geo",
     "cache_control", "anthropic_beta", "user_profile_id", "speed", "diagnostics", "fallbacks",
 )  # fmt: skip
 PATHS = {"tools": "tools", "messages": "messages", "tool_choice": "tool_choice"}
@@ -52,10 +53,14 @@ def routes(api: Api) -> list[Route]:
         message = Message(f"msg_{api.request_id(request)}", served, stream)
         if streams:
             return EventStream(
-                message.events(), say_error=lambda error: event("error", error.anthropic()), cancel=stream.cancel,
-                headers=headers, ping=api.ping, ping_event=event("ping", {"type": "ping"}),
+                message.events(),
+                say_error=lambda error: event("error", error.anthropic()),
+                cancel=stream.cancel,
+                headers=headers,
+                ping=api.ping,
+                ping_event=event("ping", {"type": "ping"}),
                 ended=lambda: api.ended(request, served, stream),
-            )  # fmt: skip
+            )
         try:
             (answer,) = await unless_left(request.receive, answers(stream), stream.cancel)
         finally:
@@ -97,9 +102,10 @@ def read(fields: Fields, served: Served) -> Talk:
             system += _texts(message, "content")
         else:
             messages += _messages(message, role)
-    talk = Talk(joined(system, messages, fields, "messages"), paths=PATHS)
+    talk = Talk(joined(system, messages), paths=PATHS)
     talk.tools = _tools(fields)
     _choose_tool(fields, talk)
+    talk.format = _format(fields)
     talk.thinking, talk.thinking_budget = _thinking(fields, served)
     talk.sampling = {
         "temperature": fields.number("temperature", 0, 100),
@@ -109,7 +115,6 @@ def read(fields: Fields, served: Served) -> Talk:
     talk.stop = stops_of(fields, "stop_sequences")
     fields.ignore(*IGNORED)
     fields.refuse("mcp_servers", "give the tools themselves", unless=([],))
-    fields.refuse("output_format", "use tools")
     refuse_foreign_sampling(fields)
     return talk
 
@@ -139,7 +144,9 @@ def _texts(fields: Fields, name: str) -> list[str]:
 
 
 def _messages(message: Fields, role: str) -> list[dict[str, Any]]:
-    """A message of Anthropic's as those of a chat: results of tools are messages of their own, before what is said."""
+    """A message of Anthropic's as those of a chat: results of tools are messages of
+    their own, before what is said.
+    """
     if isinstance(message.raw("content"), str):
         return [{"role": role, "content": message.raw("content")}]
     texts: list[str] = []
@@ -238,6 +245,28 @@ def _choose_tool(fields: Fields, talk: Talk) -> None:
         talk.tool_choice = str(name)
     else:
         talk.tool_choice = {"any": "required"}.get(kind, kind)
+
+
+def _format(fields: Fields) -> Format | None:
+    """The schema that the answer must follow: output_config.format, once output_format."""
+    found = []
+    config = fields.object("output_config")
+    if config is not None:
+        config.ignore("effort", "task_budget")
+        found.append(config.object("format"))
+        for name in config.finish():
+            raise config.error(name, "is not supported: format alone is", "unsupported_parameter")
+    found.append(fields.object("output_format"))
+    formats = []
+    for wanted in filter(None, found):
+        if wanted.text("type", choices=("json_schema",)) is None:
+            raise wanted.error("type", "is missing")
+        if "schema" not in wanted:
+            raise wanted.error("schema", "is missing")
+        formats.append(Format("json_schema", wanted.raw("schema"), path=wanted.path("schema")))
+    if len(formats) > 1:
+        raise fields.error("output_format", "and output_config.format are two formats")
+    return formats[0] if formats else None
 
 
 def _thinking(fields: Fields, served: Served) -> tuple[bool | None, int | None]:
@@ -379,7 +408,9 @@ class Message:
         )
 
     def _close(self) -> str:
-        """The end of the block that is open, if one is; thought ends with a signature, which SDKs wait for."""
+        """The end of the block that is open, if one is; thought ends with a
+        signature, which SDKs wait for.
+        """
         if not self._open:
             return ""
         signature = (

@@ -1,7 +1,8 @@
 """POST /v1/responses: OpenAI's newer API, stateless, which Codex speaks.
 
-The input items become the conversation of chat completions: messages, function_call and function_call_output; what was
-answered before has to be sent again, for nothing is stored. Events and ids are those of the API reference.
+The input items become the conversation of chat completions: messages, function_call and
+function_call_output; what was answered before has to be sent again, for nothing is stored. Events and ids
+are those of the API reference.
 """
 
 from __future__ import annotations
@@ -36,10 +37,33 @@ from ..talk import (
 from .chat import MOST_MESSAGES, content_of, joined, logprobs_of, thinking_wish
 
 IGNORED = (
-    "store", "metadata", "service_tier", "user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "client_metadata", "stream_options", "max_tool_calls", "context_management", "prompt_cache_options", "moderation",
-)  # fmt: skip
-INCLUDABLE = ("reasoning.encrypted_content", "message.output_text.logprobs")
+    "store",
+    "metadata",
+    "service_tier",
+    "user",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "client_metadata",
+    "stream_options",
+    "max_tool_calls",
+    "context_management",
+    "prompt_cache_options",
+    "moderation",
+)
+LOGPROBS = "message.output_text.logprobs"
+# beside those, what an answer would say more of if it had it: thought that is encrypted, and tools that
+# OpenAI runs
+INCLUDABLE = (
+    LOGPROBS,
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+)
 PATHS = {"messages": "input"}
 
 
@@ -81,7 +105,7 @@ def read(fields: Fields, served: Served) -> Talk:
     instructions = fields.text("instructions")
     if instructions:
         system.insert(0, instructions)
-    talk = Talk(joined(system, messages, fields, "input"), paths=PATHS)
+    talk = Talk(joined(system, messages), paths=PATHS)
     talk.tools = _tools(fields)
     talk.tool_choice = _tool_choice(fields, talk)
     talk.parallel = fields.flag("parallel_tool_calls", True) is not False
@@ -109,7 +133,7 @@ def read(fields: Fields, served: Served) -> Talk:
             raise fields.error(
                 "include", f"holds {name!r}, which this server has not", "unsupported_parameter"
             )
-    talk.logprobs = (top or 0) if "message.output_text.logprobs" in included else None
+    talk.logprobs = (top or 0) if LOGPROBS in included else None
     fields.refuse("previous_response_id", "nothing is stored: send the conversation with each request")
     fields.refuse("conversation", "nothing is stored: send the conversation with each request")
     fields.refuse("background", "every answer is waited for", unless=(False,))
@@ -123,9 +147,16 @@ def read(fields: Fields, served: Served) -> Talk:
 def echoed(fields: Fields) -> dict[str, Any]:
     """Fields of the request that the answer repeats."""
     tool_choice = fields.raw("tool_choice")
+    user = fields.raw("user")
+    tools = [
+        {"description": None, "parameters": {}, "strict": False} | tool
+        if tool.get("type") == "function"
+        else tool
+        for tool in fields.raw("tools") or []
+    ]
     return {
         "instructions": fields.raw("instructions"),
-        "tools": fields.raw("tools") or [],
+        "tools": tools,
         "tool_choice": "auto" if tool_choice is None else tool_choice,
         "parallel_tool_calls": fields.raw("parallel_tool_calls") is not False,
         "text": fields.raw("text") or {"format": {"type": "text"}},
@@ -135,8 +166,7 @@ def echoed(fields: Fields) -> dict[str, Any]:
         "top_logprobs": fields.raw("top_logprobs") or 0,
         "safety_identifier": fields.raw("safety_identifier"),
         "prompt_cache_key": fields.raw("prompt_cache_key"),
-        "user": fields.raw("user"),
-    }
+    } | ({} if user is None else {"user": user})
 
 
 def _input(fields: Fields) -> tuple[list[str], list[dict[str, Any]]]:
@@ -200,8 +230,10 @@ def _call(item: Fields) -> dict[str, Any]:
     if not name:
         raise item.error("name", "is missing")
     return {
-        "type": "function", "id": item.text("call_id"), "function": {"name": name, "arguments": arguments or {}}
-    }  # fmt: skip
+        "type": "function",
+        "id": item.text("call_id"),
+        "function": {"name": name, "arguments": arguments or {}},
+    }
 
 
 def _output(item: Fields) -> str:
@@ -282,7 +314,9 @@ def _format(fields: Fields) -> Format | None:
 
 @dataclass
 class Made:
-    """The answer to a request, whole or in events. id: of the request. echo: fields that the answer repeats."""
+    """The answer to a request, whole or in events. id: of the request. echo: fields that the answer
+    repeats.
+    """
 
     id: str
     served: Served
@@ -364,7 +398,7 @@ class Made:
         stats = self.stream.stats[0]
         return {
             "input_tokens": stats.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": stats.cached_tokens},
+            "input_tokens_details": {"cached_tokens": stats.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": answer.tokens,
             "output_tokens_details": {"reasoning_tokens": answer.reasoning_tokens},
             "total_tokens": stats.prompt_tokens + answer.tokens,
