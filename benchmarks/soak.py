@@ -249,10 +249,7 @@ class Soak:
                 asked = self.wanted[self.random.randrange(60)] | {"logprobs": True, "top_logprobs": 20}
                 body = json.dumps(asked | {"stream": True}).encode()
                 host = f"host: 127.0.0.1:{self.server.port}"
-                head = f"POST {ADDRESS} HTTP/1.1
-{host}
-content-type: application/json
-"
+                head = f"POST {ADDRESS} HTTP/1.1\r\n{host}\r\ncontent-type: application/json\r\n"
                 writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
                 self.seen["slow reader"] += 1
                 try:
