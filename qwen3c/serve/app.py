@@ -20,7 +20,14 @@ from .streams import ClientLeftError
 from .surfaces import chat, completions, embeddings, listing, messages, rerank, responses, tokens
 
 # llama-server answers here, too, and clients whose base URL lacks /v1 ask here
-UNVERSIONED = ("/chat/completions", "/completions", "/embeddings", "/responses", "/models", "/models/{name:path}")
+UNVERSIONED = (
+    "/chat/completions",
+    "/completions",
+    "/embeddings",
+    "/responses",
+    "/models",
+    "/models/{name:path}",
+)
 Running = Callable[[], AbstractAsyncContextManager[Any]]
 
 

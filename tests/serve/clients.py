@@ -1,9 +1,10 @@
-"""One small use each of libraries that people ask a server with; `make conformance` runs it where they are installed.
+"""One small use each of libraries that people ask a server with; `make conformance`
+runs it where they are installed.
 
 python tests/serve/clients.py URL [NAME...]
 
-A model that talks at random answers, talker.py's: what is decided is that a reply, a call or a value of the right shape
-comes out at the other end.
+A model that talks at random answers, talker.py's: what is decided is that a reply, a call or a value of the
+right shape comes out at the other end.
 """
 
 from __future__ import annotations
@@ -18,21 +19,37 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any, Literal
 
-PACKAGES = ["litellm", "langchain-openai", "instructor", "pydantic-ai-slim[openai]", "openai-agents", "llm", "anthropic"]
+PACKAGES = [
+    "litellm",
+    "langchain-openai",
+    "instructor",
+    "pydantic-ai-slim[openai]",
+    "openai-agents",
+    "llm",
+    "anthropic",
+]
 HELLO = [{"role": "user", "content": "hello"}]
 MODEL = "talker"
 
 
 def use_litellm(url: str) -> None:
     litellm = import_module("litellm")
-    common = {"model": f"openai/{MODEL}", "api_base": f"{url}/v1", "api_key": "none", "messages": HELLO, "max_tokens": 50}
+    common = {
+        "model": f"openai/{MODEL}",
+        "api_base": f"{url}/v1",
+        "api_key": "none",
+        "messages": HELLO,
+        "max_tokens": 50,
+    }
     assert litellm.completion(**common).choices[0].message.content
     chunks = list(litellm.completion(**common, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     tools = [{"type": "function", "function": {"name": "weather", "parameters": CITY}}]
     called = litellm.completion(**{**common, "max_tokens": 200}, tools=tools, tool_choice="required")
     assert called.choices[0].message.tool_calls[0].function.name == "weather"
-    vectors = litellm.embedding(model=f"openai/{MODEL}", api_base=f"{url}/v1", api_key="none", input=["a", "b"])
+    vectors = litellm.embedding(
+        model=f"openai/{MODEL}", api_base=f"{url}/v1", api_key="none", input=["a", "b"]
+    )
     assert len(vectors.data) == 2
 
 
@@ -42,7 +59,11 @@ def use_langchain_openai(url: str) -> None:
     assert model.invoke("hello").content
     assert "".join(chunk.content for chunk in model.stream("hello"))
     assert shape()(**model.with_structured_output(shape()).invoke("hello").model_dump())
-    (call,) = model.bind_tools([weather], tool_choice="required", parallel_tool_calls=False).invoke("hello").tool_calls
+    (call,) = (
+        model.bind_tools([weather], tool_choice="required", parallel_tool_calls=False)
+        .invoke("hello")
+        .tool_calls
+    )
     assert call["name"] == "weather" and set(call["args"]) == {"city"}
     embeddings = langchain.OpenAIEmbeddings(
         base_url=f"{url}/v1", api_key="none", model=MODEL, check_embedding_ctx_length=False
@@ -63,12 +84,16 @@ def use_instructor(url: str) -> None:
 def use_pydantic_ai_slim(url: str) -> None:
     pydantic_ai = import_module("pydantic_ai")
     openai = import_module("pydantic_ai.models.openai")
-    provider = import_module("pydantic_ai.providers.openai").OpenAIProvider(base_url=f"{url}/v1", api_key="none")
+    provider = import_module("pydantic_ai.providers.openai").OpenAIProvider(
+        base_url=f"{url}/v1", api_key="none"
+    )
     for kind in (openai.OpenAIChatModel, openai.OpenAIResponsesModel):
         model = kind(MODEL, provider=provider)
         settings = {"max_tokens": 200}
         assert pydantic_ai.Agent(model, model_settings=settings).run_sync("hello").output
-        found = pydantic_ai.Agent(model, output_type=shape(), model_settings=settings).run_sync("hello").output
+        found = (
+            pydantic_ai.Agent(model, output_type=shape(), model_settings=settings).run_sync("hello").output
+        )
         assert found.kind in ("a", "b")
 
 
@@ -80,7 +105,9 @@ def use_openai_agents(url: str) -> None:
     tool = agents.function_tool(weather)
     for kind in (agents.OpenAIChatCompletionsModel, agents.OpenAIResponsesModel):
         model = kind(MODEL, openai_client=client)
-        agent = agents.Agent("one", instructions="Be brief.", model=model, tools=[tool], model_settings=settings)
+        agent = agents.Agent(
+            "one", instructions="Be brief.", model=model, tools=[tool], model_settings=settings
+        )
         assert agents.Runner.run_sync(agent, "hello").final_output
         agent = agents.Agent("two", model=model, output_type=shape(), model_settings=settings)
         assert agents.Runner.run_sync(agent, "hello").final_output.kind in ("a", "b")
@@ -95,7 +122,9 @@ async def _stream(agents: Any, agent: Any) -> None:
 
 def use_llm(url: str) -> None:
     models = import_module("llm.default_plugins.openai_models")
-    model = models.Chat(MODEL, key="none", model_name=MODEL, api_base=f"{url}/v1", supports_tools=True, supports_schema=True)
+    model = models.Chat(
+        MODEL, key="none", model_name=MODEL, api_base=f"{url}/v1", supports_tools=True, supports_schema=True
+    )
     for stream in (True, False):
         assert model.prompt("hello", stream=stream, key="none", max_tokens=50).text()
 
@@ -113,12 +142,19 @@ def use_anthropic(url: str) -> None:
         (called,) = (block for block in stream.get_final_message().content if block.type == "tool_use")
     assert called.input == {"city": "Rome"}
     assert client.messages.count_tokens(model=MODEL, messages=HELLO).input_tokens > 0
-    assert client.messages.parse(model=MODEL, max_tokens=200, messages=HELLO, output_format=shape()).parsed_output
+    assert client.messages.parse(
+        model=MODEL, max_tokens=200, messages=HELLO, output_format=shape()
+    ).parsed_output
 
 
 # ----------------------------------------------------------------------------
 
-CITY = {"type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"], "additionalProperties": False}
+CITY = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Rome"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
 
 
 def weather(city: Literal["Rome", "Oslo"]) -> str:

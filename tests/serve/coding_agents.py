@@ -70,8 +70,15 @@ def turn(
     """(what the agent prints, the log's records of the requests it made)."""
     before = len(server.records())
     done = subprocess.run(
-        command, cwd=work, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False
-    )  # fmt: skip
+        command,
+        cwd=work,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     asked = [one for one in server.records()[before:] if one["method"] == "POST"]
     if done.returncode:
         print(done.stdout, done.stderr, sep="\n")

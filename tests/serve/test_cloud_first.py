@@ -7,6 +7,7 @@ python -m pytest tests/serve/test_cloud_first.py
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -39,8 +40,8 @@ SNOWMAN = chunk({"content": "☃"})
 class Site:
     """A server with a provider before its model."""
 
-    def __init__(self, api: Api, address: str) -> None:
-        self._api = api
+    def __init__(self, api: Api, address: str, log: io.StringIO) -> None:
+        self._api, self.log = api, log
         self.http = httpx2.Client(base_url=address, timeout=30, trust_env=False)
 
     def before(self, url: str, **options: Any) -> None:
@@ -61,9 +62,10 @@ def site() -> Iterator[Site]:
     settings = Settings(models={"box": ModelSettings(str(BOX))}, default_model="box", cache_memory=32 << 20)
     app, api = _application(settings, needs_key=False)
     server = Running(app)
+    server.service.log._stream = log = io.StringIO()
     server.thread.start()
     assert server.service.ready.wait(30)
-    opened = Site(api, f"http://127.0.0.1:{server.port}")
+    opened = Site(api, f"http://127.0.0.1:{server.port}", log)
     yield opened
     opened.http.close()
     server.service.stop()
@@ -72,11 +74,13 @@ def site() -> Iterator[Site]:
 
 
 @pytest.fixture
-def here(site: Site, capfd: pytest.CaptureFixture[str]) -> Iterator[Site]:
-    """The site; no line of its log and no answer has the key."""
-    yield site
-    said = capfd.readouterr()
-    assert KEY not in said.out + said.err and "Traceback" not in said.err
+def here(site: Site, caplog: pytest.LogCaptureFixture) -> Iterator[Site]:
+    """The site; no line of its log and no record of any library has the key."""
+    with caplog.at_level("DEBUG"):
+        yield site
+    said = site.log.getvalue() + caplog.text
+    assert "| local |" in said or "| cloud |" in said
+    assert KEY not in said and "Traceback" not in said
 
 
 def texts(response: httpx2.Response) -> tuple[str, list[Any]]:

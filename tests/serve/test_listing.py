@@ -120,7 +120,9 @@ def test_the_addresses_of_openai_answer_without_their_version(box: Server) -> No
     with openai.OpenAI(base_url=box.address, api_key="none", max_retries=0) as sdk:
         assert [model.id for model in sdk.models.list()] == ["box"]
         assert sdk.models.retrieve("box").id == "box"
-        assert sdk.chat.completions.create(model="m", messages=[{"role": "user", "content": "hello"}], max_tokens=2)
+        assert sdk.chat.completions.create(
+            model="m", messages=[{"role": "user", "content": "hello"}], max_tokens=2
+        )
         assert sdk.completions.create(model="m", prompt="hello", max_tokens=2)
         assert sdk.responses.create(model="m", input="hello", max_output_tokens=2)
         assert sdk.embeddings.create(model="m", input="hello")

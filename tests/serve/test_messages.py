@@ -45,7 +45,9 @@ def test_the_sdk_parses_what_it_asked_for(box: Server) -> None:
         ),
     ],
 )
-def test_a_format_that_cannot_be_is_refused_by_name(client: Client, fields: dict[str, object], said: str) -> None:
+def test_a_format_that_cannot_be_is_refused_by_name(
+    client: Client, fields: dict[str, object], said: str
+) -> None:
     answer = client.post("/v1/messages", messages=[USER], max_tokens=9, **fields)
     assert answer.status == 400
     assert answer.error["message"].startswith(said)

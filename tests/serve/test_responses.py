@@ -77,9 +77,12 @@ def test_the_sdk_finds_every_field_that_it_demands(agent: Client, name: str) -> 
 
 
 USED = {
-    "input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "output_tokens_details": {"reasoning_tokens": 0},
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "total_tokens": 0,
+    "output_tokens_details": {"reasoning_tokens": 0},
     "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-}  # fmt: skip
+}
 
 
 def ends(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -111,7 +114,9 @@ def test_a_call_comes_as_an_item_its_arguments_and_their_end(agent: Client) -> N
 
 def test_a_picture_is_refused_by_name(agent: Client) -> None:
     part = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
-    answer = agent.post(PATH, input=[{"role": "user", "content": [{"type": "input_text", "text": "?"}, part]}])
+    answer = agent.post(
+        PATH, input=[{"role": "user", "content": [{"type": "input_text", "text": "?"}, part]}]
+    )
     assert answer.status == 400
     assert answer.error["param"] == "input[0].content[1].type"
 

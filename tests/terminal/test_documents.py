@@ -67,7 +67,6 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "make test": WHOLE_SUITE,
     "make serve": SETS_UP,
     "pip install '.[serve]'": SETS_UP,
-    "pip install '.[mcp]'": SETS_UP,
     "make oracles": SETS_UP,
     "make oracles test": SETS_UP,
     "make lint": NotHere("checks all of the sources: CI runs it"),

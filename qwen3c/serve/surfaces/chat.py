@@ -202,7 +202,9 @@ def messages_of(fields: Fields, name: str) -> list[dict[str, Any]]:
 
 
 def joined(system: list[str], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages after one that says what all system messages say. There may be nothing else: as with OpenAI."""
+    """The messages after one that says what all system messages say. There may be
+    nothing else: as with OpenAI.
+    """
     first = [{"role": "system", "content": "\n\n".join(system)}] if system else []
     return first + messages
 

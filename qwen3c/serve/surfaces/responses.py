@@ -52,12 +52,18 @@ IGNORED = (
     "moderation",
 )
 LOGPROBS = "message.output_text.logprobs"
-# beside those, what an answer would say more of if it had it: thought that is encrypted, and tools that OpenAI runs
+# beside those, what an answer would say more of if it had it: thought that is encrypted, and tools that
+# OpenAI runs
 INCLUDABLE = (
-    LOGPROBS, "reasoning.encrypted_content", "file_search_call.results", "web_search_call.results",
-    "web_search_call.action.sources", "message.input_image.image_url", "computer_call_output.output.image_url",
+    LOGPROBS,
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
     "code_interpreter_call.outputs",
-)  # fmt: skip
+)
 PATHS = {"messages": "input"}
 
 
@@ -143,7 +149,9 @@ def echoed(fields: Fields) -> dict[str, Any]:
     tool_choice = fields.raw("tool_choice")
     user = fields.raw("user")
     tools = [
-        {"description": None, "parameters": {}, "strict": False} | tool if tool.get("type") == "function" else tool
+        {"description": None, "parameters": {}, "strict": False} | tool
+        if tool.get("type") == "function"
+        else tool
         for tool in fields.raw("tools") or []
     ]
     return {
