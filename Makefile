@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py environment.py \
     $(wildcard qwen3c/*/*.pyx qwen3c/*/*.pxd qwen3c/kernels/*.[ch])
 
-.PHONY: help run serve test slow oracles model test-arm bench lint sanitize serial clean
+.PHONY: help run serve test slow oracles model test-arm bench lint sanitize serial conformance clean
 
 help:
 	@grep -E '^## ' Makefile | cut -c4-
@@ -118,6 +118,10 @@ serial: $(VENV)/tests
 	@$(call apart,QWEN3C_OPENMP=0) && $(abspath $(BIN))/python -m pytest $(SIDE_BY_SIDE) \
 	    tests/engine/test_engine.py tests/test_reference.py tests/test_format.py tests/convert/test_export.py \
 	    tests/drivers
+
+## make conformance  clients and suites of others against -m serve: npm and pip fetch them into build/conformance
+conformance: $(VENV)/tests
+	$(BIN)/python tests/serve/conformance.py build/$@
 
 ## make clean      remove everything that was built
 clean:

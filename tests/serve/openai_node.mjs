@@ -72,4 +72,4 @@ assert.match(events.at(-1), /^response\.(completed|incomplete)$/);
 await assert.rejects(client.chat.completions.create({ model: "m", messages: [] }), OpenAI.BadRequestError);
 const left = await client.chat.completions.create({ model: "m", messages, max_tokens: 1000, stream: true, logit_bias: {} });
 left.controller.abort();
-console.log("openai-node:", "tool calls, helper, text, schema, responses, errors");
+console.log("ok   tool calls, helper, text, schema, responses, errors");

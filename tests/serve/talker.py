@@ -92,7 +92,7 @@ def write_talker(target: Path, tokenizer: Path | None = None, context: int = CON
     for name, matrix in weights.items():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             matrix[:2] = 0  # no layer adds to the channels
-    weights["lm_head.weight"][:, 0] = _biases(vocabulary, shape["vocab_size"])
+    weights["lm_head.weight"][:, 0] = _biases(vocabulary, int(shape["vocab_size"]))
     weights["lm_head.weight"][:, 1] = 0
     weights["lm_head.weight"][end, 1] = -4
     write_safetensors(source / "model.safetensors", {name: encoded(w, "BF16") for name, w in weights.items()})
@@ -117,7 +117,7 @@ def _biases(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray[tuple[int], np.
     letters = [id for word, id in tokenizer.get_vocab().items() if word.replace("Ġ", " ") in SAID]
     biases[letters] = 0.0
     ends = [tokenizer.token_to_id(word) for word in ("<|im_end|>", *MARKS)]
-    biases[ends] = np.log(len(letters) / LENGTH) / 11.3
+    biases[[id for id in ends if id is not None]] = np.log(len(letters) / LENGTH) / 11.3
     biases[tokenizer.token_to_id("<tool_call>")] = -1.0  # where a call is wanted, rather that than a thought
     return biases
 

@@ -9,14 +9,14 @@ import pytest
 from servers import Client, Server
 
 USER = {"role": "user", "content": "hello"}
-SCHEMA = {"enum": [7, 8]}
+SCHEMA: dict[str, object] = {"enum": [7, 8]}
 FORMAT = {"type": "json_schema", "schema": SCHEMA}
 
 
 @pytest.mark.parametrize("fields", [{"output_config": {"format": FORMAT}}, {"output_format": FORMAT}])
 def test_the_text_follows_the_schema(client: Client, fields: dict[str, object]) -> None:
     answer = client.ok("/v1/messages", messages=[USER], max_tokens=9, **fields)
-    assert json.loads(answer["content"][0]["text"]) in SCHEMA["enum"]
+    assert json.loads(answer["content"][0]["text"]) in (7, 8)
 
 
 def test_the_sdk_parses_what_it_asked_for(box: Server) -> None:
@@ -26,7 +26,7 @@ def test_the_sdk_parses_what_it_asked_for(box: Server) -> None:
             output_config={"effort": "low", "format": {"type": "json_schema", "schema": SCHEMA}},
         )  # fmt: skip
     assert message.content[0].type == "text"
-    assert json.loads(message.content[0].text) in SCHEMA["enum"]
+    assert json.loads(message.content[0].text) in (7, 8)
 
 
 @pytest.mark.parametrize(

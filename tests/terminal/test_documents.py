@@ -76,6 +76,7 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "make test-arm": NotHere("needs a cross-compiler and qemu"),
     "make model": LONG,
     "make bench": LONG,
+    "make conformance": NotHere("fetches clients and suites of others"),
     "make bench AGAINST=llama.cpp,openvino,ctranslate2": PEERS,
     "QWEN3C_TOKENIZER=path/to/Qwen3-0.6B make test": WHOLE_SUITE,
     "pip install .": SETS_UP,
