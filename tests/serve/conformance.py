@@ -74,11 +74,7 @@ LLAMA_EXCEPTIONS: Exceptions = {
     r"basic::test_server_model_aliases": "an alias is a model of its own",
     r"chat_completion::test_chat_completion(_stream)?\[": THEIRS,
     r"chat_completion::test_chat_completion_(cached_tokens|with_openai_library)": THEIRS,
-<<<<<<< HEAD
-    r"chat_completion::test_(chat_template|apply_chat|verbose)": "the template is the model's own",
-=======
     r"chat_completion::test_(chat_template|apply_chat|verbose)": "no other template, no prompt shown",
->>>>>>> conformance
     r"chat_completion::test_completion_with_json_schema\[True": "a model that talks at random says spaces",
     r"chat_completion::test_completion_with_grammar": "GBNF is refused, and names Lark",
     r"chat_completion::test_invalid_chat_completion_req\[messages7": "the assistant may speak twice",
