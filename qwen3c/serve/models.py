@@ -29,7 +29,7 @@ from ..format import ModelFile
 from ..memory import available, gib
 from ..model import Model
 from ..text.chat import TOOL_CALL
-from .ask import Ask, Job, KeyLimits, Stream
+from .ask import Ask, Job, KeyLimits, Stream, Update
 from .errors import ApiError, context_error
 from .pace import Pace
 from .scheduler import Limits, Scheduler
@@ -164,20 +164,13 @@ class Served:
                 await asyncio.sleep(ROWS_RETRY)
                 continue
             streams.append(stream)
-            rows += await _rows_of(stream)
+            rows += await _each(stream, lambda update: update.row)
         return rows, streams
 
     async def score(self, prompts: Sequence[list[int]], top: int, **ask: Any) -> list[list[TokenScore]]:
         """The score of every token of each prompt; top: how many of the most likely tokens each lists."""
         stream = await self.submit(Ask(prompts, max_tokens=0, echo=top, **ask))
-        scores: dict[int, list[TokenScore]] = {}
-        try:
-            async for update in stream:
-                if update.scores is not None:
-                    scores[update.index] = update.scores
-        finally:
-            stream.cancel()
-        return [scores[i] for i in range(len(prompts))]
+        return await _each(stream, lambda update: update.scores)
 
     def close(self) -> None:
         """End every reply, then release the model."""
@@ -186,15 +179,17 @@ class Served:
         self.model.close()
 
 
-async def _rows_of(stream: Stream) -> list[NDArray[np.float32]]:
-    rows: dict[int, NDArray[np.float32]] = {}
+async def _each(stream: Stream, of: Callable[[Update], T | None]) -> list[T]:
+    """What `of` finds in the updates of each sequence of a stream."""
+    found: dict[int, T] = {}
     try:
         async for update in stream:
-            if update.row is not None:
-                rows[update.index] = update.row
+            one = of(update)
+            if one is not None:
+                found[update.index] = one
     finally:
         stream.cancel()
-    return [rows[i] for i in range(len(stream.jobs))]
+    return [found[i] for i in range(len(stream.jobs))]
 
 
 class Models:

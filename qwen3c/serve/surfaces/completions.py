@@ -19,12 +19,12 @@ from starlette.routing import Route
 from ...drivers.reply import Event
 from ...drivers.sampler import SamplingOptions
 from ...text.tokenizer import Tokenizer
-from ..api import FINGERPRINT, Api, json_answer
+from ..api import FINGERPRINT, Api
 from ..ask import Ask, Stream, Update
 from ..errors import ApiError
 from ..fields import Fields
 from ..models import Served
-from ..streams import DONE, EventStream, data, unless_left
+from ..streams import COMMENT, DONE, data
 from ..talk import (
     LARGEST,
     MOST_REPLIES,
@@ -70,17 +70,7 @@ def routes(api: Api) -> list[Route]:
         headers = api.headers(served, ignored, ask)
         stream = await served.submit(ask, client.limits)
         completion = Completion(f"cmpl-{api.request_id(request)}", served, wanted, prompts, stream)
-        if wanted.streams:
-            return EventStream(
-                completion.chunks(), say_error=lambda error: data(error.openai()), cancel=stream.cancel,
-                headers=headers, ping=api.ping, ended=lambda: api.ended(request, served, stream),
-            )  # fmt: skip
-        try:
-            found = await unless_left(request.receive, answers(stream), stream.cancel)
-        finally:
-            stream.cancel()
-            api.ended(request, served, stream)
-        return json_answer(await served.work(completion.whole, found), headers=headers)
+        return await api.answer(request, served, completion, wanted.streams, headers)
 
     return [Route("/v1/completions", complete, methods=["POST"])]
 
@@ -216,14 +206,18 @@ class Completion:
     wanted: Wanted
     prompts: list[Prompt]
     stream: Stream
+    ping: str = COMMENT
 
     def __post_init__(self) -> None:
         self._created = int(time.time())
         self._tokenizer = self.served.model.tokenizer
         self._tokens = [Tokens(self._tokenizer, self.wanted.names_ids) for _ in self.stream.jobs]
 
-    def whole(self, found: Sequence[Answer]) -> dict[str, Any]:
+    async def whole(self) -> dict[str, Any]:
         """The body of an answer that is sent at once."""
+        return await self.served.work(self._whole, await answers(self.stream))
+
+    def _whole(self, found: Sequence[Answer]) -> dict[str, Any]:
         choices = []
         for i, answer in enumerate(found):
             parts = [self._beginning(i, answer)] if self.wanted.echo else []
@@ -235,7 +229,7 @@ class Completion:
         tokens = usage(self.stream, found, self.wanted.n)
         return self._head() | {"choices": choices, "usage": tokens, "timings": timings(self.stream)}
 
-    async def chunks(self) -> AsyncGenerator[str, None]:
+    async def events(self) -> AsyncGenerator[str, None]:
         """The answer in chunks: what is echoed, what comes, why each reply ended, the usage if it is wanted,
         [DONE].
         """
@@ -250,6 +244,10 @@ class Completion:
             tokens = usage(self.stream, found, self.wanted.n)
             yield data(self._head() | {"choices": [], "usage": tokens, "timings": timings(self.stream)})
         yield DONE
+
+    def failed(self, error: ApiError) -> str:
+        """The chunk of an answer that breaks off."""
+        return data(error.openai())
 
     def _chunk(self, update: Update, found: Sequence[Answer]) -> str:
         """The chunk that an update makes; "" for none."""
