@@ -74,11 +74,11 @@ def server_error(message: str, code: str | None = None) -> ApiError:
     return ApiError(500, message, type="server_error", code=code, should_retry=False)
 
 
-def context_error(n_prompt: int, context: int, param: str) -> ApiError:
-    """The prompt, which the field `param` holds, does not fit into the context."""
+def context_error(n_prompt: int, context: int, param: str, told: str = "") -> ApiError:
+    """The prompt, which the field `param` holds, does not fit into the context. told: in other words."""
     return ApiError(
         400,
-        f"the prompt is {n_prompt} tokens, the context holds {context}",
+        told or f"the prompt is {n_prompt} tokens, the context holds {context}",
         param=param,
         code="context_length_exceeded",
         extra={"n_prompt_tokens": n_prompt, "n_ctx": context},

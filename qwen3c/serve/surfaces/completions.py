@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from ...drivers.reply import Event
 from ...drivers.sampler import SamplingOptions
-from ...text.tokenizer import Tokenizer
+from ...text.tokenizer import Tokenizer, TooLongError
 from ..api import FINGERPRINT, Api
 from ..ask import Ask, Stream, Update
 from ..errors import ApiError
@@ -41,6 +41,7 @@ from ..talk import (
     stops_of,
     stream_of,
     timings,
+    too_long,
     usage,
 )  # fmt: skip
 
@@ -65,7 +66,7 @@ def routes(api: Api) -> list[Route]:
         client = api.client(request)
         priority = api.priority(request, fields)
         ignored = fields.finish()
-        prompts = await served.work(wanted.tokenized, served.model.tokenizer)
+        prompts = await served.work(wanted.tokenized, served)
         ask = await served.work(wanted.ask, served, prompts, client.name, priority)
         headers = api.headers(served, ignored, ask)
         stream = await served.submit(ask, client.limits)
@@ -118,23 +119,26 @@ class Wanted:
         """Whether the log-probabilities of the prompts' tokens are wanted."""
         return self.echo and self.logprobs is not None
 
-    def tokenized(self, tokenizer: Tokenizer) -> list[Prompt]:
-        """All prompts. ApiError 400 if one of them is empty."""
-        found = []
+    def tokenized(self, served: Served) -> list[Prompt]:
+        """All prompts. ApiError 400 if one of them is empty or does not fit."""
+        found, tokenizer = [], served.model.tokenizer
         for i, prompt in enumerate(self.prompts):
             path = "prompt" if len(self.prompts) == 1 else f"prompt[{i}]"
             if isinstance(prompt, str):
-                found.append(self._of_text(tokenizer, prompt, path))
+                found.append(self._of_text(served, prompt, path))
             else:
                 found.append(Prompt(prompt, tokenizer.decode(prompt) if self.echo else ""))
             if not found[-1].ids:
                 raise ApiError(400, f"{path} is empty: there is nothing to go on from", param=path)
         return found
 
-    def _of_text(self, tokenizer: Tokenizer, text: str, path: str) -> Prompt:
+    def _of_text(self, served: Served, text: str, path: str) -> Prompt:
+        tokenizer = served.model.tokenizer
         opening = tokenizer.opening if self.opens else []
         try:
-            ids = tokenizer.encode(text, special=self.special)
+            ids = tokenizer.encode(text, self.special, served.context)
+        except TooLongError as error:
+            raise too_long(error, served, path) from None
         except ValueError as error:
             raise ApiError(400, f"{path}: {error}", param=path) from None
         if opening and ids[: len(opening)] == opening:  # the client has put it there
