@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
 
 END = "<|endoftext|>"
+TAGS, ANSWERS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>"), ("no", "yes")
+RECIPE = (*TAGS, *ANSWERS)  # tokens that a model needs to judge documents
 TASK = "Given a web search query, retrieve relevant passages that answer the query"
 
 _BEFORE = (
@@ -90,9 +92,9 @@ def rerank_prompts(
     see Model.rerank for errors.
     """
     _check_list("documents", documents)
-    for tag in ("<|im_start|>", "<|im_end|>", "<think>", "</think>"):
+    for tag in TAGS:
         _control_id(tokenizer, tag)
-    answers = [_word_id(tokenizer, "no"), _word_id(tokenizer, "yes")]
+    answers = [_word_id(tokenizer, word) for word in ANSWERS]
     before, after = tokenizer.encode(_BEFORE, special=True), tokenizer.encode(_AFTER, special=True)
     question = f"<Instruct>: {TASK if instruction is None else instruction}\n<Query>: {query}\n<Document>: "
     prompts = []

@@ -100,6 +100,10 @@ def default_sampling(metadata: Mapping[str, Any], thinking: bool) -> dict[str, f
     return {**RECOMMENDED[thinking], **own}
 
 
+class NoTokenError(ValueError):
+    """What a token has to be leaves none."""
+
+
 class Sampler:
     """Chooses the tokens of one reply, one after the other.
 
@@ -139,7 +143,7 @@ class Sampler:
         if allowed is not None:
             logits = np.where(allowed, logits, np.float32(-np.inf))
             if not np.any(logits > -np.inf):
-                raise ValueError("the grammar allows no token that exists and is not forbidden otherwise")
+                raise NoTokenError("the grammar allows no token that exists and is not forbidden otherwise")
         token, self.logprob = self._choose(logits)
         self._position += 1
         self._counts[token] += 1

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from .. import __version__
 from .ask import Ask, KeyLimits, Stream
-from .errors import ApiError, server_error
+from .errors import VERSION, ApiError, server_error, speaks_anthropic
 from .fields import Fields, parse_json
 from .models import Models, Served
 from .streams import PING, Events, EventStream, dump, unless_left
@@ -157,7 +157,8 @@ def header_text(text: str) -> str:
 async def say_api_error(request: Request, error: Exception) -> Response:
     """The answer to a request that ended in an ApiError, in the words of its surface."""
     assert isinstance(error, ApiError)
-    body = error.anthropic() if speaks_anthropic(request) else error.openai()
+    anthropic = speaks_anthropic(request.url.path, VERSION in request.headers)
+    body = error.anthropic() if anthropic else error.openai()
     return JSONResponse(body, error.status, error.headers())
 
 
@@ -176,8 +177,3 @@ async def say_http_error(request: Request, error: Exception) -> Response:
 async def say_failure(request: Request, error: Exception) -> Response:
     """The answer when the server failed: never a traceback, never a path."""
     return await say_api_error(request, server_error("the server failed"))
-
-
-def speaks_anthropic(request: Request) -> bool:
-    """Whether the surface is Anthropic's."""
-    return request.url.path.startswith("/v1/messages")

@@ -74,6 +74,7 @@ def routes(api: Api) -> list[Route]:
         cloud = await offered(api, request, fields, wanted.streams)
         if isinstance(cloud, Response):
             return cloud
+        served = await api.models.get(served.name)  # the provider may have taken long
         ask = await wanted.talk.ask(served, client.name, priority)
         headers = api.headers(served, ignored, ask, cloud)
         api.told(request, fallback=cloud)

@@ -1,4 +1,4 @@
-"""POST /v1/responses: OpenAI's newer API, stateless, which Codex speaks.
+"""POST /v1/responses and /v1/responses/input_tokens: OpenAI's newer API, stateless, which Codex speaks.
 
 The input items become the conversation of chat completions: messages, function_call and
 function_call_output; what was answered before has to be sent again, for nothing is stored. Events and ids
@@ -68,7 +68,7 @@ PATHS = {"messages": "input"}
 
 
 def routes(api: Api) -> list[Route]:
-    """The endpoint."""
+    """The endpoints."""
 
     async def create(request: Request) -> Response:
         fields = await api.fields(request)
@@ -82,7 +82,19 @@ def routes(api: Api) -> list[Route]:
         made = Made(api.request_id(request), served, talk, stream, echoed(fields))
         return await api.answer(request, served, made, streams, headers)
 
-    return [Route("/v1/responses", create, methods=["POST"])]
+    async def count(request: Request) -> Response:
+        fields = await api.fields(request)
+        served = await api.models.get(fields.text("model"))
+        talk = read(fields, served)
+        fields.ignore("stream")
+        headers = api.headers(served, fields.finish())
+        n = len(await talk.prompt(served))
+        return json_answer({"object": "response.input_tokens", "input_tokens": n}, headers=headers)
+
+    return [
+        Route("/v1/responses", create, methods=["POST"]),
+        Route("/v1/responses/input_tokens", count, methods=["POST"]),
+    ]
 
 
 # ----------------------------------------------------------------------------
