@@ -469,10 +469,12 @@ def test_openai_python_reads_it(python: openai.OpenAI) -> None:
 
 def test_openai_python_reads_calls(judge: Server) -> None:
     python = openai.OpenAI(base_url=f"{judge.address}/v1", api_key="none", max_retries=0)
+    schema = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+    function = {"name": "weather", "parameters": schema | {"additionalProperties": False}}
     fields: dict[str, Any] = {
         "model": "m",
         "messages": MESSAGES,
-        "tools": [WEATHER],
+        "tools": [{"type": "function", "function": function}],
         "max_tokens": 300,
         "seed": 2,
     }

@@ -48,7 +48,7 @@ def test_what_is_printed_can_be_read_back(tmp_path: Path) -> None:
         host="::1",
         port=1,
         fd=3,
-        models={"a/b:c": ModelSettings('/tmp/"x"\\ü\x7f\n.bin', "f32"), "d": ModelSettings("/d")},
+        models={"a/b:c": ModelSettings('/tmp/"x"\\ü\x7f\n.bin', "f32", 9, 5, 2), "d": ModelSettings("/d")},
         default_model="d",
         max_gap=0.2,
         cache_memory=5,
@@ -68,12 +68,14 @@ def test_what_is_printed_can_be_read_back(tmp_path: Path) -> None:
         log_level="debug",
         offline=True,
         mcp_servers="/m.json",
-        upstream=UpstreamSettings("https://u/v1", "big", tokens_per_day=7),
+        upstream=UpstreamSettings("https://u/v1", "big", tokens_per_day=7, state_file="/s"),
     )
     assert load(tmp_path, to_toml(made)) == made
     assert load(tmp_path, to_toml(load(tmp_path, ""))) == Settings()
     unset = {line.split()[1] for line in to_toml(made).splitlines() if line.startswith("# ")}
-    assert unset == {"kv", "requests_per_day"}, "a setting of this test has its default"
+    assert unset == {"kv", "context", "cache_memory", "threads", "requests_per_day"}, (
+        "a setting of this test has its default"
+    )
 
 
 @pytest.mark.parametrize(

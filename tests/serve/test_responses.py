@@ -109,7 +109,7 @@ def test_a_call_comes_as_an_item_its_arguments_and_their_end(agent: Client) -> N
     arguments = about["response.function_call_arguments.done"]["arguments"]
     deltas = [event["delta"] for event in events if event["type"] == "response.function_call_arguments.delta"]
     assert "".join(deltas) == arguments == item["arguments"]
-    assert set(json.loads(arguments)) == {"location"}
+    assert "location" in json.loads(arguments)
 
 
 def test_a_picture_is_refused_by_name(agent: Client) -> None:
