@@ -31,6 +31,11 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     assert made.models == {"a": ModelSettings(str(tmp_path / "a.bin"))}
 
 
+def test_the_file_of_what_is_spent_lies_beside_the_file_that_names_it(tmp_path: Path) -> None:
+    made = load(tmp_path, '[upstream]\nurl = "https://u/v1"\nmodel = "m"\nstate_file = "spent"')
+    assert made.upstream is not None and made.upstream.state_file == str(tmp_path / "spent")
+
+
 def test_models_of_flags_come_before_those_of_the_file_and_in_place_of_namesakes(tmp_path: Path) -> None:
     text = '[models]\na = "a.bin"\nb = { path = "/b.bin", kv = "int8" }'
     made = load(tmp_path, text, models={"c": "/c.bin", "a": "/other.bin"}, default_model="b")

@@ -125,3 +125,11 @@ def test_what_other_tools_would_show_may_be_asked_for(agent: Client) -> None:
     shown = ["web_search_call.action.sources", "code_interpreter_call.outputs", "reasoning.encrypted_content"]
     assert agent.ok(PATH, input="hello", include=shown)["status"] == "completed"
     assert agent.post(PATH, input="hello", include=["everything"]).error["param"] == "include"
+
+
+def test_the_tokens_of_a_request_are_counted_as_they_are_read(agent: Client) -> None:
+    for request in REQUESTS.values():
+        counted = agent.http.post(f"{PATH}/input_tokens", json=request).json()
+        used = agent.ok(PATH, **request)["usage"]["input_tokens"]
+        assert counted == {"object": "response.input_tokens", "input_tokens": used}
+    assert agent.http.post(f"{PATH}/input_tokens", json={}).json()["error"]["param"] == "input"
