@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from .. import format
 from ..convert.export import estimate, export
+from ..convert.huggingface import CheckpointOptions
 from ..system.terminal import Progress, unheard
 from .command import Parser, answer, concerning, program_name
 
@@ -56,14 +57,15 @@ def _work(args: argparse.Namespace) -> int:
 
 def _lines(args: argparse.Namespace, progress: Progress | None) -> list[str]:
     """Export, or only estimate; returns the lines to print."""
-    options = {key: getattr(args, key) for key in ("force", "group_size", "name", "yarn", "yarn_attn_factor")}
+    options = {key: getattr(args, key) for key in CheckpointOptions.__optional_keys__}
     if progress:
         progress.say(f"reading {args.source}")
     if args.estimate:
-        return [*estimate(args.source, args.target, **options).lines()]
+        return [*estimate(args.source, args.target, force=args.force, **options).lines()]
     report = export(
         args.source,
         args.target,
+        force=args.force,
         threads=args.threads,
         lora=args.lora,
         progress=functools.partial(_draw, progress) if progress else None,

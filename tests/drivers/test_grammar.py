@@ -24,7 +24,7 @@ from qwen3c import MODEL_IN_THE_BOX, Event, Model
 from qwen3c.drivers import grammar as grammars
 from qwen3c.drivers.batch import drive
 from qwen3c.drivers.grammar import Grammar
-from qwen3c.drivers.reply import Mask, Reply, ReplyState, Vocabulary
+from qwen3c.drivers.reply import Mask, Reply, ReplySettings, ReplyState, Vocabulary
 from qwen3c.drivers.sampler import Sampling
 from qwen3c.drivers.schema import MAX_MEETING, MAX_SCHEMA, GrammarError
 from qwen3c.text.tokenizer import Tokenizer
@@ -76,7 +76,7 @@ def wanting(token: int) -> NDArray[np.float32]:
 def state(grammar: Grammar | None, prompt: str = "x", of: Vocabulary = HYBRID, **options: Any) -> ReplyState:
     ids = TOKENIZER.encode(prompt, special=True)
     mask = grammar.mask(ids) if grammar else None
-    return ReplyState(of, ids, Sampling(temperature=0), 1000, mask=mask, **options)
+    return ReplyState(of, ids, Sampling(temperature=0), 1000, ReplySettings(mask=mask, **options))
 
 
 def said(state: ReplyState, text: str) -> str:
@@ -475,7 +475,7 @@ def test_a_reply_is_the_same_alone_among_others_and_computed_again(flat: Model) 
     def reply_state(prompt: list[int], grammar: Grammar | None, seed: int) -> ReplyState:
         mask = grammar.mask(prompt) if grammar else None
         sampling = Sampling(temperature=1.0, seed=seed)
-        return ReplyState(flat.vocabulary, prompt, sampling, 40, mask=mask, logprobs=1)
+        return ReplyState(flat.vocabulary, prompt, sampling, 40, ReplySettings(mask=mask, logprobs=1))
 
     def alone(case: tuple[list[int], Grammar | None, int]) -> list[Event]:
         return [event for _, event in drive(flat, [(case[0], reply_state(*case))], 1)]
@@ -627,7 +627,7 @@ def test_a_budget_that_means_nothing_is_refused() -> None:
         with pytest.raises(ValueError, match=f"thinking_budget = .*{complaint}"):
             state(None, thinking_budget=budget)
     with pytest.raises(ValueError, match="thinking_budget = 5: the vocabulary has no token </think>"):
-        ReplyState(Vocabulary(8, frozenset()), [1], Sampling(), 5, thinking_budget=5)
+        ReplyState(Vocabulary(8, frozenset()), [1], Sampling(), 5, ReplySettings(thinking_budget=5))
 
 
 # ----------------------------------------------------------------------------
