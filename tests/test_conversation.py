@@ -165,7 +165,7 @@ def test_a_save_that_fails_leaves_the_old_file(
 
 def test_a_full_context_ends_the_conversation_or_drops_its_oldest_turns(model: Model) -> None:
     conversation = Conversation(model, 256, max_tokens=4, seed=1, thinking=False, system="be brief")
-    said: list[Any] = []
+    said: list[str] = []
     with pytest.raises(ContextFullError):
         while len(said) < 100:
             text = f"message {len(said)} " + "ab " * 10

@@ -5,6 +5,7 @@ python -m pytest tests/cli/test_command.py
 
 from __future__ import annotations
 
+import argparse
 import errno
 import importlib.machinery
 import os
@@ -13,7 +14,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 from small_models import write_small_model
@@ -66,7 +66,7 @@ def test_every_command_says_an_error_in_the_same_line_with_the_same_status(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(args: Any) -> int:
+    def fail(args: argparse.Namespace) -> int:
         raise error
 
     monkeypatch.setattr(module, "_work", fail)
@@ -80,7 +80,7 @@ def test_every_command_says_an_error_in_the_same_line_with_the_same_status(
 def test_a_reader_that_has_left_is_no_error(
     module: ModuleType, argv: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(args: Any) -> int:
+    def fail(args: argparse.Namespace) -> int:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     monkeypatch.setattr(module, "_work", fail)
@@ -99,7 +99,7 @@ def test_every_command_ends_by_a_signal_with_its_number(
 ) -> None:
     cleaned_up = []
 
-    def be_ended(args: Any) -> int:
+    def be_ended(args: argparse.Namespace) -> int:
         try:
             signal.raise_signal(getattr(signal, name))
         finally:

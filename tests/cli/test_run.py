@@ -5,6 +5,7 @@ python -m pytest tests/cli/test_run.py
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import json
@@ -18,7 +19,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -378,7 +379,7 @@ def test_without_a_mode_the_options_tell_which_it_is(
 ) -> None:
     chosen: list[str] = []
 
-    def note(args: Any) -> int:
+    def note(args: argparse.Namespace) -> int:
         chosen.append(args.mode)
         return 0
 
@@ -661,7 +662,7 @@ def test_an_error_is_one_line_that_says_what_was_short(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(args: Any) -> int:
+    def fail(args: argparse.Namespace) -> int:
         raise error
 
     monkeypatch.setattr(run, "MODES", {"info": fail})
@@ -1048,8 +1049,11 @@ class Terminal:
         os.close(self._master)
 
 
+OpenTerminal = Callable[..., Terminal]
+
+
 @pytest.fixture
-def terminal(tmp_path: Path) -> Iterator[Any]:
+def terminal(tmp_path: Path) -> Iterator[OpenTerminal]:
     opened: list[Terminal] = []
 
     def open_terminal(*args: str, **environment: str) -> Terminal:
@@ -1066,7 +1070,7 @@ SPEED_LINE = r"prompt \d+ tok.*\| seed \d+.*\n"
 
 
 @posix
-def test_a_conversation_at_a_terminal(terminal: Any, tmp_path: Path) -> None:
+def test_a_conversation_at_a_terminal(terminal: OpenTerminal, tmp_path: Path) -> None:
     t = terminal("-m", "chat", "-t", "1.5", "-s", "1", "--no-think")
     assert "thinking off | temperature 1.5" in t.expect(r"/help lists the commands, Ctrl-D leaves")
     t.expect("> ")
@@ -1121,7 +1125,7 @@ def test_a_conversation_at_a_terminal(terminal: Any, tmp_path: Path) -> None:
 
 
 @posix
-def test_two_ctrl_c_in_a_row_do_not_end_a_conversation(terminal: Any) -> None:
+def test_two_ctrl_c_in_a_row_do_not_end_a_conversation(terminal: OpenTerminal) -> None:
     t = terminal("-m", "chat", "-t", "1.5", "-n", "2000", "-s", "1", "--no-think")
     t.expect("> ")
     t.send("write\r")
@@ -1138,7 +1142,9 @@ def test_two_ctrl_c_in_a_row_do_not_end_a_conversation(terminal: Any) -> None:
 
 
 @posix
-def test_without_readline_lines_that_come_at_once_are_one_message(terminal: Any, tmp_path: Path) -> None:
+def test_without_readline_lines_that_come_at_once_are_one_message(
+    terminal: OpenTerminal, tmp_path: Path
+) -> None:
     (tmp_path / "readline.py").write_text("raise ImportError")
     t = terminal("-m", "chat", "-n", "2", PYTHONPATH=str(tmp_path))
     t.expect("> ")
@@ -1155,7 +1161,7 @@ def test_without_readline_lines_that_come_at_once_are_one_message(terminal: Any,
 
 
 @posix
-def test_a_conversation_can_be_loaded_and_its_settings_seen(terminal: Any, tmp_path: Path) -> None:
+def test_a_conversation_can_be_loaded_and_its_settings_seen(terminal: OpenTerminal, tmp_path: Path) -> None:
     saved = {"qwen3c": "conversation", "system": "be kind", "messages": [
         {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}  # fmt: skip
     (tmp_path / "c.json").write_text(json.dumps(saved))

@@ -436,7 +436,7 @@ def fail_at_nth(patch: pytest.MonkeyPatch, call: str, n: int) -> None:
     owner: Any = format.ModelWriter if call == "write" else os
     real, count = getattr(owner, call), 0
 
-    def failing(*arguments: Any) -> Any:
+    def failing(*arguments: object) -> object:
         nonlocal count
         count += 1
         if count == n + 1:
@@ -516,7 +516,7 @@ for point in points or []:
 """
 
 
-def run_script(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+def run_script(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(command, cwd=PACKAGES, capture_output=True, text=True, timeout=100, check=False)
 
@@ -709,7 +709,7 @@ def test_out_of_memory_is_one_line(
     capfd: pytest.CaptureFixture[str],
     threads: bool,
 ) -> None:
-    def no_memory(*_: Any) -> None:
+    def no_memory(*_: object) -> None:
         raise MemoryError("Unable to allocate 4.00 MiB")
 
     if not threads:
@@ -745,7 +745,7 @@ def test_a_library_that_cannot_be_loaded_is_one_short_line(
 ) -> None:
     """NumPy's ImportError is a page of advice; its cause has the reason."""
 
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(*_: object, **__: object) -> None:
         try:
             raise ImportError("libopenblas.so: failed to map segment from shared object")
         except ImportError as error:

@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jsonschema
@@ -128,7 +129,9 @@ OBJECT = {
         (lambda: Grammar.lark(HYBRID, 'start: %json {"enum": [1, 2]}'), ["1", "2"], ["3"]),
     ],
 )  # fmt: skip
-def test_a_grammar_allows_what_it_says(grammar: Any, good: list[str], bad: list[str]) -> None:
+def test_a_grammar_allows_what_it_says(
+    grammar: Callable[[], Grammar], good: list[str], bad: list[str]
+) -> None:
     compiled = grammar()
     assert [text for text in good if not may_say(compiled, text)] == []
     assert [text for text in bad if may_say(compiled, text)] == []
@@ -222,7 +225,7 @@ def test_a_schema_that_cannot_be_enforced_is_refused_in_one_line(schema: Any, co
         (lambda: Grammar.lark(HYBRID, 'start: %json {"not": {}, "x-guidance": {"lenient": true}}'), "Unimplemented"),
     ],
 )  # fmt: skip
-def test_grammars_of_other_kinds_are_refused_in_one_line(make: Any, complaint: str) -> None:
+def test_grammars_of_other_kinds_are_refused_in_one_line(make: Callable[[], object], complaint: str) -> None:
     with pytest.raises(GrammarError, match=complaint) as error:
         make()
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
@@ -655,7 +658,9 @@ def coder(name: str, **arguments: Any) -> str:
 
 @pytest.mark.parametrize(("tools", "call"), [(TOOLS, hermes), (CODER, coder)])
 @pytest.mark.parametrize("before", ["", "<think>\nhm\n</think>\n\n"])
-def test_the_choice_of_tools_says_what_may_come(tools: ToolSet, call: Any, before: str) -> None:
+def test_the_choice_of_tools_says_what_may_come(
+    tools: ToolSet, call: Callable[..., str], before: str
+) -> None:
     weather, ping = call("get.weather", city="Paris", days=3), call("ping")
     texts = ["", "hi", weather, ping, f"hi\n{weather}", f"{weather}\n{ping}", f"{ping}\nhi", call("pong"),
              call("get.weather"), "<tool_call>hi"]  # fmt: skip
