@@ -14,8 +14,6 @@ import sys
 from collections.abc import Sequence
 
 from .. import format
-from ..convert.export import estimate, export
-from ..convert.huggingface import CheckpointOptions
 from ..system.terminal import Progress, unheard
 from .command import Parser, answer, concerning, program_name
 
@@ -57,9 +55,12 @@ def _work(args: argparse.Namespace) -> int:
 
 def _lines(args: argparse.Namespace, progress: Progress | None) -> list[str]:
     """Export, or only estimate; returns the lines to print."""
-    options = {key: getattr(args, key) for key in CheckpointOptions.__optional_keys__}
     if progress:
         progress.say(f"reading {args.source}")
+    from ..convert.export import estimate, export
+    from ..convert.huggingface import CheckpointOptions
+
+    options = {key: getattr(args, key) for key in CheckpointOptions.__optional_keys__}
     if args.estimate:
         return [*estimate(args.source, args.target, force=args.force, **options).lines()]
     report = export(

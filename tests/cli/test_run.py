@@ -28,7 +28,7 @@ import pytest
 from small_models import TINY_QWEN3, export_small_model, write_small_model
 
 from qwen3c import MODEL_IN_THE_BOX, Model, engine
-from qwen3c.cli import options as run_options, run
+from qwen3c.cli import modes as run_modes, options as run_options, run
 from qwen3c.cli.options import USED_BY, new_parser
 from qwen3c.cli.repl import parse_command
 from qwen3c.format import ModelFile, ModelFileError, ModelWriter
@@ -353,7 +353,7 @@ OPTIONS = [  # and the modes that use them
 def test_a_mode_refuses_in_one_line_every_option_that_it_does_not_use(
     mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "MODES", dict.fromkeys(run_options.MODES, lambda args: 0))
+    monkeypatch.setattr(run_modes, "MODES", dict.fromkeys(run_options.MODES, lambda args: 0))
     for option, modes in [(option, modes) for options, modes in OPTIONS for option in options]:
         text = ["text"] * (mode == "perplexity" and "--file" not in option)
         done = in_process(capsys, TINY, *text, "-m", mode, *option.split())
@@ -383,7 +383,7 @@ def test_without_a_mode_the_options_tell_which_it_is(
         chosen.append(args.mode)
         return 0
 
-    monkeypatch.setattr(run, "MODES", dict.fromkeys(run_options.MODES, note))
+    monkeypatch.setattr(run_modes, "MODES", dict.fromkeys(run_options.MODES, note))
     for at_terminal in (True, False):
         monkeypatch.setattr(sys, "stdin", FakeStdin(at_terminal))
         for options, expected in [
@@ -665,7 +665,7 @@ def test_an_error_is_one_line_that_says_what_was_short(
     def fail(args: argparse.Namespace) -> int:
         raise error
 
-    monkeypatch.setattr(run, "MODES", {"info": fail})
+    monkeypatch.setattr(run_modes, "MODES", {"info": fail})
     monkeypatch.setattr(os, "dup2", lambda *_: None)  # or this test's own stdout would be closed
     done = in_process(capfd, "-m", "info")
     assert done.status == status and done.err.count("\n") == 1
