@@ -265,7 +265,6 @@ def test_stop_strings_are_a_setting(model: Model) -> None:
         conversation.set("overflow", "away")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="named pipes and devices are POSIX")
 def test_a_path_that_cannot_be_a_conversation_is_named_as_it_was_given(model: Model, tmp_path: Path) -> None:
     conversation = talk(model)
     os.mkfifo(tmp_path / "pipe")

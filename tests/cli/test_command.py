@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib.machinery
-import os
 import signal
 import subprocess
 import sys
@@ -151,7 +150,6 @@ def test_an_estimate_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "export.py: error: cannot write: No space left on device\n")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a POSIX shell starts it")
 @pytest.mark.parametrize("stream", ["> /dev/full 2>&1", "2>&-", "2> /dev/full"])
 @pytest.mark.parametrize("script", ["run.py", "export.py", "train.py"])
 def test_an_error_that_nobody_can_read_is_still_its_status(script: str, stream: str, tmp_path: Path) -> None:

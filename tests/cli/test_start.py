@@ -25,7 +25,6 @@ def test_the_installed_commands_are_ways_in() -> None:
     assert all(callable(getattr(start, function)) for _, function in targets)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="SIGINT is sent")
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize(
     "command",

@@ -31,7 +31,6 @@ from qwen3c.drivers.schema import MAX_MEETING, MAX_SCHEMA, GrammarError
 from qwen3c.text.tokenizer import Tokenizer
 from qwen3c.text.tools import ToolSet
 
-pytest.importorskip("llguidance")
 TOKENIZER = Tokenizer(tokenizer_json().encode())
 END = TOKENIZER.control_id("<|im_end|>")
 assert END is not None

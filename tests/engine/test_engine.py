@@ -455,7 +455,6 @@ def test_the_gil_is_released(model: Engine, ids: np.ndarray) -> None:
     assert elapsed < 0.005 or during
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
 def test_a_forked_child_can_run_a_model_its_parent_used(
     path: Path, kv: KV, ids: np.ndarray, whole: np.ndarray
 ) -> None:

@@ -251,7 +251,6 @@ def test_a_mixed_pass_reads_one_prompt_and_decodes_a_token_of_the_others(small: 
         assert [session.position for session in player._sessions] == [21, 21, 25]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="looks for a process by signal")
 def test_a_neighbour_ends_with_the_benchmark_even_with_a_killed_one() -> None:
     def lives(process: int) -> bool:
         try:

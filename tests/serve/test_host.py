@@ -42,8 +42,6 @@ from qwen3c.serve.host import (
 from qwen3c.serve.mcp import Local
 from qwen3c.system.terminal import visible
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups")
-
 
 def with_host(check: Callable[[Host, dict[str, Any]], Awaitable[None]], *kinds: str, **options: Any) -> None:
     """check(the host of servers of these kinds, what it says of them)."""

@@ -37,8 +37,6 @@ os.dup2(int(sys.argv[1]), 3)
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
 os.execv(sys.argv[2], sys.argv[2:])"""
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and descriptors are POSIX")
-
 
 class Process:
     """tests/small_server.py, ready, in a process of its own without a terminal. port: where it listens."""
