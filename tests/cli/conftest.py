@@ -23,7 +23,7 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def default_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command uses a model that can think, and one thread: two threads on a busy machine wait for each
     other.

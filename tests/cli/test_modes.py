@@ -20,6 +20,8 @@ from qwen3c.format import ModelFile
 from qwen3c.inspect import trace
 from qwen3c.inspect.info import describe
 
+pytestmark = pytest.mark.usefixtures("default_model")
+
 # ----------------------------------------------------------------------------
 # info and perplexity
 

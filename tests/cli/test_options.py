@@ -15,6 +15,8 @@ from commands import TINY, in_process
 from qwen3c.cli import modes as run_modes, options as run_options
 from qwen3c.cli.options import USED_BY, new_parser
 
+pytestmark = pytest.mark.usefixtures("default_model")
+
 ALL = {"chat", "generate", "trace", "info", "perplexity", "bench", "serve", "mcp"}
 MAKES_TEXT = {"chat", "generate", "trace"}
 SAMPLING = (

@@ -24,6 +24,8 @@ from commands import RUN, command, in_process, text_of
 from qwen3c import Model
 from qwen3c.cli.repl import parse_command
 
+pytestmark = pytest.mark.usefixtures("default_model")
+
 
 def test_messages_from_a_pipe_are_answered_one_by_one(model: Model) -> None:
     stdin = 'first\n"""\nsecond\nline\n"""\n\n/foo\n /foo\n/no_think x\n'

@@ -26,6 +26,8 @@ from qwen3c.cli.options import MODES
 from qwen3c.format import ModelFile, ModelFileError, ModelWriter
 from qwen3c.system.machine import THREAD_VARIABLES, default_threads, n_cpus
 
+pytestmark = pytest.mark.usefixtures("default_model")
+
 # ----------------------------------------------------------------------------
 # generate
 

@@ -742,7 +742,7 @@ def test_a_library_that_cannot_be_loaded_is_one_short_line(
         except ImportError as error:
             raise ImportError("IMPORTANT: PLEASE READ THIS\n" * 20) from error
 
-    monkeypatch.setattr("qwen3c.cli.export.export", fail)
+    monkeypatch.setattr("qwen3c.convert.export.export", fail)
     assert main([str(source), str(tmp_path / "model.bin")]) == 2
     expected = "export.py: error: libopenblas.so: failed to map segment from shared object\n"
     assert capfd.readouterr().err == expected
