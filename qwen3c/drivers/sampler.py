@@ -116,6 +116,7 @@ class Sampler:
             raise ValueError(
                 f"logit_bias: token {beyond[0]} does not exist, the vocabulary has {n_tokens} tokens"
             )
+        self.sampling = sampling
         self.seed = secrets.randbits(32) if sampling.seed is None else int(sampling.seed)
         self.logprob = 0.0
         self._position = len(prompt)  # of the next token in its sequence

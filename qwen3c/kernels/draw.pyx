@@ -83,8 +83,8 @@ cdef struct Scratch:
 
 cdef void draw_row(Choice *c, Scratch *s, bint token) noexcept nogil:
     cdef const float *x = c.logits
-    cdef const int32_t *ids = s.ids
-    cdef Py_ssize_t index, m
+    cdef bint greedy = c.inverse_temperature == 0, listed = True  # whether index i of s.p is id s.ids[i]
+    cdef Py_ssize_t m = 1 if greedy or c.top_k == c.n else c.top_k, index
     c.fault = NO_FAULT
     if c.n_top >= 0:
         measure(c, s)
@@ -93,46 +93,30 @@ cdef void draw_row(Choice *c, Scratch *s, bint token) noexcept nogil:
     if c.n_undefined or c.n_biased or c.n_known or c.allowed != NULL:
         adjust(c, s.x)
         x = s.x
-    if c.inverse_temperature == 0 or c.top_k < c.n:
-        m = 1 if c.inverse_temperature == 0 else c.top_k
-        if kernels.top_k(s.ids, x, c.n, m):
-            c.fault, c.largest = NOT_FINITE, x[first_nan(x, c.n)]
-            return
-        if not may_go_on(c, x[s.ids[0]]):
-            return
-        c.token, c.share = s.ids[0], 1
-        if c.inverse_temperature == 0:
-            return
+    if kernels.top_k(s.ids, x, c.n, m):
+        s.ids[0] = <int32_t>first_nan(x, c.n)
+    c.token, c.share, c.largest = s.ids[0], 1, x[s.ids[0]]
+    if not isfinite(c.largest):
+        c.fault = NOTHING_ALLOWED if c.allowed != NULL and c.largest == -INFINITY else NOT_FINITE
+        return
+    if greedy:
+        return
+    if c.top_k < c.n:
         for index in range(m):
             s.p[index] = x[s.ids[index]]
         softmax(s.p, s.p, m, c.inverse_temperature)
+        m = keep(c, s, m)
     else:
-        if kernels.top_k(s.ids, x, c.n, 1):
-            c.fault, c.largest = NOT_FINITE, x[first_nan(x, c.n)]
-            return
-        if not may_go_on(c, x[s.ids[0]]):
-            return
         softmax(s.p, x, c.n, c.inverse_temperature)
         m = c.n
         if c.top_p < 1:
-            m = most_likely(c, s)
+            m = keep(c, s, most_likely(c, s))
         elif c.min_p > 0:
-            for index in range(m):
-                s.ids[index] = <int32_t>index
+            m = keep_likely(s, NULL, c.n, c.min_p * s.p[s.ids[0]])
         else:
-            ids = NULL
-    if ids != NULL:
-        m = keep(c, s, m)
+            listed = False
     index = pick(s.p, m, uniform(c.seed, c.position), s.sums, &c.share)
-    c.token = index if ids == NULL else ids[index]
-
-
-cdef bint may_go_on(Choice *c, float largest) noexcept nogil:
-    """Whether there is a token to choose."""
-    c.largest = largest
-    if not isfinite(largest):
-        c.fault = NOTHING_ALLOWED if c.allowed != NULL and largest == -INFINITY else NOT_FINITE
-    return c.fault == NO_FAULT
+    c.token = s.ids[index] if listed else index
 
 
 cdef Py_ssize_t first_nan(const float *x, Py_ssize_t n) noexcept nogil:
@@ -145,18 +129,19 @@ cdef Py_ssize_t first_nan(const float *x, Py_ssize_t n) noexcept nogil:
 cdef void measure(Choice *c, Scratch *s) noexcept nogil:
     """The sum and the most likely tokens of the model's own distribution over the tokens that exist."""
     cdef const float *x = c.logits
+    cdef int32_t *ids
     cdef Py_ssize_t i
     if c.n_undefined:
         memcpy(s.x, x, c.n * sizeof(float))
         forbid(c, s.x)
         x = s.x
     c.exponentials = kernels.exponentials(s.p, x, c.n, 1)
-    c.most = x[0]
-    for i in range(c.n):
-        c.most = x[i] if x[i] > c.most else c.most
-    if c.n_top and kernels.top_k(c.top, x, c.n, c.n_top) == 0:
-        for i in range(c.n_top):
-            c.top_logits[i] = x[c.top[i]]
+    ids = c.top if c.n_top else s.ids
+    if kernels.top_k(ids, x, c.n, max(c.n_top, 1)):
+        ids[0] = <int32_t>first_nan(x, c.n)
+    c.most = x[ids[0]]
+    for i in range(c.n_top):
+        c.top_logits[i] = x[c.top[i]]
 
 
 cdef void forbid(const Choice *c, float *x) noexcept nogil:
@@ -248,22 +233,26 @@ cdef inline uint32_t bits(const float *x) noexcept nogil:
 
 
 cdef Py_ssize_t keep(const Choice *c, Scratch *s, Py_ssize_t m) noexcept nogil:
-    """Keep of (ids, p), m of them, what top-p and min-p keep: always the first of the most likely; how many.
+    """Keep of m ids, the most likely first, what top-p and min-p keep: always the first; how many.
 
     top-p keeps a token while those before it sum to less than top_p; min-p compares with the largest.
     """
     cdef double before = 0
-    cdef float least = 0
-    cdef Py_ssize_t i, kept = 0
-    for i in range(m):
-        least = s.p[i] if s.p[i] > least else least
-    least *= c.min_p
+    cdef Py_ssize_t i
     for i in range(m):
         if i and c.top_p < 1 and not before < c.top_p:
+            m = i
             break
         before += s.p[i]
+    return keep_likely(s, s.ids, m, c.min_p * s.p[0])
+
+
+cdef Py_ssize_t keep_likely(Scratch *s, const int32_t *ids, Py_ssize_t n, float least) noexcept nogil:
+    """Put those of ids (n; NULL: 0 to n - 1) whose p is not below `least` first, and their p; how many."""
+    cdef Py_ssize_t i, kept = 0
+    for i in range(n):
         if s.p[i] >= least:
-            s.ids[kept], s.p[kept] = s.ids[i], s.p[i]
+            s.ids[kept], s.p[kept] = <int32_t>i if ids == NULL else ids[i], s.p[i]
             kept += 1
     return kept
 
@@ -458,6 +447,15 @@ def draw(draws, int threads=1, bint tokens=True):
         spare.extend(borrowed)
         free(choices)
         free(scratches)
+
+
+def pick_index(p, double number):
+    """(the index that `number`, in [0, 1), picks in proportion to p (n,), its share of the sum)."""
+    cdef const float[::1] values = np.ascontiguousarray(p, dtype=np.float32)
+    cdef double[::1] sums = np.empty(2 * len(values))
+    cdef double share
+    index = pick(&values[0], len(values), number, &sums[0], &share)
+    return index, share
 
 
 cdef list spare = []  # memory of earlier calls, which hold the GIL when they take and return it
