@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.draw import Draw, draw
 from .reply import FinishReason, Stats
-from .sampler import Draw, draw
 
 if TYPE_CHECKING:
     from ..engine import Engine, Logits, Session

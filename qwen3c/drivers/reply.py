@@ -17,10 +17,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.draw import Draw
 from ..text.chat import END_THINK, TAGS, THINK, Piece, ReplyStream, last_control_token
 from ..text.tokenizer import Tokenizer
 from ..text.tools import ToolSet
-from .sampler import Draw, Sampler, Sampling
+from .sampler import Sampler, Sampling
 
 FinishReason = Literal["stop", "length", "cancelled"]
 SHOWN = 48  # characters of a text in a repr or an error
@@ -226,8 +227,9 @@ class ReplyState:
 
         It may be left out; take() then draws by itself.
         """
+        draw = self._sampler.begin(logits, self._allowed(), self._logprobs)
         self._begun = True
-        return self._sampler.begin(logits, self._allowed(), self._logprobs)
+        return draw
 
     def take(self, logits: NDArray[np.float32]) -> Event:
         """Sample the next token from `logits` (vocab_size,), those after the last token so far.
