@@ -6,7 +6,7 @@ python -m pytest tests/drivers/test_batch.py
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from qwen3c import CachedSession, Event, Model
 from qwen3c.drivers.batch import LARGEST_PIECE, Batch, Member, common_prefix, drive, last_rows
 from qwen3c.drivers.reply import ReplyState, Stats
 from qwen3c.drivers.sampler import Sampling
+from qwen3c.engine import Logits, Session
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,9 @@ class Watched(Model):
 
     passes: list[list[int]]
 
-    def forward(self, batch: Any, logits: Any = "last") -> list[NDArray[np.float32]]:
+    def forward(
+        self, batch: Sequence[tuple[Session, Any]], logits: Logits = "last"
+    ) -> list[NDArray[np.float32]]:
         self.passes.append([len(ids) for _, ids in batch])
         return super().forward(batch, logits)
 
@@ -173,7 +176,7 @@ def test_common_prefixes() -> None:
 def test_sequences_are_taken_from_an_iterator_as_there_is_room(model: Model) -> None:
     taken = []
 
-    def sequences() -> Any:
+    def sequences() -> Iterator[tuple[list[int], ReplyState]]:
         for i, prompt in enumerate(prompts(6, 0, 4)):
             taken.append(i)
             yield prompt, ReplyState(model.vocabulary, prompt, Sampling(seed=i), 5)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from qwen3c.drivers.sampler import RECOMMENDED, Sampler, Sampling, default_sampling
 from qwen3c.kernels.draw import draw, pick_index
@@ -20,7 +20,7 @@ from qwen3c.kernels.draw import draw, pick_index
 Floats = NDArray[np.float64]
 
 
-def oracle(logits: Any, prompt: list[int], reply: list[int], s: Sampling) -> Floats:
+def oracle(logits: ArrayLike, prompt: list[int], reply: list[int], s: Sampling) -> Floats:
     """The probability of every token, in float64, straight from the definitions."""
     x = np.asarray(logits, dtype=np.float64).copy()
     for id, bias in s.logit_bias.items():

@@ -11,13 +11,14 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 from small_models import export_small_model
 
 from qwen3c import Model
+from qwen3c.drivers.batch import CachedSession
 from qwen3c.drivers.reply import Event
 from qwen3c.serve.ask import Ask, KeyLimits, Stream
 from qwen3c.serve.errors import ApiError
@@ -161,7 +162,7 @@ def test_a_wrong_cache_would_be_noticed(path: Path, monkeypatch: pytest.MonkeyPa
 
     find = PrefixTree.find
 
-    def wrong(self: PrefixTree, namespace: str, tokens: list[int]) -> Any:
+    def wrong(self: PrefixTree, namespace: str, tokens: list[int]) -> tuple[CachedSession | None, int]:
         session, n = find(self, namespace, tokens)
         if session is not None and len(session.tokens) > 8:
             session = session.fork()
@@ -295,7 +296,7 @@ def test_an_engine_that_fails_is_an_error_of_the_stream_and_the_next_request_is_
             expected = await outcome(served, Ask([[5, 6]], max_tokens=4, sampling={"seed": 1}))
             with monkeypatch.context() as patched:
 
-                def fails(*_: Any) -> Any:
+                def fails(*_: object) -> NoReturn:
                     raise ValueError("m.bin: the logits are not finite")
 
                 patched.setattr(Model, "forward", fails)
