@@ -32,6 +32,7 @@ from .drivers.reply import (
 from .drivers.sampler import Sampling, SamplingOptions, default_sampling
 from .engine import KV, Activations, Engine, Logits, Session
 from .format import ModelFileError
+from .kernels.table import all_finite
 from .memory import check_space_for_model, gib
 from .text.chat import END_THINK, ChatTemplate, last_control_token, may_think
 from .text.template import Renderer
@@ -346,16 +347,17 @@ class Model(Engine):
         computes through this one. model.trace shows where such a number comes from.
         """
         outputs = super().forward(batch, logits)
-        for output in outputs:
-            for row in output.reshape(-1, output.shape[-1]):
-                self._check_finite(row, hidden=logits == "hidden")
+        hidden = logits == "hidden"
+        # embedding rows beyond n_tokens are padding
+        n = self.config.dim if hidden else self.config.n_tokens
+        rows = [row for output in outputs for row in output.reshape(-1, output.shape[-1])]
+        if not all_finite(rows, n, self.threads):
+            for row in rows:
+                self._check_finite(row[:n], hidden)
         return outputs
 
     def _check_finite(self, row: NDArray[np.float32], hidden: bool) -> None:
-        # embedding rows beyond n_tokens are padding
-        finite = np.isfinite(row if hidden else row[: self.config.n_tokens])
-        if finite.all():
-            return
+        finite = np.isfinite(row)
         bad = [i for i in np.flatnonzero(~finite).tolist() if hidden or i not in self.undefined_tokens]
         if bad:
             what, where = ("hidden state is", "at") if hidden else ("logits are", "of token")

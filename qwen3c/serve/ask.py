@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from ..drivers.batch import LastRow
 from ..drivers.reply import Event, FinishReason, ReplyState, Stats
-from ..drivers.sampler import NoTokenError, SamplingOptions
+from ..drivers.sampler import SamplingOptions
 from ..drivers.schema import GrammarError
 from ..drivers.score import PromptScores, TokenScore
 from ..engine import Logits
+from ..kernels.draw import Draw, NoTokenError
 from .errors import ApiError, grammar_error, server_error
 
 if TYPE_CHECKING:
@@ -204,6 +205,7 @@ class Job:
     position: int = 0  # in the queue, as last told
     wake: Callable[[], None] = lambda: None  # its scheduler, which looks for what was cancelled
     cancelled: bool = False
+    _fault: ValueError | None = None  # what begin() found, for take() to tell
 
     def __lt__(self, other: Job) -> bool:
         """Whether it comes sooner."""
@@ -232,10 +234,21 @@ class Job:
     def prepare(self) -> None:
         self.state.prepare()
 
+    def begin(self, logits: NDArray[np.float32]) -> Draw | None:
+        if self.max_tokens == 0:
+            return None
+        try:
+            return self.state.begin(logits)
+        except ValueError as error:  # which take() is to tell
+            self._fault = error
+            return None
+
     def take(self, logits: NDArray[np.float32]) -> Event | LastRow | Failed:
         if self.max_tokens == 0:  # the prompt alone was to be read
             return self.state.end("length")
         try:
+            if self._fault is not None:
+                raise self._fault
             return self.state.take(logits)
         except (GrammarError, NoTokenError) as error:
             return Failed(grammar_error(str(error)))

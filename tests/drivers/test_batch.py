@@ -68,6 +68,26 @@ def test_many_replies_are_each_what_generate_says(model: Model, running: int) ->
     assert sorted(i for i, event in together if event.finish_reason) == seeds
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.8, "top_k": 5, "repetition_penalty": 1.3, "presence_penalty": 0.4},
+        {"temperature": 1.2, "top_k": 0, "top_p": 0.7},
+        {"temperature": 1.2, "top_k": 0, "min_p": 0.2, "thinking_budget": 2},
+    ],
+)
+def test_replies_drawn_together_have_the_log_probabilities_of_those_drawn_alone(
+    model: Model, options: dict[str, Any]
+) -> None:
+    asked = prompts(6, 10, 5)
+    together = [list[Event]() for _ in asked]
+    for i, event in model.generate_many(asked, 12, seeds=range(6), logprobs=3, **options):
+        together[i].append(event)
+    for i, prompt in enumerate(asked):
+        assert list(model.generate(prompt, 12, seed=i, logprobs=3, **options)) == together[i]
+
+
 def test_a_common_beginning_is_computed_once(watched: Watched) -> None:
     list(watched.generate_many(prompts(10, 300, 4), 3, seed=1))
     read = sum(map(sum, watched.passes))

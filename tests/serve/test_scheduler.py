@@ -341,3 +341,39 @@ def test_what_is_scored_is_what_the_model_says(path: Path) -> None:
 def no_thread_is_left() -> Iterator[None]:
     yield
     assert not [thread for thread in threading.enumerate() if thread.name == "engine"]
+
+
+def test_a_grammar_that_fails_ends_its_own_sequence_alone(path: Path) -> None:
+    class Broken:
+        def __init__(self) -> None:
+            self.n_left = 3
+
+        def allowed(self) -> None:
+            self.n_left -= 1
+            if self.n_left == 0:
+                raise ValueError("the grammar is lost")
+
+        def accept(self, token: int) -> None:
+            """Whatever comes."""
+
+        def prepare(self) -> None:
+            """Nothing."""
+
+    class Lost:
+        def mask(self, prompt: list[int]) -> Broken:
+            return Broken()
+
+    async def run() -> None:
+        async with serving(path) as served:
+            wanted = Ask([[1, 2, 3]], max_tokens=12, sampling={"seed": 5})
+            expected = await outcome(served, wanted)
+            good, bad, also_good = await asyncio.gather(
+                outcome(served, wanted),
+                outcome(served, replace(endless(served, [4, 5]), grammar=Lost(), max_tokens=9)),  # type: ignore[arg-type]
+                outcome(served, wanted),
+                return_exceptions=True,
+            )
+            assert good == also_good == expected
+            assert isinstance(bad, ApiError) and bad.status == 500 and "the grammar is lost" in bad.message
+
+    asyncio.run(run())
