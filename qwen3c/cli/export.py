@@ -3,6 +3,7 @@
 python export.py path/to/Qwen3-0.6B model.bin
 python export.py path/to/Qwen3-0.6B model.bin --lora path/to/adapter
 python export.py Qwen3-0.6B-Q8_0.gguf model.bin
+python export.py path/to/Qwen3-0.6B model.bin --bits 4
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import format
+from ..convert import recipe
 from ..convert.export import estimate, export
 from ..system.terminal import Progress, unheard
 from .command import Parser, answer, concerning, program_name
@@ -57,6 +59,11 @@ def _work(args: argparse.Namespace) -> int:
 def _lines(args: argparse.Namespace, progress: Progress | None) -> list[str]:
     """Export, or only estimate; returns the lines to print."""
     options = {key: getattr(args, key) for key in ("force", "group_size", "name", "yarn", "yarn_attn_factor")}
+    if args.recipe is not None:
+        with concerning(args.recipe):
+            options["recipe"] = recipe.read(args.recipe)
+    elif args.bits not in (None, "8"):
+        options["recipe"] = recipe.of_bits(args.bits)
     if progress:
         progress.say(f"reading {args.source}")
     if args.estimate:
@@ -93,6 +100,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads is {args.threads}, at least 1 is needed")
+    if args.bits is not None and args.recipe is not None:
+        parser.error("--bits and --recipe both say how many bits; give one of them")
     if not args.source:
         parser.error("SRC is an empty text")
     if not args.target and not args.estimate:
@@ -124,8 +133,11 @@ def _parser() -> Parser:
     add("--estimate", action="store_true",
         help="only say how large the file and the memory it takes would be; reads no weight, writes "
             "nothing")  # fmt: skip
+    add("--bits", choices=[*recipe.BITS], help="about how many bits a weight takes (default: 8)")
+    add("--recipe", metavar="FILE", help="TOML file that says which matrix is int4, int6 or int8 (docs/FORMAT.md)")
     sizes = ", ".join(map(str, format.GROUP_SIZES))
-    add("--group-size", type=int, help=f"weights per scale: {sizes} (default: 64; 32 for Q8_0)")
+    add("--group-size", type=int,
+        help=f"weights per scale: {sizes} (default: 64; 32 for Q8_0 and for fewer bits than 8)")  # fmt: skip
     add("--lora", metavar="DIR", help="merge this PEFT adapter into the weights")
     add("--threads", type=int, help="threads (default: the physical cores this process may use)")
     add("--name", help="what the model calls itself (default: from config.json)")

@@ -4,7 +4,7 @@
     stream     the weights, quantised on their way (quantise.py), into a file beside the target
     rename     when it is whole
 
-The bytes depend on the contents of the source, the adapter and the group size alone.
+The bytes depend on the contents of the source, the adapter, the group size and the recipe alone.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .gguf import GGUF
 from .huggingface import Checkpoint
 from .lora import merge
 from .quantise import Converted, Slice, stream
+from .recipe import Recipe
 from .source import Source, SourceError, cut
 
 ProgressCallback = Callable[[int, int], None]  # bytes of the source done, and in all
@@ -105,22 +106,25 @@ def export(
     lora: str | os.PathLike[str] | None = None,
     yarn: float | None = None,
     yarn_attn_factor: float | None = None,
+    recipe: Recipe | None = None,
 ) -> Report:
     """Convert the Hugging Face directory or GGUF file `source` into the file `target`.
 
     force: replace `target` whatever it is. Without it only a model.bin or an empty file is replaced.
-    group_size: weights that share a scale (default: 64; 32 for a GGUF file with Q8_0 weights).
+    group_size: weights that share a scale (default: the recipe's, without one 64; 32 for a GGUF file with
+    Q8_0 weights).
     threads: for the quantisation (default: machine.default_threads()); the result does not depend on it.
     name: what the model calls itself (default: from config.json).
     lora: directory of a PEFT adapter, merged into the weights on their way.
     yarn: stretch the context of a model of default rope by this factor. yarn_attn_factor: the factor on cos
     and sin, in place of what transformers computes from the configuration.
+    recipe: the encoding of each matrix (default: INT8).
     Raises SourceError or OSError; the target is then what it was before.
     """
     start = time.monotonic()
     with contextlib.ExitStack() as opened:
         files = opened.enter_context(_open(source))
-        checkpoint = Checkpoint(files, group_size, name, yarn, yarn_attn_factor)
+        checkpoint = Checkpoint(files, group_size, name, yarn, yarn_attn_factor, recipe)
         if lora is not None:
             adapter = opened.enter_context(Directory(lora, "adapter_config.json"))
             merge(checkpoint, adapter)
@@ -148,6 +152,7 @@ class ExportEstimate:
 
     name: str
     config: format.Config
+    encodings: format.Encodings
     source_size: int
     file_size: int
     tokenizer_size: int
@@ -160,8 +165,8 @@ class ExportEstimate:
         verdict = "fits" if self.file_size <= self.free else "does not fit"
         yield f"{self.name}: {weights} as they are"
         yield (
-            f"file: {gib(self.file_size)} ({self.file_size:,} bytes), INT8 in groups of "
-            f"{self.config.group_size}"
+            f"file: {gib(self.file_size)} ({self.file_size:,} bytes), "
+            f"{format.described(self.config, self.encodings)}"
         )
         yield f"disk: {gib(self.free)} free in {self.directory}: {verdict}"
         yield ""
@@ -177,18 +182,20 @@ def estimate(
     name: str | None = None,
     yarn: float | None = None,
     yarn_attn_factor: float | None = None,
+    recipe: Recipe | None = None,
 ) -> ExportEstimate:
     """What `export` with these arguments would take. Without a target the current directory counts.
 
     No weight is read and nothing is written. Raises SourceError or OSError, as export does.
     """
     with _open(source) as files:
-        checkpoint = Checkpoint(files, group_size, name, yarn, yarn_attn_factor)
+        checkpoint = Checkpoint(files, group_size, name, yarn, yarn_attn_factor, recipe)
         path = Path("model.bin").absolute() if target is None else _check_target(target, files, force)
         writer = _writer(path, checkpoint)
     free = shutil.disk_usage(path.parent).free
     sizes = (checkpoint.size, writer.file_size, len(checkpoint.tokenizer))
-    return ExportEstimate(checkpoint.metadata["name"], checkpoint.config, *sizes, str(path.parent), free)
+    what = (checkpoint.metadata["name"], checkpoint.config, checkpoint.encodings)
+    return ExportEstimate(*what, *sizes, str(path.parent), free)
 
 
 def _open(source: str | os.PathLike[str]) -> Source:
@@ -204,7 +211,7 @@ def _warnings(checkpoint: Checkpoint) -> Iterator[str]:
 def _writer(path: Path, checkpoint: Checkpoint) -> format.ModelWriter:
     c = checkpoint
     try:
-        return format.ModelWriter(path, c.config, c.metadata, c.tokenizer, c.template)
+        return format.ModelWriter(path, c.config, c.metadata, c.tokenizer, c.template, c.encodings)
     except ValueError as error:
         raise SourceError(f"{c.source.location}: {cut(error)}") from None
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from .. import format
 from ..text import tokenizer_json
+from .recipe import GROUP_SIZE, Recipe
 from .rope import Rope, read_rope, stretched
 from .source import (
     TAKE_UNQUANTIZED,
@@ -89,6 +90,7 @@ class Checkpoint:
     """A checked model: its numbers, its texts, its tensors.
 
     config     format.Config, group size included
+    encodings  of its matrices, as the recipe says; {}: all are INT8
     rope       what inverse_frequencies needs
     metadata   what the metadata section of model.bin holds (docs/FORMAT.md)
     tokenizer  the bytes of tokenizer.json
@@ -105,8 +107,12 @@ class Checkpoint:
         name: str | None = None,
         yarn: float | None = None,
         yarn_attn_factor: float | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
-        """yarn: stretch a default rope by this factor. yarn_attn_factor: its factor on cosine and sine."""
+        """yarn: stretch a default rope by this factor. yarn_attn_factor: its factor on cosine and sine.
+
+        group_size: of None the recipe's, without a recipe the source's.
+        """
         self.source = source
         if group_size is not None and group_size not in format.GROUP_SIZES:
             sizes = ", ".join(map(str, format.GROUP_SIZES))
@@ -117,9 +123,9 @@ class Checkpoint:
         self.rope = read_rope(keys, _head_dim(keys, ARCHITECTURES[architecture]))
         if yarn is not None or yarn_attn_factor is not None:
             self.rope = stretched(keys, self.rope, yarn, yarn_attn_factor)
-        self.config = _read_config(
-            keys, ARCHITECTURES[architecture], self.rope, n_tokens, group_size or source.group_size
-        )
+        if group_size is None:
+            group_size = source.group_size if recipe is None else recipe.group_size or GROUP_SIZE
+        self.config = _read_config(keys, ARCHITECTURES[architecture], self.rope, n_tokens, group_size)
         if yarn is not None:
             self.config = _longer(keys, self.config, self.rope)
         self.template = source.template()
@@ -130,6 +136,10 @@ class Checkpoint:
             self.config = replace(self.config, tied_embedding=True)
         self.tensors = _open_tensors(source, stored, self.config)
         self.metadata = self._metadata(keys, name) | {"source": self._provenance(architecture, keys.values)}
+        self.encodings: format.Encodings = {}
+        if recipe is not None:
+            self.encodings = recipe.encodings(self.config)
+            self.metadata["recipe"] = recipe.table
 
     @property
     def size(self) -> int:
