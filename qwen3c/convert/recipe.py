@@ -80,8 +80,13 @@ class Rule:
     def _has(self, layer: int, n_layers: int) -> bool:
         if isinstance(self.layers, tuple):
             return layer in self.layers or layer - n_layers in self.layers
-        eighth = n_layers // 8
-        return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
+        return gets_more(layer, n_layers)
+
+
+def gets_more(layer: int, n_layers: int) -> bool:
+    """Whether llama.cpp's K mixes give a layer more bits: the first and last eighth, and every third between."""
+    eighth = n_layers // 8
+    return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
 
 
 @dataclass(frozen=True)
