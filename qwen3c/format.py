@@ -443,16 +443,30 @@ def _stacked(parts: list[tuple[str, int]]) -> tuple[Part, ...]:
 
 
 def described(config: Config, encodings: Encodings) -> str:
-    """The encodings of a file's matrices for people, the one of most weights first; bits per weight if mixed."""
+    """The encodings of a file's matrices for people, such as "INT4 and INT6 in groups of 32, 5.09 bits a weight".
+
+    The one of most weights comes first; the bits per weight, scales included, follow unless all is INT8.
+    """
+    weights = _weights_by_encoding(config, encodings)
+    text = f"{' and '.join(e.value.upper() for e in weights)} in groups of {config.group_size}"
+    if set(weights) == {Encoding.INT8}:
+        return text
+    size = sum(tensor.size for tensor in tensors(config, encodings) if tensor.quantized)
+    return f"{text}, {8 * size / sum(weights.values()):.2f} bits a weight"
+
+
+def label(config: Config, encodings: Encodings) -> str:
+    """The same in a word or two: "int8 g64", "int4+int6 g32"."""
+    return f"{'+'.join(e.value for e in _weights_by_encoding(config, encodings))} g{config.group_size}"
+
+
+def _weights_by_encoding(config: Config, encodings: Encodings) -> dict[Encoding, int]:
+    """How many weights have each encoding, the most first."""
     weights: dict[Encoding, int] = {}
-    size = 0
     for tensor in tensors(config, encodings):
         if tensor.quantized:
             weights[tensor.encoding] = weights.get(tensor.encoding, 0) + math.prod(tensor.shape)
-            size += tensor.size
-    names = " and ".join(e.value.upper() for e in sorted(weights, key=lambda e: -weights[e]))
-    mixed = f", {8 * size / sum(weights.values()):.2f} bits a weight" if set(weights) != {Encoding.INT8} else ""
-    return f"{names} in groups of {config.group_size}{mixed}"
+    return dict(sorted(weights.items(), key=lambda item: -item[1]))
 
 
 def check_range(field: str, value: float) -> None:
@@ -692,6 +706,8 @@ class ModelFile:
         self._expect("tensors_size", fields["tensors_size"], last.offset + last.size)
         self._expect("file_size", self.file_size, fields["tensors_offset"] + fields["tensors_size"])
         self._places["tensors"] = fields["tensors_offset"], fields["tensors_size"]
+        if self.encodings and set(self.encodings.values()) == {Encoding.INT8}:
+            raise ModelFileError(f"{self.path}: format version {fields['version']}, but all of it is INT8")
 
     def _read_encodings(self, file: BinaryIO) -> Encodings:
         """The section `encodings`, which is read before the file is mapped: sizes follow from it."""
@@ -705,8 +721,6 @@ class ModelFile:
             if number >= len(ENCODINGS):
                 fault = f"{name} has the number {number}, known are 0..{len(ENCODINGS) - 1}"
                 raise ModelFileError(f"{self.path}: encodings: {fault} (file damaged?)")
-        if not any(numbers):
-            raise ModelFileError(f"{self.path}: format version {VERSION_WITH_ENCODINGS}, but all of it is INT8")
         return {name: ENCODINGS[number] for name, number in zip(names, numbers, strict=True)}
 
     def _check_gaps(self) -> None:

@@ -89,10 +89,9 @@ def quantize_fitted(
 def _first_scales(groups: NDArray[np.float32], encoding: str) -> Iterator[NDArray[np.float32]]:
     at = np.abs(groups).argmax(axis=2)[:, :, None]
     extreme = np.take_along_axis(groups, at, axis=2)[:, :, 0]
-    if encoding == "int6":
-        yield np.abs(extreme) / np.float32(31)
-        return
-    for end, factor in itertools.product((28, -31), (0.9, 1.0, 1.1)):
+    ends, factors = ((28, -31), (0.9, 1.0, 1.1)) if encoding == "int4" else ((31,), (0.95, 1.0, 1.05))
+    extreme = extreme if encoding == "int4" else np.abs(extreme)
+    for end, factor in itertools.product(ends, factors):
         yield extreme / np.float32(end) * np.float32(factor)
 
 
