@@ -169,7 +169,7 @@ def run_setting(
         race.series += taken
         keep()
     if "mixed" in args.tests:
-        race.figures += mixed(args.pairs, contenders[0], max(args.batches), config.context)
+        race.figures += mixed(args.pairs, contenders[0], max(args.batches), file.config.context)
     for test in neighbour_tests(args):
         race.figures += [beside_neighbour(args.pairs, contender, test) for contender in contenders]
     if "memory" in args.tests:

@@ -292,7 +292,7 @@ def tile_row_type(columns: int, group_size: int, encoding: Encoding = Encoding.I
     """A tile row as numpy sees it: "codebook" if it is INT4, then "tiles".
 
     A tile has "scales", one per row, and its codes in blocks of 4 columns of 16 rows: int8 "codes"; or
-    "nibbles", the low 4 bits of two such blocks in one byte, and of INT6 "crumbs", 2 more bits of four blocks.
+    "nibbles", 4 bits of two such blocks in one byte, and of INT6 "crumbs", 2 more bits of four blocks.
     """
     import numpy as np
 
@@ -389,7 +389,8 @@ def _vector(role: Role, layer: int | None, name: str, n: int) -> _Planned:
 
 def matrices(config: Config) -> list[str]:
     """Hugging Face names of all matrices that have an Encoding, in file order."""
-    return [name for role, _, _, shape, parts in _planned(config) if _has_tiles(role, shape) for name, _ in parts]
+    matrices = (parts for role, _, _, shape, parts in _planned(config) if _has_tiles(role, shape))
+    return [name for parts in matrices for name, _ in parts]
 
 
 def _has_tiles(role: Role, shape: tuple[int, ...]) -> bool:
@@ -443,7 +444,7 @@ def _stacked(parts: list[tuple[str, int]]) -> tuple[Part, ...]:
 
 
 def described(config: Config, encodings: Encodings) -> str:
-    """The encodings of a file's matrices for people, such as "INT4 and INT6 in groups of 32, 5.09 bits a weight".
+    """The encodings of a file for people, such as "INT4 and INT6 in groups of 32, 5.09 bits a weight".
 
     The one of most weights comes first; the bits per weight, scales included, follow unless all is INT8.
     """
@@ -589,7 +590,7 @@ class ModelFile:
     def verify(self) -> Iterator[tuple[Tensor, bool]]:
         """Read every tensor; yield it with whether it is sound.
 
-        Sound: the checksum matches, the gap before the tensor is zero, no code is -128 (or -32 of INT6), every
+        Sound: the checksum matches, the gap before the tensor is zero, no code is -128 (of INT6: -32), every
         scale is finite and, but of INT4, not negative, every number of a vector is finite.
         """
         end = self.tensors_offset
@@ -684,7 +685,8 @@ class ModelFile:
         for role, _, _, shape, parts in _planned(self.config):
             n_tensors += 1
             n_matrices += len(parts) if _has_tiles(role, shape) else 0
-        apart = 2 * self.config.n_layers if fields["version"] == VERSION_WITH_ENCODINGS else 0  # of q, k and v
+        # q, k and v may be stored apart
+        apart = 2 * self.config.n_layers if fields["version"] == VERSION_WITH_ENCODINGS else 0
         if not 4 * n_tensors <= fields["checksums_size"] <= 4 * (n_tensors + apart):
             self._expect("checksums_size", fields["checksums_size"], 4 * n_tensors)
         self._places: dict[str, tuple[int, int]] = {}  # (offset, size) of each section, and of the tensors
@@ -858,7 +860,8 @@ class ModelWriter:
         self.path = Path(path)
         self.config = config
         self.tensors = tensors(config, encodings)
-        numbers = bytes(ENCODINGS.index((encodings or {}).get(name, Encoding.INT8)) for name in matrices(config))
+        given = encodings or {}
+        numbers = bytes(ENCODINGS.index(given.get(name, Encoding.INT8)) for name in matrices(config))
         self._version = VERSION_WITH_ENCODINGS if any(numbers) else VERSION
         self._sections = {
             "metadata": json.dumps(metadata, ensure_ascii=False, sort_keys=True, allow_nan=False).encode(),

@@ -134,7 +134,7 @@ def _parser() -> Parser:
         help="only say how large the file and the memory it takes would be; reads no weight, writes "
             "nothing")  # fmt: skip
     add("--bits", choices=[*recipe.BITS], help="about how many bits a weight takes (default: 8)")
-    add("--recipe", metavar="FILE", help="TOML file that says which matrix is int4, int6 or int8 (docs/FORMAT.md)")
+    add("--recipe", metavar="FILE", help="TOML file: which matrix is int4, int6 or int8 (docs/FORMAT.md)")
     sizes = ", ".join(map(str, format.GROUP_SIZES))
     add("--group-size", type=int,
         help=f"weights per scale: {sizes} (default: 64; 32 for Q8_0 and for fewer bits than 8)")  # fmt: skip

@@ -105,9 +105,7 @@ def work(config: Config, kv: str, test: Test, encodings: Encodings | None = None
     return Work(n_bytes, test.batch * products)
 
 
-def weight_bytes(
-    config: Config, rows: int, encodings: Encodings | None = None
-) -> tuple[float, float]:
+def weight_bytes(config: Config, rows: int, encodings: Encodings | None = None) -> tuple[float, float]:
     """Bytes of weights that a pass of `rows` rows reads: in the layers, and for the logits.
 
     Experts count as often as `rows` rows choose them on average, if every choice is equally likely.

@@ -338,7 +338,7 @@ def test_weight_that_is_no_number_is_refused_by_place(
 
 def test_weight_too_large_for_a_scale_is_refused(tmp_path: Path, source: Path) -> None:
     weights = small_weights(dtype="F32")
-    largest = np.float32(quantise.MAX_WEIGHT)
+    largest = np.float32(quantise.MAX_WEIGHT[format.Encoding.INT8])
     name = "model.layers.0.mlp.down_proj.weight"
     for value, is_fine in ((largest, True), (np.nextafter(largest, np.float32(np.inf)), False)):
         weights[name][1, 2] = value

@@ -51,7 +51,11 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: " ".join([case[0]["architecture"], case[1], *(["mixed"] if "recipe" in case[0] else [])]))
+@pytest.fixture(
+    scope="module",
+    params=CASES,
+    ids=lambda case: f"{case[0]['architecture']} {case[1]}{' mixed' * ('recipe' in case[0])}",
+)
 def case(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Any]:
     """What a model is made of, and the type of its KV cache."""
     return request.param

@@ -32,7 +32,13 @@ PROGRAMS = (
 )
 COMMAND = re.compile(rf"(?:[A-Z_0-9]+=\S+ )*{PROGRAMS} \S.*")
 SETTINGS = re.compile(r"(?:[A-Z_0-9]+=\S+ )*")
-IMPORTS = {"train.py": "torch", "fidelity.py": "torch", "relatives.py": "torch", "lowbits.py": "torch", "agreement.py": "llama_cpp"}
+IMPORTS = {
+    "train.py": "torch",
+    "fidelity.py": "torch",
+    "relatives.py": "torch",
+    "lowbits.py": "torch",
+    "agreement.py": "llama_cpp",
+}
 
 
 @dataclass(frozen=True)
