@@ -81,8 +81,7 @@ class Reference:
 
     def matrices(self) -> Weights:
         """The original weights of every matrix that has an encoding."""
-        routers = format.ROUTER.removesuffix(".weight")
-        return {k: w for k, w in self.original.items() if w.ndim == 2 and routers not in k}
+        return {k: w for k, w in self.original.items() if w.ndim == 2 and not k.endswith(format.ROUTER)}
 
     def divergence(self, weights: Weights) -> float:
         """Mean KL divergence, in nats per token, with these matrices in place of the original ones."""
