@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,21 @@ from .drivers import retrieval
 from .drivers.batch import RUNNING, CachedSession, drive
 from .drivers.generate import AnswerOptions, Generation, ReplyOptions
 from .drivers.grammar import Grammar
-from .drivers.reply import Event, Mask, Reply, ReplyState, Vocabulary, token_budget, token_ids, whole
+from .drivers.reply import (
+    Event,
+    Mask,
+    Reply,
+    ReplySettings,
+    ReplyState,
+    Vocabulary,
+    token_budget,
+    token_ids,
+    whole,
+)
 from .drivers.sampler import Sampling, SamplingOptions, default_sampling
 from .engine import KV, Activations, Engine, Logits, Session
 from .format import ModelFileError
+from .kernels.table import all_finite
 from .memory import check_space_for_model, gib
 from .text.chat import END_THINK, ChatTemplate, last_control_token, may_think
 from .text.template import Renderer
@@ -244,7 +256,7 @@ class Model(Engine):
         budget = token_budget(max_tokens, len(ids), own.context, self.config.context)
         grammar = self._grammar(options, mask)
         mask = mask if grammar is None else grammar.mask(ids)
-        state = self._state(ids, budget, options, stop=stop, logprobs=logprobs, mask=mask)
+        state = self._state(ids, budget, options, ReplySettings(stop, logprobs, mask))
         return Generation(own, ids, state, owns_session=session is None, cancel=cancel, progress=progress)
 
     def generate_many(
@@ -285,7 +297,7 @@ class Model(Engine):
             ids, budget = checked[i]
             own: AnswerOptions = {**options, "seed": seeds[i]} if seeds is not None else options
             mask = None if grammar is None else grammar.mask(ids)
-            return self._state(ids, budget, own, stop=stop, logprobs=logprobs, mask=mask)
+            return self._state(ids, budget, own, ReplySettings(stop, logprobs, mask))
 
         for i in range(min(1, len(checked))):
             state(i)  # raises for an argument out of range now, not at the first event
@@ -304,23 +316,15 @@ class Model(Engine):
         prompt: list[int],
         max_tokens: int,
         options: AnswerOptions,
-        *,
-        stop: str | Sequence[str],
-        logprobs: int | None,
-        mask: Mask | None,
+        settings: ReplySettings,
     ) -> ReplyState:
+        """The state of a reply; its sampling, tools and thinking budget come from `options`."""
         sampling: Any = {k: v for k, v in options.items() if k in SamplingOptions.__optional_keys__}
-        return ReplyState(
-            self.vocabulary,
-            prompt,
-            self.sampling(self.may_think(prompt), **sampling),
-            max_tokens,
-            stop=stop,
-            logprobs=logprobs,
-            mask=mask,
-            tools=options.get("toolset"),
-            thinking_budget=options.get("thinking_budget"),
+        chosen = self.sampling(self.may_think(prompt), **sampling)
+        settings = replace(
+            settings, tools=options.get("toolset"), thinking_budget=options.get("thinking_budget")
         )
+        return ReplyState(self.vocabulary, prompt, chosen, max_tokens, settings)
 
     def may_think(self, prompt: Sequence[int]) -> bool:
         """Whether the reply to `prompt` may begin with thought; a hybrid's may, unless told not to."""
@@ -339,16 +343,17 @@ class Model(Engine):
         computes through this one. model.trace shows where such a number comes from.
         """
         outputs = super().forward(batch, logits)
-        for output in outputs:
-            for row in output.reshape(-1, output.shape[-1]):
-                self._check_finite(row, hidden=logits == "hidden")
+        hidden = logits == "hidden"
+        # embedding rows beyond n_tokens are padding
+        n = self.config.dim if hidden else self.config.n_tokens
+        rows = [row for output in outputs for row in output.reshape(-1, output.shape[-1])]
+        if not all_finite(rows, n, self.threads):
+            for row in rows:
+                self._check_finite(row[:n], hidden)
         return outputs
 
     def _check_finite(self, row: NDArray[np.float32], hidden: bool) -> None:
-        # embedding rows beyond n_tokens are padding
-        finite = np.isfinite(row if hidden else row[: self.config.n_tokens])
-        if finite.all():
-            return
+        finite = np.isfinite(row)
         bad = [i for i in np.flatnonzero(~finite).tolist() if hidden or i not in self.undefined_tokens]
         if bad:
             what, where = ("hidden state is", "at") if hidden else ("logits are", "of token")

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.draw import Draw, draw
 from .reply import FinishReason, Stats
 
 if TYPE_CHECKING:
@@ -82,6 +83,10 @@ class CachedSession:
         n = min(common_prefix(self.tokens, prompt), len(prompt) - 1)  # the last token's logits are wanted
         self.rewind(n)
         return n
+
+    def positions(self, n: int) -> range:
+        """Those of the next n tokens."""
+        return range(len(self.tokens), len(self.tokens) + n)
 
     def fork(self) -> CachedSession:
         """A second session with the same tokens; it takes no memory until one of the two goes on."""
@@ -145,6 +150,12 @@ class State(Protocol[OutcomeT_co]):
     def prepare(self) -> None:
         """A pass begins that will end in take(): what can be computed beside it may start now."""
 
+    def begin(self, logits: NDArray[np.float32]) -> Draw | None:
+        """take() comes with these logits, of which it draws a token: the draw, to be made beside others'.
+
+        None if there is nothing to draw. Called only where there are others; take() draws by itself else.
+        """
+
     def take(self, logits: NDArray[np.float32]) -> OutcomeT_co:
         """Take the row (logits or hidden state) after all tokens so far."""
 
@@ -186,13 +197,13 @@ class Member(Generic[OutcomeT]):
 class Pace(Protocol):
     """How much of the prompts each pass takes."""
 
-    def shares(self, left: Sequence[int], n_decoding: int) -> Sequence[int]:
-        """Tokens for each prompt in the next pass; left: those each has still to
-        read, the first come first.
+    def shares(self, left: Sequence[range], n_decoding: int) -> Sequence[int]:
+        """Tokens for each prompt in the next pass; left: the positions that each has still to read, the first
+        come first.
         """
 
-    def learn(self, seconds: float, n_rows: int, n_decoding: int) -> None:
-        """A pass took so long, with n_rows tokens of prompts and one token of n_decoding sequences."""
+    def learn(self, seconds: float, read: Sequence[range], n_decoding: int) -> None:
+        """A pass took so long, with these positions of prompts and one token of n_decoding sequences."""
 
 
 class Pieces:
@@ -201,16 +212,16 @@ class Pieces:
     def __init__(self) -> None:
         self._piece = FIRST_PIECE
 
-    def shares(self, left: Sequence[int], n_decoding: int) -> Sequence[int]:
+    def shares(self, left: Sequence[range], n_decoding: int) -> Sequence[int]:
         """The first prompts get all there is."""
-        before = accumulate(left, initial=0)
-        return [max(min(n, self._piece - taken), 0) for n, taken in zip(left, before, strict=False)]
+        before = accumulate(map(len, left), initial=0)
+        return [max(min(len(one), self._piece - n), 0) for one, n in zip(left, before, strict=False)]
 
-    def learn(self, seconds: float, n_rows: int, n_decoding: int) -> None:
+    def learn(self, seconds: float, read: Sequence[range], n_decoding: int) -> None:
         """Only passes with prompts count."""
-        if n_rows and seconds < PIECE_SECONDS / 2:
+        if read and seconds < PIECE_SECONDS / 2:
             self._piece = min(2 * self._piece, LARGEST_PIECE)
-        elif n_rows and seconds > 2 * PIECE_SECONDS:
+        elif read and seconds > 2 * PIECE_SECONDS:
             self._piece = max(self._piece // 2, 1)
 
 
@@ -243,7 +254,7 @@ class Batch(Generic[OutcomeT]):
         """The tokens of the next pass, by sequence."""
         readers = [one for one in self.running if one.reads]
         n_decoding = len(self.running) - len(readers)
-        left = [len(one.waiting) for one in readers]
+        left = [one.session.positions(len(one.waiting)) for one in readers]
         share = {id(one): n for one, n in zip(readers, self._pace.shares(left, n_decoding), strict=True)}
         rows = []
         for one in self.running:
@@ -257,18 +268,18 @@ class Batch(Generic[OutcomeT]):
         self, rows: Sequence[tuple[Member[OutcomeT], list[int]]]
     ) -> list[tuple[Member[OutcomeT], OutcomeT]]:
         """One pass over `rows`: what came of the sequences that have then read all they had."""
-        outcomes: list[tuple[Member[OutcomeT], OutcomeT]] = []
         if not rows:
-            return outcomes
+            return []
+        ready: list[tuple[Member[OutcomeT], NDArray[np.float32]]] = []
         for one, ids in rows:
             one.check_claim()
             if len(ids) == len(one.waiting):
                 one.state.prepare()
+        read = [one.session.positions(len(ids)) for one, ids in rows if one.reads]
         begin = time.perf_counter()
         outputs = self._forward(rows)
         seconds = time.perf_counter() - begin
-        n_rows = sum(len(ids) for one, ids in rows if one.reads)
-        self._pace.learn(seconds, n_rows, sum(not one.reads for one, _ in rows))
+        self._pace.learn(seconds, read, sum(not one.reads for one, _ in rows))
         for (one, ids), output in zip(rows, outputs, strict=True):
             one.waiting = one.waiting[len(ids) :]
             if one.reads:
@@ -281,8 +292,8 @@ class Batch(Generic[OutcomeT]):
                 one.rows(output)
                 output = output[-1]
             if not one.waiting:
-                outcomes += self._take(one, output)
-        return outcomes
+                ready.append((one, output))
+        return self._take_all(ready)
 
     def _forward(self, rows: Sequence[tuple[Member[OutcomeT], list[int]]]) -> list[NDArray[np.float32]]:
         """What is wanted of each of the rows: a pass through the layers for each kind."""
@@ -294,22 +305,29 @@ class Batch(Generic[OutcomeT]):
                 outputs |= {id(one): output for (one, _), output in zip(chosen, results, strict=True)}
         return [outputs[id(one)] for one, _ in rows]
 
-    def _take(
-        self, one: Member[OutcomeT], row: NDArray[np.float32]
+    def _take_all(
+        self, ready: Sequence[tuple[Member[OutcomeT], NDArray[np.float32]]]
     ) -> list[tuple[Member[OutcomeT], OutcomeT]]:
-        if one.cancelled():  # cancelled while its prompt was read
-            self.running.remove(one)
-            return [(one, one.state.end("cancelled"))]
+        """The outcomes of sequences whose rows are there; the draws of several go on at once."""
         begin = time.perf_counter()
-        outcome = one.state.take(row)
-        one.reads = False
-        one.stats.generated_tokens += outcome.token is not None
-        if outcome.finish_reason is None and outcome.token is not None:
-            one.waiting = [outcome.token]
-        else:
-            self.running.remove(one)
-        one.stats.decode_seconds += time.perf_counter() - begin
-        return [(one, outcome)]
+        cancelled = {id(one) for one, _ in ready if one.cancelled()}  # while their prompts were read
+        if len(ready) > 1:
+            begun = [one.state.begin(row) for one, row in ready if id(one) not in cancelled]
+            draw([one for one in begun if one is not None], self._model.threads)
+        seconds = time.perf_counter() - begin
+        outcomes = []
+        for one, row in ready:
+            begin = time.perf_counter()
+            outcome = one.state.end("cancelled") if id(one) in cancelled else one.state.take(row)
+            one.reads = False
+            one.stats.generated_tokens += outcome.token is not None
+            if outcome.finish_reason is None and outcome.token is not None:
+                one.waiting = [outcome.token]
+            else:
+                self.running.remove(one)
+            one.stats.decode_seconds += seconds + time.perf_counter() - begin
+            outcomes.append((one, outcome))
+        return outcomes
 
 
 # ----------------------------------------------------------------------------
@@ -389,6 +407,9 @@ class LastRow:
 
     def prepare(self) -> None:
         """There is nothing to compute beside a pass."""
+
+    def begin(self, logits: NDArray[np.float32]) -> None:
+        """There is nothing to draw."""
 
     def take(self, logits: NDArray[np.float32]) -> LastRow:
         """Keep the row."""
