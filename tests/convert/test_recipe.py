@@ -144,6 +144,12 @@ def test_bits_and_a_recipe_are_one_too_many(tmp_path: Path, capsys: pytest.Captu
     assert "--bits and --recipe both say how many bits" in capsys.readouterr().err
 
 
+def test_bits_that_no_recipe_has_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_small_model(tmp_path / "source")
+    assert main([str(source), str(tmp_path / "model.bin"), "--quiet", "--bits", "7"]) == 2
+    assert capsys.readouterr().err.endswith("error: --bits is '7', not one of 4, 4.5, 5, 6, 8\n")
+
+
 @pytest.mark.parametrize("bits", ["8", None])
 def test_eight_bits_are_the_file_of_today(tmp_path: Path, bits: str | None) -> None:
     source = write_small_model(tmp_path / "source")
