@@ -152,7 +152,7 @@ def test_the_compiler_that_reads_no_name_of_f16c_finds_it_all_the_same() -> None
 
 
 @pytest.mark.skipif(shutil.which("clang") is None, reason="needs clang")
-@pytest.mark.parametrize("source", ["dispatch.c", "avx2.c", "avxvnni.c", "avx512vnni.c", "scalar.c"])
+@pytest.mark.parametrize("source", ["dispatch.c", "avx2.c", "avxvnni.c", "avx512vnni.c", "amx.c", "scalar.c"])
 def test_clang_compiles_the_kernels(source: str) -> None:
     command = [
         "clang",
