@@ -28,6 +28,10 @@ def _work(args: argparse.Namespace) -> int:
         from ..memory import check_space_for_program
 
         check_space_for_program()
+    if args.mode != "models" and args.url is None:
+        from .named import model_file
+
+        args.model = model_file(args.model, args.bits)
     from .modes import MODES
 
     return MODES[args.mode](args)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..system.mistakes import hub_name
 from .logs import LEVELS
 
 if sys.version_info >= (3, 11):
@@ -153,7 +154,7 @@ def _setting(default: Any, check: Check) -> Any:
 class ModelSettings:
     """One model, and what it has of its own: None for the server's setting."""
 
-    path: str = _setting("", text(what="the path of a model.bin"))
+    path: str = _setting("", text(what="the path of a model.bin, or a name on the Hub"))
     kv: str | None = _setting(None, choice("int8", "f16", "f32"))
     context: int | None = _setting(None, whole(0, 1 << 24))
     cache_memory: int | None = _setting(None, size)
@@ -266,7 +267,7 @@ def settings(file: str | None, flags: Mapping[str, Any], names: Mapping[str, str
         if name in values:
             values[name] = os.path.abspath(values[name])
     for alias, model in values.get("models", {}).items():
-        values["models"][alias] = dataclasses.replace(model, path=os.path.abspath(model.path))
+        values["models"][alias] = _model_in(model, Path())
     if values.get("upstream") is not None:
         values["upstream"] = _placed(values["upstream"], Path())
     made = Settings(**values)
@@ -309,13 +310,18 @@ def read(path: str) -> dict[str, Any]:
         if name in values:
             values[name] = str(folder / values[name])
     if "models" in values:
-        values["models"] = {
-            alias: dataclasses.replace(model, path=str(folder / model.path))
-            for alias, model in values["models"].items()
-        }
+        values["models"] = {alias: _model_in(model, folder) for alias, model in values["models"].items()}
     if "upstream" in values:
         values["upstream"] = _placed(values["upstream"], folder)
     return values
+
+
+def _model_in(model: ModelSettings, folder: Path) -> ModelSettings:
+    """The same with its path whole; the name of a model on the Hub stays as it is, unless a file has it."""
+    path = os.path.abspath(folder / model.path)
+    if not os.path.exists(path) and hub_name(model.path):
+        return model
+    return dataclasses.replace(model, path=path)
 
 
 def _placed(upstream: UpstreamSettings, folder: Path) -> UpstreamSettings:
