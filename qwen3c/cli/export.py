@@ -137,8 +137,8 @@ def _parser() -> Parser:
     add(
         "source",
         metavar="SRC",
-        help="directory with config.json, tokenizer.json, *.safetensors; or a GGUF file; or the name of a model on "
-        "the Hugging Face Hub, such as Qwen/Qwen3-0.6B",
+        help="directory with config.json, tokenizer.json, *.safetensors; or a GGUF file; or the name of a "
+        "model on the Hugging Face Hub, such as Qwen/Qwen3-0.6B",
     )
     add(
         "target",

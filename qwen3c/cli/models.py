@@ -84,7 +84,7 @@ def _lines(model: dict[str, Any], free: int | None) -> Iterator[str]:
     bits = f"  {model['bits']} bits" if model["bits"] else ""
     yield f"{terminal.escaped(model['name'])}{bits}  {model['commit'][:8]}"
     if "damaged" in model:
-        yield f"    damaged, `-m models --prune` with its name deletes it: {terminal.escaped(model['damaged'])}"
+        yield f"    damaged, --prune with its name deletes it: {terminal.escaped(model['damaged'])}"
     elif "path" in model:
         fits = "" if free is None or model["resident_bytes"] <= free else ", more than is free"
         context, longest = model["default_context"], model["context"]

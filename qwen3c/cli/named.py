@@ -38,7 +38,7 @@ def model_file(given: str, bits: str | None = None) -> str:
 
 
 def export_source(given: str, *, quiet: bool = False) -> tuple[str, str | None]:
-    """The path of what export.py is to read, fetched if `given` is a name; and what the model is called then."""
+    """The path that export.py is to read, fetched if `given` is a name; and what the model is called then."""
     name = None if os.path.exists(given) else names.parse(given)
     if name is None:
         return given, None
@@ -64,7 +64,7 @@ def _shown(name: names.Name, quiet: bool = False) -> Iterator[Progress]:
 
 
 class _Lines:
-    """A progress line for each thing that is done, one after the other; before the first bytes, how many come."""
+    """A progress line for each thing that is done, one after the other; first, how many bytes come."""
 
     def __init__(self) -> None:
         self._doing = ""

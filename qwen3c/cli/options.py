@@ -198,8 +198,9 @@ def new_parser() -> Parser:
         "paths",
         nargs="*",
         metavar="MODEL",
-        help="file made by export.py, or the name of a model on the Hugging Face Hub, such as Qwen/Qwen3-0.6B, "
-        "which is fetched and converted once (default: QWEN3C_MODEL, else the model in the box)",
+        help="file made by export.py, or the name of a model on the Hugging Face Hub, such as "
+        "Qwen/Qwen3-0.6B, which is fetched and converted once (default: QWEN3C_MODEL, else the model in the "
+        "box)",
     )
     add(
         "-m",
@@ -422,8 +423,8 @@ def _add_models(group: Any) -> None:
         metavar="N",
         help="how a model that is given by name is converted: 4, 4.5, 5, 6, 8 (default: 8)",
     )
-    add("--prune", action="store_true", help="models: delete what no start needs, such as downloads of models that "
-        "are converted; with MODEL all of that model")  # fmt: skip
+    add("--prune", action="store_true", help="models: delete what no start needs, such as downloads of "
+        "models that are converted; with MODEL all of that model")  # fmt: skip
     add("--yes", action="store_true", help="models: delete without asking")
 
 

@@ -1,9 +1,9 @@
 """Files of the Hugging Face Hub, by its own client: found, resumed, checked.
 
-huggingface_hub speaks to the Hub: addresses, tokens, mirrors, proxies and the offline mode are its own, by its own
-environment variables. Its download of a file starts anew after a kill and compares sizes alone. So the bytes are
-taken here, through its session: appended to what an earlier process left, and compared with the hash that the Hub
-gives. Whatever goes wrong is a HubError, one line.
+huggingface_hub speaks to the Hub: addresses, tokens, mirrors, proxies and the offline mode are its own, by
+its own environment variables. Its download of a file starts anew after a kill and compares sizes alone. So
+the bytes are taken here, through its session: appended to what an earlier process left, and compared with the
+hash that the Hub gives. Whatever goes wrong is a HubError, one line.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def fetch(
             arrived(0)
             if last:
                 raise HubError(
-                    f"{snapshot.name}: {file.path} arrives damaged, its hash is not the one that the Hub names: "
-                    "try again later, or another mirror (HF_ENDPOINT)"
+                    f"{snapshot.name}: {file.path} arrives damaged, its hash is not the one that the Hub "
+                    "names: try again later, or another mirror (HF_ENDPOINT)"
                 )
     with _on_disk(part):
         sync(part)
@@ -146,7 +146,7 @@ def in_library_cache(name: Name, path: str, revision: str) -> Path | None:
 
 
 def in_library_snapshot(name: Name, path: str) -> str | None:
-    """The commit that a name meant when the user's other programs downloaded `path` of it; None if they did not."""
+    """The commit that a name meant when the user's other programs downloaded `path` of it; else None."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name.repository, path, revision=name.revision)
@@ -224,7 +224,7 @@ def _response(url: str, start: int) -> Iterator[Response]:
     """The answer to a request for a file from byte `start` on."""
     from huggingface_hub import get_session, hf_raise_for_status
     from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     headers = {**build_hf_headers(library_name="qwen3c"), "Accept-Encoding": "identity"}
     if start:
@@ -308,14 +308,12 @@ def explained(name: Name) -> Iterator[None]:
     except HubError:
         raise
     except OfflineModeIsEnabled:
-        raise HubError(
-            f"{name}: is not in the cache, and HF_HUB_OFFLINE is set: unset it once to fetch the model"
-        ) from None
+        raise HubError(offline(name)) from None
     except HFValidationError as error:
         raise HubError(f"{name}: {' '.join(str(error).split())}") from None
     except RevisionNotFoundError:
         raise NoRevision(
-            f"{name}: has no revision {name.revision}: give a branch, a tag or a commit, or none for the newest"
+            f"{name}: has no revision {name.revision}: give a branch, a tag or a commit, or none for main"
         ) from None
     except (HTTPError, InvalidURL, StreamError) as error:
         raise HubError(f"{name}: {_what_to_do(name, error)}") from None
@@ -324,6 +322,11 @@ def explained(name: Name) -> Iterator[None]:
             f"{name}: {_host()} does not answer as the Hub does ({' '.join(str(error).split())[:80]}): "
             "is HF_ENDPOINT right, or a proxy in between?"
         ) from None
+
+
+def offline(name: Name) -> str:
+    """What is said of a model that is not here while the client of the Hub may not ask for it."""
+    return f"{name}: is not in the cache, and HF_HUB_OFFLINE is set: unset it once to fetch the model"
 
 
 def _what_to_do(name: Name, error: Exception) -> str:
@@ -350,7 +353,8 @@ def _what_to_do(name: Name, error: Exception) -> str:
         return f"the token may not read it: use one with read access, or {log_in} as somebody who may"
     if status == 429:
         wait = _asked_to_wait(error)
-        return f"too many requests, says the Hub: try again in {f'{wait:.0f} s' if wait else 'some minutes'}{_KEPT}"
+        when = f"{wait:.0f} s" if wait else "some minutes"
+        return f"too many requests, says the Hub: try again in {when}{_KEPT}"
     if status is not None:
         return f"{_host()} answers with error {status}: try again later{_KEPT}"
     return f"{_host()} cannot be reached ({_cause(error)}): is there a network?{_KEPT}"

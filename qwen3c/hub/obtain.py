@@ -38,9 +38,9 @@ def ignore(doing: str, done: int, total: int) -> None:
 
 
 def model(name: Name, bits: str = store.BITS, progress: Progress = ignore) -> Path:
-    """The model.bin of a name; fetched and converted if it is not in the cache. HubError, SourceError, OSError.
+    """The model.bin of a name; fetched and converted if it is not in the cache.
 
-    bits: as --bits of export.py has them.
+    bits: as --bits of export.py has them. HubError, SourceError or OSError if it cannot be had.
     """
     found = store.find(name, bits)
     if found:
@@ -58,7 +58,7 @@ def model(name: Name, bits: str = store.BITS, progress: Progress = ignore) -> Pa
 
 
 def source(name: Name, progress: Progress = ignore) -> Path:
-    """What the exporter is given for a name: a directory or a GGUF file. Fetched if it is not in the cache."""
+    """What the exporter is given for a name, a directory or a GGUF file; fetched if it is not here."""
     place = store.Place(name)
     commit = place.commit()
     whole = place.whole_source(commit) if commit else None
@@ -204,13 +204,11 @@ def _here(target: Path) -> int:
 
 
 def _from_library_cache(place: store.Place) -> str:
-    """Without a network: the commit that other programs have downloaded whole, and its files linked to here."""
+    """Without a network: the commit that other programs have downloaded whole; its files are linked."""
     from ..convert.directory import INDEX_NAME, OPTIONAL, REQUIRED, SINGLE_NAME, Directory, shards
 
     name = place.name
-    offline = HubError(
-        f"{name}: is not in the cache, and HF_HUB_OFFLINE is set: unset it once to fetch the model"
-    )
+    offline = HubError(download.offline(name))
     first = download.in_library_snapshot(name, name.file or "config.json")
     if first is None:
         raise offline

@@ -8,7 +8,8 @@
             source/                     what was downloaded, as it is in the repository; NAME.part: so far
     .locks/                             one process at a time writes to a folder
 
-A file stands under its name when it is whole, and not before; so whatever ends a process, the next one goes on.
+A file stands under its name when it is whole, and not before; so whatever ends a process, the next one goes
+on.
 Nothing here opens a socket or needs the client of the Hub.
 """
 
@@ -126,8 +127,8 @@ def locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[
 class Kept:
     """What is kept of one commit of a repository.
 
-    revisions: the branches and tags that mean it, and its own hash if a person asked for that. models: converted
-    files. sources: what was downloaded whole. parts: what was begun.
+    revisions: the branches and tags that mean it, and its own hash if a person asked for that. models:
+    converted files. sources: what was downloaded whole. parts: what was begun.
     """
 
     repository: str
@@ -167,7 +168,7 @@ def inventory() -> list[Kept]:
             files = sorted(path for path in (folder / commit / "source").rglob("*") if path.is_file())
             models = sorted((folder / commit).glob("*bits-*.bin"))
             unfinished = {path for path in files if path.suffix == PART}
-            unfinished |= {path for path in (folder / commit).glob(".*.tmp")}
+            unfinished |= set((folder / commit).glob(".*.tmp"))
             kept.append(
                 Kept(
                     folder.name.replace(_BETWEEN, "/"), commit, tuple(refs.get(commit, ())),

@@ -114,7 +114,7 @@ def hub_name(given: str) -> names.Name | None:
 
 
 def download(given: str) -> str:
-    """The command that downloads a model's own files, if `given` looks like a name on the Hugging Face Hub."""
+    """The command that downloads a model's own files, if `given` is a name on the Hugging Face Hub."""
     name = hub_name(given)
     return f"hf download {name.repository} --local-dir {name.own}" if name else ""
 

@@ -22,7 +22,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Name:
-    """A model on the Hub: its repository, OWNER/NAME, a revision, and a GGUF file of it, "" for safetensors."""
+    """A model on the Hub: its repository, OWNER/NAME, a revision, and a GGUF file, "" for safetensors."""
 
     repository: str
     revision: str = MAIN
@@ -41,8 +41,8 @@ class Name:
 def parse(given: str) -> Name | None:
     """The name of a model, if `given` looks like one and not like a path.
 
-    It is a path where the folder before the slash exists here, unless the site stands before it. ValueError, one
-    line, if it begins as a name does and does not go on as one.
+    It is a path where the folder before the slash exists here, unless the site stands before it. ValueError,
+    one line, if it begins as a name does and does not go on as one.
     """
     site = _SITE.match(given)
     match = _NAME.fullmatch(given[site.end() if site else 0 :].rstrip("/"))

@@ -5,8 +5,8 @@
         hub.faults.append(Fault(r"safetensors", "cut", 1000))
         ... HF_ENDPOINT=hub.url
 
-Small files come from the Hub itself; weights by a redirect to another origin, as from a CDN, which must never see
-the token. Every request is noted in `asked`.
+Small files come from the Hub itself; weights by a redirect to another origin, as from a CDN, which must never
+see the token. Every request is noted in `asked`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ LFS = (".safetensors", ".gguf", ".bin")
 class Fault:
     """What goes wrong for requests whose path has `where` in it, `times` times.
 
-    what: "status" (value: the number; headers), "cut" (after value bytes), "reset" (the same, by RST), "flip" (a byte
-    of the body), "short" (value bytes, said to be all), "long" (value bytes too many), "no range" (the whole body
-    where a part was asked for), "other range" (a part from elsewhere), "slow" (value seconds before each piece),
-    "hang" (nothing for value seconds), "body" (headers or not, these bytes instead), "move" (a redirect to itself).
+    what: "status" (value: the number; headers), "cut" (after value bytes), "reset" (the same, by RST), "flip"
+    (a byte of the body), "short" (value bytes, said to be all), "long" (value bytes too many), "no range" (the
+    whole body where a part was asked for), "other range" (a part from elsewhere), "slow" (value seconds before
+    each piece), "hang" (nothing for value seconds), "body" (these bytes instead), "move" (a redirect to
+    itself).
     """
 
     where: str
@@ -55,7 +56,7 @@ class Repository:
 
 
 class Hub:
-    """Repositories behind two addresses: the Hub's and the CDN's. token: the one that opens what is private."""
+    """Repositories behind two addresses: the Hub's and the CDN's. token: what opens what is private."""
 
     token = "hf_right"
 
@@ -204,7 +205,7 @@ class Handler(BaseHTTPRequestHandler):
         self.plain(200, json.dumps(listing).encode(), {"Content-Type": "application/json"})
 
     def send_body(self, data: bytes, headers: dict[str, str], fault: Fault | None) -> None:
-        what, value = (fault.what, fault.value) if fault else ("", None)
+        what, value = (fault.what, fault.value) if fault else ("", 0)
         start = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
         first = int(start[1]) if start and what != "no range" else 0
         if first and first >= len(data):
