@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..memory import gib
+from ..system.files import reason
 from ..system.names import Name
 from . import download, store
 from .download import HubError, Progress, RemoteFile, Snapshot
@@ -93,7 +94,11 @@ def _convert(
     try:
         export(source, target, recipe=chosen, name=own_name(place.name), progress=converted)
     except SourceError as error:
+        # the next start compares with the Hub again
+        (place.source(commit) / store.COMPLETE).unlink(missing_ok=True)
         raise HubError(_of(place, commit, error)) from None
+    except OSError as error:
+        raise HubError(f"{error.filename or target}: {reason(error)}") from None
     return target
 
 

@@ -37,7 +37,7 @@ _WAIT = 0.1  # seconds between two looks at a lock that another process holds
 def root() -> Path:
     """The folder of the cache: QWEN3C_CACHE, else that of XDG_CACHE_HOME or ~/.cache."""
     if chosen := os.environ.get("QWEN3C_CACHE"):
-        return Path(chosen)
+        return Path(os.path.abspath(chosen))
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3c"
 
 

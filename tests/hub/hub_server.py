@@ -33,10 +33,10 @@ class Fault:
     """What goes wrong for requests whose path has `where` in it, `times` times.
 
     what: "status" (value: the number; headers), "cut" (after value bytes), "reset" (the same, by RST), "flip"
-    (a byte of the body), "short" (value bytes, said to be all), "long" (value bytes too many), "no range" (the
-    whole body where a part was asked for), "other range" (a part from elsewhere), "slow" (value seconds before
-    each piece), "hang" (nothing for value seconds), "body" (these bytes instead), "move" (a redirect to
-    itself).
+    (a byte of the body), "short" (value bytes, said to be all), "long" (value bytes too many), "no range"
+    (the whole body where a part was asked for), "other range" (a part from elsewhere), "slow" (value seconds
+    before each piece), "hang" (nothing for value seconds), "body" (these bytes instead), "move" (a redirect
+    to itself).
     """
 
     where: str
@@ -186,7 +186,8 @@ class Handler(BaseHTTPRequestHandler):
             data = repository.files[file[3]]
             headers = {"X-Repo-Commit": repository.commit, "ETag": f'"{digest(file[3], data)}"'}
             if file[3].endswith(LFS):
-                self.plain(302, b"", {**headers, "Location": f"{self.hub.cdn}/{name}/{file[3]}"})
+                linked = {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(data))}
+                self.plain(302, b"", {**headers, **linked, "Location": f"{self.hub.cdn}/{name}/{file[3]}"})
             else:
                 self.send_body(data, headers, fault)
         else:
