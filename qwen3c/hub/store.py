@@ -62,6 +62,8 @@ class Place:
     def remember(self, commit: str) -> None:
         """From now on the revision means `commit`, without asking anyone; and a person wants that commit."""
         self._ref.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in self._ref.parent.glob(".*.tmp"):  # of a process that was killed here
+            leftover.unlink()
         write_whole(self._ref, commit + "\n")
 
     def forget(self) -> None:
@@ -160,7 +162,7 @@ def inventory() -> list[Kept]:
     kept = []
     for folder in sorted(root().glob(f"*{_BETWEEN}*")):
         refs: dict[str, list[str]] = {}
-        for ref in sorted(folder.glob("refs/*")):
+        for ref in sorted(folder.glob("refs/[!.]*")):
             refs.setdefault(ref.read_text(encoding="utf-8").strip(), []).append(
                 ref.name.replace(_BETWEEN, "/")
             )

@@ -20,7 +20,7 @@ from qwen3c import Model
 ROOT = Path(__file__).parents[2]
 MODEL, GGUF = "owner/Small", "owner/Small-GGUF:Small-Q8_0.gguf"
 
-# fetches the model that argv names, and kills itself, as `kill -9` does, at the event of argv's number: each use
+# fetches the model that argv names, and kills itself, as `kill -9` does, at the event of a number: each use
 # of a file of the cache, and each piece that arrives or is converted. The number 0 counts the events.
 KILLED = """
 import os, signal, sys
@@ -64,15 +64,13 @@ def run_py(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[
 
 
 def killed_at(hub: Hub, folder: Path, points: int, name: str, converted: bytes | None) -> None:
-    """Kill a process at so many points from its first event to its last; each time the next one finishes."""
+    """Kill a process at so many points, from its first event on; each time the next one finishes."""
     status, out, err = run(KILLED, 0, name, env=hub.environment(folder / "count"))
     assert status == 0, err
     events = int(out)
     assert events > points // 2
     for point in range(points):
-        number = 1 + point * (events * 9 // 10) // max(
-            points - 1, 1
-        )  # how many pieces arrive varies a little
+        number = 1 + point * (events * 9 // 10) // (points - 1)  # how many pieces arrive varies a little
         env = hub.environment(folder / str(point))
         status, _, err = run(KILLED, number, name, env=env)
         assert status == -signal.SIGKILL, (number, events, err)
