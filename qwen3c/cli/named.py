@@ -64,11 +64,11 @@ def _shown(name: names.Name, quiet: bool = False) -> Iterator[Progress]:
 
 
 class _Lines:
-    """A progress line for each thing that is done, one after the other; first, how many bytes come."""
+    """A progress line for each thing that is done, one after the other; above it, how many bytes it is about."""
 
     def __init__(self) -> None:
         self._doing = ""
-        self._told = False
+        self._told: set[str] = set()
         self._progress: terminal.Progress | None = None
 
     def show(self, doing: str, done: int, total: int) -> None:
@@ -80,8 +80,8 @@ class _Lines:
         if not total:
             self._progress.say(doing)
             return
-        if not self._told:
-            self._told = True
+        if doing not in self._told:
+            self._told.add(doing)
             here = f", {gib(done)} are here" * bool(done)
             terminal.note(f"{doing}: {gib(total)}{here}")
         self._progress(done, total)
@@ -95,5 +95,6 @@ class _Lines:
             self._progress = None
 
     def _words(self, done: float, total: float, rate: float) -> str:
-        verb = self._doing.partition(" ")[0]
-        return f"{verb} {gib(done)} of {gib(total)}  {rate / 1e6:.1f} MB/s"
+        if total < 1e9:
+            return f"{done / 1e6:.1f} of {total / 1e6:.1f} MB  {rate / 1e6:.1f} MB/s"
+        return f"{done / 1e9:.2f} of {total / 1e9:.2f} GB  {rate / 1e6:.1f} MB/s"

@@ -89,7 +89,7 @@ def _convert(
     target = place.model(commit, bits)
 
     def converted(done: int, total: int) -> None:
-        progress("converting", done, total)
+        progress(f"converting {place.name} to {bits} bits", done, total)
 
     try:
         export(source, target, recipe=chosen, name=own_name(place.name), progress=converted)
