@@ -64,7 +64,7 @@ def _shown(name: names.Name, quiet: bool = False) -> Iterator[Progress]:
 
 
 class _Lines:
-    """A progress line for each thing that is done, one after the other; above it, how many bytes it is about."""
+    """A progress line for each thing that is done, one after the other; above it, how many bytes that is."""
 
     def __init__(self) -> None:
         self._doing = ""
