@@ -158,6 +158,7 @@ def modules():
             extension("kernels.table", kernels),
             extension("engine.forward", []),
             extension("engine.engine", []),
+            extension("drivers.lookup", []),
         ],
         build_dir="build",  # the C that Cython writes lies apart from the sources
     )
