@@ -13,7 +13,7 @@ from libc.stdlib cimport calloc, free
 cimport cython
 
 LONGEST = 32  # tokens of a match that are counted
-MOST = 1 << 16  # tokens that a Lookup holds, unless told otherwise
+MOST = (1 << 16) - 1  # tokens that a Lookup holds, unless told otherwise
 BETWEEN = -1  # in place of a token: what comes after it does not go on from what comes before
 
 cdef int LENGTH = LONGEST
@@ -22,7 +22,7 @@ cdef int STEPS = 64  # places of a chain that are looked at: no text, however od
 
 @cython.final
 cdef class Lookup:
-    """The last `capacity` tokens (rounded up to a power of two) of what was added."""
+    """The last tokens of what was added, `capacity` of them or up to twice as many."""
 
     cdef int32_t *tokens  # (capacity,), by place modulo capacity
     cdef int64_t *older  # (capacity,): the place before that follows the same two tokens
@@ -32,7 +32,7 @@ cdef class Lookup:
 
     def __cinit__(self, Py_ssize_t capacity=MOST):
         cdef uint64_t size = 64
-        while size < <uint64_t>capacity:
+        while size <= <uint64_t>capacity:
             size *= 2
         self.mask = size - 1
         self.tokens = <int32_t *>calloc(size, sizeof(int32_t))
@@ -49,6 +49,11 @@ cdef class Lookup:
     def __len__(self):
         """How many tokens were added, forgotten ones included."""
         return self.n
+
+    @property
+    def capacity(self):
+        """How many tokens it holds before it forgets the oldest."""
+        return self.mask
 
     cdef int32_t at(self, int64_t place) noexcept nogil:
         return self.tokens[<uint64_t>place & self.mask]
@@ -89,6 +94,8 @@ cdef class Lookup:
             if length > longest:
                 longest, found = length, before + 1
         place = self.newest[self.slot(text.at(text.n - 2), text.at(text.n - 1))] - 1
+        if place == self.n:  # nothing came there yet
+            place = self.older[<uint64_t>place & self.mask]
         while longest < LENGTH and steps < STEPS and self.holds(place):
             length = self.common(text, place)
             if length > longest:
