@@ -156,6 +156,7 @@ def modules():
     return cythonize(
         [
             extension("kernels.table", kernels),
+            extension("kernels.draw", []),
             extension("engine.forward", []),
             extension("engine.engine", []),
             extension("drivers.lookup", []),

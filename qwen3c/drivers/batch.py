@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .reply import FinishReason, Stats
+from .sampler import Draw, draw
 
 if TYPE_CHECKING:
     from ..engine import Engine, Logits, Session
@@ -145,6 +146,12 @@ class State(Protocol[OutcomeT_co]):
     def prepare(self) -> None:
         """A pass begins that will end in take(): what can be computed beside it may start now."""
 
+    def begin(self, logits: NDArray[np.float32]) -> Draw | None:
+        """take() comes with these logits, of which it draws a token: the draw, to be made beside others'.
+
+        None if there is nothing to draw. Called only where there are others; take() draws by itself else.
+        """
+
     def take(self, logits: NDArray[np.float32]) -> OutcomeT_co:
         """Take the row (logits or hidden state) after all tokens so far."""
 
@@ -257,9 +264,9 @@ class Batch(Generic[OutcomeT]):
         self, rows: Sequence[tuple[Member[OutcomeT], list[int]]]
     ) -> list[tuple[Member[OutcomeT], OutcomeT]]:
         """One pass over `rows`: what came of the sequences that have then read all they had."""
-        outcomes: list[tuple[Member[OutcomeT], OutcomeT]] = []
         if not rows:
-            return outcomes
+            return []
+        ready: list[tuple[Member[OutcomeT], NDArray[np.float32]]] = []
         for one, ids in rows:
             one.check_claim()
             if len(ids) == len(one.waiting):
@@ -281,8 +288,8 @@ class Batch(Generic[OutcomeT]):
                 one.rows(output)
                 output = output[-1]
             if not one.waiting:
-                outcomes += self._take(one, output)
-        return outcomes
+                ready.append((one, output))
+        return self._take_all(ready)
 
     def _forward(self, rows: Sequence[tuple[Member[OutcomeT], list[int]]]) -> list[NDArray[np.float32]]:
         """What is wanted of each of the rows: a pass through the layers for each kind."""
@@ -294,22 +301,29 @@ class Batch(Generic[OutcomeT]):
                 outputs |= {id(one): output for (one, _), output in zip(chosen, results, strict=True)}
         return [outputs[id(one)] for one, _ in rows]
 
-    def _take(
-        self, one: Member[OutcomeT], row: NDArray[np.float32]
+    def _take_all(
+        self, ready: Sequence[tuple[Member[OutcomeT], NDArray[np.float32]]]
     ) -> list[tuple[Member[OutcomeT], OutcomeT]]:
-        if one.cancelled():  # cancelled while its prompt was read
-            self.running.remove(one)
-            return [(one, one.state.end("cancelled"))]
+        """The outcomes of sequences whose rows are there; the draws of several go on at once."""
         begin = time.perf_counter()
-        outcome = one.state.take(row)
-        one.reads = False
-        one.stats.generated_tokens += outcome.token is not None
-        if outcome.finish_reason is None and outcome.token is not None:
-            one.waiting = [outcome.token]
-        else:
-            self.running.remove(one)
-        one.stats.decode_seconds += time.perf_counter() - begin
-        return [(one, outcome)]
+        cancelled = {id(one) for one, _ in ready if one.cancelled()}  # while their prompts were read
+        if len(ready) > 1:
+            begun = [one.state.begin(row) for one, row in ready if id(one) not in cancelled]
+            draw([one for one in begun if one is not None], self._model.threads)
+        seconds = time.perf_counter() - begin
+        outcomes = []
+        for one, row in ready:
+            begin = time.perf_counter()
+            outcome = one.state.end("cancelled") if id(one) in cancelled else one.state.take(row)
+            one.reads = False
+            one.stats.generated_tokens += outcome.token is not None
+            if outcome.finish_reason is None and outcome.token is not None:
+                one.waiting = [outcome.token]
+            else:
+                self.running.remove(one)
+            one.stats.decode_seconds += seconds + time.perf_counter() - begin
+            outcomes.append((one, outcome))
+        return outcomes
 
 
 # ----------------------------------------------------------------------------
@@ -389,6 +403,9 @@ class LastRow:
 
     def prepare(self) -> None:
         """There is nothing to compute beside a pass."""
+
+    def begin(self, logits: NDArray[np.float32]) -> None:
+        """There is nothing to draw."""
 
     def take(self, logits: NDArray[np.float32]) -> LastRow:
         """Keep the row."""

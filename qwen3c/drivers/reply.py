@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..text.chat import END_THINK, TAGS, THINK, Piece, ReplyStream, last_control_token
 from ..text.tokenizer import Tokenizer
 from ..text.tools import ToolSet
-from .sampler import Sampler, Sampling
+from .sampler import Draw, Sampler, Sampling
 
 FinishReason = Literal["stop", "length", "cancelled"]
 SHOWN = 48  # characters of a text in a repr or an error
@@ -191,6 +191,7 @@ class ReplyState:
             self._stream = ReplyStream(tokenizer, in_thought, _stops(stop), tools, tags)
         self._end_tokens = vocabulary.end_tokens
         self._logprobs = logprobs
+        self._begun = False  # whether the next token has been drawn
         self._mask = mask
         self._end_thought = None if thinking_budget is None else _end_of_thought(vocabulary, thinking_budget)
         self._thought_left = thinking_budget or 0  # tokens, where there is a budget
@@ -220,15 +221,28 @@ class ReplyState:
         if self._mask:
             self._mask.prepare()
 
+    def begin(self, logits: NDArray[np.float32]) -> Draw:
+        """take() is coming, with these logits: what it will draw, for draw() to find beside that of others.
+
+        It may be left out; take() then draws by itself.
+        """
+        self._begun = True
+        return self._sampler.begin(logits, self._allowed(), self._logprobs)
+
     def take(self, logits: NDArray[np.float32]) -> Event:
         """Sample the next token from `logits` (vocab_size,), those after the last token so far.
 
         ValueError if the logits are not finite, or if the mask allows no token.
         """
-        token = self._sampler.sample(logits, self._allowed())
+        token = self._sampler.end() if self._begun else self._sampler.sample(logits, self._allowed())
         logprob, top_logprobs = None, None
         if self._logprobs is not None:
-            logprob, top_logprobs = self._sampler.logprobs(logits, token, self._logprobs)
+            logprob, top_logprobs = (
+                self._sampler.measured(logits, token)
+                if self._begun
+                else self._sampler.logprobs(logits, token, self._logprobs)
+            )
+        self._begun = False
         self.tokens.append(token)
         if self._mask:
             self._mask.accept(token)

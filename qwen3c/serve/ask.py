@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..drivers.batch import LastRow
 from ..drivers.reply import Event, FinishReason, ReplyState, Stats
-from ..drivers.sampler import SamplingOptions
+from ..drivers.sampler import Draw, SamplingOptions
 from ..drivers.score import PromptScores, TokenScore
 from ..engine import Logits
 from .errors import ApiError, server_error
@@ -228,6 +228,11 @@ class Job:
 
     def prepare(self) -> None:
         self.state.prepare()
+
+    def begin(self, logits: NDArray[np.float32]) -> Draw | None:
+        if self.max_tokens == 0:
+            return None
+        return self.state.begin(logits)
 
     def take(self, logits: NDArray[np.float32]) -> Event | LastRow | Failed:
         if self.max_tokens == 0:  # the prompt alone was to be read
