@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .drivers import retrieval
 from .drivers.batch import RUNNING, CachedSession, drive
+from .drivers.draft import Drafting
 from .drivers.generate import AnswerOptions, Generation, ReplyOptions
 from .drivers.grammar import Grammar
 from .drivers.reply import Event, Mask, Reply, ReplyState, Vocabulary, token_budget, token_ids, whole
@@ -143,6 +144,11 @@ class Model(Engine):
         thinking = self.metadata["thinking"]
         return Vocabulary(self.config.n_tokens, ends, self.undefined_tokens, self.tokenizer, thinking)
 
+    @cached_property
+    def drafting(self) -> Drafting:
+        """What guesses at the next tokens of replies, by their own text (drivers/draft.py)."""
+        return Drafting(self)
+
     # ------------------------------------------------------------------------
     # Text -> text
 
@@ -158,8 +164,8 @@ class Model(Engine):
         """The whole reply to a conversation; str() of it is the answer.
 
         messages, thinking, tools: see chat_prompt. max_tokens, and options (session, stop, mask, cancel,
-        progress, the fields of AnswerOptions and of Sampling): see generate, which has the reply token by
-        token. Conversation remembers what was said.
+        progress, draft, the fields of AnswerOptions and of Sampling): see generate, which has the reply token
+        by token. Conversation remembers what was said.
         """
         _check_keywords(Model.chat, options, ReplyOptions.__optional_keys__)
         prompt = self.chat_prompt(messages, thinking, tools)
@@ -172,7 +178,7 @@ class Model(Engine):
         """How the model goes on from a bare text: no template, no roles.
 
         max_tokens: None for what the context holds; such text need not come to an end. options: session,
-        stop, mask, cancel, progress, the fields of AnswerOptions and of Sampling, see generate.
+        stop, mask, cancel, progress, draft, the fields of AnswerOptions and of Sampling, see generate.
         """
         _check_keywords(Model.complete, options, ReplyOptions.__optional_keys__)
         if not isinstance(text, str):
@@ -224,6 +230,7 @@ class Model(Engine):
         mask: Mask | None = None,
         cancel: Callable[[], bool] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        draft: bool | Drafting = True,
         **options: Unpack[AnswerOptions],
     ) -> Generation:
         """The reply to `prompt` (token ids), as an iterator of events, also `async for`; see Generation.
@@ -232,8 +239,9 @@ class Model(Engine):
         with the beginning of the prompt are not computed again. stop: texts that end the reply and are not
         part of it. logprobs: None, or how many of the most likely tokens to give with each event. mask: says
         before each token which may come; see reply.Mask. cancel: asked before every token and every piece of
-        the prompt; true ends the reply. progress: told (tokens done, tokens in all) of the prompt. options:
-        see Sampling and AnswerOptions. An answer that is held to a schema, regex, choice or grammar meets it
+        the prompt; true ends the reply. progress: told (tokens done, tokens in all) of the prompt. draft:
+        whether passes may check guesses at several tokens, which changes no token; a Drafting guesses with a
+        smaller model, too. options: see Sampling and AnswerOptions. An answer that is held to a schema, regex, choice or grammar meets it
         if finish_reason is "stop" and no text of `stop` came; one that ended by "length" is the beginning of
         such an answer. ValueError, before anything is computed, if an argument is out of range, an id of the
         prompt is no token, the prompt is longer than the context or a grammar cannot be enforced.
@@ -245,7 +253,10 @@ class Model(Engine):
         grammar = self._grammar(options, mask)
         mask = mask if grammar is None else grammar.mask(ids)
         state = self._state(ids, budget, options, stop=stop, logprobs=logprobs, mask=mask)
-        return Generation(own, ids, state, owns_session=session is None, cancel=cancel, progress=progress)
+        return Generation(
+            own, ids, state, owns_session=session is None, cancel=cancel, progress=progress,
+            drafting=self._drafting(draft),
+        )  # fmt: skip
 
     def generate_many(
         self,
@@ -256,6 +267,7 @@ class Model(Engine):
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
         seeds: Sequence[int] | None = None,
+        draft: bool | Drafting = True,
         **options: Unpack[AnswerOptions],
     ) -> Iterator[tuple[int, Event]]:
         """The replies to many prompts in shared passes: (index of the prompt, event) pairs as they come.
@@ -289,7 +301,16 @@ class Model(Engine):
 
         for i in range(min(1, len(checked))):
             state(i)  # raises for an argument out of range now, not at the first event
-        return drive(self, ((checked[i][0], state(i)) for i in range(len(checked))), running)
+        replies = ((checked[i][0], state(i)) for i in range(len(checked)))
+        return drive(self, replies, running, drafting=self._drafting(draft))
+
+    def _drafting(self, draft: bool | Drafting) -> Drafting | None:
+        """What the argument `draft` of a call stands for. ValueError if it was made for another model."""
+        if isinstance(draft, Drafting):
+            if draft.model is not self:
+                raise ValueError(f"draft belongs to another model ({draft.model.path})")
+            return draft
+        return self.drafting if draft else None
 
     def _grammar(self, options: AnswerOptions, mask: Mask | None = None) -> Grammar | None:
         """The grammar that a call asks for, if any. ValueError if it asks for more than one constraint."""
@@ -331,17 +352,27 @@ class Model(Engine):
     # Tokens -> logits, texts -> vectors and scores
 
     def forward(
-        self, batch: Sequence[tuple[Session, ArrayLike]], logits: Logits = "last"
+        self, batch: Sequence[tuple[Session, ArrayLike]], logits: Logits | Sequence[int] = "last"
     ) -> list[NDArray[np.float32]]:
         """One ragged batch over any sessions of this model; a list of what Session.forward returns, in order.
 
+        logits: a list says how many rows are wanted of each session, the last ones: (n, vocab_size).
         ValueError also if the logits of a token, or the hidden state, are NaN or infinite; every other method
-        computes through this one. model.trace shows where such a number comes from.
+        computes through this one. With a list only the first row of each session is checked, for a draft
+        may hold any token; a bad row after it is all NaN, which nobody can draw from. model.trace shows
+        where such a number comes from.
         """
         outputs = super().forward(batch, logits)
         for output in outputs:
-            for row in output.reshape(-1, output.shape[-1]):
-                self._check_finite(row, hidden=logits == "hidden")
+            first, *others = output.reshape(-1, output.shape[-1])
+            self._check_finite(first, hidden=logits == "hidden")
+            for row in others:
+                try:
+                    self._check_finite(row, hidden=False)
+                except ValueError:
+                    if isinstance(logits, str):
+                        raise
+                    row[:] = np.nan
         return outputs
 
     def _check_finite(self, row: NDArray[np.float32], hidden: bool) -> None:

@@ -7,10 +7,10 @@
     Costs       what passes of so many rows cost here, in passes of one row
     Chances     how often guesses of each kind were right
 
-A draft changes no token: a row's logits do not depend on what else is in its pass, and a token's random number
-follows from its position, so a guess is right exactly if it is the token that would have come. A wrong one
-costs its row. So a draft is made as long as it is expected to win by what was measured: the guesses are
-made, and compared with what comes, whether or not a pass checks them.
+A draft changes no token: a row's logits do not depend on what else is in its pass, and a token's random
+number follows from its position, so a guess is right exactly if it is the token that would have come. A wrong
+one costs its row. So a draft is as long as is expected to win by what was measured. What a text guesses is
+compared with what comes whether or not a pass checks it, so that nothing is risked to learn how good it is.
 """
 
 from __future__ import annotations
@@ -308,8 +308,7 @@ def check_vocabulary(model: Engine, small: Engine) -> None:
 
 
 class Drafting:
-    """The drafts for the sequences of one model. small: a model of the same vocabulary, to guess where no text
-    does.
+    """The drafts for the sequences of one model. small: a model of the same vocabulary that guesses, too.
 
     ValueError, one line, if the smaller model has another vocabulary.
     """
@@ -317,6 +316,7 @@ class Drafting:
     def __init__(self, model: Engine, small: Engine | None = None) -> None:
         if small is not None:
             check_vocabulary(model, small)
+        self.model = model
         self.small = None if small is None else Small(small)
         self.costs = Costs()
         self._alone = Shelf()  # where no text is put
@@ -327,7 +327,7 @@ class Drafting:
     ) -> Drafter:
         """What guesses at a sequence that has these tokens. namespace: whose texts may be its guesses, too.
 
-        rest: tells the tokens that come whatever the logits are; see reply.Mask.
+        rest: tells the tokens that a grammar leaves no choice of; see reply.Mask.
         """
         shelf = self._alone if namespace is None else self.shelf(namespace)
         return Drafter(tokens, shelf, self.small is not None, rest)
@@ -362,7 +362,7 @@ class Drafting:
         return made
 
     def lengths(self, found: Sequence[Draft | None], n_decoding: int, n_prompt: int) -> list[int]:
-        """How many guesses of each sequence are worth checking: those that give the most tokens per second."""
+        """How many guesses at each sequence are worth it: those that give the most tokens per second."""
         gains = []  # of each guess: how likely it is right, and all before it
         for i, draft in enumerate(found):
             gain = 1.0
