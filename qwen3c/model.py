@@ -22,6 +22,7 @@ from .drivers.reply import Event, Mask, Reply, ReplyState, Vocabulary, token_bud
 from .drivers.sampler import Sampling, SamplingOptions, default_sampling
 from .engine import KV, Activations, Engine, Logits, Session
 from .format import ModelFileError
+from .kernels.table import all_finite
 from .memory import check_space_for_model, gib
 from .text.chat import END_THINK, ChatTemplate, last_control_token, may_think
 from .text.template import Renderer
@@ -112,7 +113,14 @@ class Model(Engine):
         other use of it or its sessions is a ValueError. The memory of a session is freed with the session.
         """
         super().close()
-        for name in ("_tokenizer", "_renderer", "chat_template", "undefined_tokens", "vocabulary"):
+        for name in (
+            "_tokenizer",
+            "_renderer",
+            "chat_template",
+            "undefined_tokens",
+            "vocabulary",
+            "drafting",
+        ):
             vars(self).pop(name, None)
 
     @property
@@ -241,7 +249,8 @@ class Model(Engine):
         before each token which may come; see reply.Mask. cancel: asked before every token and every piece of
         the prompt; true ends the reply. progress: told (tokens done, tokens in all) of the prompt. draft:
         whether passes may check guesses at several tokens, which changes no token; a Drafting guesses with a
-        smaller model, too. options: see Sampling and AnswerOptions. An answer that is held to a schema, regex, choice or grammar meets it
+        smaller model, too. options: see Sampling and AnswerOptions.
+        An answer that is held to a schema, regex, choice or grammar meets it
         if finish_reason is "stop" and no text of `stop` came; one that ended by "length" is the beginning of
         such an answer. ValueError, before anything is computed, if an argument is out of range, an id of the
         prompt is no token, the prompt is longer than the context or a grammar cannot be enforced.
@@ -307,8 +316,8 @@ class Model(Engine):
     def _drafting(self, draft: bool | Drafting) -> Drafting | None:
         """What the argument `draft` of a call stands for. ValueError if it was made for another model."""
         if isinstance(draft, Drafting):
-            if draft.model is not self:
-                raise ValueError(f"draft belongs to another model ({draft.model.path})")
+            if draft.path != self.path:
+                raise ValueError(f"draft was made for another model ({draft.path})")
             return draft
         return self.drafting if draft else None
 
@@ -363,23 +372,26 @@ class Model(Engine):
         where such a number comes from.
         """
         outputs = super().forward(batch, logits)
-        for output in outputs:
-            first, *others = output.reshape(-1, output.shape[-1])
-            self._check_finite(first, hidden=logits == "hidden")
-            for row in others:
-                try:
-                    self._check_finite(row, hidden=False)
-                except ValueError:
-                    if isinstance(logits, str):
-                        raise
-                    row[:] = np.nan
+        hidden = logits == "hidden"
+        # embedding rows beyond n_tokens are padding
+        n = self.config.dim if hidden else self.config.n_tokens
+        rows = [row for output in outputs for row in output.reshape(-1, output.shape[-1])]
+        if not all_finite(rows, n, self.threads):
+            for output in outputs:
+                self._check_rows(output.reshape(-1, output.shape[-1]), n, hidden, not isinstance(logits, str))
         return outputs
 
+    def _check_rows(self, rows: NDArray[np.float32], n: int, hidden: bool, drafted: bool) -> None:
+        for i, row in enumerate(rows):
+            try:
+                self._check_finite(row[:n], hidden)
+            except ValueError:
+                if not (i and drafted):
+                    raise
+                row[:] = np.nan
+
     def _check_finite(self, row: NDArray[np.float32], hidden: bool) -> None:
-        # embedding rows beyond n_tokens are padding
-        finite = np.isfinite(row if hidden else row[: self.config.n_tokens])
-        if finite.all():
-            return
+        finite = np.isfinite(row)
         bad = [i for i in np.flatnonzero(~finite).tolist() if hidden or i not in self.undefined_tokens]
         if bad:
             what, where = ("hidden state is", "at") if hidden else ("logits are", "of token")

@@ -308,7 +308,7 @@ class Batch(Generic[OutcomeT]):
     def _with_drafts(
         self, rows: list[tuple[Member[OutcomeT], list[int]]], drafting: Drafting
     ) -> list[tuple[Member[OutcomeT], list[int]]]:
-        """`rows`, with drafts as far as they are worth it. They take the place of as many tokens of prompts."""
+        """`rows`, with drafts as far as they are worth it, in place of as many tokens of prompts."""
         n_prompt = sum(len(ids) for one, ids in rows if one.reads)
         n_decoding = sum(not one.reads for one, _ in rows)
         asked = [one for one, _ in rows if one.drafter is not None and not one.reads and one.kind == "last"]

@@ -316,7 +316,7 @@ class Drafting:
     def __init__(self, model: Engine, small: Engine | None = None) -> None:
         if small is not None:
             check_vocabulary(model, small)
-        self.model = model
+        self.path = model.path
         self.small = None if small is None else Small(small)
         self.costs = Costs()
         self._alone = Shelf()  # where no text is put

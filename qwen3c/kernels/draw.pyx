@@ -443,6 +443,9 @@ def draw(draws, int threads=1, bint tokens=True):
         else:
             for i in prange(n, nogil=True, schedule="dynamic", num_threads=threads, use_threads_if=threads > 1):
                 draw_row(choices[i], &scratches[threadid()], tokens)
+        for i in range(n):
+            one = draws[i]
+            one._logits = one._allowed = None  # the memory of all rows is that of one pass
     finally:
         spare.extend(borrowed)
         free(choices)
