@@ -154,8 +154,15 @@ class Model(Engine):
 
     @cached_property
     def drafting(self) -> Drafting:
-        """What guesses at the next tokens of replies, by their own text (drivers/draft.py)."""
+        """What guesses at the next tokens of replies (drivers/draft.py): their own text, see draft_with."""
         return Drafting(self)
+
+    def draft_with(self, small: Engine) -> None:
+        """From now on a smaller model guesses, too, at the next tokens of replies: that changes no token.
+
+        ValueError, one line, if its tokenizer is another one.
+        """
+        self.drafting = Drafting(self, small)
 
     # ------------------------------------------------------------------------
     # Text -> text
@@ -238,7 +245,7 @@ class Model(Engine):
         mask: Mask | None = None,
         cancel: Callable[[], bool] | None = None,
         progress: Callable[[int, int], None] | None = None,
-        draft: bool | Drafting = True,
+        draft: bool = True,
         **options: Unpack[AnswerOptions],
     ) -> Generation:
         """The reply to `prompt` (token ids), as an iterator of events, also `async for`; see Generation.
@@ -248,11 +255,10 @@ class Model(Engine):
         part of it. logprobs: None, or how many of the most likely tokens to give with each event. mask: says
         before each token which may come; see reply.Mask. cancel: asked before every token and every piece of
         the prompt; true ends the reply. progress: told (tokens done, tokens in all) of the prompt. draft:
-        whether passes may check guesses at several tokens, which changes no token; a Drafting guesses with a
-        smaller model, too. options: see Sampling and AnswerOptions.
-        An answer that is held to a schema, regex, choice or grammar meets it
-        if finish_reason is "stop" and no text of `stop` came; one that ended by "length" is the beginning of
-        such an answer. ValueError, before anything is computed, if an argument is out of range, an id of the
+        whether passes may check guesses at several tokens, which changes no token. options: see Sampling and
+        AnswerOptions. An answer that is held to a schema, regex, choice or grammar meets it if finish_reason
+        is "stop" and no text of `stop` came; one that ended by "length" is the beginning of such an answer.
+        ValueError, before anything is computed, if an argument is out of range, an id of the
         prompt is no token, the prompt is longer than the context or a grammar cannot be enforced.
         """
         _check_keywords(Model.generate, options, AnswerOptions.__optional_keys__)
@@ -264,7 +270,7 @@ class Model(Engine):
         state = self._state(ids, budget, options, stop=stop, logprobs=logprobs, mask=mask)
         return Generation(
             own, ids, state, owns_session=session is None, cancel=cancel, progress=progress,
-            drafting=self._drafting(draft),
+            drafting=self.drafting if draft else None,
         )  # fmt: skip
 
     def generate_many(
@@ -276,7 +282,7 @@ class Model(Engine):
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
         seeds: Sequence[int] | None = None,
-        draft: bool | Drafting = True,
+        draft: bool = True,
         **options: Unpack[AnswerOptions],
     ) -> Iterator[tuple[int, Event]]:
         """The replies to many prompts in shared passes: (index of the prompt, event) pairs as they come.
@@ -311,15 +317,7 @@ class Model(Engine):
         for i in range(min(1, len(checked))):
             state(i)  # raises for an argument out of range now, not at the first event
         replies = ((checked[i][0], state(i)) for i in range(len(checked)))
-        return drive(self, replies, running, drafting=self._drafting(draft))
-
-    def _drafting(self, draft: bool | Drafting) -> Drafting | None:
-        """What the argument `draft` of a call stands for. ValueError if it was made for another model."""
-        if isinstance(draft, Drafting):
-            if draft.path != self.path:
-                raise ValueError(f"draft was made for another model ({draft.path})")
-            return draft
-        return self.drafting if draft else None
+        return drive(self, replies, running, drafting=self.drafting if draft else None)
 
     def _grammar(self, options: AnswerOptions, mask: Mask | None = None) -> Grammar | None:
         """The grammar that a call asks for, if any. ValueError if it asks for more than one constraint."""

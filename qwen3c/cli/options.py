@@ -46,6 +46,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "context": (*TALKING, "perplexity", "serve", "mcp"),
     **dict.fromkeys(("threads", "kv", "huge_pages", "isa"), COMPUTING),
     "activations": (*TALKING, "perplexity", "bench", "mcp"),
+    **dict.fromkeys(("draft", "drafts"), ("chat", "generate", "serve", "mcp")),
     **dict.fromkeys(SERVING, ("serve",)),
     **dict.fromkeys(("hide_thinking", "logprobs"), ("chat", "generate")),
     "json": (*TALKING, "info", "perplexity"),
@@ -278,6 +279,18 @@ def _add_machine(group: Any) -> None:
     add("--huge-pages", action="store_true", help="copy the weights into memory of large pages: more "
         "bandwidth for "
         "a slower start and memory of their own")  # fmt: skip
+    drafts = group.add_mutually_exclusive_group().add_argument
+    drafts(
+        "--draft",
+        metavar="FILE",
+        help="a smaller model.bin with the same tokenizer guesses at the next tokens: the same text, sooner",
+    )
+    drafts(
+        "--no-draft",
+        dest="drafts",
+        action="store_false",
+        help="a token a pass, without guesses at the next ones by what the text has said before",
+    )
     add("--isa", metavar="NAME", help="instruction set (default: QWEN3C_ISA, else the widest here)")
 
 

@@ -52,6 +52,8 @@ SETTINGS = {
     "model_alias": "models",
     "offline": "offline",
     "mcp": "mcp_servers",
+    "draft": "draft",
+    "drafts": "drafts",
 }
 
 UPSTREAM = {
@@ -138,6 +140,7 @@ def _alias(path: str) -> str:
 def _application(settings: Settings, needs_key: bool) -> tuple[Any, Api]:
     """The ASGI app over the models of the settings, the default one first, and what its endpoints share."""
     from .. import engine
+    from ..drivers.draft import check_vocabulary
     from ..format import ModelFile
     from ..serve.api import Api
     from ..serve.app import create_app
@@ -150,12 +153,16 @@ def _application(settings: Settings, needs_key: bool) -> tuple[Any, Api]:
     sizes: dict[str, int] = {}
     files: dict[str, str] = {}
     for alias in sorted(settings.models, key=lambda alias: alias != settings.default_model):
-        model = settings.models[alias]
-        files[alias], sizes[alias] = model.path, ModelFile(model.path).file_size
-        openers[alias] = functools.partial(_open, settings, model.path, model.kv or settings.kv)
+        model, file = settings.models[alias], ModelFile(settings.models[alias].path)
+        files[alias], sizes[alias] = model.path, file.file_size
+        small = model.draft or (settings.draft if not openers else None)
+        if small is not None:
+            check_vocabulary(file, ModelFile(small))
+            sizes[alias] += ModelFile(small).file_size
+        openers[alias] = functools.partial(_open, settings, model.path, model.kv or settings.kv, small)
     options = ServeOptions(
         settings.running, settings.queue, settings.cache_memory, settings.max_gap, settings.context or None,
-        settings.idle_unload,
+        settings.idle_unload, settings.drafts,
     )  # fmt: skip
     api = Api(Models(openers, options, sizes, files), settings.ping, needs_key=needs_key)
     api.provider = _provider(settings)
@@ -201,12 +208,17 @@ def _provider(settings: Settings) -> Upstream | None:
     )  # fmt: skip
 
 
-def _open(settings: Settings, path: str, kv: Any) -> Model:
+def _open(settings: Settings, path: str, kv: Any, small: str | None) -> Model:
+    """The model of a file. small: of a model that guesses at its next tokens; None for none."""
     from ..model import Model
     from ..system.machine import default_threads
 
+    threads = settings.threads or default_threads()
     with terminal.waiting(f"loading {path}" + " into huge pages" * settings.huge_pages):
-        return Model(path, settings.threads or default_threads(), kv, "int8", settings.huge_pages)
+        model = Model(path, threads, kv, "int8", settings.huge_pages)
+        if small is not None:
+            model.draft_with(Model(small, threads, kv, "int8", settings.huge_pages))
+    return model
 
 
 def _described(models: Models) -> list[str]:

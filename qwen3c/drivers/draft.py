@@ -28,6 +28,7 @@ from .lookup import BETWEEN, LONGEST, MOST, Lookup
 
 if TYPE_CHECKING:
     from ..engine import Session
+    from ..format import ModelFile
 
 LONGEST_DRAFT = 15  # tokens
 MOST_DRAFTED = 48  # rows of drafts in a pass, of all sequences
@@ -296,11 +297,10 @@ class Reader:
 Asked = tuple[Reader, Sequence[int], int]  # a sequence of the smaller model, its tokens, how many guesses
 
 
-def check_vocabulary(model: Engine, small: Engine) -> None:
+def check_vocabulary(model: ModelFile, small: ModelFile) -> None:
     """ValueError, one line, if a token of one model does not mean the same to the other."""
-    same = bytes(model.file.tokenizer) == bytes(small.file.tokenizer)
-    if not same or model.config.n_tokens != small.config.n_tokens:
-        raise ValueError(f"{small.path}: drafts for {model.path} need its tokenizer, and this is another one")
+    if bytes(model.tokenizer) != bytes(small.tokenizer) or model.config.n_tokens != small.config.n_tokens:
+        raise ValueError(f"{small.path}: it cannot draft for {model.path}, which has another tokenizer")
 
 
 # ----------------------------------------------------------------------------
@@ -315,8 +315,7 @@ class Drafting:
 
     def __init__(self, model: Engine, small: Engine | None = None) -> None:
         if small is not None:
-            check_vocabulary(model, small)
-        self.path = model.path
+            check_vocabulary(model.file, small.file)
         self.small = None if small is None else Small(small)
         self.costs = Costs()
         self._alone = Shelf()  # where no text is put

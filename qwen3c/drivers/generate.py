@@ -42,7 +42,7 @@ class ReplyOptions(AnswerOptions, total=False):
     mask: Mask | None
     cancel: Callable[[], bool] | None
     progress: Callable[[int, int], None] | None
-    draft: bool | Drafting
+    draft: bool
 
 
 class Generation(Iterator[Event], AsyncIterator[Event]):

@@ -226,6 +226,9 @@ class Job:
         self.cancelled = True
         self.wake()
 
+    def forced(self) -> Sequence[int]:
+        return self.state.forced()
+
     def prepare(self) -> None:
         self.state.prepare()
 

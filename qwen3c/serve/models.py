@@ -44,7 +44,8 @@ SHARE_OF_MEMORY = 4  # without --cache-memory the KV cache gets this part of wha
 class ServeOptions:
     """How models are served. kv_bytes: None for a part of what is available. context: None for what fits.
 
-    idle_unload: seconds without a request after which a model is released; None for never.
+    idle_unload: seconds without a request after which a model is released; None for never. draft: see
+    Scheduler.
     """
 
     running: int = 64
@@ -53,6 +54,7 @@ class ServeOptions:
     max_gap: float | None = None
     context: int | None = None
     idle_unload: float | None = None
+    draft: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Served:
         if kv_bytes is None:
             kv_bytes = (available() or 4 << 30) // SHARE_OF_MEMORY
         limits = Limits(options.running, options.queue, max(kv_bytes, 2 * model.kv_block_bytes))
-        self.scheduler = Scheduler(model, limits, Pace(options.max_gap), turn)
+        self.scheduler = Scheduler(model, limits, Pace(options.max_gap), turn, options.draft)
         self.context = min(self.scheduler.context, options.context or model.config.context)
         self.card = card_of(model.file, self.context)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="text")
