@@ -97,24 +97,27 @@ class CachedSession:
 
 
 def forward(
-    model: Engine, rows: Sequence[tuple[CachedSession, list[int], int]], kind: Logits = "last"
+    model: Engine,
+    rows: Sequence[tuple[CachedSession, list[int]]],
+    kind: Logits = "last",
+    drafted: Sequence[int] = (),
 ) -> Sequence[NDArray[np.float32]]:
     """One pass that appends tokens to each session; returns each session's row, by `kind` (see
     Session.forward).
 
-    rows: of each session its ids, and how many of them, the last ones, are a draft. Of a session that has
-    one the rows after it are returned, too, (1 + drafted, vocab_size).
+    drafted: of each session, how many of its ids, the last ones, are a draft; with any, the logits of those
+    and of the one before them are returned, (1 + drafted, vocab_size).
     """
-    wanted: Logits | list[int] = kind
-    if any(drafted for _, _, drafted in rows):
-        wanted = [1 + drafted for _, _, drafted in rows]
-    outputs = model.forward([(cached.session, ids) for cached, ids, _ in rows], wanted)
-    for cached, ids, drafted in rows:
+    drafted = drafted if any(drafted) else ()
+    outputs = model.forward(
+        [(cached.session, ids) for cached, ids in rows], [1 + n for n in drafted] if drafted else kind
+    )
+    for i, (cached, ids) in enumerate(rows):
         # an interrupt before this line leaves the session longer than `tokens`
-        cached.tokens += ids[: len(ids) - drafted]
-    if wanted is kind:
+        cached.tokens += ids[: len(ids) - drafted[i]] if drafted else ids
+    if not drafted:
         return outputs
-    return [output if drafted else output[0] for output, (_, _, drafted) in zip(outputs, rows, strict=True)]
+    return [output if n else output[0] for output, n in zip(outputs, drafted, strict=True)]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -385,8 +388,7 @@ class Batch(Generic[OutcomeT]):
             chosen = [(one, ids) for one, ids in rows if one.kind == kind]
             if chosen:
                 drafted = [0 if one.reads else len(ids) - len(one.waiting) for one, ids in chosen]
-                pairs = zip(chosen, drafted, strict=True)
-                results = forward(self._model, [(one.session, ids, n) for (one, ids), n in pairs], kind)
+                results = forward(self._model, [(one.session, ids) for one, ids in chosen], kind, drafted)
                 outputs |= {id(one): output for (one, _), output in zip(chosen, results, strict=True)}
         return [outputs[id(one)] for one, _ in rows]
 

@@ -66,27 +66,28 @@ class Costs:
 
     def __init__(self) -> None:
         rows, costs = zip(*FIRST_COSTS, strict=True)
-        self._relative: list[float] = [0.0, *np.interp(range(1, LARGEST_PASS + 1), rows, costs).tolist()]
-        self._one: float | None = None  # seconds of one row
+        # what passes cost beside each other, by rows; times _level they are seconds
+        self._costs: list[float] = [0.0, *np.interp(range(1, LARGEST_PASS + 1), rows, costs).tolist()]
+        self._level = 0.0
 
     def of(self, n: int) -> float:
         """The cost of a pass of n rows."""
-        return self._relative[n] if n <= LARGEST_PASS else self._relative[-1] * n / LARGEST_PASS
+        cost = self._costs[n] if n <= LARGEST_PASS else self._costs[-1] * n / LARGEST_PASS
+        return cost / self._costs[1]
 
     def relative(self, seconds: float) -> float:
         """What took so long, in passes of one row; 0 as long as none is measured."""
-        return seconds / self._one if self._one else 0.0
+        return seconds / (self._level * self._costs[1]) if self._level else 0.0
 
     def learn(self, n: int, seconds: float) -> None:
         """A pass of n rows, none of them of a prompt, took so long."""
         if n > LARGEST_PASS:
             return
-        if self._one is None:
-            self._one = seconds / self._relative[n]
-        ratio = min(max(seconds / (self._one * self._relative[n]), 0.5), 2.0)
-        self._one *= ratio**0.1
-        if n > 1:
-            self._relative[n] *= ratio**0.1
+        if not self._level:
+            self._level = seconds / self._costs[n]
+        change = min(max(seconds / (self._level * self._costs[n]), 0.5), 2.0) ** 0.1
+        self._level *= change  # of all passes: a longer text, a slower clock
+        self._costs[n] *= change
 
 
 class Chances:
