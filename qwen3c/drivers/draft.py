@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..engine import Engine
 from .lookup import BETWEEN, LONGEST, MOST, Lookup
@@ -264,11 +265,15 @@ class Small:
                 reader, tokens, n = asked[i]
                 reader.tokens += ids
                 if len(reader.tokens) >= len(tokens):
-                    guesses[i].append(int(np.argmax(row[: self._model.config.n_tokens])))
+                    guesses[i].append(self.choose(row, len(reader.tokens)))
                     going[i] = guesses[i][-1:]
                 if len(reader.tokens) < len(tokens) or len(guesses[i]) == n:
                     del going[i]
         return guesses
+
+    def choose(self, row: NDArray[np.float32], place: int) -> int:
+        """Its guess at the token of this place, by the logits before it."""
+        return int(np.argmax(row[: self._model.config.n_tokens]))
 
 
 class Reader:
