@@ -14,8 +14,8 @@ computed, and the token that comes of them is replaced. Which guesses are right 
     noise      a text in which nothing repeats itself: what drafts may cost at most
 
 With --small the smaller model's passes are computed, too, and its guesses are made right with the
-probability of --acceptance, each by itself. Printed: tokens per second of both, their ratio (median and range of --pairs
-pairs, the first one discarded), tokens a pass, guesses checked and right.
+probability of --acceptance, each by itself. Printed: tokens per second of both, their ratio (median and range
+of --pairs pairs, the first one discarded), tokens a pass, guesses checked and right.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,17 @@ from .drivers.batch import RUNNING, CachedSession, drive
 from .drivers.draft import Drafting
 from .drivers.generate import AnswerOptions, Generation, ReplyOptions
 from .drivers.grammar import Grammar
-from .drivers.reply import Event, Mask, Reply, ReplyState, Vocabulary, token_budget, token_ids, whole
+from .drivers.reply import (
+    Event,
+    Mask,
+    Reply,
+    ReplySettings,
+    ReplyState,
+    Vocabulary,
+    token_budget,
+    token_ids,
+    whole,
+)
 from .drivers.sampler import Sampling, SamplingOptions, default_sampling
 from .engine import KV, Activations, Engine, Logits, Session
 from .format import ModelFileError
@@ -267,7 +278,7 @@ class Model(Engine):
         budget = token_budget(max_tokens, len(ids), own.context, self.config.context)
         grammar = self._grammar(options, mask)
         mask = mask if grammar is None else grammar.mask(ids)
-        state = self._state(ids, budget, options, stop=stop, logprobs=logprobs, mask=mask)
+        state = self._state(ids, budget, options, ReplySettings(stop, logprobs, mask))
         return Generation(
             own, ids, state, owns_session=session is None, cancel=cancel, progress=progress,
             drafting=self.drafting if draft else None,
@@ -312,7 +323,7 @@ class Model(Engine):
             ids, budget = checked[i]
             own: AnswerOptions = {**options, "seed": seeds[i]} if seeds is not None else options
             mask = None if grammar is None else grammar.mask(ids)
-            return self._state(ids, budget, own, stop=stop, logprobs=logprobs, mask=mask)
+            return self._state(ids, budget, own, ReplySettings(stop, logprobs, mask))
 
         for i in range(min(1, len(checked))):
             state(i)  # raises for an argument out of range now, not at the first event
@@ -332,23 +343,15 @@ class Model(Engine):
         prompt: list[int],
         max_tokens: int,
         options: AnswerOptions,
-        *,
-        stop: str | Sequence[str],
-        logprobs: int | None,
-        mask: Mask | None,
+        settings: ReplySettings,
     ) -> ReplyState:
+        """The state of a reply; its sampling, tools and thinking budget come from `options`."""
         sampling: Any = {k: v for k, v in options.items() if k in SamplingOptions.__optional_keys__}
-        return ReplyState(
-            self.vocabulary,
-            prompt,
-            self.sampling(self.may_think(prompt), **sampling),
-            max_tokens,
-            stop=stop,
-            logprobs=logprobs,
-            mask=mask,
-            tools=options.get("toolset"),
-            thinking_budget=options.get("thinking_budget"),
+        chosen = self.sampling(self.may_think(prompt), **sampling)
+        settings = replace(
+            settings, tools=options.get("toolset"), thinking_budget=options.get("thinking_budget")
         )
+        return ReplyState(self.vocabulary, prompt, chosen, max_tokens, settings)
 
     def may_think(self, prompt: Sequence[int]) -> bool:
         """Whether the reply to `prompt` may begin with thought; a hybrid's may, unless told not to."""

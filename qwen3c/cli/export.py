@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 
 from .. import format
-from ..convert.export import estimate, export
 from ..system.terminal import Progress, unheard
 from .command import Parser, answer, concerning, program_name
 
@@ -56,14 +55,18 @@ def _work(args: argparse.Namespace) -> int:
 
 def _lines(args: argparse.Namespace, progress: Progress | None) -> list[str]:
     """Export, or only estimate; returns the lines to print."""
-    options = {key: getattr(args, key) for key in ("force", "group_size", "name", "yarn", "yarn_attn_factor")}
     if progress:
         progress.say(f"reading {args.source}")
+    from ..convert.export import estimate, export
+    from ..convert.huggingface import CheckpointOptions
+
+    options = {key: getattr(args, key) for key in CheckpointOptions.__optional_keys__}
     if args.estimate:
-        return [*estimate(args.source, args.target, **options).lines()]
+        return [*estimate(args.source, args.target, force=args.force, **options).lines()]
     report = export(
         args.source,
         args.target,
+        force=args.force,
         threads=args.threads,
         lora=args.lora,
         progress=functools.partial(_draw, progress) if progress else None,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 from .. import format
 from ..text import tokenizer_json
@@ -85,6 +85,18 @@ _GENERATION_KEYS = (
 MAX_NAME = 200  # characters of a model's name, and of its licence
 
 
+class CheckpointOptions(TypedDict, total=False):
+    """What is chosen for a model, whatever its source: keywords of Checkpoint, export and estimate.
+
+    None counts as not given.
+    """
+
+    group_size: int | None  # weights that share a scale (default: 64; 32 for a GGUF file with Q8_0 weights)
+    name: str | None  # what the model calls itself (default: from config.json)
+    yarn: float | None  # stretch the context of a model of default rope by this factor
+    yarn_attn_factor: float | None  # on cos and sin (default: what transformers computes from config.json)
+
+
 class Checkpoint:
     """A checked model: its numbers, its texts, its tensors.
 
@@ -106,7 +118,7 @@ class Checkpoint:
         yarn: float | None = None,
         yarn_attn_factor: float | None = None,
     ) -> None:
-        """yarn: stretch a default rope by this factor. yarn_attn_factor: its factor on cosine and sine."""
+        """The options: see CheckpointOptions."""
         self.source = source
         if group_size is not None and group_size not in format.GROUP_SIZES:
             sizes = ", ".join(map(str, format.GROUP_SIZES))

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.draw import Draw, draw
 from .draft import Drafter, Drafting
 from .reply import FinishReason, Stats
-from .sampler import Draw, draw
 
 if TYPE_CHECKING:
     from ..engine import Engine, Logits, Session
@@ -82,6 +82,10 @@ class CachedSession:
         n = min(common_prefix(self.tokens, prompt), len(prompt) - 1)  # the last token's logits are wanted
         self.rewind(n)
         return n
+
+    def positions(self, n: int) -> range:
+        """Those of the next n tokens."""
+        return range(len(self.tokens), len(self.tokens) + n)
 
     def fork(self) -> CachedSession:
         """A second session with the same tokens; it takes no memory until one of the two goes on."""
@@ -234,13 +238,13 @@ class Member(Generic[OutcomeT]):
 class Pace(Protocol):
     """How much of the prompts each pass takes."""
 
-    def shares(self, left: Sequence[int], n_decoding: int) -> Sequence[int]:
-        """Tokens for each prompt in the next pass; left: those each has still to
-        read, the first come first.
+    def shares(self, left: Sequence[range], n_decoding: int) -> Sequence[int]:
+        """Tokens for each prompt in the next pass; left: the positions that each has still to read, the first
+        come first.
         """
 
-    def learn(self, seconds: float, n_rows: int, n_decoding: int) -> None:
-        """A pass took so long, with n_rows tokens of prompts and one token of n_decoding sequences."""
+    def learn(self, seconds: float, read: Sequence[range], n_decoding: int) -> None:
+        """A pass took so long, with these positions of prompts and one token of n_decoding sequences."""
 
 
 class Pieces:
@@ -249,16 +253,16 @@ class Pieces:
     def __init__(self) -> None:
         self._piece = FIRST_PIECE
 
-    def shares(self, left: Sequence[int], n_decoding: int) -> Sequence[int]:
+    def shares(self, left: Sequence[range], n_decoding: int) -> Sequence[int]:
         """The first prompts get all there is."""
-        before = accumulate(left, initial=0)
-        return [max(min(n, self._piece - taken), 0) for n, taken in zip(left, before, strict=False)]
+        before = accumulate(map(len, left), initial=0)
+        return [max(min(len(one), self._piece - n), 0) for one, n in zip(left, before, strict=False)]
 
-    def learn(self, seconds: float, n_rows: int, n_decoding: int) -> None:
+    def learn(self, seconds: float, read: Sequence[range], n_decoding: int) -> None:
         """Only passes with prompts count."""
-        if n_rows and seconds < PIECE_SECONDS / 2:
+        if read and seconds < PIECE_SECONDS / 2:
             self._piece = min(2 * self._piece, LARGEST_PIECE)
-        elif n_rows and seconds > 2 * PIECE_SECONDS:
+        elif read and seconds > 2 * PIECE_SECONDS:
             self._piece = max(self._piece // 2, 1)
 
 
@@ -298,7 +302,7 @@ class Batch(Generic[OutcomeT]):
         """
         readers = [one for one in self.running if one.reads]
         n_decoding = len(self.running) - len(readers)
-        left = [len(one.waiting) for one in readers]
+        left = [one.session.positions(len(one.waiting)) for one in readers]
         share = {id(one): n for one, n in zip(readers, self._pace.shares(left, n_decoding), strict=True)}
         rows = []
         for one in self.running:
@@ -341,12 +345,12 @@ class Batch(Generic[OutcomeT]):
             one.check_claim()
             if len(ids) >= len(one.waiting):
                 one.state.prepare()
+        read = [one.session.positions(len(ids)) for one, ids in rows if one.reads]
         begin = time.perf_counter()
         outputs = self._forward(rows)
         seconds = time.perf_counter() - begin
-        n_rows = sum(len(ids) for one, ids in rows if one.reads)
-        self._pace.learn(seconds, n_rows, sum(not one.reads for one, _ in rows))
-        if self._drafting and not n_rows:
+        self._pace.learn(seconds, read, sum(not one.reads for one, _ in rows))
+        if self._drafting and not read:
             self._drafting.costs.learn(sum(len(ids) for _, ids in rows), seconds)
         for (one, ids), output in zip(rows, outputs, strict=True):
             one.draft = ids[len(one.waiting) :]

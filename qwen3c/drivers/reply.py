@@ -17,10 +17,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.draw import Draw
 from ..text.chat import END_THINK, TAGS, THINK, Piece, ReplyStream, last_control_token
 from ..text.tokenizer import Tokenizer
 from ..text.tools import ToolSet
-from .sampler import Draw, Sampler, Sampling
+from .sampler import Sampler, Sampling
 
 FinishReason = Literal["stop", "length", "cancelled"]
 SHOWN = 48  # characters of a text in a repr or an error
@@ -168,13 +169,22 @@ class Vocabulary:
         return "answer" if last is None or last == end or self.thinking == "none" else "either"
 
 
+@dataclass(frozen=True)
+class ReplySettings:
+    """What a caller may ask of one reply, beside the sampling and the number of its tokens."""
+
+    stop: str | Sequence[str] = ()  # texts that end the reply and are not part of it
+    logprobs: int | None = None  # how many of the most likely tokens each event gives; None: no logprob
+    mask: Mask | None = None  # restricts the tokens
+    tools: ToolSet | None = None  # what ReplyStream needs to know of tool calls
+    thinking_budget: int | None = None  # after this many tokens of thought </think> comes; None: no bound
+
+
 class ReplyState:
     """The state of one reply: the tokens sampled so far, the text held back, why it ended.
 
-    prompt: the token ids before the reply. max_tokens: at most so many tokens are sampled; at 0, end() is all
-    that may be called. stop: texts that end the reply and are not part of it. logprobs: None, or how many of
-    the most likely tokens each event gives. mask: restricts the tokens. tools: what ReplyStream needs to know
-    of tool calls. thinking_budget: after so many tokens of thought </think> comes; None for no bound.
+    prompt: the token ids before the reply. max_tokens: the most tokens that are sampled; at 0, end() is all
+    that may be called.
     ValueError if an argument is out of range, or the vocabulary has no </think> and a budget is given.
     """
 
@@ -184,14 +194,10 @@ class ReplyState:
         prompt: Sequence[int],
         sampling: Sampling,
         max_tokens: int,
-        *,
-        stop: str | Sequence[str] = (),
-        logprobs: int | None = None,
-        mask: Mask | None = None,
-        tools: ToolSet | None = None,
-        thinking_budget: int | None = None,
+        settings: ReplySettings = ReplySettings(),
     ) -> None:
         n_tokens, tokenizer = vocabulary.n_tokens, vocabulary.tokenizer
+        logprobs, budget = settings.logprobs, settings.thinking_budget
         if logprobs is not None and not 0 <= whole("logprobs", logprobs) <= n_tokens:
             raise ValueError(f"logprobs = {logprobs} is outside 0..{n_tokens}")
         self._sampler = Sampler(sampling, prompt, n_tokens, vocabulary.undefined)
@@ -200,16 +206,16 @@ class ReplyState:
             think, tags = tokenizer.control_id(THINK), () if vocabulary.bare else TAGS
             opened = think is not None and last_control_token(tokenizer, prompt) == think
             in_thought = opened and not vocabulary.bare
-            self._stream = ReplyStream(tokenizer, in_thought, _stops(stop), tools, tags)
+            self._stream = ReplyStream(tokenizer, in_thought, _stops(settings.stop), settings.tools, tags)
         self._end_tokens = vocabulary.end_tokens
         self._logprobs = logprobs
         self._begun = False  # whether the next token has been drawn
         self._only: int | None = None  # the next token, where it is the only one that may come
-        self._mask = mask
-        self._forced: Callable[[], Sequence[int]] = getattr(mask, "forced", tuple)
+        self._mask = settings.mask
+        self._forced: Callable[[], Sequence[int]] = getattr(settings.mask, "forced", tuple)
         self._undefined = vocabulary.undefined
-        self._end_thought = None if thinking_budget is None else _end_of_thought(vocabulary, thinking_budget)
-        self._thought_left = thinking_budget or 0  # tokens, where there is a budget
+        self._end_thought = None if budget is None else _end_of_thought(vocabulary, budget)
+        self._thought_left = budget or 0  # tokens, where there is a budget
         self.max_tokens = max_tokens
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -247,9 +253,10 @@ class ReplyState:
         itself.
         """
         allowed = self._allowed()
-        self._begun = True
-        self._only = self._only_of(allowed)
-        return None if self._only is not None else self._sampler.begin(logits, allowed, self._logprobs)
+        only = self._only_of(allowed)
+        draw = None if only is not None else self._sampler.begin(logits, allowed, self._logprobs)
+        self._begun, self._only = True, only
+        return draw
 
     def take(self, logits: NDArray[np.float32]) -> Event:
         """Sample the next token from `logits` (vocab_size,), those after the last token so far.

@@ -1,5 +1,11 @@
 /* Which kernels this build holds and which of them this CPU runs. */
+#define _DEFAULT_SOURCE 1  /* syscall */
 #include "kernels.h"
+
+#if HAVE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -7,13 +13,16 @@
 #include <sys/auxv.h>
 #endif
 
-extern const Kernels kernels_scalar, kernels_avx2, kernels_avxvnni, kernels_avx512vnni;
+extern const Kernels kernels_scalar, kernels_avx2, kernels_avxvnni, kernels_avx512vnni, kernels_amx;
 extern const Kernels kernels_neon, kernels_neon_dotprod;
 
 const Kernels *const all_kernels[] = {
     &kernels_scalar,
 #if defined(__x86_64__)
     &kernels_avx2, &kernels_avxvnni, &kernels_avx512vnni,
+#if HAVE_AMX
+    &kernels_amx,
+#endif
 #elif defined(__aarch64__)
     &kernels_neon, &kernels_neon_dotprod,
 #endif
@@ -39,6 +48,18 @@ static int cpu_has_f16c(void) {
 }
 #endif
 
+#if HAVE_AMX
+#define ARCH_REQ_XCOMP_PERM 0x1023  /* of arch_prctl */
+#define XFEATURE_XTILEDATA 18
+
+/* Linux gives a process the tile registers when it asks for them; threads then have them too. */
+static int cpu_has_amx(void) {
+    unsigned a, b, c, d;
+    int listed = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 25 & 1);  /* tile, int8 */
+    return listed && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#endif
+
 int kernels_runnable(const Kernels *kernels) {
     if (kernels == &kernels_scalar) return 1;
 #if defined(__x86_64__)
@@ -51,6 +72,9 @@ int kernels_runnable(const Kernels *kernels) {
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("avx512vnni");
+#if HAVE_AMX
+    if (kernels == &kernels_amx) return kernels_runnable(&kernels_avx512vnni) && cpu_has_amx();
+#endif
 #elif defined(__aarch64__)
     if (kernels == &kernels_neon) return 1;
 #if defined(__linux__)

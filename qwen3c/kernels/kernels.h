@@ -20,6 +20,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* Whether the compiler knows the tile registers of AMX. */
+#if defined(__x86_64__) && defined(__linux__) && \
+    (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11)
+#define HAVE_AMX 1
+#else
+#define HAVE_AMX 0
+#endif
+
 #define LANES 16           /* of a vector: 16 output rows of a weight tile, 16 positions, 16 values */
 #define MAX_HEAD_DIM 1024  /* that a model.bin may have; its groups of weights are 256 columns at most */
 #define KV_BLOCK 256       /* positions in a KV block: block b holds positions [256 b, 256 (b + 1)) */

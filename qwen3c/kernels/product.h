@@ -109,8 +109,15 @@ INLINE void matmul_int8_rows(const size_t R, const int few, const int scaled, co
     }
 }
 
+#if TILE_MULTIPLIER
+#include "product_amx.h"
+#endif
+
 INLINE void matmul_int8_tiles(const Product *p, const int scaled) {
     size_t row = 0;
+#if TILE_MULTIPLIER
+    if (p->n_tokens >= TILE_MULTIPLIER_TOKENS) { tile_multiply(p, scaled); return; }
+#endif
     if (p->n_tokens > FEW_TOKENS)
         for (; row + LANES * (MATMUL_TILES - 1) < p->w.n_rows; row += LANES * MATMUL_TILES)
             matmul_int8_rows(MATMUL_TILES, 0, scaled, p, row);

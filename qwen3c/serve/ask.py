@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from ..drivers.batch import LastRow
 from ..drivers.reply import Event, FinishReason, ReplyState, Stats
-from ..drivers.sampler import Draw, SamplingOptions
+from ..drivers.sampler import SamplingOptions
 from ..drivers.score import PromptScores, TokenScore
 from ..engine import Logits
+from ..kernels.draw import Draw
 from .errors import ApiError, server_error
 
 if TYPE_CHECKING:
@@ -201,6 +202,7 @@ class Job:
     position: int = 0  # in the queue, as last told
     wake: Callable[[], None] = lambda: None  # its scheduler, which looks for what was cancelled
     cancelled: bool = False
+    _fault: ValueError | None = None  # what begin() found, for take() to tell
 
     def __lt__(self, other: Job) -> bool:
         """Whether it comes sooner."""
@@ -235,12 +237,18 @@ class Job:
     def begin(self, logits: NDArray[np.float32]) -> Draw | None:
         if self.max_tokens == 0:
             return None
-        return self.state.begin(logits)
+        try:
+            return self.state.begin(logits)
+        except ValueError as error:  # which take() is to tell
+            self._fault = error
+            return None
 
     def take(self, logits: NDArray[np.float32]) -> Event | LastRow | Failed:
         if self.max_tokens == 0:  # the prompt alone was to be read
             return self.state.end("length")
         try:
+            if self._fault is not None:
+                raise self._fault
             return self.state.take(logits)
         except ValueError as error:  # a grammar that allows no token: it is this sequence's fault alone
             return Failed(server_error(str(error)))

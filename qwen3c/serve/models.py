@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..drivers.batch import LastRow
-from ..drivers.reply import ContextFullError, ReplyState, Vocabulary, token_budget, token_ids
+from ..drivers.reply import ContextFullError, ReplySettings, ReplyState, Vocabulary, token_budget, token_ids
 from ..drivers.sampler import SamplingOptions
 from ..drivers.score import PromptScores, TokenScore
 from ..engine import Logits
@@ -135,10 +135,8 @@ class Served:
         sampling = self.model.sampling(self.model.may_think(ids), **own)
         mask = ask.grammar.mask(ids) if ask.grammar is not None else None
         vocabulary = self.bare_vocabulary if ask.bare else self.model.vocabulary
-        return ReplyState(
-            vocabulary, ids, sampling, budget, stop=ask.stop, logprobs=ask.logprobs, mask=mask,
-            tools=ask.tools, thinking_budget=ask.thinking_budget,
-        )  # fmt: skip
+        settings = ReplySettings(ask.stop, ask.logprobs, mask, ask.tools, ask.thinking_budget)
+        return ReplyState(vocabulary, ids, sampling, budget, settings)
 
     @cached_property
     def bare_vocabulary(self) -> Vocabulary:

@@ -198,6 +198,8 @@ class StopStrings:
 
     def push(self, text: str) -> tuple[str, bool]:
         """(the text that can go out, whether a stop string follows it)."""
+        if not self._strings:
+            return text, False
         text = self._held + text
         found = [(at + len(s), at) for s in self._strings if (at := text.find(s)) >= 0]
         if found:

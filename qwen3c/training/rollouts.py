@@ -13,7 +13,7 @@ import numpy as np
 from .. import engine
 from ..drivers.batch import drive
 from ..drivers.draft import Drafting
-from ..drivers.reply import ReplyState, Vocabulary, token_budget, token_ids
+from ..drivers.reply import ReplySettings, ReplyState, Vocabulary, token_budget, token_ids
 from ..drivers.sampler import Sampling
 
 RUNNING = 256  # sequences at once
@@ -53,13 +53,13 @@ def rollout(
     completions = [Completion(number) for number in seeds]
     vocabulary = Vocabulary(model.config.n_tokens, frozenset(end_tokens))
     # greedy sampling gives its token probability 1; learning needs the model's own probability of it
-    logprobs = 0 if temperature == 0 else None
+    settings = ReplySettings(logprobs=0 if temperature == 0 else None)
 
     def replies() -> Iterator[tuple[list[int], ReplyState]]:
         for i, completion in enumerate(completions):
             prompt = ids[i // n_completions]
             sampling = Sampling(temperature=temperature, seed=completion.seed)
-            state = ReplyState(vocabulary, prompt, sampling, max_tokens, logprobs=logprobs)
+            state = ReplyState(vocabulary, prompt, sampling, max_tokens, settings)
             states[i] = state
             yield prompt, state
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from qwen3c.drivers.sampler import RECOMMENDED, Sampler, Sampling, default_sampling, draw
-from qwen3c.kernels.draw import pick_index
+from qwen3c.drivers.sampler import RECOMMENDED, Sampler, Sampling, default_sampling
+from qwen3c.kernels.draw import draw, pick_index
 
 Floats = NDArray[np.float64]
 
 
-def oracle(logits: Any, prompt: list[int], reply: list[int], s: Sampling) -> Floats:
+def oracle(logits: ArrayLike, prompt: list[int], reply: list[int], s: Sampling) -> Floats:
     """The probability of every token, in float64, straight from the definitions."""
     x = np.asarray(logits, dtype=np.float64).copy()
     for id, bias in s.logit_bias.items():
@@ -206,7 +206,7 @@ def test_the_random_numbers_are_those_of_every_machine() -> None:
 
 
 def test_the_random_numbers_are_philoxs() -> None:
-    """Among 2^16 equal tokens the first 16 bits of a number are those of the token, the last of them first."""
+    """Among 2^16 equal tokens the first 16 bits of a number are those of the token, backwards."""
     logits = np.zeros(1 << 16, dtype=np.float32)
     for seed in (0, 1, 42, (1 << 64) - 1):
         philox = np.random.Philox(key=seed)

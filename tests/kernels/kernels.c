@@ -117,7 +117,7 @@ static void matmuls(const Kernels *k, int spec) {
     begin(1);
     for (size_t gi = 0; gi < 4; gi++)
         for (size_t n = 1; n <= 18; n++) {
-            size_t group_size = group_sizes[gi], columns = (n == 5 ? 19 : 3) * group_size,
+            size_t group_size = group_sizes[gi], columns = (n % 12 == 5 ? 19 : 3) * group_size,
                 rows = 16 * (n % 4 + 1) - (n % 3 ? 0 : 5);
             uint8_t *w = random_matrix(rows, columns, group_size);
             float *x = floats(n * columns, 3), *y = guarded(n * rows * 4), *z = guarded(n * rows * 4);
@@ -170,12 +170,12 @@ static void products(const Kernels *k) {
     enum { GROUP = 32, COLUMNS = 256 };
     begin(2);
     uint8_t *w = random_matrix(16, COLUMNS, GROUP);
-    Int8Rows x = int8_rows(2, COLUMNS, GROUP);
-    float y[32];
+    Int8Rows x = int8_rows(3, COLUMNS, GROUP);
+    float y[48];
     for (int a = -127; a <= 127; a++)
         for (int shift = 0; shift < 256; shift++) {
-            for (size_t c = 0; c < 2 * COLUMNS; c++) x.codes[c] = (int8_t)a;
-            for (size_t g = 0; g < 2 * COLUMNS / GROUP; g++) {
+            for (size_t c = 0; c < 3 * COLUMNS; c++) x.codes[c] = (int8_t)a;
+            for (size_t g = 0; g < 3 * COLUMNS / GROUP; g++) {
                 x.scales[g] = 1;
                 x.sums[g] = 128 * GROUP * a;
             }
@@ -190,7 +190,7 @@ static void products(const Kernels *k) {
                 /* 1.0 */
                 for (size_t r = 0; r < 16; r++)
                     memcpy(w + g * TILE_BYTES(GROUP) + 16 * GROUP + 2 * r, "\0\x3c", 2);
-            for (size_t n = 1; n <= 2; n++) {
+            for (size_t n = 1; n <= 3; n++) {
                 k->matmul_int8[ENCODING_INT8](y, 16, &x, n, w, 16, COLUMNS, GROUP);
                 for (size_t i = 0; i < 16 * n; i++)
                     CHECK(y[i] == (float)expected[i % 16], "%s: code product %d, shift %d: %g not %lld",
@@ -198,7 +198,7 @@ static void products(const Kernels *k) {
             }
         }
     release(w, COLUMNS / GROUP * TILE_BYTES(GROUP));
-    release_rows(x, 2, COLUMNS, GROUP);
+    release_rows(x, 3, COLUMNS, GROUP);
 }
 
 /* ---- rows */

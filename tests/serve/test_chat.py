@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import openai
 import pytest
@@ -383,7 +383,7 @@ def test_silence_is_broken_by_comments_and_a_failure_after_the_200_ends_the_stre
         server.api.ping = 0.05
         batch = server.served.scheduler._batch
 
-        def fails(rows: Any) -> Any:
+        def fails(rows: object) -> NoReturn:
             time.sleep(0.3)
             raise ValueError("/secret/path: the model's logits are not finite")
 

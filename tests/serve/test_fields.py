@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from qwen3c.serve.fields import Fields, parse_json
 CHAT, TEXTS = "/v1/chat/completions", "/v1/completions"
 
 
-def refused(body: Any, take: Any) -> ApiError:
+def refused(body: Any, take: Callable[[Fields], object]) -> ApiError:
     with pytest.raises(ApiError) as error:
         take(Fields(body))
     assert error.value.status == 400

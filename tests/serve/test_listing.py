@@ -67,7 +67,7 @@ def test_an_engine_that_dies_says_so_to_those_who_wait_to_newcomers_and_to_healt
     with running({"m": BOX}) as server:
         client, scheduler = Client(server.address), server.served.scheduler
 
-        def broken(rows: Any) -> None:
+        def broken(rows: object) -> None:
             raise RuntimeError("on purpose")
 
         monkeypatch.setattr(scheduler._batch, "run", broken)

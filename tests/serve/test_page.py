@@ -13,14 +13,12 @@ import threading
 from typing import Any
 
 import pytest
-from starlette.testclient import TestClient
-
-from qwen3c.serve import page
-
-pytest.importorskip("playwright")
 from browser import Chat, stored, visit
 from playwright.sync_api import Browser, expect
+from starlette.testclient import TestClient
 from stub import MODEL, Stub, calls, chunk, reading, text, tool, usage
+
+from qwen3c.serve import page
 
 
 def said(stub: Stub, number: int = -1) -> list[tuple[str, str]]:

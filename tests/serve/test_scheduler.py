@@ -11,13 +11,14 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 from small_models import export_small_model
 
 from qwen3c import Model
+from qwen3c.drivers.batch import CachedSession
 from qwen3c.drivers.draft import Drafting
 from qwen3c.drivers.reply import Event
 from qwen3c.serve.ask import Ask, KeyLimits, Stream
@@ -202,7 +203,7 @@ def test_a_wrong_cache_would_be_noticed(path: Path, monkeypatch: pytest.MonkeyPa
 
     find = PrefixTree.find
 
-    def wrong(self: PrefixTree, namespace: str, tokens: list[int]) -> Any:
+    def wrong(self: PrefixTree, namespace: str, tokens: list[int]) -> tuple[CachedSession | None, int]:
         session, n = find(self, namespace, tokens)
         if session is not None and len(session.tokens) > 8:
             session = session.fork()
@@ -336,7 +337,7 @@ def test_an_engine_that_fails_is_an_error_of_the_stream_and_the_next_request_is_
             expected = await outcome(served, Ask([[5, 6]], max_tokens=4, sampling={"seed": 1}))
             with monkeypatch.context() as patched:
 
-                def fails(*_: Any) -> Any:
+                def fails(*_: object) -> NoReturn:
                     raise ValueError("m.bin: the logits are not finite")
 
                 patched.setattr(Model, "forward", fails)
@@ -381,3 +382,39 @@ def test_what_is_scored_is_what_the_model_says(path: Path) -> None:
 def no_thread_is_left() -> Iterator[None]:
     yield
     assert not [thread for thread in threading.enumerate() if thread.name == "engine"]
+
+
+def test_a_grammar_that_fails_ends_its_own_sequence_alone(path: Path) -> None:
+    class Broken:
+        def __init__(self) -> None:
+            self.n_left = 3
+
+        def allowed(self) -> None:
+            self.n_left -= 1
+            if self.n_left == 0:
+                raise ValueError("the grammar is lost")
+
+        def accept(self, token: int) -> None:
+            """Whatever comes."""
+
+        def prepare(self) -> None:
+            """Nothing."""
+
+    class Lost:
+        def mask(self, prompt: list[int]) -> Broken:
+            return Broken()
+
+    async def run() -> None:
+        async with serving(path) as served:
+            wanted = Ask([[1, 2, 3]], max_tokens=12, sampling={"seed": 5})
+            expected = await outcome(served, wanted)
+            good, bad, also_good = await asyncio.gather(
+                outcome(served, wanted),
+                outcome(served, replace(endless(served, [4, 5]), grammar=Lost(), max_tokens=9)),  # type: ignore[arg-type]
+                outcome(served, wanted),
+                return_exceptions=True,
+            )
+            assert good == also_good == expected
+            assert isinstance(bad, ApiError) and bad.status == 500 and "the grammar is lost" in bad.message
+
+    asyncio.run(run())
