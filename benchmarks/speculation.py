@@ -25,11 +25,13 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+import qwen3c
 from qwen3c import CachedSession, Model
 from qwen3c.drivers.draft import Drafting, Small
 from qwen3c.drivers.generate import Generation
@@ -38,10 +40,8 @@ from qwen3c.drivers.sampler import Sampling
 from qwen3c.system.files import MODEL_IN_THE_BOX
 from qwen3c.system.machine import default_threads
 
-ROOT = Path(__file__).parents[1]
-EDITED = ROOT / "qwen3c" / "serve" / "pace.py"
-QUOTED = ROOT / "CONTRIBUTING.md"
-OTHER = ROOT / "docs" / "MODEL_CARD.md"
+EDITED = Path(qwen3c.__file__).parent / "serve" / "pace.py"
+QUOTED, OTHER = topics["objects"], topics["execmodel"]  # of Python's documentation
 CHAT = Sampling(temperature=0.7, top_k=20, top_p=0.8, seed=1)
 
 
@@ -78,16 +78,16 @@ class Replayed(Small):
 def tasks(model: Model, most: int) -> dict[str, tuple[list[int], list[int]]]:
     """Prompts and replies, in tokens; together they have at most `most`."""
     encode = model.tokenizer.encode
-    code, prose, other = (path.read_text() for path in (EDITED, QUOTED, OTHER))
-    lines = [line for line in prose.splitlines() if " the " in line]
-    mixed = [line for pair in zip(other.splitlines(), lines, strict=False) for line in pair]
+    code = EDITED.read_text()
+    lines = [line for line in QUOTED.splitlines() if " the " in line]
+    mixed = [line for pair in zip(OTHER.splitlines(), lines, strict=False) for line in pair]
     r = random.Random(1)
     noise = r.sample(range(256, model.config.n_tokens), min(most, model.config.n_tokens - 256))
     texts = {
         "edit": (code, code.replace("Pace", "Tempo")),
-        "extract": (prose, "\n".join(lines)),
-        "quotes": (prose, "\n".join(mixed)),
-        "prose": (code, other),
+        "extract": (QUOTED, "\n".join(lines)),
+        "quotes": (QUOTED, "\n".join(mixed)),
+        "prose": (code, OTHER),
     }
     found = {name: _fitting(encode(asked), encode(said), most) for name, (asked, said) in texts.items()}
     return found | {"noise": _fitting(noise[: most // 2], noise[most // 2 :], most)}

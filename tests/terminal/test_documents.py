@@ -135,6 +135,8 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "python benchmarks/gguf_model.py build/llama llama.gguf": Typed(leaves="llama.gguf"),
     "python benchmarks/agreement.py llama.gguf --text heldout.txt --windows 8": PEERS,
     "python benchmarks/rollouts.py build/sft": LONG,
+    "python benchmarks/speculation.py": Typed("--pairs 1 --tokens 200", shows="tokens a pass"),
+    "python benchmarks/speculation.py model.bin --small small.bin": NotHere("needs a second trained model"),
     'python recipe/corpus.py build/box --parameters "3 million"': LONG,
     "python recipe/evaluate.py --base build/base --sft build/sft --grpo build/grpo --data build/box": LONG,
 }
