@@ -310,7 +310,9 @@ class Batch(Generic[OutcomeT]):
             ids = one.waiting[: min(n, LARGEST_ALL) if one.kind == "all" else n]
             if ids:
                 rows.append((one, ids))
-        return self._with_drafts(rows, self._drafting) if drafts and self._drafting else rows
+        if drafts and self._drafting and any(one.drafter and one.drafter.guesses() for one, _ in rows):
+            return self._with_drafts(rows, self._drafting)
+        return rows
 
     def _with_drafts(
         self, rows: list[tuple[Member[OutcomeT], list[int]]], drafting: Drafting

@@ -168,7 +168,7 @@ class Drafter:
         self._text: Lookup | None = None  # made when the first token has come
         # where the end of the text stood before: in what, its place there, how many tokens are in common
         self._match: tuple[Lookup, int, int] | None = None
-        self._guesses: list[int] = []  # of the smaller model or the grammar, that come next
+        self._coming: list[int] = []  # of the smaller model or the grammar, that come next
         self._kind = MODEL
 
     def add(self, token: int) -> None:
@@ -187,10 +187,10 @@ class Drafter:
         if self._match is not None:
             lookup, place, length = self._match
             self._chances.learn(KIND[length], lookup.read(place, 1) == [token])
-        if self._guesses:
-            right = self._guesses[0] == token
+        if self._coming:
+            right = self._coming[0] == token
             self._chances.learn(self._kind, right)
-            self._guesses = self._guesses[1:] if right else []
+            self._coming = self._coming[1:] if right else []
         elif self._small:
             self._chances.relax(MODEL)
 
@@ -204,6 +204,10 @@ class Drafter:
             if more > length:
                 match = (others, found, more)
         return match
+
+    def guesses(self) -> bool:
+        """Whether draft() may have any."""
+        return self._match is not None or self._small or bool(self._rest())
 
     def draft(self, most: int) -> Draft | None:
         """The best guesses at the next tokens, at most `most`."""
@@ -231,7 +235,7 @@ class Drafter:
 
     def expect(self, guesses: list[int], kind: int) -> None:
         """These guesses, of a kind that is not compared otherwise, are checked by a pass."""
-        self._guesses, self._kind = guesses, kind
+        self._coming, self._kind = guesses, kind
 
 
 # ----------------------------------------------------------------------------
