@@ -42,6 +42,7 @@ SHELVES = 256  # namespaces whose texts are kept
 TRUST = 4.0  # guesses of one sequence that count as much as what all others show
 FADE = 0.97  # what a guess counts for after the next one of its kind
 LEARNING = 0.02  # weight of the newest guess in what all sequences show
+FORGIVING = 0.0005  # how much of that is forgotten with each token at which nothing is guessed
 
 # kinds of guesses: by how many tokens a text has in common with what came before, the smaller model's, and a
 # grammar's; and how often each is right before anything is known
@@ -115,9 +116,11 @@ class Chances:
         self._made[kind] = FADE * self._made[kind] + 1
 
     def relax(self, kind: int) -> None:
-        """No guess of this kind was made: what was known of it slowly grows old."""
+        """No guess of this kind was made: what was known of it slowly grows old, and it is tried again."""
         self._right[kind] *= 0.99
         self._made[kind] *= 0.99
+        if self._general is not None:
+            self._general._right[kind] += FORGIVING * (PRIORS[kind] - self._general._right[kind])
 
 
 class Shelf:
@@ -264,7 +267,9 @@ class Small:
                 rows = Engine.forward(self._model, [(asked[i][0].session, ids) for i, ids in going.items()])
             except MemoryError:
                 break
-            self.seconds += (time.perf_counter() - begin - self.seconds) * (0.1 if self.seconds else 1.0)
+            if all(len(ids) <= 4 for ids in going.values()):  # it does not catch up with a prompt
+                seconds = time.perf_counter() - begin
+                self.seconds += (seconds - self.seconds) * (0.1 if self.seconds else 1.0)
             for (i, ids), row in zip(list(going.items()), rows, strict=True):
                 reader, tokens, n = asked[i]
                 reader.tokens += ids

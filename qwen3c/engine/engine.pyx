@@ -35,7 +35,7 @@ from .forward cimport (
     ceil_div, forward, lay_out, raise_pending, read_out, team_begin, team_reserve, team_stop,
 )
 from ..kernels.table cimport (
-    ATTENTION_ROWS, ENCODING_INT8, KV_BLOCK, KV_F16, KV_F32, KV_I8, forked, kernels, key_bytes, value_bytes,
+    ATTENTION_ROWS, ENCODING_INT4, ENCODING_INT6, ENCODING_INT8, KV_BLOCK, KV_F16, KV_F32, KV_I8, forked, kernels, key_bytes, value_bytes,
 )
 
 
@@ -269,6 +269,7 @@ cdef class Engine:
     def __dealloc__(self):
         cdef Py_ssize_t l
         for l in range(self.m.n_layers if self.m.weights.layers else 0):
+            free(self.m.weights.layers[l].qkv)
             free(self.m.weights.layers[l].gate_up)
             free(self.m.weights.layers[l].down)
         free(self.m.weights.layers)
@@ -521,7 +522,7 @@ cdef class Engine:
         for l in range(self.m.n_layers):
             layer = &weights.layers[l]
             layer.attention_norm = self._vector(tensors[Role.ATTENTION_NORM, l])
-            layer.qkv = self._matrix(tensors[Role.QKV, l][0])
+            layer.qkv, layer.n_qkv = self._matrices(tensors[Role.QKV, l]), len(tensors[Role.QKV, l])
             layer.qkv_bias = self._vector(tensors[Role.QKV_BIAS, l])
             layer.q_norm = self._vector(tensors[Role.Q_NORM, l])
             layer.k_norm = self._vector(tensors[Role.K_NORM, l])
@@ -703,7 +704,7 @@ def run_state_bytes(config, Py_ssize_t rows=MAX_ROWS, int threads=1):
 # ----------------------------------------------------------------------------
 # Helpers of the Python edge
 
-_ENCODINGS = {Encoding.INT8: ENCODING_INT8}
+_ENCODINGS = {Encoding.INT8: ENCODING_INT8, Encoding.INT4: ENCODING_INT4, Encoding.INT6: ENCODING_INT6}
 
 
 cdef int _team(int wanted) noexcept:

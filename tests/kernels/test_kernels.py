@@ -133,6 +133,19 @@ MUTATIONS = {
                                                         "sum = f32_mul(m, f32_set(0));", "sum = f32_set(0);"),
     "weights get the next scale": ("quantize_tiles", "halves.h",
                                    "if (max[r] > 127.5f * back[r]) halves[r]++;", "halves[r]++;"),
+    "the blocks of a byte change places": ("matmul", "codes.h", "codes[2 * c * BLOCK + i] = (int8_t)low;",
+                                           "codes[2 * c * BLOCK + i] = (int8_t)upper;"),
+    "the second half of the crumbs is the first": ("matmul", "codes.h", ">> c % 2 * 4;", ";"),
+    "a row of an embedding has the crumbs of another": ("matmul", "codes.h", "column / 4 % 4 * 2 & 3",
+                                                        "column / 4 % 2 * 2 & 3"),
+    "every tile row has the first codebook": ("matmul", "dequantize.h", "tiles += tile_row_bytes(encoding",
+                                              "tiles += tile_row_bytes(ENCODING_INT8"),
+    "the last scale tried is taken": ("quantize_tiles", "tiles_fitted.h", "if (loss[r] < best->lost[r])",
+                                      "if (1)"),
+    "importance is forgotten": ("quantize_tiles", "tiles_fitted.h", "importance ? importance[first + c] : 1",
+                                "1"),
+    "a code is the one below": ("quantize_tiles", "tiles_fitted.h", "f32_set(2), f32_set(-0.5f)",
+                                "f32_set(2), f32_set(-1.0f)"),
 }  # fmt: skip
 
 
