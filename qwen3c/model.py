@@ -272,8 +272,8 @@ class Model(Engine):
     ) -> Iterator[tuple[int, Event]]:
         """The replies to many prompts in shared passes: (index of the prompt, event) pairs as they come.
 
-        At most `running` replies are on their way at once. What prompts have in common at their beginning is
-        computed once. A reply is the same, to the bit, as generate's for its prompt alone.
+        At most `running` replies are on their way at once, those to prompts that begin alike beside and after
+        each other: what they have in common is computed once. A reply is the same, to the bit, as generate's for its prompt alone.
         seeds: one for each prompt, in place of `seed` for all. The other arguments are those of generate.
         ValueError, before anything is computed, if an argument is out of range or a prompt does not fit.
         """
@@ -301,7 +301,9 @@ class Model(Engine):
 
         for i in range(min(1, len(checked))):
             state(i)  # raises for an argument out of range now, not at the first event
-        return drive(self, ((checked[i][0], state(i)) for i in range(len(checked))), running)
+        order = sorted(range(len(checked)), key=lambda i: checked[i][0])
+        driven = drive(self, ((checked[i][0], state(i)) for i in order), running)
+        return ((order[place], event) for place, event in driven)
 
     def _grammar(self, options: AnswerOptions, mask: Mask | None = None) -> Grammar | None:
         """The grammar that a call asks for, if any. ValueError if it asks for more than one constraint."""

@@ -1,6 +1,6 @@
 """-m batch: a file of requests -> a file of answers, which a run that was cut short goes on with.
 
-requests.jsonl -> answers.jsonl.part, in the order in which they come -> answers.jsonl, in that of the requests
+requests.jsonl -> answers.jsonl.part, as they come -> answers.jsonl, in the order of the requests
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import sys
 import tempfile
 import time
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def _read(path: str) -> bytes:
     if path == "-":
         return sys.stdin.buffer.read()
     with concerning(path):
-        return Path(path).read_bytes()
+        return Path(path).read_bytes().removeprefix(BOM_UTF8)
 
 
 def _is_done(output: Path, order: list[str]) -> bool:
@@ -197,12 +198,11 @@ class Run:
         ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         with endings(ended):
             working = asyncio.ensure_future(self._work(model))
-            await asyncio.wait({working, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                working.cancel()
-                await asyncio.wait({working})
+            ended.add_done_callback(lambda _: working.cancel())
+            try:
+                await working
+            except asyncio.CancelledError:
                 return ended.result()
-            working.result()
         return 0
 
     async def _work(self, model: Model) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -108,7 +108,7 @@ class EngineFailedError(RuntimeError):
     """The engine could not go on: what it left unanswered may have an answer another time."""
 
 
-async def answered(api: Api, items: Sequence[Item], running: int) -> AsyncIterator[Answer]:
+async def answered(api: Api, items: Sequence[Item], running: int) -> AsyncGenerator[Answer, None]:
     """The answers as they come.
 
     running: sequences at once; some more are made ready meanwhile. Requests whose prompts begin alike run
