@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .drivers import retrieval
-from .drivers.batch import RUNNING, CachedSession, drive
+from .drivers.batch import RUNNING, CachedSession, alike_together, drive
 from .drivers.generate import AnswerOptions, Generation, ReplyOptions
 from .drivers.grammar import Grammar
 from .drivers.reply import (
@@ -273,7 +273,8 @@ class Model(Engine):
         """The replies to many prompts in shared passes: (index of the prompt, event) pairs as they come.
 
         At most `running` replies are on their way at once, those to prompts that begin alike beside and after
-        each other: what they have in common is computed once. A reply is the same, to the bit, as generate's for its prompt alone.
+        each other: what they have in common is computed once. A reply is the same, to the bit, as generate's
+        for its prompt alone.
         seeds: one for each prompt, in place of `seed` for all. The other arguments are those of generate.
         ValueError, before anything is computed, if an argument is out of range or a prompt does not fit.
         """
@@ -301,7 +302,7 @@ class Model(Engine):
 
         for i in range(min(1, len(checked))):
             state(i)  # raises for an argument out of range now, not at the first event
-        order = sorted(range(len(checked)), key=lambda i: checked[i][0])
+        order = alike_together([ids for ids, _ in checked])
         driven = drive(self, ((checked[i][0], state(i)) for i in order), running)
         return ((order[place], event) for place, event in driven)
 
