@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message
 
+from ..system.terminal import escaped
 from .api import Api
 from .errors import ApiError, server_error
 from .fields import Fields, parse_json
@@ -88,6 +89,7 @@ def _item(number: int, value: Any) -> Item:
     if not custom_id:
         raise fields.error("custom_id", "is missing")
     method, url = fields.text("method", "POST"), fields.text("url", "")
+    fields.finish()
     return Item(number, custom_id, str(method), str(url), body)
 
 
@@ -148,7 +150,8 @@ async def _answered(endpoints: dict[str, Endpoint], item: Item) -> Answer:
         status, body = failed.status, failed.openai()
     response = {"status_code": status, "request_id": id, "body": body}
     answer = {"id": f"batch_req_{id}", "custom_id": item.custom_id, "response": response, "error": None}
-    return Answer(item.custom_id, status, dump(answer).encode() + b"\n")
+    line = escaped(dump(answer))  # the same JSON, and nothing a terminal acts on
+    return Answer(item.custom_id, status, line.encode() + b"\n")
 
 
 async def _ask(endpoints: dict[str, Endpoint], item: Item, id: str) -> tuple[int, Any]:
