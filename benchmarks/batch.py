@@ -77,7 +77,7 @@ def by_batch(path: str, asked: Asked, running: int) -> Result:
     ]
 
     async def work() -> Result:
-        options = ServeOptions(running, 1 << 30, None, PASS_SECONDS)
+        options = ServeOptions(running, 1 << 30, None, PASS_SECONDS, offline=True)
         async with Models({"m": lambda: Model(path)}, options).open() as models:
             begin = time.perf_counter()
             async with contextlib.aclosing(answered(Api(models), read_items(lines), running)) as answers:

@@ -101,12 +101,14 @@ class Update:
 class Stream(AsyncIterator[Update]):
     """The updates of an Ask as they come; it ends after the last one of every sequence.
 
-    An engine that fails raises its ApiError here. stats: of each sequence. Belongs
-    to the event loop that made it.
+    An engine that fails raises its ApiError here. stats: of each sequence. whole: the updates of a sequence
+    may come together, at its end, and none of its progress. Belongs to the event loop that made it.
     """
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, whole: bool = False) -> None:
         self.loop = asyncio.get_running_loop()
+        self.whole = whole
+        self.held: list[Update] = []  # of a whole stream, until a sequence ends; the engine thread's
         self.jobs: list[Job] = []
         self._updates: deque[Update] = deque()
         self._changed = asyncio.Event()

@@ -32,7 +32,7 @@ def answers_of(
 
     async def work() -> tuple[dict[str, bytes], Served]:
         options.setdefault("kv_bytes", 64 << 20)
-        serving = ServeOptions(running, 1 << 20, **options)
+        serving = ServeOptions(running, 1 << 20, offline=True, **options)
         async with Models({"box": lambda: Model(BOX, 1)}, serving).open() as models:
             async with contextlib.aclosing(answered(Api(models), items_of(requests), running)) as answers:
                 found = {answer.custom_id: answer.line async for answer in answers}
