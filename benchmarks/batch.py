@@ -107,7 +107,7 @@ def by_loop(path: str, asked: Asked) -> Result:
         return sum(event.token is not None for event in events), time.perf_counter() - begin
 
 
-def by_clients(address: str, asked: Asked, clients: int) -> Result:
+def by_clients(address: str, clients: int, asked: Callable[[int], Asked], run: int) -> Result:
     """Each client asks, waits for the answer and asks again."""
     with httpx2.Client(base_url=address, timeout=3600, trust_env=False) as http:
 
@@ -116,7 +116,7 @@ def by_clients(address: str, asked: Asked, clients: int) -> Result:
 
         begin = time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
-            return sum(pool.map(ask, bodies(asked))), time.perf_counter() - begin
+            return sum(pool.map(ask, bodies(asked(run)))), time.perf_counter() - begin
 
 
 @contextlib.contextmanager
@@ -187,8 +187,8 @@ def main() -> int:
     for n in args.clients if args.only in (None, "clients") else ():
         print(f"{args.requests} ragged requests, {n} clients of a server")
         with server(args.model) as address:
-            ask = functools.partial(by_clients, address, clients=n)
-            race({"batch": batch, "clients": lambda run, ask=ask: ask(asked(run))}, args.runs)
+            clients = functools.partial(by_clients, address, n, asked)
+            race({"batch": batch, "clients": clients}, args.runs)
     if args.only in (None, "shared"):
         print(f"{args.shared} requests that begin with the same {min(PREFIX, config.context // 2)} tokens")
         race(

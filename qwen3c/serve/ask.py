@@ -108,7 +108,7 @@ class Stream(AsyncIterator[Update]):
     def __init__(self, n: int, whole: bool = False) -> None:
         self.loop = asyncio.get_running_loop()
         self.whole = whole
-        self.held: list[Update] = []  # of a whole stream, until a sequence ends; the engine thread's
+        self.held: list[Update] = []  # not yet handed over; the engine thread's
         self.jobs: list[Job] = []
         self._updates: deque[Update] = deque()
         self._changed = asyncio.Event()

@@ -400,14 +400,10 @@ class Scheduler:
         """All that came since the last time, with one wake-up of each event loop."""
         loops: dict[asyncio.AbstractEventLoop, dict[Stream, list[Update]]] = {}
         for stream, update in self._posts:
-            if stream.whole:
-                stream.held.append(update)
-                if not update.last:
-                    continue
+            stream.held.append(update)
+            if update.last or not stream.whole:
                 loops.setdefault(stream.loop, {}).setdefault(stream, []).extend(stream.held)
                 stream.held.clear()
-                continue
-            loops.setdefault(stream.loop, {}).setdefault(stream, []).append(update)
         self._posts.clear()
         for loop, streams in loops.items():
             try:
