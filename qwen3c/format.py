@@ -7,17 +7,19 @@ docs/FORMAT.md is the same contract for people who write another reader.
     metadata    JSON: generation defaults, thinking kind, provenance
     tokenizer   tokenizer.json as it came
     template    the chat template (Jinja), may be empty
+    encodings   one byte per matrix; only in files that hold another encoding than INT8
     checksums   one CRC-32 per tensor, in list order
     tensors     page-aligned, in the order the forward pass reads them, each 64-byte aligned
 
-Everything is little-endian. A matrix is INT8 in groups along its input dimension, stored in tiles of
-16 output rows x one group: the codes interleaved by 4 columns, then the tile's 16 fp16 scales.
+Everything is little-endian. A matrix is INT8, INT6 or INT4 in groups along its input dimension, stored in
+tiles of 16 output rows x one group: the codes interleaved by 4 columns, then the tile's 16 fp16 scales.
 """
 
 from __future__ import annotations
 
 import contextlib
 import enum
+import itertools
 import json
 import math
 import mmap
@@ -27,20 +29,27 @@ import secrets
 import stat
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 from .system import mistakes
 from .system.files import LOCKS, lock, sync_directory
 
 MAGIC = mistakes.MODEL_BIN
-VERSION = 1
+VERSION = 1  # of files whose matrices are all INT8
+VERSION_WITH_ENCODINGS = 2
 HEADER_SIZE = 512
 PAGE = 16384  # the tensor region starts on a multiple of this (the largest page size in common use)
 ALIGNMENT = 64  # every section and tensor starts on a multiple of this
 TILE_ROWS = 16
+CODEBOOK = 16  # codes that INT4 chooses among
+CODEBOOK_BYTES = 32  # in front of a tile row: the codebook, then zeros
 GROUP_SIZES = (32, 64, 128, 256)
 # for people: the other fields say what to compute
 ARCHITECTURES = {1: "qwen3", 2: "qwen3_moe", 3: "qwen2", 4: "llama"}
@@ -53,7 +62,6 @@ ROPE_TYPES = {
 KV_TYPES = ("int8", "f16", "f32")  # types of the KV cache, smallest first
 THINKING_KINDS = ("hybrid", "always", "none")
 TEXTS = ("metadata", "tokenizer", "template")
-SECTIONS = (*TEXTS, "checksums")
 MAX_JSON = 1 << 20  # bytes of metadata a reader accepts
 MAX_DEPTH = 32  # nested objects and lists in the metadata
 MAX_TOKENIZER = 64 << 20
@@ -213,6 +221,18 @@ class Encoding(enum.Enum):
 
     FLOAT32 = "float32"
     INT8 = "int8"  # tiles of codes and fp16 scales
+    INT4 = "int4"  # the same, a code being an index into the codebook in front of its tile row
+    INT6 = "int6"
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code, or of a float."""
+        return int(re.sub(r"[a-z]+", "", self.value))
+
+
+# Encodings of matrices, in the order of their numbers in the section `encodings`
+ENCODINGS = (Encoding.INT8, Encoding.INT4, Encoding.INT6)
+Encodings = Mapping[str, Encoding]  # of matrices by their Hugging Face name; one that is missing is INT8
 
 
 @dataclass(frozen=True)
@@ -243,18 +263,73 @@ class Tensor:
         return self.encoding is not Encoding.FLOAT32
 
 
+def sections(version: int) -> tuple[str, ...]:
+    """What lies between the header and the tensors, in this order."""
+    return (*TEXTS, "checksums") if version == VERSION else (*TEXTS, "encodings", "checksums")
+
+
 def align(offset: int, alignment: int = ALIGNMENT) -> int:
     return -(-offset // alignment) * alignment
 
 
-def matrix_size(rows: int, columns: int, group_size: int) -> int:
-    """Bytes of an INT8 matrix: ceil(rows / 16) x columns / group_size tiles of 16 x (group_size + 2)."""
-    return align(rows, TILE_ROWS) * (columns // group_size) * (group_size + 2)
+def tile_row_size(columns: int, group_size: int, encoding: Encoding = Encoding.INT8) -> int:
+    """Bytes of 16 rows of a matrix: its codebook if it is INT4, then columns / group_size tiles."""
+    tile = TILE_ROWS * (group_size * encoding.bits // 8 + 2)
+    return CODEBOOK_BYTES * (encoding is Encoding.INT4) + columns // group_size * tile
 
 
-def tile_fields(group_size: int) -> list[tuple[str, str, int | tuple[int, ...]]]:
-    """The fields of a tile for numpy.dtype: codes[column // 4, row, column % 4], then one scale per row."""
-    return [("codes", "i1", (group_size // 4, TILE_ROWS, 4)), ("scales", "<f2", TILE_ROWS)]
+def matrix_size(rows: int, columns: int, group_size: int, encoding: Encoding = Encoding.INT8) -> int:
+    """Bytes of a stored matrix: ceil(rows / 16) tile rows."""
+    return align(rows, TILE_ROWS) // TILE_ROWS * tile_row_size(columns, group_size, encoding)
+
+
+def tile_row_type(columns: int, group_size: int, encoding: Encoding = Encoding.INT8) -> np.dtype[Any]:
+    """A tile row as numpy sees it: "codebook" if it is INT4, then "tiles".
+
+    A tile has "scales", one per row, and its codes in blocks of 4 columns of 16 rows: int8 "codes"; or
+    "nibbles", 4 bits of two such blocks in one byte, and of INT6 "crumbs", 2 more bits of four blocks.
+    """
+    import numpy as np
+
+    def plane(name: str, kind: str, block: int) -> tuple[str, str, tuple[int, ...]]:
+        return name, kind, (group_size // block, TILE_ROWS, 4)
+
+    planes = {
+        Encoding.INT8: [plane("codes", "i1", 4)],
+        Encoding.INT4: [plane("nibbles", "u1", 8)],
+        Encoding.INT6: [plane("nibbles", "u1", 8), plane("crumbs", "u1", 16)],
+    }[encoding]
+    tile = np.dtype([*planes, ("scales", "<f2", TILE_ROWS)])
+    tiles = ("tiles", tile, columns // group_size)
+    codebook = [("codebook", "i1", CODEBOOK), ("zeros", "i1", CODEBOOK_BYTES - CODEBOOK)]
+    return np.dtype([*codebook, tiles] if encoding is Encoding.INT4 else [tiles])
+
+
+def codes_and_scales(tile_rows: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Codes (n, columns) and scales (n, groups) of n = 16 x len(tile_rows) rows; weight = scale * code.
+
+    tile_rows: (len,) of a tile_row_type.
+    """
+    import numpy as np
+
+    tiles = tile_rows["tiles"]  # (tile rows, groups)
+    names = tiles.dtype.names or ()
+    if "codes" in names:
+        codes = tiles["codes"]  # (tile rows, groups, blocks, 16, 4)
+    else:
+        nibbles = tiles["nibbles"]  # (tile rows, groups, pairs of blocks, 16, 4)
+        codes = np.stack([nibbles & 15, nibbles >> 4], axis=3)
+        codes = codes.reshape(*tiles.shape, -1, TILE_ROWS, 4).astype(np.int8)
+        if "crumbs" in names:
+            crumbs = np.stack([tiles["crumbs"] >> 2 * k & 3 for k in range(4)], axis=3)
+            codes += (crumbs.reshape(codes.shape) * 16).astype(np.int8) - np.int8(32)
+        else:
+            codebooks = tile_rows["codebook"].reshape(len(tile_rows), 1, 1, 1, CODEBOOK)
+            codes = np.take_along_axis((codebooks + 32 & 63) - 32, codes, axis=-1)  # their low 6 bits
+    groups = tiles.shape[1]
+    codes = codes.transpose(0, 3, 1, 2, 4).reshape(len(tile_rows) * TILE_ROWS, -1)
+    scales = tiles["scales"].transpose(0, 2, 1).reshape(-1, groups)
+    return codes, scales.astype(np.float32)
 
 
 _Planned = tuple[Role, int | None, str, tuple[int, ...], list[tuple[str, int]]]
@@ -307,20 +382,87 @@ def _vector(role: Role, layer: int | None, name: str, n: int) -> _Planned:
     return role, layer, name, (n,), [(name, n)]
 
 
-def tensors(config: Config) -> list[Tensor]:
-    """Every tensor of the file, in file order, with its offset. The project has no second such list."""
-    result, offset = [], 0
-    for role, layer, name, shape, sources in _planned(config):
-        parts, row = [], 0
-        for part_name, rows in sources:
-            parts.append(Part(part_name, row, rows))
-            row += rows
-        is_tiles = len(shape) == 2 and role is not Role.ROUTER
-        encoding = Encoding.INT8 if is_tiles else Encoding.FLOAT32
-        size = matrix_size(shape[0], shape[-1], config.group_size) if is_tiles else 4 * math.prod(shape)
-        result.append(Tensor(name, role, layer, shape, tuple(parts), encoding, offset, size))
-        offset = align(offset + size)
+def matrices(config: Config) -> list[str]:
+    """Hugging Face names of all matrices that have an Encoding, in file order."""
+    matrices = (parts for role, _, _, shape, parts in _planned(config) if _has_tiles(role, shape))
+    return [name for parts in matrices for name, _ in parts]
+
+
+def _has_tiles(role: Role, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and role is not Role.ROUTER
+
+
+def tensors(config: Config, encodings: Encodings | None = None) -> list[Tensor]:
+    """Every tensor of the file, in file order, with its offset. The project has no second such list.
+
+    Of q, k and v, neighbours of the same encoding are one matrix. ValueError if a gate and its up differ.
+    """
+    result: list[Tensor] = []
+    offset = 0
+    for role, layer, name, shape, parts in _planned(config):
+        for piece, pieces, encoding in _runs(role, name, shape, parts, encodings or {}):
+            rows = sum(part.rows for part in pieces) if pieces else shape[0]
+            size = 4 * math.prod(shape)
+            if encoding is not Encoding.FLOAT32:
+                size = matrix_size(rows, shape[-1], config.group_size, encoding)
+            result.append(Tensor(piece, role, layer, (rows, *shape[1:]), pieces, encoding, offset, size))
+            offset = align(offset + size)
     return result
+
+
+_Run = tuple[str, tuple[Part, ...], Encoding]
+
+
+def _runs(
+    role: Role, name: str, shape: tuple[int, ...], parts: list[tuple[str, int]], encodings: Encodings
+) -> Iterator[_Run]:
+    """The stored tensors that a planned one becomes: one, or several if its parts differ in encoding."""
+    if not _has_tiles(role, shape):
+        yield name, _stacked(parts), Encoding.FLOAT32
+        return
+    runs = [
+        (encoding, list(run))
+        for encoding, run in itertools.groupby(parts, lambda part: encodings.get(part[0], Encoding.INT8))
+    ]
+    if len(runs) > 1 and role is not Role.QKV:
+        told = ", ".join(f"{run[0][0]} is {encoding.value}" for encoding, run in runs)
+        raise ValueError(f"{told}: they are stored as one matrix and have one encoding")
+    for encoding, run in runs:
+        # of qkv_proj the letters that are left
+        letters = "".join(re.findall(r"(\w)_proj", " ".join(part for part, _ in run)))
+        yield name if len(runs) == 1 else name.replace("qkv", letters), _stacked(run), encoding
+
+
+def _stacked(parts: list[tuple[str, int]]) -> tuple[Part, ...]:
+    ends = itertools.accumulate(rows for _, rows in parts)
+    return tuple(Part(name, end - rows, rows) for (name, rows), end in zip(parts, ends, strict=True))
+
+
+def described(config: Config, encodings: Encodings) -> str:
+    """The encodings of a file for people, such as "INT4 and INT6 in groups of 32, 5.09 bits a weight".
+
+    The one of most weights comes first; the bits per weight, scales included, follow unless all is INT8.
+    """
+    weights = _weights_by_encoding(config, encodings)
+    text = f"{' and '.join(e.value.upper() for e in weights)} in groups of {config.group_size}"
+    if set(weights) == {Encoding.INT8}:
+        return text
+    size = sum(tensor.size for tensor in tensors(config, encodings) if tensor.quantized)
+    return f"{text}, {8 * size / sum(weights.values()):.2f} bits a weight"
+
+
+def label(config: Config, encodings: Encodings) -> str:
+    """The same in a word or two: "int8 g64", "int4+int6 g32"."""
+    return f"{'+'.join(e.value for e in _weights_by_encoding(config, encodings))} g{config.group_size}"
+
+
+def _weights_by_encoding(config: Config, encodings: Encodings) -> dict[Encoding, int]:
+    """How many weights have each encoding, the most first."""
+    weights: dict[Encoding, int] = {}
+    for tensor in tensors(config, encodings):
+        if tensor.quantized:
+            weights[tensor.encoding] = weights.get(tensor.encoding, 0) + math.prod(tensor.shape)
+    return dict(sorted(weights.items(), key=lambda item: -item[1]))
 
 
 def check_range(field: str, value: float) -> None:
@@ -389,7 +531,7 @@ class ModelFile:
             self.file_size = os.fstat(file.fileno()).st_size
             header = file.read(HEADER_SIZE)
             fields = self._read_header(header)
-            self._check_layout(fields)
+            self._check_layout(fields, file)
             # the size was checked before, so the map covers exactly the file; nothing is read yet
             try:
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -443,8 +585,8 @@ class ModelFile:
     def verify(self) -> Iterator[tuple[Tensor, bool]]:
         """Read every tensor; yield it with whether it is sound.
 
-        Sound: the checksum matches, the gap before the tensor is zero, no code is -128, every scale is finite
-        and not negative, every number of a vector is finite.
+        Sound: the checksum matches, the gap before the tensor is zero, no code is -128 (of INT6: -32), every
+        scale is finite and, but of INT4, not negative, every number of a vector is finite.
         """
         end = self.tensors_offset
         for tensor, checksum in zip(self.tensors, self.checksums, strict=True):
@@ -454,16 +596,28 @@ class ModelFile:
             intact = zlib.crc32(self.data(tensor)) == checksum and not any(gap)
             yield tensor, intact and (not tensor.quantized or self._has_sound_tiles(tensor))
 
+    def tile_rows(self, tensor: Tensor) -> NDArray[Any]:
+        """A matrix as an array (tile rows,) of tile_row_type, in place."""
+        import numpy as np
+
+        row_type = tile_row_type(tensor.shape[1], self.config.group_size, tensor.encoding)
+        return np.frombuffer(self.data(tensor), row_type)
+
     def _has_sound_tiles(self, tensor: Tensor) -> bool:
         import numpy as np
 
-        data = np.frombuffer(self.data(tensor), np.uint8)
-        codes_size = TILE_ROWS * self.config.group_size
-        tiles = data.reshape(-1, codes_size + 2 * TILE_ROWS)
-        for i in range(0, len(tiles), 4096):  # some tiles at a time, to bound the memory
-            codes = tiles[i : i + 4096, :codes_size].view(np.int8)
-            scales = tiles[i : i + 4096, codes_size:].copy().view("<f2")
-            if codes.min() < -127 or not (np.isfinite(scales) & (scales >= 0)).all():
+        rows = self.tile_rows(tensor)
+        step = max((1 << 20) // tensor.shape[1] // TILE_ROWS, 1)  # some rows at a time, to bound the memory
+        lowest = -31 if tensor.encoding is Encoding.INT6 else -127
+        for i in range(0, len(rows), step):
+            codes, scales = codes_and_scales(rows[i : i + step])
+            if codes.min() < lowest or not np.isfinite(scales).all():
+                return False
+            if tensor.encoding is Encoding.INT4:
+                codebooks = rows["codebook"][i : i + step]
+                if codebooks.min() < -32 or codebooks.max() > 31 or rows["zeros"][i : i + step].any():
+                    return False
+            elif (scales < 0).any():
                 return False
         return True
 
@@ -495,8 +649,9 @@ class ModelFile:
         names = [name for name, _, _ in HEADER_FIELDS]
         fields = dict(zip(names, _STRUCT.unpack_from(header, _FIELDS_OFFSET), strict=True))
         version = fields["version"]
-        if version != VERSION:
-            raise ModelFileError(f"{self.path}: format version {version}, this program reads {VERSION}")
+        if version not in (VERSION, VERSION_WITH_ENCODINGS):
+            known = f"{VERSION} and {VERSION_WITH_ENCODINGS}"
+            raise ModelFileError(f"{self.path}: format version {version}, this program reads {known}")
         (stored_crc,) = struct.unpack_from("<I", header, _CRC_OFFSET)
         self._expect("header CRC", zlib.crc32(header[:_CRC_OFFSET]), stored_crc)
         if any(header[_LAYERS_OFFSET + _LAYERS_SIZE : _CRC_OFFSET]):
@@ -510,7 +665,7 @@ class ModelFile:
         fields["mlp_only_layers"] = tuple(layer for layer in range(8 * _LAYERS_SIZE) if bits >> layer & 1)
         return fields
 
-    def _check_layout(self, fields: dict[str, Any]) -> None:
+    def _check_layout(self, fields: dict[str, Any], file: BinaryIO) -> None:
         """Sections and tensors follow each other without holes or overlap and end at the end of the file."""
         self._expect("file_size", fields["file_size"], self.file_size)
         arguments = {name: fields[name] for name in Config.__dataclass_fields__}
@@ -521,24 +676,55 @@ class ModelFile:
             check_config(self.config)
         except ValueError as error:
             raise ModelFileError(f"{self.path}: header: {error}") from None
-        offset = HEADER_SIZE
-        for section in SECTIONS:
-            self._expect(f"{section}_offset", fields[f"{section}_offset"], offset)
-            offset = align(offset + fields[f"{section}_size"])
         # count tensors before listing them, so that a small hostile file cannot ask for a long list
-        n_tensors = sum(1 for _ in _planned(self.config))
-        self._expect("checksums_size", fields["checksums_size"], 4 * n_tensors)
-        self.tensors = tensors(self.config)
+        n_tensors, n_matrices = 0, 0
+        for role, _, _, shape, parts in _planned(self.config):
+            n_tensors += 1
+            n_matrices += len(parts) if _has_tiles(role, shape) else 0
+        # q, k and v may be stored apart
+        apart = 2 * self.config.n_layers if fields["version"] == VERSION_WITH_ENCODINGS else 0
+        if not 4 * n_tensors <= fields["checksums_size"] <= 4 * (n_tensors + apart):
+            self._expect("checksums_size", fields["checksums_size"], 4 * n_tensors)
+        self._places: dict[str, tuple[int, int]] = {}  # (offset, size) of each section, and of the tensors
+        offset = HEADER_SIZE
+        for section in sections(fields["version"]):
+            size = n_matrices if section == "encodings" else fields[f"{section}_size"]
+            if section != "encodings":
+                self._expect(f"{section}_offset", fields[f"{section}_offset"], offset)
+            self._places[section] = offset, size
+            offset = align(offset + size)
+        self.encodings = self._read_encodings(file)
+        try:
+            self.tensors = tensors(self.config, self.encodings)
+        except ValueError as error:
+            raise ModelFileError(f"{self.path}: encodings: {error}") from None
+        self._expect("checksums_size", fields["checksums_size"], 4 * len(self.tensors))
         self._expect("tensors_offset", fields["tensors_offset"], align(offset, PAGE))
         last = self.tensors[-1]
         self._expect("tensors_size", fields["tensors_size"], last.offset + last.size)
         self._expect("file_size", self.file_size, fields["tensors_offset"] + fields["tensors_size"])
+        self._places["tensors"] = fields["tensors_offset"], fields["tensors_size"]
+        if self.encodings and set(self.encodings.values()) == {Encoding.INT8}:
+            raise ModelFileError(f"{self.path}: format version {fields['version']}, but all of it is INT8")
+
+    def _read_encodings(self, file: BinaryIO) -> Encodings:
+        """The section `encodings`, which is read before the file is mapped: sizes follow from it."""
+        if "encodings" not in self._places:
+            return {}
+        start, size = self._places["encodings"]
+        file.seek(start)
+        names, numbers = matrices(self.config), file.read(size)
+        self._expect("size of encodings", len(numbers), size)
+        for name, number in zip(names, numbers, strict=True):
+            if number >= len(ENCODINGS):
+                fault = f"{name} has the number {number}, known are 0..{len(ENCODINGS) - 1}"
+                raise ModelFileError(f"{self.path}: encodings: {fault} (file damaged?)")
+        return {name: ENCODINGS[number] for name, number in zip(names, numbers, strict=True)}
 
     def _check_gaps(self) -> None:
         """Texts hold no zero byte, gaps nothing but zeros; so a size that is slightly wrong is noticed."""
         end = HEADER_SIZE
-        for part in (*SECTIONS, "tensors"):
-            start, size = self._fields[f"{part}_offset"], self._fields[f"{part}_size"]
+        for part, (start, size) in self._places.items():
             if any(self.map[end:start]):
                 raise ModelFileError(f"{self.path}: bytes {end}..{start - 1} before {part} are not zero")
             end = start + size
@@ -569,8 +755,8 @@ class ModelFile:
         return metadata
 
     def _section(self, name: str) -> bytes:
-        start = self._fields[f"{name}_offset"]
-        return self.map[start : start + self._fields[f"{name}_size"]]
+        start, size = self._places[name]
+        return self.map[start : start + size]
 
     def _expect(self, what: str, found: int, expected: int) -> None:
         if found != expected:
@@ -646,7 +832,7 @@ def _shown(value: Any) -> str:
 class ModelWriter:
     """Writes a model.bin so that the target is either the old file or the whole new one.
 
-    with ModelWriter(path, config, metadata, tokenizer, template) as writer:
+    with ModelWriter(path, config, metadata, tokenizer, template, encodings) as writer:
         for tensor in writer.tensors:
             writer.write(piece)                 # any number of pieces, in file order
             writer.end_tensor()
@@ -663,17 +849,21 @@ class ModelWriter:
         metadata: dict[str, Any],
         tokenizer: bytes,
         template: str,
+        encodings: Encodings | None = None,
     ) -> None:
         check_config(config)
         check_metadata(metadata, config)
         self.path = Path(path)
         self.config = config
-        self.tensors = tensors(config)
+        self.tensors = tensors(config, encodings)
+        given = encodings or {}
+        numbers = bytes(ENCODINGS.index(given.get(name, Encoding.INT8)) for name in matrices(config))
+        self._version = VERSION_WITH_ENCODINGS if any(numbers) else VERSION
         self._sections = {
             "metadata": json.dumps(metadata, ensure_ascii=False, sort_keys=True, allow_nan=False).encode(),
             "tokenizer": tokenizer,
             "template": template.encode(),
-        }
+        } | ({"encodings": numbers} if any(numbers) else {})
         self._fields = self._layout()
         self._checksums: list[int] = []
         self._crc = 0
@@ -754,11 +944,11 @@ class ModelWriter:
     def _layout(self) -> dict[str, Any]:
         fields: dict[str, Any] = {name: 0 for name, _, _ in HEADER_FIELDS}
         fields.update({name: getattr(self.config, name) for name in Config.__dataclass_fields__})
-        fields.update(version=VERSION, header_size=HEADER_SIZE)
+        fields.update(version=self._version, header_size=HEADER_SIZE)
         offset = HEADER_SIZE
         sizes = {name: len(data) for name, data in self._sections.items()}
         sizes["checksums"] = 4 * len(self.tensors)
-        for section in SECTIONS:
+        for section in sections(self._version):
             fields[f"{section}_offset"], fields[f"{section}_size"] = offset, sizes[section]
             offset = align(offset + sizes[section])
         last = self.tensors[-1]
@@ -766,8 +956,8 @@ class ModelWriter:
         fields["file_size"] = fields["tensors_offset"] + fields["tensors_size"]
         for name in _RANGES:
             check_range(name, fields[name])
-        for section, text in self._sections.items():
-            if b"\0" in text:
+        for section in TEXTS:
+            if b"\0" in self._sections[section]:
                 raise ValueError(f"{section} has a zero byte")
         return fields
 
@@ -775,9 +965,9 @@ class ModelWriter:
         """Write all parts before the tensors; last the header, when everything else is on the disk."""
         if len(self._checksums) != len(self.tensors):
             raise ValueError(f"wrote {len(self._checksums)} of {len(self.tensors)} tensors")
-        sections = self._sections | {"checksums": struct.pack(f"<{len(self._checksums)}I", *self._checksums)}
+        checksums = {"checksums": struct.pack(f"<{len(self._checksums)}I", *self._checksums)}
         body = bytearray(self._fields["tensors_offset"] - HEADER_SIZE)
-        for name, data in sections.items():
+        for name, data in (self._sections | checksums).items():
             start = self._fields[f"{name}_offset"] - HEADER_SIZE
             body[start : start + len(data)] = data
         self._fields["sections_crc"] = sections_crc(pack_header(self._fields), body)

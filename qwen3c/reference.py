@@ -15,13 +15,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .format import ROPE_TENSOR, Config, ModelFile, Tensor, tile_fields
+from .format import ROPE_TENSOR, Config, ModelFile, Tensor, codes_and_scales
 
 Array = NDArray[np.float32]
 
 
 # ----------------------------------------------------------------------------
-# Weights: from tiles of int8 codes and fp16 scales to float32 matrices
+# Weights: from tiles of codes and fp16 scales to float32 matrices
 
 
 def load_weights(file: ModelFile) -> dict[str, Array]:
@@ -38,15 +38,10 @@ def load_weights(file: ModelFile) -> dict[str, Array]:
 
 def dequantize(file: ModelFile, tensor: Tensor) -> Array:
     """A stored matrix as float32 (rows, columns): weight = scale of its group * code."""
-    (rows, columns), group_size = tensor.shape, file.config.group_size
-    groups = columns // group_size
     # a tile: 16 rows x one group, its codes in blocks of 4 columns, then one scale per row
-    tiles = np.frombuffer(file.data(tensor), tile_fields(group_size)).reshape(-1, groups)
-    codes = tiles["codes"].transpose(0, 3, 1, 2, 4)  # (tile rows, 16, groups, blocks, 4)
-    scales = tiles["scales"].transpose(0, 2, 1)  # (tile rows, 16, groups)
-    codes = codes.reshape(-1, groups, group_size)
-    weights = scales.reshape(-1, groups, 1).astype(np.float32) * codes
-    return weights.reshape(-1, columns)[:rows]  # the last tiles may be padded with zero rows
+    codes, scales = codes_and_scales(file.tile_rows(tensor))  # (rows, columns), (rows, groups)
+    weights = np.repeat(scales, file.config.group_size, axis=1) * codes
+    return weights[: tensor.shape[0]]  # the last tiles may be padded with zero rows
 
 
 # ----------------------------------------------------------------------------

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
+Floats = NDArray[np.float32] | np.float32
 TILE_ROWS = 16
+CODEBOOK = np.array([-31, -25, -20, -16, -12, -9, -5, -2, 0, 3, 6, 9, 13, 17, 22, 28], np.int8)
 
 
 def quantize(weights: NDArray[np.float32], group_size: int) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
@@ -57,14 +62,87 @@ def _sum(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return total[..., 0]
 
 
+def quantize_fitted(
+    weights: NDArray[np.float32],
+    group_size: int,
+    encoding: str,
+    importance: NDArray[np.float32] | None = None,
+) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """Codes and scales of int4 or int6, as `quantize` gives them of int8."""
+    rows, columns = weights.shape
+    groups = weights.reshape(rows, -1, group_size)
+    if importance is None:
+        importance = np.ones(columns, np.float32)
+    weight = np.broadcast_to(importance.reshape(1, -1, group_size), groups.shape)
+    best_scales = np.zeros(groups.shape[:2], np.float16)
+    best_lost = np.full(groups.shape[:2], np.inf, np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # of scales that are not taken
+        for first in _first_scales(groups, encoding):
+            wanted = first
+            for _ in range(2):
+                scales = wanted.astype(np.float16)
+                codes = _fitted_codes(groups, scales, encoding)
+                lost, wanted = _lost_and_refitted(groups, codes, scales, weight)
+                better = lost < best_lost
+                best_scales = np.where(better, scales, best_scales)
+                best_lost = np.where(better, lost, best_lost)
+    codes = _fitted_codes(groups, best_scales, encoding)
+    return codes.reshape(rows, columns).astype(np.int8), best_scales
+
+
+def _first_scales(groups: NDArray[np.float32], encoding: str) -> Iterator[NDArray[np.float32]]:
+    at = np.abs(groups).argmax(axis=2)[:, :, None]
+    extreme = np.take_along_axis(groups, at, axis=2)[:, :, 0]
+    ends, factors = ((28, -31), (0.9, 1.0, 1.1)) if encoding == "int4" else ((31,), (0.95, 1.0, 1.05))
+    extreme = extreme if encoding == "int4" else np.abs(extreme)
+    for end, factor in itertools.product(ends, factors):
+        yield extreme / np.float32(end) * np.float32(factor)
+
+
+def _fitted_codes(
+    groups: NDArray[np.float32], scales: NDArray[np.float16], encoding: str
+) -> NDArray[np.float32]:
+    scale = scales.astype(np.float32)
+    usable = (scale != 0) & np.isfinite(scale)
+    inverse = np.where(usable, np.float32(1) / np.where(usable, scale, np.float32(1)), np.float32(0))
+    x = groups * inverse[:, :, None]
+    if encoding == "int6":
+        return np.rint(np.clip(x, -31, 31))
+    place = np.rint(np.clip(_fma(x, np.float32(2), np.float32(-0.5)), -63, 63)).astype(np.int64)
+    middles = 2 * np.arange(-64, 64) + 1  # in quarters, of the halves that a place stands for
+    nearest = np.abs(4 * CODEBOOK.astype(np.int64) - middles[:, None]).argmin(axis=1)
+    return CODEBOOK[nearest[place + 64]].astype(np.float32)
+
+
+def _lost_and_refitted(
+    groups: NDArray[np.float32], codes: NDArray[np.float32], scales: NDArray[np.float16],
+    weight: NDArray[np.float32],
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:  # fmt: skip
+    """The sum of weighted squared errors, and the scale that makes it least for these codes."""
+    lost, products, squares = (np.zeros(groups.shape[:2], np.float32) for _ in range(3))
+    for c in range(groups.shape[2]):
+        w, code, importance = groups[:, :, c], codes[:, :, c], weight[:, :, c]
+        off = w - scales.astype(np.float32) * code
+        lost = _fma(importance * off, off, lost)
+        products = _fma(importance * code, w, products)
+        squares = _fma(importance * code, code, squares)
+    some = squares > 0
+    return lost, np.where(some, products / np.where(some, squares, np.float32(1)), np.float32(0))
+
+
+def _fma(a: NDArray[np.float32], b: Floats, c: Floats) -> NDArray[np.float32]:
+    """a b + c, rounded once (the product of two float32 is exact in float64)."""
+    return (np.multiply(a, b, dtype=np.float64) + c).astype(np.float32)
+
+
 def dequantize(codes: NDArray[np.int8], scales: NDArray[np.float16]) -> NDArray[np.float32]:
     """scale * code, shape (rows, columns)."""
     group_size = codes.shape[1] // scales.shape[1]
     return codes.astype(np.float32) * np.repeat(scales.astype(np.float32), group_size, axis=1)
 
 
-def tiles(codes: NDArray[np.int8], scales: NDArray[np.float16]) -> bytes:
-    """The stored form: per 16 rows, per group, the codes four columns at a time and then the scales."""
+def tiles(codes: NDArray[np.int8], scales: NDArray[np.float16], encoding: str = "int8") -> bytes:
+    """The stored form: per 16 rows the codebook if it is int4, then per group the codes and the scales."""
     rows, columns = codes.shape
     group_size = columns // scales.shape[1]
     padded_rows = -(-rows // TILE_ROWS) * TILE_ROWS
@@ -72,12 +150,33 @@ def tiles(codes: NDArray[np.int8], scales: NDArray[np.float16]) -> bytes:
     scales = np.pad(scales, ((0, padded_rows - rows), (0, 0)))
     stored = []
     for row in range(0, padded_rows, TILE_ROWS):
+        if encoding == "int4":
+            stored.append(CODEBOOK.tobytes() + bytes(16))
         for group in range(scales.shape[1]):
-            first = group * group_size
-            for column in range(first, first + group_size, 4):
-                stored.append(codes[row : row + TILE_ROWS, column : column + 4].tobytes())
+            tile = codes[row : row + TILE_ROWS, group * group_size : (group + 1) * group_size]
+            blocks = [tile[:, column : column + 4] for column in range(0, group_size, 4)]
+            stored.append(PLANES[encoding](blocks))
             stored.append(scales[row : row + TILE_ROWS, group].astype("<f2").tobytes())
     return b"".join(stored)
+
+
+def _nibbles(blocks: list[NDArray[np.int64]]) -> bytes:
+    pairs = zip(blocks[::2], blocks[1::2], strict=True)
+    return b"".join((low % 16 + high % 16 * 16).astype(np.uint8).tobytes() for low, high in pairs)
+
+
+def _int4(blocks: list[NDArray[np.int8]]) -> bytes:
+    return _nibbles([np.searchsorted(CODEBOOK, block) for block in blocks])
+
+
+def _int6(blocks: list[NDArray[np.int8]]) -> bytes:
+    offset = [block.astype(np.int64) + 32 for block in blocks]
+    high = [block // 16 for block in offset]
+    crumbs = [sum(high[i + k] * 4**k for k in range(4)) for i in range(0, len(high), 4)]
+    return _nibbles(offset) + b"".join(np.asarray(c, np.uint8).tobytes() for c in crumbs)
+
+
+PLANES = {"int8": lambda blocks: b"".join(block.tobytes() for block in blocks), "int4": _int4, "int6": _int6}
 
 
 def untile(

@@ -119,13 +119,24 @@ def write_small_model(directory: Path, **shape: Any) -> Path:
     return directory
 
 
-def export_small_model(tmp_path: Path, group_size: int = 64, **shape: Any) -> Path:
+# Every encoding, in matrices that are read together and in others (convert/recipe.py)
+MIXED_RECIPE: dict[str, Any] = {
+    "encoding": "int4",
+    "matrices": [
+        {"names": ["*.v_proj.weight", "output"], "encoding": "int6"},
+        {"names": ["*.o_proj.weight"], "layers": [-1], "encoding": "int8"},
+    ],
+}
+
+
+def export_small_model(tmp_path: Path, group_size: int = 64, recipe: Any = None, **shape: Any) -> Path:
     """A model.bin of the given shape: tmp_path / "model.bin", exported from tmp_path / "source"."""
     from qwen3c.convert.export import export
+    from qwen3c.convert.recipe import parse
 
     source = write_small_model(Path(tmp_path) / "source", **shape)
     target = Path(tmp_path) / "model.bin"
-    export(source, target, group_size=group_size)
+    export(source, target, group_size=group_size, recipe=parse(recipe, "recipe") if recipe else None)
     return target
 
 

@@ -52,6 +52,13 @@ CONFIGS = {
     "qwen3": CONFIG,
     "qwen3_moe": format.Config(**vars(CONFIG) | EXPERTS | {"mlp_only_layers": (0,)}),
     "qwen2": format.Config(**vars(CONFIG) | {"architecture": 3, "qk_norm": False, "qkv_bias": True}),
+    "mixed": CONFIG,
+}
+FEWER_BITS = {"v_proj": "int6", "o_proj": "int6", "down_proj": "int6", "embed_tokens": "int8"}
+ENCODINGS = {
+    "mixed": {
+        name: format.Encoding(FEWER_BITS.get(name.split(".")[-2], "int4")) for name in format.matrices(CONFIG)
+    }
 }
 NEEDED: dict[str, Any] = {
     "name": "small",
@@ -65,19 +72,29 @@ TEMPLATE = "{{ messages }} é"
 
 
 def random_bytes(tensor: format.Tensor, group_size: int) -> bytes:
-    """A tensor as it may be stored: codes in -127..127, scales and numbers finite."""
+    """A tensor as it may be stored: codes that its encoding has, scales and numbers finite."""
     random = np.random.default_rng(zlib.crc32(tensor.name.encode()))
     if not tensor.quantized:
         return random.standard_normal(tensor.shape).astype("<f4").tobytes()
-    codes = random.integers(-127, 128, tensor.shape, np.int8)
+    largest = 127 if tensor.encoding is format.Encoding.INT8 else 31
+    codes = random.integers(-largest, largest + 1, tensor.shape, np.int8)
+    if tensor.encoding is format.Encoding.INT4:
+        codes = random.choice(quantization_oracle.CODEBOOK, tensor.shape)
     scales = random.random((tensor.shape[0], tensor.shape[1] // group_size)).astype(np.float16)
-    return quantization_oracle.tiles(codes, scales)
+    if tensor.encoding is format.Encoding.INT4:
+        scales[::2] *= -1
+    return quantization_oracle.tiles(codes, scales, tensor.encoding.value)
 
 
-def write_model(path: Path, config: format.Config = CONFIG, piece_size: int = 1000) -> dict[str, bytes]:
+def write_model(
+    path: Path,
+    config: format.Config = CONFIG,
+    piece_size: int = 1000,
+    encodings: format.Encodings | None = None,
+) -> dict[str, bytes]:
     """Write random tensors in pieces; returns them by name."""
     stored = {}
-    with ModelWriter(path, config, METADATA, TOKENIZER, TEMPLATE) as writer:
+    with ModelWriter(path, config, METADATA, TOKENIZER, TEMPLATE, encodings) as writer:
         for tensor in writer.tensors:
             data = stored[tensor.name] = random_bytes(tensor, config.group_size)
             for start in range(0, len(data), piece_size):
@@ -89,7 +106,7 @@ def write_model(path: Path, config: format.Config = CONFIG, piece_size: int = 10
 @pytest.fixture(scope="module", params=CONFIGS)
 def model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     path = tmp_path_factory.mktemp("format") / "model.bin"
-    write_model(path, CONFIGS[request.param])
+    write_model(path, CONFIGS[request.param], encodings=ENCODINGS.get(request.param))
     return path
 
 
@@ -117,8 +134,12 @@ def refusal(path: Path) -> str:
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_what_is_written_is_read(tmp_path: Path, tied: bool, architecture: str) -> None:
     config = format.Config(**vars(CONFIGS[architecture]) | {"tied_embedding": tied})
-    stored = write_model(tmp_path / "model.bin", config)
+    encodings = ENCODINGS.get(architecture)
+    if encodings:  # a tied embedding has no lm_head
+        encodings = {name: encodings[name] for name in format.matrices(config)}
+    stored = write_model(tmp_path / "model.bin", config, encodings=encodings)
     file = ModelFile(tmp_path / "model.bin")
+    assert file.encodings == (encodings or {})
     assert file.config == config
     assert file.metadata == METADATA
     assert file.tokenizer == TOKENIZER
@@ -129,7 +150,8 @@ def test_what_is_written_is_read(tmp_path: Path, tied: bool, architecture: str) 
 
 
 def test_bytes_do_not_depend_on_the_pieces_they_were_written_in(tmp_path: Path, model: Path) -> None:
-    write_model(tmp_path / "other.bin", ModelFile(model).config, piece_size=1 << 20)
+    file = ModelFile(model)
+    write_model(tmp_path / "other.bin", file.config, piece_size=1 << 20, encodings=file.encodings)
     assert (tmp_path / "other.bin").read_bytes() == model.read_bytes()
 
 
@@ -178,7 +200,11 @@ def test_document_has_every_header_field_at_its_offset() -> None:
         assert offset % struct.calcsize(code) == 0, f"{name} is not aligned"
         accepted = [eval(limit.replace("^", "**"), {}) for limit in row[3].split("..")]  # such as 0..2^63-1
         expected = (
-            [format.VERSION] if name == "version" else [HEADER_SIZE] if name == "header_size" else [low, high]
+            [format.VERSION, format.VERSION_WITH_ENCODINGS]
+            if name == "version"
+            else [HEADER_SIZE]
+            if name == "header_size"
+            else [low, high]
         )
         assert accepted == expected, name
         offset += struct.calcsize(code)
@@ -247,6 +273,28 @@ def test_code_in_the_document_finds_every_weight(rows: int, columns: int, group_
     back = quantization_oracle.untile(stored, rows, columns, group_size)
     assert (back[0] == codes).all()
     assert (back[1] == scales).all()
+
+
+@pytest.mark.parametrize("encoding", ["int4", "int6"])
+@pytest.mark.parametrize(("rows", "columns", "group_size"), [(16, 32, 32), (37, 192, 64)])
+def test_code_in_the_document_finds_every_code_of_fewer_bits(
+    rows: int, columns: int, group_size: int, encoding: str
+) -> None:
+    namespace: dict[str, Any] = {}
+    for snippet in re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL):
+        exec(snippet, namespace)
+    random = np.random.default_rng(0)
+    codes = random.integers(-31, 32, (rows, columns), np.int8)
+    if encoding == "int4":
+        codes = random.choice(quantization_oracle.CODEBOOK, (rows, columns))
+    scales = random.random((rows, columns // group_size)).astype(np.float16)
+    stored = quantization_oracle.tiles(codes, scales, encoding)
+    assert len(stored) == format.matrix_size(rows, columns, group_size, format.Encoding(encoding))
+    for row, column in itertools.product(range(rows), range(columns)):
+        assert namespace[f"{encoding}_code"](stored, row, column, columns, group_size) == codes[row, column]
+    tile_rows = np.frombuffer(stored, format.tile_row_type(columns, group_size, format.Encoding(encoding)))
+    found_codes, found_scales = format.codes_and_scales(tile_rows)
+    assert (found_codes[:rows] == codes).all() and (found_scales[:rows] == scales).all()
 
 
 def test_example_in_the_document_is_right() -> None:
@@ -504,9 +552,9 @@ def test_wrong_kinds_of_file_are_refused(tmp_path: Path) -> None:
 def test_other_versions_are_refused_by_number(tmp_path: Path, model: Path) -> None:
     """A file of another version is named as such, even if its header has another form."""
     path = tmp_path / "model.bin"
-    for version in (0, 2, 99, 2**32 - 1):
+    for version in (0, 3, 99, 2**32 - 1):
         path.write_bytes(format.MAGIC + version.to_bytes(4, "little") + os.urandom(5000))
-        assert f"format version {version}, this program reads {format.VERSION}" in refusal(path)
+        assert f"format version {version}, this program reads 1 and 2" in refusal(path)
 
 
 def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
@@ -535,12 +583,13 @@ def test_unreadable_file_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_huge_file_of_nothing_is_refused(tmp_path: Path, model: Path) -> None:
-    """A sparse terabyte under a header that says so: still nothing is read but the header."""
+    """A sparse terabyte under a header that says so: nothing is read but the header, and `encodings`."""
     path, fields = tmp_path / "model.bin", ModelFile(model).fields()
     with open(path, "wb") as file:
         file.write(format.pack_header(fields | {"file_size": 2**40}))
         file.truncate(2**40)
-    assert str(2**40) in refusal(path)
+    wrong = "checksums_size" if fields["version"] == format.VERSION_WITH_ENCODINGS else str(2**40)
+    assert wrong in refusal(path)
 
 
 # ----------------------------------------------------------------------------
@@ -602,6 +651,117 @@ def test_verify_finds_values_no_exporter_writes(
     tensor = next(tensor for tensor in ModelFile(model).tensors if tensor.quantized)
     path.write_bytes(with_values(model, tensor, place, content))
     assert unsound(path) == [tensor.name]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixed") / "model.bin"
+    write_model(path, encodings=ENCODINGS["mixed"])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "content"),
+    [
+        ("qk", 3, b"\x80"),  # -128 in a codebook
+        ("qk", 20, b"\1"),  # behind a codebook
+        ("qk", 32 + 16 * 16, struct.pack("<e", math.nan)),
+        ("qk", 32 + 16 * 16 + 30, struct.pack("<e", -math.inf)),
+        ("v", 16 * 24, struct.pack("<e", math.inf)),
+        ("v", 16 * 24 + 30, struct.pack("<e", -1.0)),
+    ],
+)
+def test_verify_finds_what_no_encoding_of_fewer_bits_holds(
+    tmp_path: Path, mixed: Path, name: str, place: int, content: bytes
+) -> None:
+    path = tmp_path / "model.bin"
+    tensor = next(t for t in ModelFile(mixed).tensors if t.name.endswith(f"0.self_attn.{name}_proj.weight"))
+    path.write_bytes(with_values(mixed, tensor, place, content))
+    assert unsound(path) == [tensor.name]
+
+
+def test_verify_finds_the_code_that_int6_has_no_use_for(tmp_path: Path, mixed: Path) -> None:
+    path, file = tmp_path / "model.bin", ModelFile(mixed)
+    tensor = next(t for t in file.tensors if t.encoding is format.Encoding.INT6)
+    data = bytearray(file.data(tensor))
+    data[0] &= 0xF0  # the code of row 0, column 0: no low bits, and no high ones
+    data[16 * 16] &= 0xFC
+    path.write_bytes(with_values(mixed, tensor, 0, bytes(data)))
+    assert unsound(path) == [tensor.name]
+
+
+def encodings_place(file: ModelFile) -> tuple[int, int]:
+    fields = file.fields()
+    start = format.align(fields["template_offset"] + fields["template_size"])
+    return start, len(format.matrices(file.config))
+
+
+def with_encodings(model: Path, numbers: bytes) -> bytes:
+    """The file with other numbers in its section `encodings`, and CRCs that fit."""
+    file = ModelFile(model)
+    start, size = encodings_place(file)
+    assert len(numbers) == size
+    data = model.read_bytes()
+    return with_fitting_crcs(data[:start] + numbers + data[start + size :], file.fields())
+
+
+def test_every_number_of_an_encoding_is_checked(tmp_path: Path, mixed: Path) -> None:
+    """With or without CRCs that fit: an unknown number by its name, a known one by the sizes that follow."""
+    path, file, data = tmp_path / "model.bin", ModelFile(mixed), mixed.read_bytes()
+    start, size = encodings_place(file)
+    for place, name in enumerate(format.matrices(file.config)):
+        for number in range(256):
+            if number == data[start + place]:
+                continue
+            numbers = bytearray(data[start : start + size])
+            numbers[place] = number
+            path.write_bytes(with_encodings(mixed, bytes(numbers)))
+            message = refusal(path)
+            if number > 2:
+                assert f"encodings: {name} has the number {number}, known are 0..2" in message
+            if number < 4:
+                damaged = bytearray(data)
+                damaged[start + place] = number
+                path.write_bytes(damaged)
+                refusal(path)
+
+
+def test_a_file_of_int8_alone_under_the_newer_version_is_refused(tmp_path: Path) -> None:
+    path, writer = (
+        tmp_path / "model.bin",
+        ModelWriter(tmp_path / "model.bin", CONFIG, METADATA, TOKENIZER, ""),
+    )
+    writer._version = format.VERSION_WITH_ENCODINGS
+    writer._sections["encodings"] = bytes(len(format.matrices(CONFIG)))
+    writer._fields = writer._layout()
+    with writer:
+        for tensor in writer.tensors:
+            writer.write(random_bytes(tensor, CONFIG.group_size))
+            writer.end_tensor()
+    assert refusal(path) == f"{path}: format version 2, but all of it is INT8"
+
+
+def test_neighbours_of_one_encoding_are_one_matrix(mixed: Path) -> None:
+    file = ModelFile(mixed)
+    names = [tensor.name.split(".")[-2] for tensor in file.tensors if tensor.role is format.Role.QKV]
+    assert names == ["qk_proj", "v_proj"] * CONFIG.n_layers
+    stored = [tensor for tensor in file.tensors if tensor.role is format.Role.QKV]
+    parts = [[part.name.split(".")[-2] for part in tensor.parts] for tensor in stored]
+    assert parts == [["q_proj", "k_proj"], ["v_proj"]] * CONFIG.n_layers
+
+
+def test_a_gate_and_its_up_have_one_encoding() -> None:
+    encodings = {"model.layers.1.mlp.gate_proj.weight": format.Encoding.INT4}
+    with pytest.raises(ValueError, match=r"layers.1.mlp.gate_proj.weight is int4, .* is int8: "):
+        format.tensors(CONFIG, encodings)
+
+
+def test_a_file_of_int8_alone_has_no_trace_of_encodings(tmp_path: Path) -> None:
+    write_model(tmp_path / "old.bin")
+    every = dict.fromkeys(format.matrices(CONFIG), format.Encoding.INT8)
+    write_model(tmp_path / "new.bin", encodings=every)
+    assert (tmp_path / "old.bin").read_bytes() == (tmp_path / "new.bin").read_bytes()
+    assert ModelFile(tmp_path / "new.bin").fields()["version"] == 1
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])

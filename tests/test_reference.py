@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_models import export_small_model, small_weights
+from small_models import MIXED_RECIPE, export_small_model, small_weights
 
 from qwen3c.engine import Engine
 from qwen3c.format import ModelFile
@@ -45,6 +45,8 @@ SHAPES = [
         "group_size": 256,
         "vocab_size": 499,
     },
+    {"group_size": 32, "vocab_size": 499, "recipe": MIXED_RECIPE},
+    {"architecture": "qwen3_moe", "group_size": 64, "recipe": MIXED_RECIPE | {"encoding": "int6"}},
 ]
 
 

@@ -252,7 +252,9 @@ class Run:
         except ValueError as error:
             raise ValueError(f"--max-memory = {memory!r}: expected {error}") from None
         context = self.args.context or (self.journal.head or {}).get("context")
-        return ServeOptions(self._running, sys.maxsize, kv_bytes, PASS_SECONDS, context, offline=True)
+        return ServeOptions(
+            self._running, sys.maxsize, kv_bytes, PASS_SECONDS, context, draft=self.args.drafts, offline=True
+        )
 
     def _agree_on_context(self, context: int) -> None:
         if self.journal.head is None:

@@ -3,6 +3,7 @@
 python export.py path/to/Qwen3-0.6B model.bin
 python export.py path/to/Qwen3-0.6B model.bin --lora path/to/adapter
 python export.py Qwen3-0.6B-Q8_0.gguf model.bin
+python export.py path/to/Qwen3-0.6B model.bin --bits 4
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .. import format
 from ..system.terminal import Progress, unheard
 from .command import Parser, answer, concerning, program_name
+
+if TYPE_CHECKING:
+    from ..convert.recipe import Recipe
 
 SCRIPT = "export.py"
 
@@ -61,6 +66,7 @@ def _lines(args: argparse.Namespace, progress: Progress | None) -> list[str]:
     from ..convert.huggingface import CheckpointOptions
 
     options = {key: getattr(args, key) for key in CheckpointOptions.__optional_keys__}
+    options["recipe"] = _recipe(args)
     if args.estimate:
         return [*estimate(args.source, args.target, force=args.force, **options).lines()]
     report = export(
@@ -73,6 +79,16 @@ def _lines(args: argparse.Namespace, progress: Progress | None) -> list[str]:
         **options,
     )
     return [*report.lines()]
+
+
+def _recipe(args: argparse.Namespace) -> Recipe | None:
+    """What --bits or --recipe says; None: all is INT8."""
+    from ..convert import recipe
+
+    if args.recipe is not None:
+        with concerning(args.recipe):
+            return recipe.read(args.recipe)
+    return None if args.bits in (None, "8") else recipe.of_bits(args.bits)
 
 
 def _draw(progress: Progress, done: int, total: int) -> None:
@@ -96,6 +112,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads is {args.threads}, at least 1 is needed")
+    if args.bits is not None and args.recipe is not None:
+        parser.error("--bits and --recipe both say how many bits; give one of them")
     if not args.source:
         parser.error("SRC is an empty text")
     if not args.target and not args.estimate:
@@ -127,8 +145,11 @@ def _parser() -> Parser:
     add("--estimate", action="store_true",
         help="only say how large the file and the memory it takes would be; reads no weight, writes "
             "nothing")  # fmt: skip
+    add("--bits", help="about how many bits a weight takes: 4, 4.5, 5, 6, 8 (default: 8)")
+    add("--recipe", metavar="FILE", help="TOML file: which matrix is int4, int6 or int8 (docs/FORMAT.md)")
     sizes = ", ".join(map(str, format.GROUP_SIZES))
-    add("--group-size", type=int, help=f"weights per scale: {sizes} (default: 64; 32 for Q8_0)")
+    add("--group-size", type=int,
+        help=f"weights per scale: {sizes} (default: 64; 32 for Q8_0 and for fewer bits than 8)")  # fmt: skip
     add("--lora", metavar="DIR", help="merge this PEFT adapter into the weights")
     add("--threads", type=int, help="threads (default: the physical cores this process may use)")
     add("--name", help="what the model calls itself (default: from config.json)")

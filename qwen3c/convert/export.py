@@ -4,7 +4,7 @@
     stream     the weights, quantised on their way (quantise.py), into a file beside the target
     rename     when it is whole
 
-The bytes depend on the contents of the source, the adapter and the group size alone.
+The bytes depend on the contents of the source, the adapter, the group size and the recipe alone.
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ class ExportEstimate:
 
     name: str
     config: format.Config
+    encodings: format.Encodings
     source_size: int
     file_size: int
     tokenizer_size: int
@@ -161,8 +162,8 @@ class ExportEstimate:
         verdict = "fits" if self.file_size <= self.free else "does not fit"
         yield f"{self.name}: {weights} as they are"
         yield (
-            f"file: {gib(self.file_size)} ({self.file_size:,} bytes), INT8 in groups of "
-            f"{self.config.group_size}"
+            f"file: {gib(self.file_size)} ({self.file_size:,} bytes), "
+            f"{format.described(self.config, self.encodings)}"
         )
         yield f"disk: {gib(self.free)} free in {self.directory}: {verdict}"
         yield ""
@@ -186,7 +187,8 @@ def estimate(
         writer = _writer(path, checkpoint)
     free = shutil.disk_usage(path.parent).free
     sizes = (checkpoint.size, writer.file_size, len(checkpoint.tokenizer))
-    return ExportEstimate(checkpoint.metadata["name"], checkpoint.config, *sizes, str(path.parent), free)
+    what = (checkpoint.metadata["name"], checkpoint.config, checkpoint.encodings)
+    return ExportEstimate(*what, *sizes, str(path.parent), free)
 
 
 def _open(source: str | os.PathLike[str]) -> Source:
@@ -202,7 +204,7 @@ def _warnings(checkpoint: Checkpoint) -> Iterator[str]:
 def _writer(path: Path, checkpoint: Checkpoint) -> format.ModelWriter:
     c = checkpoint
     try:
-        return format.ModelWriter(path, c.config, c.metadata, c.tokenizer, c.template)
+        return format.ModelWriter(path, c.config, c.metadata, c.tokenizer, c.template, c.encodings)
     except ValueError as error:
         raise SourceError(f"{c.source.location}: {cut(error)}") from None
 

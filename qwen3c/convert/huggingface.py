@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 
 from .. import format
 from ..text import tokenizer_json
+from .recipe import GROUP_SIZE, Recipe
 from .rope import Rope, read_rope, stretched
 from .source import (
     TAKE_UNQUANTIZED,
@@ -91,16 +92,19 @@ class CheckpointOptions(TypedDict, total=False):
     None counts as not given.
     """
 
-    group_size: int | None  # weights that share a scale (default: 64; 32 for a GGUF file with Q8_0 weights)
+    # weights that share a scale (default: the recipe's; without one 64, of a GGUF file with Q8_0 weights 32)
+    group_size: int | None
     name: str | None  # what the model calls itself (default: from config.json)
     yarn: float | None  # stretch the context of a model of default rope by this factor
     yarn_attn_factor: float | None  # on cos and sin (default: what transformers computes from config.json)
+    recipe: Recipe | None  # the encoding of each matrix (default: INT8)
 
 
 class Checkpoint:
     """A checked model: its numbers, its texts, its tensors.
 
     config     format.Config, group size included
+    encodings  of its matrices, as the recipe says; {}: all are INT8
     rope       what inverse_frequencies needs
     metadata   what the metadata section of model.bin holds (docs/FORMAT.md)
     tokenizer  the bytes of tokenizer.json
@@ -117,6 +121,7 @@ class Checkpoint:
         name: str | None = None,
         yarn: float | None = None,
         yarn_attn_factor: float | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
         """The options: see CheckpointOptions."""
         self.source = source
@@ -129,9 +134,9 @@ class Checkpoint:
         self.rope = read_rope(keys, _head_dim(keys, ARCHITECTURES[architecture]))
         if yarn is not None or yarn_attn_factor is not None:
             self.rope = stretched(keys, self.rope, yarn, yarn_attn_factor)
-        self.config = _read_config(
-            keys, ARCHITECTURES[architecture], self.rope, n_tokens, group_size or source.group_size
-        )
+        if group_size is None:
+            group_size = source.group_size if recipe is None else recipe.group_size or GROUP_SIZE
+        self.config = _read_config(keys, ARCHITECTURES[architecture], self.rope, n_tokens, group_size)
         if yarn is not None:
             self.config = _longer(keys, self.config, self.rope)
         self.template = source.template()
@@ -142,6 +147,10 @@ class Checkpoint:
             self.config = replace(self.config, tied_embedding=True)
         self.tensors = _open_tensors(source, stored, self.config)
         self.metadata = self._metadata(keys, name) | {"source": self._provenance(architecture, keys.values)}
+        self.encodings: format.Encodings = {}
+        if recipe is not None:
+            self.encodings = recipe.encodings(self.config)
+            self.metadata["recipe"] = recipe.table
 
     @property
     def size(self) -> int:

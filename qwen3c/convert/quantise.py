@@ -1,10 +1,10 @@
 """The weights of a checkpoint -> the tensors of a model.bin, streaming.
 
     read       a million weights at a time, as they are stored
-    quantise   to INT8 groups in tiles of 16 rows; each thread its own slice, in C
+    quantise   to groups in tiles of 16 rows, as each matrix is encoded; each thread its own slice, in C
     write      in the order of the file
 
-The codes and scales of Q8_0 weights are taken over as they are.
+The codes and scales of Q8_0 weights are taken over as they are where they stay INT8.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ if TYPE_CHECKING:
 
 SLICE_WEIGHTS = 1 << 20  # weights in a slice: its source and result fit in a core's cache
 MAX_BUFFERS = 256 << 20  # bytes of all slices in flight
-MAX_WEIGHT = 127 * 65504  # a larger weight needs a scale beyond fp16
+# a larger weight needs a scale beyond fp16
+MAX_WEIGHT = {
+    format.Encoding.INT8: 127 * 65504,
+    format.Encoding.INT4: 31 * 65504,
+    format.Encoding.INT6: 31 * 65504,
+}
 
 
 @dataclass(frozen=True)
@@ -161,8 +166,9 @@ def _convert(checkpoint: Checkpoint, piece: Slice, source: memoryview, target: m
     size = sum(len(part.data) for part in parts)
     if not piece.tensor.quantized:
         return Converted(_float32_bytes(_finite(piece, parts)), size)
-    target = target[: format.matrix_size(piece.rows, piece.columns, checkpoint.config.group_size)]
-    return Converted(target, size, *_quantize(piece, parts, checkpoint.config.group_size, target))
+    group_size = checkpoint.config.group_size
+    target = target[: format.matrix_size(piece.rows, piece.columns, group_size, piece.tensor.encoding)]
+    return Converted(target, size, *_quantize(piece, parts, group_size, target))
 
 
 def _read(checkpoint: Checkpoint, piece: Slice, buffer: memoryview) -> list[_Part]:
@@ -201,6 +207,10 @@ def _quantize(
 
     sources: list[tuple[Any, str]] = [(part.data, part.stored.dtype) for part in parts]
     dtypes = {dtype for _, dtype in sources}
+    encoding = piece.tensor.encoding
+    if "Q8_0" in dtypes and encoding is not format.Encoding.INT8:
+        sources = [(part.to_float32().view("u1"), "F32") for part in parts]
+        dtypes = {"F32"}
     if dtypes == {"Q8_0"}:
         np.frombuffer(out, np.uint8)[:] = 0  # the rows that pad the last tile
         _take_over(piece, parts, out)
@@ -210,8 +220,7 @@ def _quantize(
         sources = [(w.view("u1"), "F32") for w in weights]
     elif len(dtypes) > 1:  # q, k and v, or gate and up, may differ in dtype; widening to float32 is exact
         sources = [(part.to_float32().view("u1"), "F32") for part in parts]
-    n_tiles = -(-piece.rows // format.TILE_ROWS)
-    *errors, bad = engine.quantize_tiles(sources, piece.columns, group_size, n_tiles, out)
+    *errors, bad = engine.quantize_tiles(sources, piece.columns, group_size, out, encoding.value)
     if bad >= 0:
         _refuse(piece, parts, bad)
     if "Q8_0" in dtypes:
@@ -227,7 +236,7 @@ def _take_over(piece: Slice, parts: list[_Part], out: memoryview) -> None:
     """
     import numpy as np
 
-    tiles = np.frombuffer(out, format.tile_fields(32)).reshape(-1, piece.columns // 32)
+    tiles = np.frombuffer(out, format.tile_row_type(piece.columns, 32))["tiles"]
     row, index = 0, 0
     for part in parts:
         n = part.n // piece.columns
@@ -257,7 +266,7 @@ def _refuse(piece: Slice, parts: list[_Part], index: int) -> NoReturn:
     stored, first_row, _ = parts[which]
     row, column = divmod(index, piece.columns)
     place = f"{first_row + row}, {column}" if piece.tensor.quantized else f"{first_row + row}"
-    limit = f" up to {MAX_WEIGHT:.7g}" if piece.tensor.quantized else ""
+    limit = f" up to {MAX_WEIGHT[piece.tensor.encoding]:.7g}" if piece.tensor.quantized else ""
     limit += ", and of Q8_0 no code -128," if stored.dtype == "Q8_0" else ""
     value = f"{stored.name}[{place}] is {values[which][index]:g}"
     raise SourceError(f"{stored.path}: {value}; only finite weights{limit} can be stored")

@@ -37,7 +37,8 @@ cdef struct Matrix:
 
 cdef struct Layer:
     const float *attention_norm  # (dim,)
-    Matrix qkv  # (q_dim + 2 kv_dim, dim)
+    Matrix *qkv  # (n_qkv,) that together have (q_dim + 2 kv_dim, dim): one, or more if encodings differ
+    Py_ssize_t n_qkv
     const float *qkv_bias  # (q_dim + 2 kv_dim,) or NULL
     const float *q_norm  # (head_dim,) or NULL
     const float *k_norm  # (head_dim,) or NULL

@@ -16,7 +16,8 @@ from libc.stdint cimport int8_t, int32_t, uint8_t
 from libc.string cimport memcpy, memset
 
 from ..kernels.table cimport (
-    ATTENTION_ROWS, ATTENTION_SCRATCH, KV_BLOCK, LANES, Attention, Int8Rows, kernels, key_bytes, tile_bytes,
+    ATTENTION_ROWS, ATTENTION_SCRATCH, KV_BLOCK, LANES, Attention, Int8Rows, code_bytes, kernels, key_bytes,
+    tile_row_bytes,
 )
 
 
@@ -55,7 +56,7 @@ cdef size_t forward(Network *m, size_t thread, const Pass *p) noexcept nogil:
 
         # q, k, v of the normalised rows in one product
         rmsnorm(m, &worker, s.x, NULL, p.n, layer.attention_norm)
-        matmul(m, &worker, s.qkv, s.xb, p.n, &layer.qkv)
+        project(m, &worker, layer, p.n)
         probe(m, &worker, p, l, PROJECTED)
 
         # add the biases, norm q and k per head, rotate them by position, put k and v into the cache
@@ -131,23 +132,55 @@ cdef void quantize_row(Network *m, const float *x, Py_ssize_t row, Py_ssize_t co
 
 
 cdef void matmul_tiles(
-    Network *m, float *y, const float *x, const Group *group,
+    Network *m, float *y, Py_ssize_t stride, const float *x, const Group *group,
     const Matrix *w, Py_ssize_t tile, Py_ssize_t n_tiles,
 ) noexcept nogil:
-    """The part of y = x w^T for the rows of `group` and n_tiles tile rows of w, from `tile` on."""
+    """The part of y = x w^T for the rows of `group` and n_tiles tile rows of w, from `tile` on.
+
+    Rows of y are `stride` floats apart.
+    """
     cdef Py_ssize_t row = tile * LANES, rows = min(n_tiles * LANES, w.rows - row)
-    cdef Py_ssize_t tile_row = w.columns // m.group_size * tile_bytes(w.encoding, m.group_size)
-    cdef const uint8_t *tiles = w.tiles + tile * tile_row
-    cdef float *out = y + group.row * w.rows + row
+    cdef const uint8_t *tiles = w.tiles + tile * tile_row_bytes(w.encoding, w.columns, m.group_size)
+    cdef float *out = y + group.row * stride + row
     cdef Int8Rows xq
     if m.int8:
         xq = int8_rows(m, group.row, w.columns)
         kernels.matmul_int8[<int>w.encoding](
-            out, w.rows, &xq, group.n_rows, tiles, rows, w.columns, m.group_size)
+            out, stride, &xq, group.n_rows, tiles, rows, w.columns, m.group_size)
     else:
         x = x + group.row * w.columns
         kernels.matmul_float32[<int>w.encoding](
-            out, w.rows, x, group.n_rows, tiles, rows, w.columns, m.group_size)
+            out, stride, x, group.n_rows, tiles, rows, w.columns, m.group_size)
+
+
+cdef Py_ssize_t tiles_per_task(Network *m, const Matrix *w) noexcept nogil:
+    """Tile rows of a task: an even number, as the kernels take them in pairs."""
+    cdef Py_ssize_t tile_row = w.columns // m.group_size * code_bytes(w.encoding, m.group_size)
+    return max(2, TASK_BYTES // tile_row // 2 * 2)
+
+
+cdef void project(Network *m, Worker *worker, const Layer *layer, Py_ssize_t n) noexcept nogil:
+    """qkv (n, q_dim + 2 kv_dim) = xb (n, dim) w^T, where w is one matrix or more, below each other."""
+    cdef Group all_rows = Group(0, n, 0)
+    cdef Py_ssize_t i, n_tiles, per_task, tasks = 0, row = 0, task
+    cdef const Matrix *w
+    for i in range(layer.n_qkv if n else 0):
+        w = &layer.qkv[i]
+        tasks += ceil_div(ceil_div(w.rows, LANES), tiles_per_task(m, w))
+    task = stage(worker, tasks)
+    tasks = 0  # of the matrices before w
+    w = layer.qkv
+    while take(worker, &task):
+        # a thread's tasks do not ascend: those of another thread may come last
+        if task < tasks:
+            w, tasks, row = layer.qkv, 0, 0
+        n_tiles, per_task = ceil_div(w.rows, LANES), tiles_per_task(m, w)
+        while task - tasks >= ceil_div(n_tiles, per_task):
+            tasks, row, w = tasks + ceil_div(n_tiles, per_task), row + w.rows, w + 1
+            n_tiles, per_task = ceil_div(w.rows, LANES), tiles_per_task(m, w)
+        i = (task - tasks) * per_task
+        matmul_tiles(m, m.s.qkv + row, m.q_dim + 2 * m.kv_dim, m.s.xb, &all_rows, w, i,
+                     min(per_task, n_tiles - i))
 
 
 cdef void matmul(
@@ -170,15 +203,14 @@ cdef void matmul_groups(
     """matmul for experts: rows of group i times matrices[groups[i].matrix], all of one shape."""
     cdef const Matrix *w = matrices
     cdef Py_ssize_t n_tiles = ceil_div(w.rows, LANES)
-    # tile rows: an even number, as the kernels take them in pairs
-    cdef Py_ssize_t per_task = max(2, TASK_BYTES // (LANES * w.columns) // 2 * 2)
-    cdef Py_ssize_t per_group = ceil_div(n_tiles, per_task)
+    cdef Py_ssize_t per_task = tiles_per_task(m, w), per_group = ceil_div(n_tiles, per_task)
     cdef Py_ssize_t tile, task = stage(worker, max_groups * per_group)
     cdef const Group *group
     while take(worker, &task):
         if task // per_group < n_groups[0]:
             group, tile = &groups[task // per_group], task % per_group * per_task
-            matmul_tiles(m, y, x, group, &matrices[group.matrix], tile, min(per_task, n_tiles - tile))
+            matmul_tiles(
+                m, y, w.rows, x, group, &matrices[group.matrix], tile, min(per_task, n_tiles - tile))
 
 
 # ----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from .. import memory
+from .. import format, memory
 from ..format import ModelFile
 from ..memory import gib
 from ..system.terminal import escaped, wrapped
@@ -30,7 +30,7 @@ def describe(file: ModelFile) -> dict[str, Any]:
                 "offset": file.tensors_offset + tensor.offset,
                 "shape": list(tensor.shape),
                 "bytes": tensor.size,
-                "type": f"int8 g{file.config.group_size}" if tensor.quantized else "float32",
+                "type": tensor.encoding.value + (f" g{file.config.group_size}" if tensor.quantized else ""),
                 "parts": {part.name: part.rows for part in tensor.parts},
             }
             for tensor in file.tensors
@@ -67,7 +67,7 @@ def _summary(file: ModelFile) -> dict[str, Any]:
     return {
         "name": file.metadata["name"],
         "file": file.path,
-        "size": f"{gib(file.file_size)}, INT8 in groups of {c.group_size}",
+        "size": f"{gib(file.file_size)}, {format.described(c, file.encodings)}",
         "parameters": f"{c.n_parameters / 1e6:,.1f} M",
         "context": f"{c.context:,} tokens",
         "thinking": THINKING[file.metadata["thinking"]],

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from .. import engine, memory
 from ..engine.probes import PROBES
-from ..format import TILE_ROWS, ModelFile, Role, Tensor, tile_fields
+from ..format import TILE_ROWS, Encoding, ModelFile, Role, Tensor, codes_and_scales
 from ..model import Model
 from ..system.terminal import REPORT_WIDTH, wrapped
 from .info import LAYER, layer_of, likewise
@@ -178,38 +178,52 @@ class Weight:
     shape: tuple[int, ...]
     bytes: int
     statistics: Statistics
-    error: float  # relative rms of rounding to INT8: scale / sqrt(12), for evenly distributed values
+    error: float  # relative rms of rounding to codes: step / sqrt(12), for evenly distributed values
 
 
 def weights(file: ModelFile) -> Iterator[Weight]:
     """Every tensor of the file. All of its bytes are read."""
     for tensor in file.tensors:
-        kind = f"int8 g{file.config.group_size}" if tensor.quantized else "float32"
+        kind = tensor.encoding.value + (f" g{file.config.group_size}" if tensor.quantized else "")
         if tensor.role is not Role.ROPE_FREQUENCIES:
             found, error = _stored_statistics(file, tensor)
             yield Weight(tensor.name, kind, tensor.shape, tensor.size, found, error)
 
 
 def _stored_statistics(file: ModelFile, tensor: Tensor) -> tuple[Statistics, float]:
-    """(Statistics, rms of scale / sqrt(12) / rms of the weights), computed some rows at a time."""
+    """(Statistics, rms of step / sqrt(12) / rms of the weights), computed some rows at a time."""
     if not tensor.quantized:
         return statistics(np.frombuffer(file.data(tensor), "<f4").astype(np.float32)), 0.0
-    group_size, groups = file.config.group_size, tensor.shape[1] // file.config.group_size
-    tiles = np.frombuffer(file.data(tensor), tile_fields(group_size))
-    low, high, total, square, scale_square = np.inf, -np.inf, 0.0, 0.0, 0.0
-    for start in range(0, len(tiles), max(SLICE_WEIGHTS // (group_size * TILE_ROWS), 1)):
-        part = tiles[start : start + max(SLICE_WEIGHTS // (group_size * TILE_ROWS), 1)]
-        scales = part["scales"].astype(np.float32)
-        values = part["codes"] * scales[:, None, :, None]
+    tile_rows, columns = file.tile_rows(tensor), tensor.shape[1]
+    low, high, total, square, step_square = np.inf, -np.inf, 0.0, 0.0, 0.0
+    step = max(SLICE_WEIGHTS // (columns * TILE_ROWS), 1)
+    for start in range(0, len(tile_rows), step):
+        part = tile_rows[start : start + step]
+        codes, group_scales = codes_and_scales(part)
+        scales = np.repeat(group_scales, file.config.group_size, axis=1)
+        values = codes * scales
         low, high = min(low, float(values.min())), max(high, float(values.max()))
         total += float(np.sum(values, dtype=np.float64))
         square += float(np.vdot(values, values))
-        scale_square += float(np.vdot(scales, scales)) * group_size
+        steps = scales * _steps(codes, part) if tensor.encoding is Encoding.INT4 else scales
+        step_square += float(np.vdot(steps, steps))
     # padding rows of the last tile are zero and add nothing to the sums
-    n = tensor.shape[0] * groups * group_size
+    n = tensor.shape[0] * columns
     mean = total / n
     found = Statistics(low, high, mean, max(square / n - mean * mean, 0.0) ** 0.5, (square / n) ** 0.5)
-    return found, (scale_square / 12 / square) ** 0.5 if square else 0.0
+    return found, (step_square / 12 / square) ** 0.5 if square else 0.0
+
+
+def _steps(codes: NDArray[np.int8], tile_rows: NDArray[Any]) -> NDArray[np.float32]:
+    """Half the distance between the neighbours of each code in its codebook: what is rounded to it."""
+    result = np.empty(codes.shape, np.float32)
+    for i, codebook in enumerate(tile_rows["codebook"]):
+        known = np.unique(codebook).astype(np.int64)
+        step = np.zeros(256, np.float32)
+        step[known] = np.gradient(known) if len(known) > 1 else 0
+        rows = slice(i * TILE_ROWS, (i + 1) * TILE_ROWS)
+        result[rows] = step[codes[rows]]  # a negative code counts from the end
+    return result
 
 
 # ----------------------------------------------------------------------------

@@ -7,6 +7,7 @@
 #include "vector.h"
 #include "rows.h"
 #include "rope.h"
+#include "codes.h"
 #include "product.h"
 #include "dequantize.h"
 #include "halves.h"
@@ -16,6 +17,7 @@
 #include "attend.h"
 #include "sampler.h"
 #include "tiles.h"
+#include "tiles_fitted.h"
 #include "peak.h"
 
 #define TEXT_OF(x) #x
@@ -27,9 +29,9 @@ const Kernels JOIN(kernels_, ISA) = {
     .name = TEXT(ISA),
     .rmsnorm = rmsnorm,
     .quantize = quantize,
-    .matmul_int8 = {matmul_int8},
-    .matmul_float32 = {matmul_float32},
-    .dequantize_row = {dequantize_row},
+    .matmul_int8 = {matmul_int8, matmul_int4, matmul_int6},
+    .matmul_float32 = {matmul_float32_int8, matmul_float32_int4, matmul_float32_int6},
+    .dequantize_row = {dequantize_row_int8, dequantize_row_int4, dequantize_row_int6},
     .rope_angles = rope_angles,
     .rope = rope,
     .store_kv = {store_kv_f32, store_kv_f16, store_kv_i8},
@@ -40,6 +42,6 @@ const Kernels JOIN(kernels_, ISA) = {
     .matvec = matvec,
     .exponentials = exponentials,
     .top_k = top_k,
-    .quantize_tiles = quantize_tiles,
+    .quantize_tiles = {quantize_tiles_int8, quantize_tiles_int4, quantize_tiles_int6},
     .int8_peak = int8_peak,
 };

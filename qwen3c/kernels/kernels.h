@@ -37,19 +37,43 @@
 typedef enum { KV_F32, KV_F16, KV_I8 } KVType;
 typedef enum { SOURCE_BF16, SOURCE_F16, SOURCE_F32 } SourceType;
 
-/* How a matrix is stored. A kernel that reads matrices has one entry of the table for each Encoding. */
-typedef enum { ENCODING_INT8, N_ENCODINGS } Encoding;
+/* How a matrix is stored. A kernel that reads or writes matrices has one entry of its table for each. */
+typedef enum { ENCODING_INT8, ENCODING_INT4, ENCODING_INT6, N_ENCODINGS } Encoding;
 
-/* ENCODING_INT8: a matrix (rows, columns) as tiles of LANES rows x group_size columns; tile (R, G) starts at
-   byte (R * columns / group_size + G) * TILE_BYTES(group_size):
-     int8 codes   (group_size / 4, LANES, 4)    row LANES R + r, column group_size G + 4 c + j at [c][r][j]
-     fp16 scales  (LANES)                       weight = scale[r] * code                                */
-#define TILE_BYTES(group_size) (LANES * ((size_t)(group_size) + 2))
+/* A matrix (rows, columns) is stored in tile rows of LANES rows, one after the other; a tile row is its
+   codebook, if the encoding has one, then tiles of LANES rows x group_size columns. A tile is codes, then
+   fp16 scales (LANES); weight = scale[r] * code. Row r of the tile, from 0, is row LANES R + r of the matrix,
+   column c of the tile is column group_size G + c.
+     ENCODING_INT8  int8 codes (group_size / 4, LANES, 4): column 4 c + j at [c][r][j]
+     ENCODING_INT4  nibbles (group_size / 8, LANES, 4), the index of a code in the codebook: of column 8 c + j
+                    in the low half of [c][r][j], of column 8 c + 4 + j in the high half.
+                    The codebook is int8 (16), of which the low 6 bits are read, as -32..31, then zeros
+                    up to CODEBOOK_BYTES. A scale may be negative
+     ENCODING_INT6  code + 32, 1..63: its low 4 bits as the nibbles above, then its high 2 bits
+                    (group_size / 16, LANES, 4): those of column 16 c + 4 k + j are bits 2 k and 2 k + 1 of
+                    [c][r][j] */
+#define TILE_BYTES(group_size) (LANES * ((size_t)(group_size) + 2))  /* of ENCODING_INT8 */
+#define CODEBOOK_BYTES 32
+
+/* Bytes of the codes of a tile, without its scales. */
+static inline size_t code_bytes(Encoding encoding, size_t group_size) {
+    size_t nibbles = LANES * group_size / 2;
+    return encoding == ENCODING_INT8 ? 2 * nibbles : encoding == ENCODING_INT6 ? nibbles * 3 / 2 : nibbles;
+}
 
 /* Bytes of a tile of LANES rows x group_size columns. */
 static inline size_t tile_bytes(Encoding encoding, size_t group_size) {
-    (void)encoding;  /* only one exists so far */
-    return TILE_BYTES(group_size);
+    return code_bytes(encoding, group_size) + 2 * LANES;
+}
+
+/* Bytes of the codebook in front of a tile row. */
+static inline size_t codebook_bytes(Encoding encoding) {
+    return encoding == ENCODING_INT4 ? CODEBOOK_BYTES : 0;
+}
+
+/* Bytes of LANES rows. */
+static inline size_t tile_row_bytes(Encoding encoding, size_t columns, size_t group_size) {
+    return codebook_bytes(encoding) + columns / group_size * tile_bytes(encoding, group_size);
 }
 
 /* Rows of activations as int8: value = scale * code, per group of group_size columns. */
@@ -64,7 +88,8 @@ typedef struct {
      KV_F32, KV_F16:  keys    (KV_BLOCK / LANES, head_dim, LANES)   position LANES s + i, dimension d
                                                                     at [s][d][i]
                       values  (KV_BLOCK, PADDED(head_dim))
-     KV_I8:           keys    a matrix as above, (KV_BLOCK, PADDED(head_dim)), one group: rows are positions
+     KV_I8:           keys    a matrix of ENCODING_INT8, (KV_BLOCK, PADDED(head_dim)), one group: rows are
+                              positions
                       values  int8 codes   (PADDED(head_dim) / LANES, KV_BLOCK / 4, LANES, 4)
                                              position 4 c + j, dimension LANES d + i at [d][c][i][j]
                               fp16 scales  (KV_BLOCK)   value = scale[position] * code */
@@ -116,7 +141,8 @@ typedef struct {
     void (*quantize)(Int8Rows *row, const float *x, size_t n, size_t group_size);
 
     /* y[t][r] = sum over groups, in order, of fmaf((float)dot, weight scale * activation scale, sum)
-       for rows 0..n_rows of consecutive tile rows; y rows are `stride` floats apart. */
+       for rows 0..n_rows of consecutive tile rows; y rows are `stride` floats apart. The codes are those of
+       the encoding as int8, whatever their number of bits. */
     void (*matmul_int8[N_ENCODINGS])(float *y, size_t stride, const Int8Rows *x, size_t n_tokens,
                                      const uint8_t *tiles, size_t n_rows, size_t columns, size_t group_size);
 
@@ -175,12 +201,18 @@ typedef struct {
     /* Ids of the k largest of x, largest first, equal ones by lower id; k <= n. 1 if x holds a NaN. */
     int (*top_k)(int32_t *ids, const float *x, size_t n, size_t k);
 
-    /* Stored form of one tile row (16 rows) from rows of `type`, NULL for padding. Per group:
+    /* Stored form of one tile row (16 rows) from rows of `type`, NULL for padding. Per group and row:
+       ENCODING_INT8:
          scale = fp16(max|w| / 127), the next fp16 up if max|w| > 127.5 scale;
          code = w / scale rounded to nearest even, clamped to -127..127;
-       then once more from scale = fp16(sum w code / sum code^2), kept if sum (w - scale code)^2 is less. */
-    void (*quantize_tiles)(uint8_t *tiles, const void *const rows[LANES], SourceType type, size_t columns,
-                           size_t group_size, QuantizationError *error);
+       then once more from scale = fp16(sum w code / sum code^2), kept if sum (w - scale code)^2 is less.
+       The others: of the scales tried, the first with the least sum of importance (w - scale code)^2, where
+       code is the nearest that there is and importance is (columns) >= 0 or NULL for 1 everywhere. Tried are
+       fp16(w of the largest magnitude, the first such, / an end of the codes x a factor), and each of them
+       once more as fp16(sum importance w code / sum importance code^2). tiles_fitted.h has them. */
+    void (*quantize_tiles[N_ENCODINGS])(uint8_t *tiles, const void *const rows[LANES], SourceType type,
+                                        const float *importance, size_t columns, size_t group_size,
+                                        QuantizationError *error);
 
     /* The int8 dot products of this table on registers alone, nothing read and nothing stored: the most that
        a product of matrices could reach. Every factor is 1, so the sum counts the multiply-adds, which are

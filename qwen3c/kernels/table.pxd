@@ -10,8 +10,9 @@ cdef extern from "kernels/kernels.h" nogil:
     const Py_ssize_t ATTENTION_ROWS
     Py_ssize_t ATTENTION_SCRATCH(Py_ssize_t head_dim)
     ctypedef enum Encoding:
-        ENCODING_INT8, N_ENCODINGS
-    Py_ssize_t tile_bytes(Encoding encoding, Py_ssize_t group_size)
+        ENCODING_INT8, ENCODING_INT4, ENCODING_INT6, N_ENCODINGS
+    Py_ssize_t code_bytes(Encoding encoding, Py_ssize_t group_size)
+    Py_ssize_t tile_row_bytes(Encoding encoding, Py_ssize_t columns, Py_ssize_t group_size)
     ctypedef enum KVType:
         KV_F32, KV_F16, KV_I8
     Py_ssize_t key_bytes(KVType type, Py_ssize_t head_dim)
@@ -38,11 +39,11 @@ cdef extern from "kernels/kernels.h" nogil:
         const char *name
         void (*rmsnorm)(float *, const float *, const float *, size_t, float) noexcept nogil
         void (*quantize)(Int8Rows *, const float *, size_t, size_t) noexcept nogil
-        void (*matmul_int8[1])(
+        void (*matmul_int8[3])(
             float *, size_t, const Int8Rows *, size_t, const uint8_t *, size_t, size_t, size_t) noexcept nogil
-        void (*matmul_float32[1])(
+        void (*matmul_float32[3])(
             float *, size_t, const float *, size_t, const uint8_t *, size_t, size_t, size_t) noexcept nogil
-        void (*dequantize_row[1])(float *, const uint8_t *, size_t, size_t, size_t) noexcept nogil
+        void (*dequantize_row[3])(float *, const uint8_t *, size_t, size_t, size_t) noexcept nogil
         void (*rope_angles)(float *, float *, const float *, size_t, size_t, float) noexcept nogil
         void (*rope)(float *, const float *, const float *, size_t, float) noexcept nogil
         void (*store_kv[3])(char *, char *, size_t, const float *, const float *, size_t) noexcept nogil
@@ -53,8 +54,9 @@ cdef extern from "kernels/kernels.h" nogil:
         void (*matvec)(float *, const float *, const float *, size_t, size_t) noexcept nogil
         float (*exponentials)(float *, const float *, size_t, float) noexcept nogil
         int (*top_k)(int32_t *, const float *, size_t, size_t) noexcept nogil
-        void (*quantize_tiles)(
-            uint8_t *, const void **, SourceType, size_t, size_t, QuantizationError *) noexcept nogil
+        void (*quantize_tiles[3])(
+            uint8_t *, const void **, SourceType, const float *, size_t, size_t, QuantizationError *
+        ) noexcept nogil
         size_t (*int8_peak)(size_t) noexcept nogil
 
 

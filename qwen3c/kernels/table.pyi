@@ -20,8 +20,9 @@ def quantize_tiles(
     parts: Sequence[tuple[Any, str]],
     columns: int,
     group_size: int,
-    n_tiles: int,
     out: Any,
+    encoding: str = "int8",
+    importance: NDArray[np.float32] | None = None,
 ) -> tuple[float, float, float, int]: ...
 def read_bandwidth(data: Any, threads: int = 1) -> float: ...
 def int8_peak(threads: int = 1, seconds: float = 0.05) -> float: ...

@@ -157,22 +157,33 @@ cdef struct TileRow:
     const void *rows[LANES]  # NULL past the end of the matrix
 
 
-def quantize_tiles(parts, Py_ssize_t columns, Py_ssize_t group_size, Py_ssize_t n_tiles, out):
-    """Quantise tiles of 16 rows into `out`, the stored form of a matrix (docs/FORMAT.md).
+ENCODINGS = {"int8": ENCODING_INT8, "int4": ENCODING_INT4, "int6": ENCODING_INT6}
+
+
+def quantize_tiles(parts, Py_ssize_t columns, Py_ssize_t group_size, out, str encoding="int8", importance=None):
+    """Quantise tile rows, of 16 rows each, into `out`, the stored form of a matrix (docs/FORMAT.md).
 
     parts: (buffer of row-major bytes, "BF16" | "F16" | "F32") stacked by rows; rows past the end are zero.
-    n_tiles: rows in units of 16; out: writable buffer of n_tiles stored tile rows.
+    out: writable buffer of whole stored tile rows: as many as are made. encoding: "int8", "int4" or "int6".
+    importance: (columns,) float32, the weight of each column's squared error; None for 1. INT8 ignores it.
     Returns (largest |w - stored|, sum (w - stored)^2, sum w^2, bad), where bad is the flat index
     row * columns + column of the first NaN, Inf or value too large for an fp16 scale, or -1.
     """
     cdef uintptr_t address
-    cdef Py_ssize_t i, row = 0, rows, row_bytes
-    cdef Py_ssize_t tile_size = columns // group_size * tile_bytes(ENCODING_INT8, group_size)
+    cdef Py_ssize_t i, n_tiles, row = 0, rows, row_bytes
+    cdef Encoding kind_of_code = ENCODINGS[encoding]
+    cdef Py_ssize_t tile_size = tile_row_bytes(kind_of_code, columns, group_size)
     cdef uint8_t[::1] target = out
-    if columns % group_size or group_size not in (32, 64, 128, 256):
+    cdef const float *weight = NULL
+    cdef float[::1] weights
+    if columns < 1 or columns % group_size or group_size not in (32, 64, 128, 256):
         raise ValueError(f"{columns} columns do not divide into groups of {group_size}")
+    if importance is not None:
+        weights = _importance(importance, columns)
+        weight = &weights[0]
+    n_tiles = target.shape[0] // tile_size
     if target.shape[0] != n_tiles * tile_size or n_tiles < 1:
-        raise ValueError(f"out holds {target.shape[0]} bytes, expected {n_tiles * tile_size}")
+        raise ValueError(f"out holds {target.shape[0]} bytes, not whole tile rows of {tile_size}")
     types = {"BF16": SOURCE_BF16, "F16": SOURCE_F16, "F32": SOURCE_F32}
     sizes = {"BF16": 2, "F16": 2, "F32": 4}
     buffers = [(np.frombuffer(data, dtype=np.uint8), types[dtype], sizes[dtype]) for data, dtype in parts]
@@ -195,8 +206,8 @@ def quantize_tiles(parts, Py_ssize_t columns, Py_ssize_t group_size, Py_ssize_t 
         with nogil:
             for i in range(n_tiles):
                 errors[i].bad = -1
-                kernels.quantize_tiles(
-                    &target[i * tile_size], <const void **>tiles[i].rows, kind, columns, group_size,
+                kernels.quantize_tiles[<int>kind_of_code](
+                    &target[i * tile_size], <const void **>tiles[i].rows, kind, weight, columns, group_size,
                     &errors[i])
         largest, error_square, square, bad = 0.0, 0.0, 0.0, -1
         for i in range(n_tiles):
@@ -209,6 +220,16 @@ def quantize_tiles(parts, Py_ssize_t columns, Py_ssize_t group_size, Py_ssize_t 
     finally:
         free(errors)
         free(tiles)
+
+
+def _importance(importance, Py_ssize_t columns):
+    """importance as float32 (columns,). ValueError unless it has this shape and is finite and not negative."""
+    array = np.array(importance, dtype=np.float32)
+    if array.shape != (columns,):
+        raise ValueError(f"importance has shape {array.shape}, expected ({columns},)")
+    if not (np.isfinite(array) & (array >= 0)).all():
+        raise ValueError("importance holds a number that is negative or not finite")
+    return array
 
 
 # ----------------------------------------------------------------------------

@@ -15,8 +15,8 @@ static void load_source(float *w, const void *row, SourceType type, size_t offse
         }
 }
 
-/* The largest weight whose scale fits in fp16. */
-#define MAX_WEIGHT (127.0f * 65504.0f)
+/* The largest weight whose scale fits in fp16, for codes up to `largest`. */
+#define MAX_WEIGHT(largest) ((largest) * 65504.0f)
 
 static float sum_of_squares(const float *w, size_t n) {
     f32x16 squares = f32_set(0);
@@ -28,9 +28,9 @@ static float sum_of_squares(const float *w, size_t n) {
 }
 
 /* The index of the first value that cannot be stored: a NaN, infinite or too large. */
-static int64_t first_bad(const float *w, size_t n) {
+static int64_t first_bad(const float *w, size_t n, float limit) {
     for (size_t i = 0; i < n; i++)
-        if (!(fabsf(w[i]) <= MAX_WEIGHT)) return (int64_t)i;
+        if (!(fabsf(w[i]) <= limit)) return (int64_t)i;
     return 0;
 }
 
@@ -57,8 +57,11 @@ static Rounded round_group(int8_t *codes, const float *w, float scale, size_t n)
     return (Rounded){f32_max_lanes(largest), f32_sum_lanes(lost), fitted};
 }
 
-static void quantize_tiles(uint8_t *tiles, const void *const rows[LANES], SourceType type, size_t columns,
-                           size_t group_size, QuantizationError *error) {
+/* ENCODING_INT8; its steps are too fine for an importance to matter. */
+static void quantize_tiles_int8(uint8_t *tiles, const void *const rows[LANES], SourceType type,
+                                const float *importance, size_t columns, size_t group_size,
+                                QuantizationError *error) {
+    (void)importance;
     float w[LANES][256], max[LANES], scales[LANES], first[LANES], second[LANES];
     int8_t codes[LANES][256], refitted[256];
     uint16_t halves[LANES], refitted_halves[LANES];
@@ -69,9 +72,9 @@ static void quantize_tiles(uint8_t *tiles, const void *const rows[LANES], Source
             load_source(w[r], rows[r], type, g * group_size, group_size);
             max[r] = largest_magnitude(w[r], group_size);
             square[r] = sum_of_squares(w[r], group_size);
-            if (!(max[r] <= MAX_WEIGHT)) {
+            if (!(max[r] <= MAX_WEIGHT(127.0f))) {
                 int64_t at = (int64_t)(r * columns + g * group_size);
-                if (error->bad < 0) error->bad = at + first_bad(w[r], group_size);
+                if (error->bad < 0) error->bad = at + first_bad(w[r], group_size, MAX_WEIGHT(127.0f));
                 max[r] = square[r] = 0;
             }
             scales[r] = max[r] / 127.0f;

@@ -52,7 +52,14 @@ def expected_bytes(tensor: format.Tensor, weights: dict[str, NDArray[np.float32]
     stacked = np.concatenate([weights[part.name] for part in tensor.parts])
     if not tensor.quantized:
         return stacked.astype("<f4").tobytes()
-    return quantization_oracle.tiles(*quantization_oracle.quantize(stacked, group_size))
+    return oracle_bytes(stacked, group_size, tensor.encoding.value)
+
+
+def oracle_bytes(weights: NDArray[np.float32], group_size: int, encoding: str) -> bytes:
+    if encoding == "int8":
+        return quantization_oracle.tiles(*quantization_oracle.quantize(weights, group_size))
+    found = quantization_oracle.quantize_fitted(weights, group_size, encoding)
+    return quantization_oracle.tiles(*found, encoding)
 
 
 # ----------------------------------------------------------------------------
@@ -122,12 +129,17 @@ def test_dtypes_may_differ_within_one_stored_matrix(tmp_path: Path, source: Path
     assert mixed.metadata["source"]["dtypes"] == ["BF16", "F16", "F32"]
 
 
-def quantize(weights: NDArray[np.float32], group_size: int) -> tuple[bytes, tuple[float, float, float, int]]:
+def quantize(
+    weights: NDArray[np.float32],
+    group_size: int,
+    encoding: format.Encoding = format.Encoding.INT8,
+    importance: NDArray[np.float32] | None = None,
+) -> tuple[bytes, tuple[float, float, float, int]]:
     """(stored bytes, error figures) that quantize_tiles gives for float32 weights (rows, columns)."""
     rows, columns = weights.shape
-    out = np.empty(format.matrix_size(rows, columns, group_size), np.uint8)
+    out = np.empty(format.matrix_size(rows, columns, group_size, encoding), np.uint8)
     parts = [(weights.view(np.uint8).ravel(), "F32")]
-    figures = engine.quantize_tiles(parts, columns, group_size, -(-rows // format.TILE_ROWS), out)
+    figures = engine.quantize_tiles(parts, columns, group_size, out, encoding.value, importance)
     return out.tobytes(), figures
 
 
@@ -164,6 +176,43 @@ def test_quantisation_is_bit_for_bit_the_documented_rule(isa: str, group_size: i
         assert squared_weight == pytest.approx(np.square(weights.astype(np.float64)).sum(), rel=1e-5)
     finally:
         engine.set_isa(before)
+
+
+@pytest.mark.parametrize("group_size", [32, 256])
+@pytest.mark.parametrize("encoding", [format.Encoding.INT4, format.Encoding.INT6])
+@pytest.mark.parametrize("isa", engine.runnable_isas())
+def test_fitted_scales_are_bit_for_bit_the_documented_rule(
+    isa: str, encoding: format.Encoding, group_size: int
+) -> None:
+    before = engine.isa()
+    engine.set_isa(isa)
+    try:
+        weights = np.clip(awkward_weights(), -31 * 65504, 31 * 65504)
+        importance = np.abs(np.random.default_rng(2).standard_normal(256)).astype(np.float32)
+        importance[::9] = 0
+        for given in (None, importance):
+            codes, scales = quantization_oracle.quantize_fitted(weights, group_size, encoding.value, given)
+            stored, (worst, squared_error, _, bad) = quantize(weights, group_size, encoding, given)
+            assert stored == quantization_oracle.tiles(codes, scales, encoding.value)
+            error = weights.astype(np.float64) - quantization_oracle.dequantize(codes, scales)
+            assert bad == -1
+            assert worst == pytest.approx(np.abs(error).max(), rel=1e-5)
+            assert squared_error == pytest.approx(np.square(error).sum(), rel=1e-5)
+    finally:
+        engine.set_isa(before)
+
+
+@pytest.mark.parametrize(
+    ("importance", "fault"),
+    [
+        (np.ones(31, np.float32), r"shape \(31,\), expected \(32,\)"),
+        (np.full(32, -1, np.float32), "negative or not finite"),
+        (np.full(32, np.nan, np.float32), "negative or not finite"),
+    ],
+)
+def test_an_importance_that_is_none_is_refused(importance: NDArray[np.float32], fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        quantize(np.ones((16, 32), np.float32), 32, format.Encoding.INT4, importance)
 
 
 def test_no_weight_is_further_than_half_a_step_from_its_code() -> None:
@@ -286,7 +335,7 @@ def test_weight_that_is_no_number_is_refused_by_place(
 
 def test_weight_too_large_for_a_scale_is_refused(tmp_path: Path, source: Path) -> None:
     weights = small_weights(dtype="F32")
-    largest = np.float32(quantise.MAX_WEIGHT)
+    largest = np.float32(quantise.MAX_WEIGHT[format.Encoding.INT8])
     name = "model.layers.0.mlp.down_proj.weight"
     for value, is_fine in ((largest, True), (np.nextafter(largest, np.float32(np.inf)), False)):
         weights[name][1, 2] = value

@@ -32,7 +32,7 @@ class Watched(Model):
     passes: list[list[int]]
 
     def forward(
-        self, batch: Sequence[tuple[Session, Any]], logits: Logits = "last"
+        self, batch: Sequence[tuple[Session, Any]], logits: Logits | Sequence[int] = "last"
     ) -> list[NDArray[np.float32]]:
         self.passes.append([len(ids) for _, ids in batch])
         return super().forward(batch, logits)

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_models import export_small_model
+from small_models import MIXED_RECIPE, export_small_model
 
-from qwen3c import engine, memory
+from qwen3c import engine, format, memory
 from qwen3c.engine import KV, Activations, Engine, Session, probes
 from qwen3c.format import KV_TYPES, ModelFile, Tensor
 from qwen3c.system.machine import default_threads
@@ -47,10 +47,16 @@ CASES: list[tuple[dict[str, Any], KV]] = [
     ({"architecture": "qwen3_moe", **EXPERTS}, "f16"),
     ({"architecture": "qwen2"}, "int8"),
     ({"architecture": "llama"}, "f32"),
+    ({"architecture": "qwen3", "recipe": MIXED_RECIPE}, "f16"),
+    ({"architecture": "qwen3_moe", **EXPERTS, "recipe": MIXED_RECIPE, "tied": False}, "int8"),
 ]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]['architecture']} {case[1]}")
+@pytest.fixture(
+    scope="module",
+    params=CASES,
+    ids=lambda case: f"{case[0]['architecture']} {case[1]}{' mixed' * ('recipe' in case[0])}",
+)
 def case(request: pytest.FixtureRequest) -> tuple[dict[str, Any], KV]:
     """What a model is made of, and the type of its KV cache."""
     return request.param
@@ -277,6 +283,7 @@ DAMAGED: dict[str, dict[str, Any]] = {
         "n_experts_per_token": 3,
         "expert_hidden_dim": 32,
     },
+    "mixed": {"recipe": MIXED_RECIPE},
 }
 TOKEN = 7
 
@@ -288,9 +295,9 @@ def damage(path: Path, tensor: Tensor, bad: float) -> memoryview:
     if not tensor.quantized:
         weights[tensor.offset + 4 : tensor.offset + 8] = np.float32(bad).tobytes()
         return memoryview(weights)
-    group_size, groups = file.config.group_size, tensor.shape[1] // file.config.group_size
-    tile = tensor.offset + TOKEN // 16 * groups * (16 * group_size + 32)
-    scale = tile + 16 * group_size + 2 * (TOKEN % 16)
+    assert tensor.shape[1] == file.config.group_size  # a tile row is one tile
+    end = tensor.offset + format.tile_row_size(tensor.shape[1], file.config.group_size, tensor.encoding)
+    scale = end - 32 + 2 * (TOKEN % 16)
     weights[scale : scale + 2] = np.float16(bad).tobytes()
     return memoryview(weights)
 

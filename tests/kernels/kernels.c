@@ -66,28 +66,47 @@ static void end(const Kernels *k, const char *kernel) {
 
 /* ---- inputs with structure */
 
-static uint8_t *random_matrix(size_t rows, size_t columns, size_t group_size) {
-    size_t tiles = (rows + 15) / 16 * (columns / group_size);
-    uint8_t *matrix = guarded(tiles * TILE_BYTES(group_size)), *tile = matrix;
-    for (size_t t = 0; t < tiles; t++, tile += TILE_BYTES(group_size)) {
-        /* -128 too: a damaged file may hold it */
-        for (size_t i = 0; i < 16 * group_size; i++) tile[i] = (uint8_t)next();
-        for (size_t r = 0; r < 16; r++) {
-            uint16_t half = (uint16_t)(0x2000 + next() % 0x0c00);  /* 2^-7 .. 2^-4 */
-            memcpy(tile + 16 * group_size + 2 * r, &half, 2);
-        }
+static size_t matrix_bytes(Encoding encoding, size_t rows, size_t columns, size_t group_size) {
+    return (rows + 15) / 16 * tile_row_bytes(encoding, columns, group_size);
+}
+static uint8_t *random_matrix(Encoding encoding, size_t rows, size_t columns, size_t group_size) {
+    size_t size = matrix_bytes(encoding, rows, columns, group_size), tile_size = tile_bytes(encoding, group_size);
+    uint8_t *matrix = guarded(size), *tile = matrix;
+    /* -128 too: a damaged file may hold it, as a code or in a codebook */
+    for (size_t i = 0; i < size; i++) matrix[i] = (uint8_t)next();
+    for (size_t row = 0; row < rows; row += 16) {
+        tile += codebook_bytes(encoding);
+        for (size_t t = 0; t < columns / group_size; t++, tile += tile_size)
+            for (size_t r = 0; r < 16; r++) {
+                uint16_t half = (uint16_t)(0x2000 + next() % 0x0c00);  /* 2^-7 .. 2^-4 */
+                memcpy(tile + tile_size - 32 + 2 * r, &half, 2);
+            }
     }
     return matrix;
 }
-static int8_t code_at(const uint8_t *matrix, size_t r, size_t c, size_t columns, size_t group_size) {
-    size_t index = r / 16 * (columns / group_size) + c / group_size;
-    const uint8_t *tile = matrix + index * TILE_BYTES(group_size);
-    return (int8_t)tile[c % group_size / 4 * 64 + r % 16 * 4 + c % 4];
+static const uint8_t *tile_at(Encoding encoding, const uint8_t *matrix, size_t r, size_t g, size_t columns,
+                              size_t group_size) {
+    return matrix + r / 16 * tile_row_bytes(encoding, columns, group_size) + (encoding == ENCODING_INT4) * 32 +
+           g * tile_bytes(encoding, group_size);
 }
-static float scale_at(const uint8_t *matrix, size_t r, size_t g, size_t columns, size_t group_size) {
+static int code_at(Encoding encoding, const uint8_t *matrix, size_t r, size_t column, size_t columns,
+                   size_t group_size) {
+    const uint8_t *tile = tile_at(encoding, matrix, r, column / group_size, columns, group_size);
+    size_t c = column % group_size, lane = r % 16 * 4 + c % 4;
+    if (encoding == ENCODING_INT8) return (int8_t)tile[c / 4 * 64 + lane];
+    int nibble = tile[c / 8 * 64 + lane];
+    nibble = c % 8 < 4 ? nibble % 16 : nibble / 16;
+    if (encoding == ENCODING_INT4)
+        return (matrix[r / 16 * tile_row_bytes(encoding, columns, group_size) + (size_t)nibble] + 32) % 64 - 32;
+    int crumbs = tile[group_size * 8 + c / 16 * 64 + lane];
+    for (size_t k = c % 16 / 4; k; k--) crumbs /= 4;
+    return crumbs % 4 * 16 + nibble - 32;
+}
+static float scale_at(Encoding encoding, const uint8_t *matrix, size_t r, size_t g, size_t columns,
+                      size_t group_size) {
     uint16_t half;
-    size_t index = r / 16 * (columns / group_size) + g;
-    memcpy(&half, matrix + index * TILE_BYTES(group_size) + 16 * group_size + r % 16 * 2, 2);
+    const uint8_t *tile = tile_at(encoding, matrix, r, g, columns, group_size);
+    memcpy(&half, tile + tile_bytes(encoding, group_size) - 32 + r % 16 * 2, 2);
     /* normal and positive: random_matrix makes no other */
     return ldexpf((float)(1024 + (half & 1023)), (half >> 10) - 25);
 }
@@ -113,35 +132,34 @@ static void release_rows(Int8Rows rows, size_t n, size_t columns, size_t group_s
 
 static const size_t group_sizes[] = {32, 64, 128, 256};
 
-static void matmuls(const Kernels *k, int spec) {
-    begin(1);
+static void matmuls_of(const Kernels *k, int spec, Encoding e) {
     for (size_t gi = 0; gi < 4; gi++)
         for (size_t n = 1; n <= 18; n++) {
             size_t group_size = group_sizes[gi], columns = (n % 12 == 5 ? 19 : 3) * group_size,
                 rows = 16 * (n % 4 + 1) - (n % 3 ? 0 : 5);
-            uint8_t *w = random_matrix(rows, columns, group_size);
+            uint8_t *w = random_matrix(e, rows, columns, group_size);
             float *x = floats(n * columns, 3), *y = guarded(n * rows * 4), *z = guarded(n * rows * 4);
             for (size_t c = 0; c < group_size; c++) x[c] = 0;  /* a group of zeros */
             /* codes of +-127 only */
             for (size_t c = group_size; c < 2 * group_size; c++) x[c] = c % 2 ? 3 : -3;
             Int8Rows xq = int8_rows(n, columns, group_size);
             quantize_all(k, &xq, x, n, columns, group_size);
-            k->matmul_int8[ENCODING_INT8](y, rows, &xq, n, w, rows, columns, group_size);
-            k->matmul_float32[ENCODING_INT8](z, rows, x, n, w, rows, columns, group_size);
+            k->matmul_int8[e](y, rows, &xq, n, w, rows, columns, group_size);
+            k->matmul_float32[e](z, rows, x, n, w, rows, columns, group_size);
             for (size_t i = 0; spec && i < n * rows; i++) {
                 size_t t = i / rows, r = i % rows;
                 float sum = 0, sum32 = 0;
                 for (size_t g = 0; g < columns / group_size; g++) {
                     int64_t dot = 0;
-                    float part = 0, scale = scale_at(w, r, g, columns, group_size);
+                    float part = 0, scale = scale_at(e, w, r, g, columns, group_size);
                     for (size_t c = g * group_size; c < (g + 1) * group_size; c++) {
-                        dot += code_at(w, r, c, columns, group_size) * xq.codes[t * columns + c];
-                        part = fmaf(code_at(w, r, c, columns, group_size), x[t * columns + c], part);
+                        dot += code_at(e, w, r, c, columns, group_size) * xq.codes[t * columns + c];
+                        part = fmaf(code_at(e, w, r, c, columns, group_size), x[t * columns + c], part);
                     }
                     sum = fmaf((float)dot, scale * xq.scales[t * (columns / group_size) + g], sum);
                     sum32 = fmaf(scale, part, sum32);
                 }
-                CHECK(y[i] == sum && z[i] == sum32, "matmul n %zu row %zu: %g %g, %g %g", n, r, y[i], sum,
+                CHECK(y[i] == sum && z[i] == sum32, "matmul %d n %zu row %zu: %g %g, %g %g", (int)e, n, r, y[i], sum,
                       z[i], sum32);
             }
             add_digest(xq.codes, n * columns);
@@ -150,18 +168,23 @@ static void matmuls(const Kernels *k, int spec) {
             add_digest(y, n * rows * 4);
             add_digest(z, n * rows * 4);
             for (size_t r = 0; r < rows; r++) {
-                k->dequantize_row[ENCODING_INT8](x, w, r, columns, group_size);
+                k->dequantize_row[e](x, w, r, columns, group_size);
                 add_digest(x, columns * 4);
                 for (size_t c = 0; spec && c < columns; c++)
-                    CHECK(x[c] == scale_at(w, r, c / group_size, columns, group_size) *
-                          code_at(w, r, c, columns, group_size), "dequantize %zu", c);
+                    CHECK(x[c] == scale_at(e, w, r, c / group_size, columns, group_size) *
+                          code_at(e, w, r, c, columns, group_size), "dequantize %zu", c);
             }
-            release(w, (rows + 15) / 16 * (columns / group_size) * TILE_BYTES(group_size));
+            release(w, matrix_bytes(e, rows, columns, group_size));
             release(x, n * columns * 4);
             release(y, n * rows * 4);
             release(z, n * rows * 4);
             release_rows(xq, n, columns, group_size);
         }
+}
+
+static void matmuls(const Kernels *k, int spec) {
+    begin(1);
+    for (int encoding = 0; encoding < N_ENCODINGS; encoding++) matmuls_of(k, spec, (Encoding)encoding);
     end(k, "matmul");
 }
 
@@ -169,7 +192,7 @@ static void matmuls(const Kernels *k, int spec) {
 static void products(const Kernels *k) {
     enum { GROUP = 32, COLUMNS = 256 };
     begin(2);
-    uint8_t *w = random_matrix(16, COLUMNS, GROUP);
+    uint8_t *w = random_matrix(ENCODING_INT8, 16, COLUMNS, GROUP);
     Int8Rows x = int8_rows(3, COLUMNS, GROUP);
     float y[48];
     for (int a = -127; a <= 127; a++)
@@ -463,41 +486,53 @@ static void top_ks(const Kernels *k, int spec) {
     end(k, "top_k");
 }
 
+static void quantized_tiles_of(const Kernels *k, int type, size_t group_size, Encoding e) {
+    size_t columns = 2 * group_size, size = columns * (type == SOURCE_F32 ? 4 : 2);
+    size_t bytes = tile_row_bytes(e, columns, group_size);
+    const void *source[16] = {0};
+    for (int r = 0; r < 15; r++) {  /* the last row is padding */
+        uint8_t *row = guarded(size);
+        source[r] = row;
+        for (size_t c = 0; c < columns; c++) {
+            float value = r == 3 ? 0 : uniform(ldexpf(1, -4 * r));
+            uint32_t bits;
+            memcpy(&bits, &value, 4);
+            uint16_t bf16 = (uint16_t)(bits >> 16), f16 = (uint16_t)(next() % 0x6000);
+            if (type == SOURCE_F32) memcpy(row + 4 * c, &value, 4);
+            else memcpy(row + 2 * c, type == SOURCE_BF16 ? &bf16 : &f16, 2);
+        }
+    }
+    uint8_t *tiles = guarded(bytes), *plain = guarded(bytes);
+    float *importance = floats(columns, 1);
+    for (size_t c = 0; c < columns; c++) importance[c] = c % 5 ? fabsf(importance[c]) : 0;
+    QuantizationError error = {0, 0, 0, -1};
+    k->quantize_tiles[e](plain, source, type, NULL, columns, group_size, &error);
+    CHECK(error.bad == -1 && error.largest > 0, "%s: bad %lld", k->name, (long long)error.bad);
+    add_digest(plain, bytes);
+    add_digest(&error, sizeof error);
+    for (size_t r = 0; r < 16; r++)
+        for (size_t c = 0; c < columns; c++)
+            CHECK(code_at(e, plain, r, c, columns, group_size) >= (e == ENCODING_INT8 ? -127 : -31),
+                  "%s: encoding %d, code %d", k->name, (int)e, code_at(e, plain, r, c, columns, group_size));
+    k->quantize_tiles[e](tiles, source, type, importance, columns, group_size, &error);
+    CHECK((memcmp(tiles, plain, bytes) == 0) == (e == ENCODING_INT8), "%s: importance, encoding %d", k->name,
+          (int)e);
+    add_digest(tiles, bytes);
+    memcpy((uint8_t *)source[5] + size / 2,
+           type == SOURCE_F32 ? "\0\0\x80\x7f" : type == SOURCE_BF16 ? "\x80\x7f" : "\0\x7c",
+           type == SOURCE_F32 ? 4 : 2);
+    k->quantize_tiles[e](tiles, source, type, NULL, columns, group_size, &error);
+    CHECK(error.bad == (int64_t)(5 * columns + columns / 2), "%s: infinity found at %lld", k->name,
+          (long long)error.bad);
+    for (int r = 0; r < 15; r++) release((void *)source[r], size);
+    release(tiles, bytes); release(plain, bytes); release(importance, columns * 4);
+}
+
 static void quantized_tiles(const Kernels *k) {
     begin(8);
-    for (int type = SOURCE_BF16; type <= SOURCE_F32; type++)
-        for (size_t gi = 0; gi < 4; gi++) {
-            size_t group_size = group_sizes[gi], columns = 2 * group_size,
-                size = columns * (type == SOURCE_F32 ? 4 : 2);
-            const void *source[16] = {0};
-            for (int r = 0; r < 15; r++) {  /* the last row is padding */
-                uint8_t *row = guarded(size);
-                source[r] = row;
-                for (size_t c = 0; c < columns; c++) {
-                    float value = r == 3 ? 0 : uniform(ldexpf(1, -4 * r));
-                    uint32_t bits;
-                    memcpy(&bits, &value, 4);
-                    uint16_t bf16 = (uint16_t)(bits >> 16), f16 = (uint16_t)(next() % 0x6000);
-                    if (type == SOURCE_F32) memcpy(row + 4 * c, &value, 4);
-                    else memcpy(row + 2 * c, type == SOURCE_BF16 ? &bf16 : &f16, 2);
-                }
-            }
-            uint8_t *tiles = guarded(2 * TILE_BYTES(group_size));
-            QuantizationError error = {0, 0, 0, -1};
-            k->quantize_tiles(tiles, source, type, columns, group_size, &error);
-            CHECK(error.bad == -1 && error.largest > 0, "%s: bad %lld", k->name, (long long)error.bad);
-            add_digest(tiles, 2 * TILE_BYTES(group_size));
-            for (size_t i = 0; i < 16 * group_size; i++)
-                CHECK((int8_t)tiles[i] != -128, "%s: code -128", k->name);
-            memcpy((uint8_t *)source[5] + size / 2,
-                   type == SOURCE_F32 ? "\0\0\x80\x7f" : type == SOURCE_BF16 ? "\x80\x7f" : "\0\x7c",
-                   type == SOURCE_F32 ? 4 : 2);
-            k->quantize_tiles(tiles, source, type, columns, group_size, &error);
-            CHECK(error.bad == (int64_t)(5 * columns + columns / 2), "%s: infinity found at %lld", k->name,
-                  (long long)error.bad);
-            for (int r = 0; r < 15; r++) release((void *)source[r], size);
-            release(tiles, 2 * TILE_BYTES(group_size));
-        }
+    for (int e = 0; e < N_ENCODINGS; e++)
+        for (int type = SOURCE_BF16; type <= SOURCE_F32; type++)
+            for (size_t gi = 0; gi < 4; gi++) quantized_tiles_of(k, type, group_sizes[gi], (Encoding)e);
     end(k, "quantize_tiles");
 }
 
@@ -528,19 +563,19 @@ static int none_finite(const float *x, size_t n) {
     return 1;
 }
 
-static void damaged_products(const Kernels *k, float bad) {
+static void damaged_products(const Kernels *k, float bad, Encoding e) {
     /* 19 groups: more than are divided at a time */
     enum { ROWS = 21, COLUMNS = 19 * 32, GROUP = 32, N = 3 };
-    uint8_t *w = random_matrix(ROWS, COLUMNS, GROUP);
+    uint8_t *w = random_matrix(e, ROWS, COLUMNS, GROUP);
     float *x = floats(N * COLUMNS, 3), *y = guarded(N * ROWS * 4), *clean = guarded(N * ROWS * 4);
     Int8Rows xq = int8_rows(N, COLUMNS, GROUP);
     quantize_all(k, &xq, x, N, COLUMNS, GROUP);
-    k->matmul_int8[ENCODING_INT8](clean, ROWS, &xq, N, w, ROWS, COLUMNS, GROUP);
+    k->matmul_int8[e](clean, ROWS, &xq, N, w, ROWS, COLUMNS, GROUP);
     for (size_t c = 0; c < COLUMNS; c += 37) {
         float kept = x[COLUMNS + c];
         x[COLUMNS + c] = bad;  /* of the second token alone */
         quantize_all(k, &xq, x, N, COLUMNS, GROUP);
-        k->matmul_int8[ENCODING_INT8](y, ROWS, &xq, N, w, ROWS, COLUMNS, GROUP);
+        k->matmul_int8[e](y, ROWS, &xq, N, w, ROWS, COLUMNS, GROUP);
         CHECK(none_finite(y + ROWS, ROWS), "%s: matmul_int8 of %g in column %zu", k->name, bad, c);
         CHECK(!memcmp(y, clean, ROWS * 4) && !memcmp(y + 2 * ROWS, clean + 2 * ROWS, ROWS * 4),
               "%s: %g reaches another token", k->name, bad);
@@ -548,27 +583,27 @@ static void damaged_products(const Kernels *k, float bad) {
         add_digest(xq.sums, N * COLUMNS / GROUP * 4);
         add_digest_of_numbers(xq.scales, N * COLUMNS / GROUP);
         add_digest_of_numbers(y, N * ROWS);
-        k->matmul_float32[ENCODING_INT8](y, ROWS, x, N, w, ROWS, COLUMNS, GROUP);
+        k->matmul_float32[e](y, ROWS, x, N, w, ROWS, COLUMNS, GROUP);
         CHECK(none_finite(y + ROWS, ROWS), "%s: matmul_float32 of %g in column %zu", k->name, bad, c);
         add_digest_of_numbers(y, N * ROWS);
         x[COLUMNS + c] = kept;
     }
     uint16_t half = bad != bad ? 0x7e00 : bad > 0 ? 0x7c00 : 0xfc00;
     /* the scale of row 5 in the second group */
-    memcpy(w + TILE_BYTES(GROUP) + 16 * GROUP + 2 * 5, &half, 2);
+    memcpy((uint8_t *)tile_at(e, w, 5, 1, COLUMNS, GROUP) + code_bytes(e, GROUP) + 2 * 5, &half, 2);
     quantize_all(k, &xq, x, N, COLUMNS, GROUP);
-    k->matmul_int8[ENCODING_INT8](y, ROWS, &xq, N, w, ROWS, COLUMNS, GROUP);
+    k->matmul_int8[e](y, ROWS, &xq, N, w, ROWS, COLUMNS, GROUP);
     for (size_t t = 0; t < N; t++)
         CHECK(none_finite(y + t * ROWS + 5, 1), "%s: matmul_int8 with a scale of %g", k->name, bad);
     add_digest_of_numbers(y, N * ROWS);
-    k->matmul_float32[ENCODING_INT8](y, ROWS, x, N, w, ROWS, COLUMNS, GROUP);
+    k->matmul_float32[e](y, ROWS, x, N, w, ROWS, COLUMNS, GROUP);
     for (size_t t = 0; t < N; t++)
         CHECK(none_finite(y + t * ROWS + 5, 1), "%s: matmul_float32 with a scale of %g", k->name, bad);
     add_digest_of_numbers(y, N * ROWS);
-    k->dequantize_row[ENCODING_INT8](x, w, 5, COLUMNS, GROUP);
+    k->dequantize_row[e](x, w, 5, COLUMNS, GROUP);
     CHECK(none_finite(x + GROUP, GROUP), "%s: dequantize_row with a scale of %g", k->name, bad);
     add_digest_of_numbers(x, COLUMNS);
-    release(w, (ROWS + 15) / 16 * COLUMNS / GROUP * TILE_BYTES(GROUP));
+    release(w, matrix_bytes(e, ROWS, COLUMNS, GROUP));
     release(x, N * COLUMNS * 4); release(y, N * ROWS * 4); release(clean, N * ROWS * 4);
     release_rows(xq, N, COLUMNS, GROUP);
 }
@@ -661,7 +696,7 @@ static void damaged_attention(const Kernels *k, float bad, KVType type, size_t h
 static void not_finites(const Kernels *k) {
     begin(9);
     for (size_t b = 0; b < 3; b++) {
-        damaged_products(k, not_finite[b]);
+        for (int e = 0; e < N_ENCODINGS; e++) damaged_products(k, not_finite[b], (Encoding)e);
         damaged_rows(k, not_finite[b]);
         for (int type = KV_F32; type <= KV_I8; type++)
             for (int place = 0; place < 3; place++) {
