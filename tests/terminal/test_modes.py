@@ -34,8 +34,8 @@ SLOW = [
 ]  # take long with a large model
 # modes that take long show what they do; flags that make them long enough for several drawings
 DRAWN_LONG = {"generate": ["--file", "text.txt"], "trace --html": ["-n", "40"]}
-# where what it measures for seconds is not what is tested, its figures are made up; where it may take as long as
-# a status line waits, there is none
+# where what it measures for seconds is not what is tested, its figures are made up; where it may take as long
+# as a status line waits, there is none
 PACE = {"bench": "quick", "batch": "quiet"}
 SPEED = re.compile(r"(?:promptN|replyN).*$")  # in words(): the last line of a reply
 
