@@ -1,4 +1,4 @@
-"""model.bin -> chat | generate | trace | info | perplexity | bench.
+"""model.bin -> chat | generate | trace | info | perplexity | bench | batch.
 
     python run.py model.bin -m chat
     python run.py model.bin -i "Why is the sky blue?"
@@ -32,6 +32,7 @@ def _work(args: argparse.Namespace) -> int:
         from .named import model_file
 
         args.model = model_file(args.model, args.bits)
+        args.draft = args.draft and model_file(args.draft)
     from .modes import MODES
 
     return MODES[args.mode](args)

@@ -118,6 +118,7 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "python run.py model.bin -m info --verify": Typed(shows="checksums"),
     "python run.py model.bin -m perplexity text.txt": Typed(shows="perplexity"),
     "python run.py model.bin -m bench": Typed(shows="tg64"),
+    "python run.py model.bin -m batch requests.jsonl -o answers.jsonl": Typed(leaves="answers.jsonl"),
     "python run.py model.bin -m serve": Typed("--print-config", shows="port = 8080"),
     f"python run.py model.bin -m serve --upstream {PROVIDER} --upstream-model their-model": Typed(
         "--print-config", shows=PROVIDER
@@ -158,6 +159,8 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "python benchmarks/gguf_model.py build/llama llama.gguf": Typed(leaves="llama.gguf"),
     "python benchmarks/agreement.py llama.gguf --text heldout.txt --windows 8": PEERS,
     "python benchmarks/rollouts.py build/sft": LONG,
+    "python benchmarks/speculation.py": Typed("--pairs 1 --tokens 200", shows="tokens a pass"),
+    "python benchmarks/speculation.py model.bin --small small.bin": NotHere("needs a second trained model"),
     'python recipe/corpus.py build/box --parameters "3 million"': LONG,
     "python recipe/evaluate.py --base build/base --sft build/sft --grpo build/grpo --data build/box": LONG,
 }
@@ -221,6 +224,9 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (shelf / "texts" / f"{i}.txt").write_text(text)
     talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello to you"}]
     (shelf / "chat.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 20)
+    body = {"prompt": "def f", "max_tokens": 4}
+    request = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (shelf / "requests.jsonl").write_text(json.dumps(request) + "\n")
     (shelf / "tasks.jsonl").write_text('{"prompt": "1 + 1 =", "answer": "2"}\n' * 10)
     (shelf / "rewards.py").write_text(
         "def exact(prompt, completion, task):\n    return float(len(completion) % 2)\n"
