@@ -10,8 +10,8 @@ import signal
 from pathlib import Path
 
 import pytest
+from hub_processes import GGUF, MODEL, run, run_py, start
 from hub_server import Fault, Hub
-from processes import GGUF, MODEL, run, run_py, start
 
 # fetches the model that argv names, and kills itself, as `kill -9` does, at the event of a number: each use
 # of a file of the cache, and each piece that arrives or is converted. The number 0 counts the events.

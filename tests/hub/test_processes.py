@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hub_processes import GGUF, MODEL, ROOT, run, run_py
 from hub_server import Hub
-from processes import GGUF, MODEL, ROOT, run, run_py
 
 from qwen3c import Model
 
