@@ -110,6 +110,14 @@ INLINE void multiply_tokens(const int scaled, const Product *p, const Strip *str
     }
 }
 
+/* Once for all encodings: a strip's codes are int8. */
+static __attribute__((noinline)) void multiply_scaled(const Product *p, const Strip *strip, size_t row) {
+    multiply_tokens(1, p, strip, row);
+}
+static __attribute__((noinline)) void multiply_unscaled(const Product *p, const Strip *strip, size_t row) {
+    multiply_tokens(0, p, strip, row);
+}
+
 /* A strip's codes as int8 at the beginning of cache lines. Half of the tiles of a matrix begin in the middle
    of one, which costs the tile registers a second read of each. */
 INLINE void unpack_strip(const Encoding encoding, int8_t *aligned, Strip *strip, size_t group_size,
@@ -143,7 +151,8 @@ INLINE void tile_multiply(const Encoding encoding, const Product *p, const int s
                            .depth = w->group_size / steps};
             if (unpacked) unpack_strip(encoding, aligned, &strip, w->group_size, codebook);
             __asm__ volatile("" ::: "memory");  /* the codes are where the tile registers look for them */
-            multiply_tokens(scaled, p, &strip, row);
+            if (scaled) multiply_scaled(p, &strip, row);
+            else multiply_unscaled(p, &strip, row);
         }
     }
     _tile_release();
