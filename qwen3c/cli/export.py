@@ -62,7 +62,7 @@ def _lines(args: argparse.Namespace, progress: Progress | None) -> list[str]:
     if args.recipe is not None:
         with concerning(args.recipe):
             options["recipe"] = recipe.read(args.recipe)
-    elif args.bits not in (None, "8"):
+    elif args.bits is not None:
         options["recipe"] = recipe.of_bits(args.bits)
     if progress:
         progress.say(f"reading {args.source}")
@@ -133,11 +133,11 @@ def _parser() -> Parser:
     add("--estimate", action="store_true",
         help="only say how large the file and the memory it takes would be; reads no weight, writes "
             "nothing")  # fmt: skip
-    add("--bits", choices=[*recipe.BITS], help="about how many bits a weight takes (default: 8)")
+    add("--bits", choices=[*recipe.BITS], help="about how many bits a weight takes (default: 8; of GGUF's blocks what they have, or a few more)")
     add("--recipe", metavar="FILE", help="TOML file that says which matrix is int4, int6 or int8 (docs/FORMAT.md)")
     sizes = ", ".join(map(str, format.GROUP_SIZES))
     add("--group-size", type=int,
-        help=f"weights per scale: {sizes} (default: 64; 32 for Q8_0 and for fewer bits than 8)")  # fmt: skip
+        help=f"weights per scale: {sizes} (default: 64; 32 for GGUF's blocks and for fewer bits than 8)")  # fmt: skip
     add("--lora", metavar="DIR", help="merge this PEFT adapter into the weights")
     add("--threads", type=int, help="threads (default: the physical cores this process may use)")
     add("--name", help="what the model calls itself (default: from config.json)")

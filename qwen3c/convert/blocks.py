@@ -53,8 +53,9 @@ class Kind:
     weights: int  # in a block
     fields: tuple[tuple[Any, ...], ...]  # of numpy's dtype
     decode: Callable[[NDArray[Any]], Decoded]
-    encoding: Encoding  # that its weights get unless a recipe says otherwise: the one that loses least for its size
-    codebook: tuple[int, ...] = ()  # of INT4, if that holds its codes
+    encoding: Encoding  # of its weights unless a recipe says otherwise
+    largest: int = 0  # magnitude of a code; 0 if a group has not 32 weights, or has a minimum
+    codebook: tuple[int, ...] = ()  # of INT4, if that holds the codes
 
     @property
     def size(self) -> int:
@@ -242,13 +243,13 @@ _SCALE, _MINIMUM = ("scale", "<f2"), ("minimum", "<f2")
 _NIBBLES_32, _NIBBLES_256 = ("nibbles", "u1", 16), ("nibbles", "u1", 128)
 _SCALES_12 = ("scales", "u1", 12)
 KINDS = {
-    "Q4_0": Kind(32, (_SCALE, _NIBBLES_32), _q4_0, Encoding.INT4, tuple(range(-8, 8))),
+    "Q4_0": Kind(32, (_SCALE, _NIBBLES_32), _q4_0, Encoding.INT4, 8, tuple(range(-8, 8))),
     "Q4_1": Kind(32, (_SCALE, _MINIMUM, _NIBBLES_32), _q4_1, Encoding.INT6),
-    "Q5_0": Kind(32, (_SCALE, ("bits", "u1", 4), _NIBBLES_32), _q5_0, Encoding.INT6),
+    "Q5_0": Kind(32, (_SCALE, ("bits", "u1", 4), _NIBBLES_32), _q5_0, Encoding.INT6, 16),
     "Q5_1": Kind(32, (_SCALE, _MINIMUM, ("bits", "u1", 4), _NIBBLES_32), _q5_1, Encoding.INT6),
-    "Q8_0": Kind(32, (_SCALE, ("codes", "i1", 32)), _q8_0, Encoding.INT8),
-    "IQ4_NL": Kind(32, (_SCALE, _NIBBLES_32), _iq4_nl, Encoding.INT4),
-    "MXFP4": Kind(32, (("exponent", "u1"), _NIBBLES_32), _mxfp4, Encoding.INT4, _MXFP4),
+    "Q8_0": Kind(32, (_SCALE, ("codes", "i1", 32)), _q8_0, Encoding.INT8, 127),
+    "IQ4_NL": Kind(32, (_SCALE, _NIBBLES_32), _iq4_nl, Encoding.INT4, 127),
+    "MXFP4": Kind(32, (("exponent", "u1"), _NIBBLES_32), _mxfp4, Encoding.INT4, 12, _MXFP4),
     "Q2_K": Kind(256, (("scales", "u1", 16), ("crumbs", "u1", 64), _SCALE, _MINIMUM), _q2_k, Encoding.INT4),
     "Q3_K": Kind(256, (("bits", "u1", 32), ("crumbs", "u1", 64), _SCALES_12, _SCALE), _q3_k, Encoding.INT4),
     "Q4_K": Kind(256, (_SCALE, _MINIMUM, _SCALES_12, _NIBBLES_256), _q4_k, Encoding.INT6),

@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import format
 from ..text import tokenizer_json
-from .recipe import GROUP_SIZE, Recipe
+from .recipe import GROUP_SIZE, Recipe, of_source
 from .rope import Rope, read_rope, stretched
 from .source import (
     TAKE_UNQUANTIZED,
@@ -90,7 +90,7 @@ class Checkpoint:
     """A checked model: its numbers, its texts, its tensors.
 
     config     format.Config, group size included
-    encodings  of its matrices, as the recipe says; {}: all are INT8
+    encodings  of its matrices, as the recipe or the source says; {}: all are INT8
     rope       what inverse_frequencies needs
     metadata   what the metadata section of model.bin holds (docs/FORMAT.md)
     tokenizer  the bytes of tokenizer.json
@@ -111,7 +111,8 @@ class Checkpoint:
     ) -> None:
         """yarn: stretch a default rope by this factor. yarn_attn_factor: its factor on cosine and sine.
 
-        group_size: of None the recipe's, without a recipe the source's.
+        group_size: of None the recipe's, without a recipe the source's. recipe: of None what the source's
+        blocks ask for (recipe.of_source).
         """
         self.source = source
         if group_size is not None and group_size not in format.GROUP_SIZES:
@@ -124,7 +125,8 @@ class Checkpoint:
         if yarn is not None or yarn_attn_factor is not None:
             self.rope = stretched(keys, self.rope, yarn, yarn_attn_factor)
         if group_size is None:
-            group_size = source.group_size if recipe is None else recipe.group_size or GROUP_SIZE
+            own = source.group_size if recipe is None or recipe.is_int8 else GROUP_SIZE
+            group_size = own if recipe is None else recipe.group_size or own
         self.config = _read_config(keys, ARCHITECTURES[architecture], self.rope, n_tokens, group_size)
         if yarn is not None:
             self.config = _longer(keys, self.config, self.rope)
@@ -137,8 +139,11 @@ class Checkpoint:
         self.tensors = _open_tensors(source, stored, self.config)
         self.metadata = self._metadata(keys, name) | {"source": self._provenance(architecture, keys.values)}
         self.encodings: format.Encodings = {}
+        if recipe is None:
+            recipe = of_source({name: tensor.dtype for name, tensor in self.tensors.items()}, self.config)
         if recipe is not None:
             self.encodings = recipe.encodings(self.config)
+        if recipe is not None and not recipe.is_int8:
             self.metadata["recipe"] = recipe.table
 
     @property
