@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 PIECE_WEIGHTS = 1 << 16  # weights that are decoded at a time: what is in between fits in a core's cache
 
+_Q4_0 = tuple(range(-8, 8))
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+# the same in 6 bits, and how much smaller: of all such codes those that are nearest for normal weights
+_IQ4_6_BITS, _IQ4_UNIT = (-29, -24, -19, -15, -11, -8, -5, -2, 0, 3, 6, 9, 12, 16, 20, 26), 4.365
 _MXFP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the numbers of E2M1
 
 
@@ -55,7 +58,9 @@ class Kind:
     decode: Callable[[NDArray[Any]], Decoded]
     encoding: Encoding  # of its weights unless a recipe says otherwise
     largest: int = 0  # magnitude of a code; 0 if a group has not 32 weights, or has a minimum
-    codebook: tuple[int, ...] = ()  # of INT4, if that holds the codes
+    codes: tuple[int, ...] = ()  # where there are no more than 16, in the order of a codebook
+    codebook: tuple[int, ...] = ()  # of INT4, for `codes`: the same, or ...
+    unit: float = 1.0  # ... divided by this and rounded
 
     @property
     def size(self) -> int:
@@ -243,17 +248,18 @@ _SCALE, _MINIMUM = ("scale", "<f2"), ("minimum", "<f2")
 _NIBBLES_32, _NIBBLES_256 = ("nibbles", "u1", 16), ("nibbles", "u1", 128)
 _SCALES_12 = ("scales", "u1", 12)
 KINDS = {
-    "Q4_0": Kind(32, (_SCALE, _NIBBLES_32), _q4_0, Encoding.INT4, 8, tuple(range(-8, 8))),
+    "Q4_0": Kind(32, (_SCALE, _NIBBLES_32), _q4_0, Encoding.INT4, 8, _Q4_0, _Q4_0),
     "Q4_1": Kind(32, (_SCALE, _MINIMUM, _NIBBLES_32), _q4_1, Encoding.INT6),
     "Q5_0": Kind(32, (_SCALE, ("bits", "u1", 4), _NIBBLES_32), _q5_0, Encoding.INT6, 16),
     "Q5_1": Kind(32, (_SCALE, _MINIMUM, ("bits", "u1", 4), _NIBBLES_32), _q5_1, Encoding.INT6),
     "Q8_0": Kind(32, (_SCALE, ("codes", "i1", 32)), _q8_0, Encoding.INT8, 127),
-    "IQ4_NL": Kind(32, (_SCALE, _NIBBLES_32), _iq4_nl, Encoding.INT4, 127),
-    "MXFP4": Kind(32, (("exponent", "u1"), _NIBBLES_32), _mxfp4, Encoding.INT4, 12, _MXFP4),
+    "IQ4_NL": Kind(32, (_SCALE, _NIBBLES_32), _iq4_nl, Encoding.INT4, 127, _IQ4, _IQ4_6_BITS, _IQ4_UNIT),
+    "MXFP4": Kind(32, (("exponent", "u1"), _NIBBLES_32), _mxfp4, Encoding.INT4, 12, _MXFP4, _MXFP4),
     "Q2_K": Kind(256, (("scales", "u1", 16), ("crumbs", "u1", 64), _SCALE, _MINIMUM), _q2_k, Encoding.INT4),
     "Q3_K": Kind(256, (("bits", "u1", 32), ("crumbs", "u1", 64), _SCALES_12, _SCALE), _q3_k, Encoding.INT4),
     "Q4_K": Kind(256, (_SCALE, _MINIMUM, _SCALES_12, _NIBBLES_256), _q4_k, Encoding.INT6),
     "Q5_K": Kind(256, (_SCALE, _MINIMUM, _SCALES_12, ("bits", "u1", 32), _NIBBLES_256), _q5_k, Encoding.INT6),
     "Q6_K": Kind(256, (_NIBBLES_256, ("crumbs", "u1", 64), ("scales", "i1", 16), _SCALE), _q6_k, Encoding.INT8),
-    "IQ4_XS": Kind(256, (_SCALE, ("high", "<u2"), ("scales", "u1", 4), _NIBBLES_256), _iq4_xs, Encoding.INT4),
+    "IQ4_XS": Kind(256, (_SCALE, ("high", "<u2"), ("scales", "u1", 4), _NIBBLES_256), _iq4_xs, Encoding.INT4,
+                   127, _IQ4, _IQ4_6_BITS, _IQ4_UNIT),
 }  # fmt: skip

@@ -235,7 +235,10 @@ def _quantize(
     for part, part_held in zip(parts, held, strict=True):
         if part_held is not None:
             taking_over.put(tile_rows, encoding, row, part_held)
-            taken_over += int(np.count_nonzero(part_held.rows)) * piece.columns
+            lost = part_held.lost[part_held.rows]
+            taken_over += len(lost) * piece.columns * part_held.exact
+            worst, *sums = lost.max(axis=0, initial=0)[0], *lost[:, 1:].sum(axis=0)
+            errors = max(errors[0], float(worst)), errors[1] + float(sums[0]), errors[2] + float(sums[1])
         row += part.n // piece.columns
     return errors[0], errors[1], errors[2], taken_over
 

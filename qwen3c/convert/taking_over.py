@@ -1,7 +1,8 @@
-"""Codes and scales of GGUF blocks that a tile of model.bin holds as they are, with nothing lost.
+"""Codes and scales of GGUF blocks that tiles of model.bin hold as they are.
 
 Q4_0 is INT4 with a codebook -8..7, MXFP4 one with twice E2M1's numbers, Q5_0 is INT6, Q8_0 INT8; and each
-is also what has more bits. Groups are of 32 weights and scales are fp16 on both sides.
+is also what has more bits. Groups are of 32 weights and scales are fp16 on both sides: nothing is lost. IQ4's
+16 codes have 8 bits and those of a codebook 6: each becomes the nearest, which loses less than a search would.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import format
-from .blocks import KINDS
+from .blocks import KINDS, PIECE_WEIGHTS, Decoded, Kind
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,12 +22,14 @@ _LARGEST = {format.Encoding.INT8: 127, format.Encoding.INT6: 31}
 
 
 class Held(NamedTuple):
-    """Rows of a matrix as codes and scales, and which of the rows an encoding holds so."""
+    """Rows of a matrix as codes and scales, which of the rows an encoding holds so, and what that loses."""
 
     rows: NDArray[np.bool_]  # (n,)
-    codes: NDArray[np.int8]  # (n, columns)
+    codes: NDArray[np.int8]  # (n, columns); of INT4 places in the codebook
     scales: NDArray[np.uint16]  # (n, columns / 32), bits of an fp16
+    lost: NDArray[np.float32]  # (n, 3): largest error, sums of squared errors and of squared weights
     codebook: tuple[int, ...]  # of INT4
+    exact: bool  # nothing is lost; `lost` is zeros
 
 
 def can_hold(dtype: str, group_size: int, encoding: format.Encoding) -> bool:
@@ -40,28 +43,81 @@ def can_hold(dtype: str, group_size: int, encoding: format.Encoding) -> bool:
 def hold(data: memoryview, dtype: str, columns: int, encoding: format.Encoding) -> Held:
     """Rows of blocks that the encoding can hold (can_hold), as it would.
 
-    A row with a scale that is no finite fp16 is not held, unless the codes it is for are all zero. Where a
-    scale must not be negative, it and its codes change sign.
+    A row with a scale that is no finite fp16 is not held, unless the codes it is for are all zero.
     """
     import numpy as np
 
     kind = KINDS[dtype]
+    step = max(PIECE_WEIGHTS // columns, 1) * (columns // kind.weights * kind.size)
+    pieces = [
+        _hold(kind, data[start : start + step], columns, encoding) for start in range(0, len(data), step)
+    ]
+    rows, codes, scales, lost = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+    return Held(rows, codes, scales, lost, kind.codebook, not _is_near(kind, encoding))
+
+
+def _is_near(kind: Kind, encoding: format.Encoding) -> bool:
+    """Whether codes become others near them."""
+    return encoding is format.Encoding.INT4 and kind.unit != 1
+
+
+def _hold(kind: Kind, data: memoryview, columns: int, encoding: format.Encoding) -> tuple[NDArray[Any], ...]:
+    """The arrays of Held of a few rows."""
+    import numpy as np
+
     decoded = kind.decode(kind.blocks(data))
-    with np.errstate(over="ignore"):
-        halves = decoded.scales.astype(np.float16)
-    held = (halves.astype(np.float32) == decoded.scales) & np.isfinite(decoded.scales)
-    if not held.all():
-        zero = ~held & ~decoded.codes.any(axis=1) & np.isfinite(decoded.scales)
-        halves[zero], held[zero] = 0, True
-    scales, codes = halves.view(np.uint16), decoded.codes
-    if encoding is not format.Encoding.INT4:
-        negative = scales >> 15 != 0
-        if negative.any():
-            codes = np.where(negative[:, None], -codes, codes)
+    with np.errstate(over="ignore", invalid="ignore"):
+        unit = np.float32(kind.unit if _is_near(kind, encoding) else 1)
+        halves = (decoded.scales * unit).astype(np.float16)
+    held = np.isfinite(halves)
+    lost = np.zeros((len(data) // kind.size * kind.weights // columns, 3), np.float32)
+    if _is_near(kind, encoding):
+        lost[:] = _lost(decoded, halves, kind, columns)
+    else:
+        held &= halves == decoded.scales
+        if not held.all():
+            zero = ~held & ~decoded.codes.any(axis=1) & np.isfinite(decoded.scales)
+            halves[zero], held[zero] = 0, True
+    codes, scales = decoded.codes, halves.view(np.uint16)
+    if encoding is format.Encoding.INT4:
+        codes = _places(codes, kind.codes)
+    elif (scales >> 15).any():  # only INT4 has negative scales
+        codes = np.where(scales[:, None] >> 15, -codes, codes)
         scales = scales & np.uint16(0x7FFF)
     groups = columns // GROUP_SIZE
-    rows = held.reshape(-1, groups).all(axis=1)
-    return Held(rows, codes.reshape(-1, columns), scales.reshape(-1, groups), kind.codebook)
+    return held.reshape(-1, groups).all(axis=1), codes.reshape(-1, columns), scales.reshape(-1, groups), lost
+
+
+def _lost(
+    decoded: Decoded, halves: NDArray[np.float16], kind: Kind, columns: int
+) -> NDArray[np.float32]:
+    """Of each row the largest error, the sums of squared errors and of squared weights, (rows, 3)."""
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        weights = decoded.weights().reshape(-1, columns)
+        near = np.take(_table(kind.codes, kind.codebook), decoded.codes.view(np.uint8))
+        off = weights - Decoded(near, halves.astype(np.float32)).weights().reshape(-1, columns)
+        sums = [np.einsum("ij,ij->i", x, x) for x in (off, weights)]
+        return np.stack([np.abs(off).max(axis=1), *sums], axis=1)
+
+
+def _places(codes: NDArray[np.int8], known: tuple[int, ...]) -> NDArray[np.int8]:
+    """Where each code is among those known."""
+    import numpy as np
+
+    if known == tuple(range(known[0], known[-1] + 1)):
+        return codes - np.int8(known[0])
+    return np.take(_table(known, tuple(range(len(known)))), codes.view(np.uint8))
+
+
+def _table(known: tuple[int, ...], values: tuple[int, ...]) -> NDArray[np.int8]:
+    """The value of each known code, at the byte it is."""
+    import numpy as np
+
+    table = np.zeros(256, np.int8)
+    table[[*reversed(known)]] = [*reversed(values)]  # of equal codes the first counts
+    return table
 
 
 def of_one_codebook(held: list[Held | None], n_rows: list[int]) -> list[Held | None]:
@@ -112,9 +168,7 @@ def _planes(
     import numpy as np
 
     codes = held.codes if len(rows) == len(held.codes) else held.codes[rows]
-    if encoding is format.Encoding.INT4:
-        codes = _places(codes, held.codebook)
-    elif encoding is format.Encoding.INT6:
+    if encoding is format.Encoding.INT6:
         codes = codes + np.int8(32)
     fours = np.ascontiguousarray(codes).view("<u4").reshape(len(rows), -1, GROUP_SIZE // 4)
     if encoding is format.Encoding.INT8:
@@ -125,15 +179,3 @@ def _planes(
         high = (fours >> np.uint32(4) & np.uint32(0x03030303)).reshape(len(rows), -1, 2, 4)
         planes["crumbs"] = sum(high[..., k] << np.uint32(2 * k) for k in range(1, 4)) | high[..., 0]
     return planes
-
-
-def _places(codes: NDArray[np.int8], codebook: tuple[int, ...]) -> NDArray[np.int8]:
-    """Where each code is in the codebook."""
-    import numpy as np
-
-    if codebook == tuple(range(codebook[0], codebook[-1] + 1)):
-        return codes - np.int8(codebook[0])
-    places = np.zeros(256, np.int8)
-    for place, code in reversed([*enumerate(codebook)]):
-        places[code] = place
-    return np.take(places, codes.view(np.uint8))
