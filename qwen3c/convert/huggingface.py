@@ -21,6 +21,7 @@ from ..text import tokenizer_json
 from .recipe import GROUP_SIZE, Recipe, of_source
 from .rope import Rope, read_rope, stretched
 from .source import (
+    BLOCKS,
     TAKE_UNQUANTIZED,
     Keys,
     Source,
@@ -368,6 +369,9 @@ def _open_tensors(
         check_dtype(tensor)
         if tensor.dtype == "Q8_0" and config.group_size != 32:
             fault = f"is Q8_0: group_size is {config.group_size}, but its codes and scales fit 32 only"
+            raise SourceError(f"{tensor.path}: {cut(tensor.name)} {fault}")
+        if len(tensor.shape) == 1 and BLOCKS[tensor.dtype][0] > 1:
+            fault = f"is a vector of {tensor.dtype}, expected BF16, F16 or F32"
             raise SourceError(f"{tensor.path}: {cut(tensor.name)} {fault}")
     stored = _split_experts(stored, config)
     expected = {part.name: (part.rows, *t.shape[1:]) for t in format.tensors(config) for part in t.parts}

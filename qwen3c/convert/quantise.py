@@ -223,14 +223,14 @@ def _quantize(
     encoding = piece.tensor.encoding
     held = _hold(piece, parts, group_size)
     errors = (0.0, 0.0, 0.0)
+    tile_rows = np.frombuffer(out, format.tile_row_type(piece.columns, group_size, encoding))
     if all(part_held is not None and part_held.rows.all() for part_held in held):
-        np.frombuffer(out, np.uint8)[:] = 0  # the rows that pad the last tile
+        taking_over.clear(tile_rows)
     else:
         sources = _sources(piece, parts, held)
         *errors, bad = engine.quantize_tiles(sources, piece.columns, group_size, out, encoding.value)
         if bad >= 0:
             _refuse(piece, parts, bad)
-    tile_rows = np.frombuffer(out, format.tile_row_type(piece.columns, group_size, encoding))
     row = taken_over = 0
     for part, part_held in zip(parts, held, strict=True):
         if part_held is not None:

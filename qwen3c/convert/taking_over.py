@@ -144,6 +144,15 @@ def of_one_codebook(held: list[Held | None], n_rows: list[int]) -> list[Held | N
     ]
 
 
+def clear(tile_rows: NDArray[Any]) -> None:
+    """Make all weights zeros, for the rows that pad the last tile row: of INT6 the code 0 is stored as 32."""
+    import numpy as np
+
+    tile_rows.view(np.uint8)[:] = 0
+    if "crumbs" in (tile_rows["tiles"].dtype.names or ()):
+        tile_rows["tiles"]["crumbs"] = 0b10101010
+
+
 def put(tile_rows: NDArray[Any], encoding: format.Encoding, first: int, held: Held) -> None:
     """Store the held rows; row 0 of them is row `first` of the tile rows.
 
