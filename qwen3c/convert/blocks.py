@@ -215,7 +215,9 @@ def _q3_k(blocks: NDArray[Any]) -> Decoded:
     scales = _halves(low).reshape(-1, 16) | _crumbs(high).reshape(-1, 16) << 4
     codes = _crumbs(blocks["crumbs"].reshape(-1, 2, 32)).reshape(-1, 8, 32)
     codes = codes | _bits(blocks["bits"]) << 2
-    return Decoded(_signed(codes.reshape(-1, 16), 4), _times(blocks["scale"], scales.view(np.int8) - np.int8(32)))
+    return Decoded(
+        _signed(codes.reshape(-1, 16), 4), _times(blocks["scale"], scales.view(np.int8) - np.int8(32))
+    )
 
 
 def _q4_k(blocks: NDArray[Any]) -> Decoded:

@@ -243,9 +243,7 @@ def _quantize(
     return errors[0], errors[1], errors[2], taken_over
 
 
-def _sources(
-    piece: Slice, parts: list[_Part], held: list[taking_over.Held | None]
-) -> list[tuple[Any, str]]:
+def _sources(piece: Slice, parts: list[_Part], held: list[taking_over.Held | None]) -> list[tuple[Any, str]]:
     """The weights as quantize_tiles wants them, all of one dtype; rows that are held are zeros."""
     dtypes = {part.stored.dtype for part in parts}
     if len(dtypes) == 1 and dtypes <= {"BF16", "F16", "F32"}:

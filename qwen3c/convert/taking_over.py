@@ -88,9 +88,7 @@ def _hold(kind: Kind, data: memoryview, columns: int, encoding: format.Encoding)
     return held.reshape(-1, groups).all(axis=1), codes.reshape(-1, columns), scales.reshape(-1, groups), lost
 
 
-def _lost(
-    decoded: Decoded, halves: NDArray[np.float16], kind: Kind, columns: int
-) -> NDArray[np.float32]:
+def _lost(decoded: Decoded, halves: NDArray[np.float16], kind: Kind, columns: int) -> NDArray[np.float32]:
     """Of each row the largest error, the sums of squared errors and of squared weights, (rows, 3)."""
     import numpy as np
 
@@ -170,9 +168,7 @@ def put(tile_rows: NDArray[Any], encoding: format.Encoding, first: int, held: He
         tile_rows["codebook"][which] = np.array(held.codebook, np.int8)
 
 
-def _planes(
-    held: Held, rows: NDArray[np.intp], encoding: format.Encoding
-) -> dict[str, NDArray[np.uint32]]:
+def _planes(held: Held, rows: NDArray[np.intp], encoding: format.Encoding) -> dict[str, NDArray[np.uint32]]:
     """The planes of format.tile_row_type, (rows, groups, blocks), 4 codes of a row in each number."""
     import numpy as np
 

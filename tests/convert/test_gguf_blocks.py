@@ -23,7 +23,14 @@ from qwen3c.convert.huggingface import Checkpoint
 from qwen3c.convert.source import BLOCKS, SourceError, to_float32
 from qwen3c.format import Encoding, ModelFile
 
-WIDE: dict[str, Any] = {"dim": 256, "hidden_dim": 256, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "n_layers": 1}
+WIDE: dict[str, Any] = {
+    "dim": 256,
+    "hidden_dim": 256,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 64,
+    "n_layers": 1,
+}
 MOE: dict[str, Any] = {"architecture": "qwen3_moe", "n_experts": 5, "expert_hidden_dim": 64, "dim": 128}
 LLAMA: dict[str, Any] = {"architecture": "llama", "n_heads": 4, "n_kv_heads": 2, "head_dim": 24, "dim": 96}
 # k and v of 24 rows: tile rows that hold rows of two tensors; 500 rows of vocabulary: one that is not full
@@ -115,7 +122,9 @@ def test_blocks_packed_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", EXACT)
 @pytest.mark.parametrize("shape", [{}, UNEVEN, MOE, LLAMA])
-def test_codes_that_an_encoding_holds_are_taken_over(tmp_path: Path, shape: dict[str, Any], kind: str) -> None:
+def test_codes_that_an_encoding_holds_are_taken_over(
+    tmp_path: Path, shape: dict[str, Any], kind: str
+) -> None:
     model, tensors, report = made(tmp_path, kind, **shape)
     file = ModelFile(tmp_path / "model.bin")
     assert {t.encoding for t in file.tensors if t.quantized} == {EXACT[kind]}
@@ -125,7 +134,9 @@ def test_codes_that_an_encoding_holds_are_taken_over(tmp_path: Path, shape: dict
     assert all(error.worst == 0 for error in report.errors.values())
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("Q4_0", "6"), ("Q4_0", "8"), ("Q5_0", "8"), ("IQ4_NL", "8"), ("MXFP4", "6")])
+@pytest.mark.parametrize(
+    ("kind", "bits"), [("Q4_0", "6"), ("Q4_0", "8"), ("Q5_0", "8"), ("IQ4_NL", "8"), ("MXFP4", "6")]
+)
 def test_more_bits_hold_them_too(tmp_path: Path, kind: str, bits: str) -> None:
     model, tensors, _ = made(tmp_path, kind, bits, **UNEVEN)
     for name, weights in expected_weights(tensors, **UNEVEN).items():
@@ -148,7 +159,9 @@ def test_logits_of_q4_0_are_those_of_transformers_on_dequantised_weights(tmp_pat
     pytest.importorskip("gguf")
     shape = {"n_heads": 2, "n_kv_heads": 1, "head_dim": 128, "tied": False}
     model, _, _ = made(tmp_path, "Q4_0", **shape)
-    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    )
     ids = list(range(5, 100))
     with torch.no_grad():
         expected = hf(torch.tensor([ids])).logits[0].numpy().astype(np.float64)
@@ -158,7 +171,14 @@ def test_logits_of_q4_0_are_those_of_transformers_on_dequantised_weights(tmp_pat
 
 def test_a_tile_row_of_two_codebooks_is_rounded_and_all_others_are_not(tmp_path: Path) -> None:
     """Rows 96..119 of qkv_proj are k's: the tile rows 96..111 and 112..127 are of k alone, and of k and v."""
-    kinds = {"attn_q": "Q4_0", "attn_k": "MXFP4", "attn_v": "Q4_0", "attn_output": "Q4_0", "ffn": "Q4_0", "token": "Q4_0"}
+    kinds = {
+        "attn_q": "Q4_0",
+        "attn_k": "MXFP4",
+        "attn_v": "Q4_0",
+        "attn_output": "Q4_0",
+        "ffn": "Q4_0",
+        "token": "Q4_0",
+    }
     model, tensors, report = made(tmp_path, kinds, **UNEVEN | {"n_layers": 1})
     for name, weights in expected_weights(tensors, **UNEVEN | {"n_layers": 1}).items():
         same = (model.weight(name) == weights).all(axis=1)
@@ -212,7 +232,14 @@ def test_others_lose_little_and_the_report_says_how_much(
     (loss,) = report.losses.values()
     assert loss.tensors == len(weights) and loss.relative == pytest.approx(off, rel=1e-3)
     (line,) = report.loss_lines()
-    assert line.split() == [kind, "->", encoding.value.upper(), str(len(weights)), f"{loss.relative:.2%}", "lost"]
+    assert line.split() == [
+        kind,
+        "->",
+        encoding.value.upper(),
+        str(len(weights)),
+        f"{loss.relative:.2%}",
+        "lost",
+    ]
     worst = max(np.abs(model.weight(name) - w).max() for name, w in weights.items())
     assert loss.worst == pytest.approx(worst, rel=1e-5)
 
@@ -256,7 +283,10 @@ def test_a_mix_has_the_encoding_of_each_and_says_so_in_the_metadata(tmp_path: Pa
     kinds = {"token": "Q6_K", "blk.1.attn_v": "Q6_K", "blk.1.ffn_down": "Q6_K", "blk": "Q4_K"}
     found = encodings(tmp_path, kinds, **shape)
     for name, encoding in found.encodings.items():
-        more = name in {"model.embed_tokens.weight", *(f"model.layers.1.{n}.weight" for n in ("self_attn.v_proj", "mlp.down_proj"))}
+        more = name in {
+            "model.embed_tokens.weight",
+            *(f"model.layers.1.{n}.weight" for n in ("self_attn.v_proj", "mlp.down_proj")),
+        }
         assert encoding is (Encoding.INT8 if more else Encoding.INT6), name
     again = recipe.parse(found.metadata["recipe"], "metadata")
     assert again.encodings(found.config) == found.encodings
@@ -285,7 +315,10 @@ def test_what_is_not_of_blocks_stays_int8(tmp_path: Path) -> None:
     assert encodings(tmp_path, {"blk": "Q8_0", "token": "Q8_0"}).encodings == {}
 
 
-@pytest.mark.parametrize(("bits", "expected"), [("4", {Encoding.INT4, Encoding.INT6}), ("6", {Encoding.INT6}), ("8", {Encoding.INT8})])
+@pytest.mark.parametrize(
+    ("bits", "expected"),
+    [("4", {Encoding.INT4, Encoding.INT6}), ("6", {Encoding.INT6}), ("8", {Encoding.INT8})],
+)
 def test_bits_win_over_what_the_file_asks_for(tmp_path: Path, bits: str, expected: set[Encoding]) -> None:
     path = write_gguf(tmp_path / "model.gguf", *of_blocks("Q5_0"))
     assert main([str(path), str(tmp_path / "model.bin"), "--quiet", "--bits", bits]) == 0
@@ -327,7 +360,9 @@ def test_a_scale_that_is_no_number_is_refused_by_place(tmp_path: Path, kind: str
     found = blocks.KINDS[kind].blocks(memoryview(data)).copy()
     found["scale"][3] = scale  # 64 columns: the second block of row 1
     tensors["blk.0.ffn_up.weight"] = (kind, dims, found.tobytes())
-    with pytest.raises(SourceError, match=r"blk\.0\.ffn_up\.weight\[1, (3[2-9]|[45]\d|6[0-3])\] is -?(nan|inf); only finite"):
+    with pytest.raises(
+        SourceError, match=r"blk\.0\.ffn_up\.weight\[1, (3[2-9]|[45]\d|6[0-3])\] is -?(nan|inf); only finite"
+    ):
         export(write_gguf(tmp_path / "model.gguf", keys, tensors), tmp_path / "model.bin")
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
@@ -338,7 +373,9 @@ def test_mxfp4_of_a_weight_beyond_all_scales_is_refused_by_place(tmp_path: Path)
     found = blocks.KINDS["MXFP4"].blocks(memoryview(data)).copy()
     found["exponent"][0], found["nibbles"][0] = 255, 0x77
     tensors["token_embd.weight"] = ("MXFP4", dims, found.tobytes())
-    with pytest.raises(SourceError, match=r"token_embd\.weight\[0, 0\] is inf; only finite weights up to 2030624"):
+    with pytest.raises(
+        SourceError, match=r"token_embd\.weight\[0, 0\] is inf; only finite weights up to 2030624"
+    ):
         export(write_gguf(tmp_path / "model.gguf", keys, tensors), tmp_path / "model.bin")
 
 
