@@ -156,8 +156,10 @@ def modules():
     return cythonize(
         [
             extension("kernels.table", kernels),
+            extension("kernels.draw", []),
             extension("engine.forward", []),
             extension("engine.engine", []),
+            extension("drivers.lookup", []),
         ],
         build_dir="build",  # the C that Cython writes lies apart from the sources
     )

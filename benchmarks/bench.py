@@ -158,18 +158,18 @@ def run_setting(
         except ValueError as error:
             race.missing.append(str(error))
     race.checks += agreement(contenders, ModelFile(models[OURS]).config.n_tokens)
-    machine, config = Machine(setting.threads), ModelFile(models[OURS]).config
+    machine, file = Machine(setting.threads), ModelFile(models[OURS])
     for test in tests_of(args):
         note(f"{test.name}, {args.pairs} pairs")
         able = [contender for contender in contenders if test.kind != "loop" or contender.name == OURS]
         taken = take_turns(args.pairs, able, machine, test, race.missing)
         for series in taken:
             if series.engine == OURS:
-                series.work = bench.work(config, setting.kv, test)
+                series.work = bench.work(file.config, setting.kv, test, file.encodings)
         race.series += taken
         keep()
     if "mixed" in args.tests:
-        race.figures += mixed(args.pairs, contenders[0], max(args.batches), config.context)
+        race.figures += mixed(args.pairs, contenders[0], max(args.batches), file.config.context)
     for test in neighbour_tests(args):
         race.figures += [beside_neighbour(args.pairs, contender, test) for contender in contenders]
     if "memory" in args.tests:

@@ -292,7 +292,7 @@ def tile_row_type(columns: int, group_size: int, encoding: Encoding = Encoding.I
     """A tile row as numpy sees it: "codebook" if it is INT4, then "tiles".
 
     A tile has "scales", one per row, and its codes in blocks of 4 columns of 16 rows: int8 "codes"; or
-    "nibbles", the low 4 bits of two such blocks in one byte, and of INT6 "crumbs", 2 more bits of four blocks.
+    "nibbles", 4 bits of two such blocks in one byte, and of INT6 "crumbs", 2 more bits of four blocks.
     """
     import numpy as np
 
@@ -389,7 +389,8 @@ def _vector(role: Role, layer: int | None, name: str, n: int) -> _Planned:
 
 def matrices(config: Config) -> list[str]:
     """Hugging Face names of all matrices that have an Encoding, in file order."""
-    return [name for role, _, _, shape, parts in _planned(config) if _has_tiles(role, shape) for name, _ in parts]
+    matrices = (parts for role, _, _, shape, parts in _planned(config) if _has_tiles(role, shape))
+    return [name for parts in matrices for name, _ in parts]
 
 
 def _has_tiles(role: Role, shape: tuple[int, ...]) -> bool:
@@ -443,16 +444,30 @@ def _stacked(parts: list[tuple[str, int]]) -> tuple[Part, ...]:
 
 
 def described(config: Config, encodings: Encodings) -> str:
-    """The encodings of a file's matrices for people, the one of most weights first; bits per weight if mixed."""
+    """The encodings of a file for people, such as "INT4 and INT6 in groups of 32, 5.09 bits a weight".
+
+    The one of most weights comes first; the bits per weight, scales included, follow unless all is INT8.
+    """
+    weights = _weights_by_encoding(config, encodings)
+    text = f"{' and '.join(e.value.upper() for e in weights)} in groups of {config.group_size}"
+    if set(weights) == {Encoding.INT8}:
+        return text
+    size = sum(tensor.size for tensor in tensors(config, encodings) if tensor.quantized)
+    return f"{text}, {8 * size / sum(weights.values()):.2f} bits a weight"
+
+
+def label(config: Config, encodings: Encodings) -> str:
+    """The same in a word or two: "int8 g64", "int4+int6 g32"."""
+    return f"{'+'.join(e.value for e in _weights_by_encoding(config, encodings))} g{config.group_size}"
+
+
+def _weights_by_encoding(config: Config, encodings: Encodings) -> dict[Encoding, int]:
+    """How many weights have each encoding, the most first."""
     weights: dict[Encoding, int] = {}
-    size = 0
     for tensor in tensors(config, encodings):
         if tensor.quantized:
             weights[tensor.encoding] = weights.get(tensor.encoding, 0) + math.prod(tensor.shape)
-            size += tensor.size
-    names = " and ".join(e.value.upper() for e in sorted(weights, key=lambda e: -weights[e]))
-    mixed = f", {8 * size / sum(weights.values()):.2f} bits a weight" if set(weights) != {Encoding.INT8} else ""
-    return f"{names} in groups of {config.group_size}{mixed}"
+    return dict(sorted(weights.items(), key=lambda item: -item[1]))
 
 
 def check_range(field: str, value: float) -> None:
@@ -575,7 +590,7 @@ class ModelFile:
     def verify(self) -> Iterator[tuple[Tensor, bool]]:
         """Read every tensor; yield it with whether it is sound.
 
-        Sound: the checksum matches, the gap before the tensor is zero, no code is -128 (or -32 of INT6), every
+        Sound: the checksum matches, the gap before the tensor is zero, no code is -128 (of INT6: -32), every
         scale is finite and, but of INT4, not negative, every number of a vector is finite.
         """
         end = self.tensors_offset
@@ -671,7 +686,8 @@ class ModelFile:
         for role, _, _, shape, parts in _planned(self.config):
             n_tensors += 1
             n_matrices += len(parts) if _has_tiles(role, shape) else 0
-        apart = 2 * self.config.n_layers if fields["version"] == VERSION_WITH_ENCODINGS else 0  # of q, k and v
+        # q, k and v may be stored apart
+        apart = 2 * self.config.n_layers if fields["version"] == VERSION_WITH_ENCODINGS else 0
         if not 4 * n_tensors <= fields["checksums_size"] <= 4 * (n_tensors + apart):
             self._expect("checksums_size", fields["checksums_size"], 4 * n_tensors)
         self._places: dict[str, tuple[int, int]] = {}  # (offset, size) of each section, and of the tensors
@@ -693,6 +709,8 @@ class ModelFile:
         self._expect("tensors_size", fields["tensors_size"], last.offset + last.size)
         self._expect("file_size", self.file_size, fields["tensors_offset"] + fields["tensors_size"])
         self._places["tensors"] = fields["tensors_offset"], fields["tensors_size"]
+        if self.encodings and set(self.encodings.values()) == {Encoding.INT8}:
+            raise ModelFileError(f"{self.path}: format version {fields['version']}, but all of it is INT8")
 
     def _read_encodings(self, file: BinaryIO) -> Encodings:
         """The section `encodings`, which is read before the file is mapped: sizes follow from it."""
@@ -706,8 +724,6 @@ class ModelFile:
             if number >= len(ENCODINGS):
                 fault = f"{name} has the number {number}, known are 0..{len(ENCODINGS) - 1}"
                 raise ModelFileError(f"{self.path}: encodings: {fault} (file damaged?)")
-        if not any(numbers):
-            raise ModelFileError(f"{self.path}: format version {VERSION_WITH_ENCODINGS}, but all of it is INT8")
         return {name: ENCODINGS[number] for name, number in zip(names, numbers, strict=True)}
 
     def _check_gaps(self) -> None:
@@ -845,7 +861,8 @@ class ModelWriter:
         self.path = Path(path)
         self.config = config
         self.tensors = tensors(config, encodings)
-        numbers = bytes(ENCODINGS.index((encodings or {}).get(name, Encoding.INT8)) for name in matrices(config))
+        given = encodings or {}
+        numbers = bytes(ENCODINGS.index(given.get(name, Encoding.INT8)) for name in matrices(config))
         self._version = VERSION_WITH_ENCODINGS if any(numbers) else VERSION
         self._sections = {
             "metadata": json.dumps(metadata, ensure_ascii=False, sort_keys=True, allow_nan=False).encode(),

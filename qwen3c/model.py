@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,24 @@ from numpy.typing import ArrayLike, NDArray
 
 from .drivers import retrieval
 from .drivers.batch import RUNNING, CachedSession, drive
+from .drivers.draft import Drafting
 from .drivers.generate import AnswerOptions, Generation, ReplyOptions
 from .drivers.grammar import Grammar
-from .drivers.reply import Event, Mask, Reply, ReplyState, Vocabulary, token_budget, token_ids, whole
+from .drivers.reply import (
+    Event,
+    Mask,
+    Reply,
+    ReplySettings,
+    ReplyState,
+    Vocabulary,
+    token_budget,
+    token_ids,
+    whole,
+)
 from .drivers.sampler import Sampling, SamplingOptions, default_sampling
 from .engine import KV, Activations, Engine, Logits, Session
 from .format import ModelFileError
+from .kernels.table import all_finite
 from .memory import check_space_for_model, gib
 from .text.chat import END_THINK, ChatTemplate, last_control_token, may_think
 from .text.template import Renderer
@@ -111,7 +124,14 @@ class Model(Engine):
         other use of it or its sessions is a ValueError. The memory of a session is freed with the session.
         """
         super().close()
-        for name in ("_tokenizer", "_renderer", "chat_template", "undefined_tokens", "vocabulary"):
+        for name in (
+            "_tokenizer",
+            "_renderer",
+            "chat_template",
+            "undefined_tokens",
+            "vocabulary",
+            "drafting",
+        ):
             vars(self).pop(name, None)
 
     @property
@@ -143,6 +163,18 @@ class Model(Engine):
         thinking = self.metadata["thinking"]
         return Vocabulary(self.config.n_tokens, ends, self.undefined_tokens, self.tokenizer, thinking)
 
+    @cached_property
+    def drafting(self) -> Drafting:
+        """What guesses at the next tokens of replies (drivers/draft.py): their own text, see draft_with."""
+        return Drafting(self)
+
+    def draft_with(self, small: Engine) -> None:
+        """From now on a smaller model guesses, too, at the next tokens of replies: that changes no token.
+
+        ValueError, one line, if its tokenizer is another one.
+        """
+        self.drafting = Drafting(self, small)
+
     # ------------------------------------------------------------------------
     # Text -> text
 
@@ -158,8 +190,8 @@ class Model(Engine):
         """The whole reply to a conversation; str() of it is the answer.
 
         messages, thinking, tools: see chat_prompt. max_tokens, and options (session, stop, mask, cancel,
-        progress, the fields of AnswerOptions and of Sampling): see generate, which has the reply token by
-        token. Conversation remembers what was said.
+        progress, draft, the fields of AnswerOptions and of Sampling): see generate, which has the reply token
+        by token. Conversation remembers what was said.
         """
         _check_keywords(Model.chat, options, ReplyOptions.__optional_keys__)
         prompt = self.chat_prompt(messages, thinking, tools)
@@ -172,7 +204,7 @@ class Model(Engine):
         """How the model goes on from a bare text: no template, no roles.
 
         max_tokens: None for what the context holds; such text need not come to an end. options: session,
-        stop, mask, cancel, progress, the fields of AnswerOptions and of Sampling, see generate.
+        stop, mask, cancel, progress, draft, the fields of AnswerOptions and of Sampling, see generate.
         """
         _check_keywords(Model.complete, options, ReplyOptions.__optional_keys__)
         if not isinstance(text, str):
@@ -183,15 +215,19 @@ class Model(Engine):
     # ------------------------------------------------------------------------
     # Text -> tokens -> events
 
-    def text_prompt(self, text: str) -> list[int]:
-        """Token ids of a bare text, behind the ids that the tokenizer puts before one (Tokenizer.opening)."""
-        return [*self.tokenizer.opening, *self.tokenizer.encode(text)]
+    def text_prompt(self, text: str, most: int | None = None) -> list[int]:
+        """Token ids of a bare text, behind the ids that the tokenizer puts before one (Tokenizer.opening).
+
+        most: see Tokenizer.encode.
+        """
+        return [*self.tokenizer.opening, *self.tokenizer.encode(text, most=most)]
 
     def chat_prompt(
         self,
         messages: str | Sequence[dict[str, Any]],
         thinking: bool | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
+        most: int | None = None,
     ) -> list[int]:
         """Token ids of a conversation, by the model's chat template, ending where the assistant speaks.
 
@@ -199,13 +235,13 @@ class Model(Engine):
         list of text parts); of an assistant also reasoning_content and tool_calls. A text alone is one
         message of the user.
         thinking: None leaves it to the model (hybrid models think). tools: JSON schemas of functions.
-        No text in messages or tools becomes a control token, except the reply tags in what the
-        assistant said. ValueError if a message is malformed, the switch cannot work with this model or
-        the template refuses (ChatTemplateError).
+        most: see Tokenizer.encode. No text in messages or tools becomes a control token, except the reply
+        tags in what the assistant said. ValueError if a message is malformed, the switch cannot work with
+        this model or the template refuses (ChatTemplateError).
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return self.chat_template.prompt(messages, thinking, tools)
+        return self.chat_template.prompt(messages, thinking, tools, most)
 
     def sampling(self, thinking: bool, **given: Unpack[SamplingOptions]) -> Sampling:
         """Sampling with the given fields, the model's defaults for the others; None counts as not given."""
@@ -224,6 +260,7 @@ class Model(Engine):
         mask: Mask | None = None,
         cancel: Callable[[], bool] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        draft: bool = True,
         **options: Unpack[AnswerOptions],
     ) -> Generation:
         """The reply to `prompt` (token ids), as an iterator of events, also `async for`; see Generation.
@@ -232,10 +269,11 @@ class Model(Engine):
         with the beginning of the prompt are not computed again. stop: texts that end the reply and are not
         part of it. logprobs: None, or how many of the most likely tokens to give with each event. mask: says
         before each token which may come; see reply.Mask. cancel: asked before every token and every piece of
-        the prompt; true ends the reply. progress: told (tokens done, tokens in all) of the prompt. options:
-        see Sampling and AnswerOptions. An answer that is held to a schema, regex, choice or grammar meets it
-        if finish_reason is "stop" and no text of `stop` came; one that ended by "length" is the beginning of
-        such an answer. ValueError, before anything is computed, if an argument is out of range, an id of the
+        the prompt; true ends the reply. progress: told (tokens done, tokens in all) of the prompt. draft:
+        whether passes may check guesses at several tokens, which changes no token. options: see Sampling and
+        AnswerOptions. An answer that is held to a schema, regex, choice or grammar meets it if finish_reason
+        is "stop" and no text of `stop` came; one that ended by "length" is the beginning of such an answer.
+        ValueError, before anything is computed, if an argument is out of range, an id of the
         prompt is no token, the prompt is longer than the context or a grammar cannot be enforced.
         """
         _check_keywords(Model.generate, options, AnswerOptions.__optional_keys__)
@@ -244,8 +282,11 @@ class Model(Engine):
         budget = token_budget(max_tokens, len(ids), own.context, self.config.context)
         grammar = self._grammar(options, mask)
         mask = mask if grammar is None else grammar.mask(ids)
-        state = self._state(ids, budget, options, stop=stop, logprobs=logprobs, mask=mask)
-        return Generation(own, ids, state, owns_session=session is None, cancel=cancel, progress=progress)
+        state = self._state(ids, budget, options, ReplySettings(stop, logprobs, mask))
+        return Generation(
+            own, ids, state, owns_session=session is None, cancel=cancel, progress=progress,
+            drafting=self.drafting if draft else None,
+        )  # fmt: skip
 
     def generate_many(
         self,
@@ -256,6 +297,7 @@ class Model(Engine):
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
         seeds: Sequence[int] | None = None,
+        draft: bool = True,
         **options: Unpack[AnswerOptions],
     ) -> Iterator[tuple[int, Event]]:
         """The replies to many prompts in shared passes: (index of the prompt, event) pairs as they come.
@@ -285,11 +327,12 @@ class Model(Engine):
             ids, budget = checked[i]
             own: AnswerOptions = {**options, "seed": seeds[i]} if seeds is not None else options
             mask = None if grammar is None else grammar.mask(ids)
-            return self._state(ids, budget, own, stop=stop, logprobs=logprobs, mask=mask)
+            return self._state(ids, budget, own, ReplySettings(stop, logprobs, mask))
 
         for i in range(min(1, len(checked))):
             state(i)  # raises for an argument out of range now, not at the first event
-        return drive(self, ((checked[i][0], state(i)) for i in range(len(checked))), running)
+        replies = ((checked[i][0], state(i)) for i in range(len(checked)))
+        return drive(self, replies, running, drafting=self.drafting if draft else None)
 
     def _grammar(self, options: AnswerOptions, mask: Mask | None = None) -> Grammar | None:
         """The grammar that a call asks for, if any. ValueError if it asks for more than one constraint."""
@@ -304,23 +347,15 @@ class Model(Engine):
         prompt: list[int],
         max_tokens: int,
         options: AnswerOptions,
-        *,
-        stop: str | Sequence[str],
-        logprobs: int | None,
-        mask: Mask | None,
+        settings: ReplySettings,
     ) -> ReplyState:
+        """The state of a reply; its sampling, tools and thinking budget come from `options`."""
         sampling: Any = {k: v for k, v in options.items() if k in SamplingOptions.__optional_keys__}
-        return ReplyState(
-            self.vocabulary,
-            prompt,
-            self.sampling(self.may_think(prompt), **sampling),
-            max_tokens,
-            stop=stop,
-            logprobs=logprobs,
-            mask=mask,
-            tools=options.get("toolset"),
-            thinking_budget=options.get("thinking_budget"),
+        chosen = self.sampling(self.may_think(prompt), **sampling)
+        settings = replace(
+            settings, tools=options.get("toolset"), thinking_budget=options.get("thinking_budget")
         )
+        return ReplyState(self.vocabulary, prompt, chosen, max_tokens, settings)
 
     def may_think(self, prompt: Sequence[int]) -> bool:
         """Whether the reply to `prompt` may begin with thought; a hybrid's may, unless told not to."""
@@ -331,24 +366,37 @@ class Model(Engine):
     # Tokens -> logits, texts -> vectors and scores
 
     def forward(
-        self, batch: Sequence[tuple[Session, ArrayLike]], logits: Logits = "last"
+        self, batch: Sequence[tuple[Session, ArrayLike]], logits: Logits | Sequence[int] = "last"
     ) -> list[NDArray[np.float32]]:
         """One ragged batch over any sessions of this model; a list of what Session.forward returns, in order.
 
+        logits: a list says how many rows are wanted of each session, the last ones: (n, vocab_size).
         ValueError also if the logits of a token, or the hidden state, are NaN or infinite; every other method
-        computes through this one. model.trace shows where such a number comes from.
+        computes through this one. With a list only the first row of each session is checked, for a draft
+        may hold any token; a bad row after it is all NaN, which nobody can draw from. model.trace shows
+        where such a number comes from.
         """
         outputs = super().forward(batch, logits)
-        for output in outputs:
-            for row in output.reshape(-1, output.shape[-1]):
-                self._check_finite(row, hidden=logits == "hidden")
+        hidden = logits == "hidden"
+        # embedding rows beyond n_tokens are padding
+        n = self.config.dim if hidden else self.config.n_tokens
+        rows = [row for output in outputs for row in output.reshape(-1, output.shape[-1])]
+        if not all_finite(rows, n, self.threads):
+            for output in outputs:
+                self._check_rows(output.reshape(-1, output.shape[-1]), n, hidden, not isinstance(logits, str))
         return outputs
 
+    def _check_rows(self, rows: NDArray[np.float32], n: int, hidden: bool, drafted: bool) -> None:
+        for i, row in enumerate(rows):
+            try:
+                self._check_finite(row[:n], hidden)
+            except ValueError:
+                if not (i and drafted):
+                    raise
+                row[:] = np.nan
+
     def _check_finite(self, row: NDArray[np.float32], hidden: bool) -> None:
-        # embedding rows beyond n_tokens are padding
-        finite = np.isfinite(row if hidden else row[: self.config.n_tokens])
-        if finite.all():
-            return
+        finite = np.isfinite(row)
         bad = [i for i in np.flatnonzero(~finite).tolist() if hidden or i not in self.undefined_tokens]
         if bad:
             what, where = ("hidden state is", "at") if hidden else ("logits are", "of token")

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 Step = bytes | Literal["silence", "reset"]  # then the connection is closed
 Script = Sequence[Step]
@@ -145,7 +145,7 @@ class Provider:
                     return
 
     @staticmethod
-    def _read(file: Any) -> Request | None:
+    def _read(file: BinaryIO) -> Request | None:
         line = file.readline()
         if b" HTTP/1." not in line:  # the other end has gone, or speaks TLS
             return None

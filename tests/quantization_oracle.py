@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+Floats = NDArray[np.float32] | np.float32
 TILE_ROWS = 16
 CODEBOOK = np.array([-31, -25, -20, -16, -12, -9, -5, -2, 0, 3, 6, 9, 13, 17, 22, 28], np.int8)
 
@@ -62,7 +63,10 @@ def _sum(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def quantize_fitted(
-    weights: NDArray[np.float32], group_size: int, encoding: str, importance: NDArray[np.float32] | None = None
+    weights: NDArray[np.float32],
+    group_size: int,
+    encoding: str,
+    importance: NDArray[np.float32] | None = None,
 ) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
     """Codes and scales of int4 or int6, as `quantize` gives them of int8."""
     rows, columns = weights.shape
@@ -89,10 +93,9 @@ def quantize_fitted(
 def _first_scales(groups: NDArray[np.float32], encoding: str) -> Iterator[NDArray[np.float32]]:
     at = np.abs(groups).argmax(axis=2)[:, :, None]
     extreme = np.take_along_axis(groups, at, axis=2)[:, :, 0]
-    if encoding == "int6":
-        yield np.abs(extreme) / np.float32(31)
-        return
-    for end, factor in itertools.product((28, -31), (0.9, 1.0, 1.1)):
+    ends, factors = ((28, -31), (0.9, 1.0, 1.1)) if encoding == "int4" else ((31,), (0.95, 1.0, 1.05))
+    extreme = extreme if encoding == "int4" else np.abs(extreme)
+    for end, factor in itertools.product(ends, factors):
         yield extreme / np.float32(end) * np.float32(factor)
 
 
@@ -127,7 +130,7 @@ def _lost_and_refitted(
     return lost, np.where(some, products / np.where(some, squares, np.float32(1)), np.float32(0))
 
 
-def _fma(a: NDArray[np.float32], b: NDArray[np.float32] | np.float32, c: NDArray[np.float32] | np.float32) -> NDArray[np.float32]:
+def _fma(a: NDArray[np.float32], b: Floats, c: Floats) -> NDArray[np.float32]:
     """a b + c, rounded once (the product of two float32 is exact in float64)."""
     return (np.multiply(a, b, dtype=np.float64) + c).astype(np.float32)
 

@@ -212,7 +212,7 @@ def random_blocks(kind: str, shape: tuple[int, ...], seed: int = 0) -> tuple[str
 
 
 def of_blocks(kinds: Mapping[str, str] | str, **shape: Any) -> tuple[Keys, Tensors]:
-    """small_gguf with its matrices as random blocks. kinds: of every matrix; or of those that are named so."""
+    """small_gguf with matrices as random blocks. kinds: of every matrix; or of those that are named so."""
     keys, tensors = small_gguf("F16", **shape)
     for seed, (name, (_, dims, _)) in enumerate([*tensors.items()]):
         if len(dims) > 1 and "ffn_gate_inp" not in name:

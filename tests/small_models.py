@@ -129,16 +129,14 @@ MIXED_RECIPE: dict[str, Any] = {
 }
 
 
-def export_small_model(
-    tmp_path: Path, group_size: int = 64, recipe: dict[str, Any] | None = None, **shape: Any
-) -> Path:
+def export_small_model(tmp_path: Path, group_size: int = 64, recipe: Any = None, **shape: Any) -> Path:
     """A model.bin of the given shape: tmp_path / "model.bin", exported from tmp_path / "source"."""
     from qwen3c.convert.export import export
     from qwen3c.convert.recipe import parse
 
     source = write_small_model(Path(tmp_path) / "source", **shape)
     target = Path(tmp_path) / "model.bin"
-    export(source, target, group_size=group_size, recipe=recipe and parse(recipe, "recipe"))
+    export(source, target, group_size=group_size, recipe=parse(recipe, "recipe") if recipe else None)
     return target
 
 
@@ -330,7 +328,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ..
     path.write_bytes(len(text).to_bytes(8, "little") + text + body)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2))
 
 

@@ -15,10 +15,12 @@ import json
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from starlette.types import ASGIApp
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -117,7 +119,7 @@ def _unchunked(data: bytes) -> bytes:
 class Running:
     """A service in a thread of its own."""
 
-    def __init__(self, app: Any, **settings: Any) -> None:
+    def __init__(self, app: ASGIApp, **settings: Any) -> None:
         self.settings = Settings(**{"port": 0, "log_level": "debug", **settings})
         sockets = open_sockets(self.settings)
         self.host, self.port = sockets[0].getsockname()[:2]
@@ -170,7 +172,7 @@ def read_all(client: socket.socket) -> bytes:
 
 
 @contextmanager
-def serving(app: Any = None, **settings: Any) -> Iterator[Running]:
+def serving(app: ASGIApp | None = None, **settings: Any) -> Iterator[Running]:
     """A server for as long as the block runs."""
     running = Running(app or App(), **settings)
     running.thread.start()
@@ -184,7 +186,7 @@ def serving(app: Any = None, **settings: Any) -> Iterator[Running]:
         assert not running.thread.is_alive()
 
 
-def wait_until(condition: Any, what: str) -> None:
+def wait_until(condition: Callable[[], object], what: str) -> None:
     """AssertionError if `condition` does not hold within PATIENCE."""
 
     async def poll() -> None:

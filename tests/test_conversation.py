@@ -165,7 +165,7 @@ def test_a_save_that_fails_leaves_the_old_file(
 
 def test_a_full_context_ends_the_conversation_or_drops_its_oldest_turns(model: Model) -> None:
     conversation = Conversation(model, 256, max_tokens=4, seed=1, thinking=False, system="be brief")
-    said: list[Any] = []
+    said: list[str] = []
     with pytest.raises(ContextFullError):
         while len(said) < 100:
             text = f"message {len(said)} " + "ab " * 10
@@ -265,7 +265,6 @@ def test_stop_strings_are_a_setting(model: Model) -> None:
         conversation.set("overflow", "away")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="named pipes and devices are POSIX")
 def test_a_path_that_cannot_be_a_conversation_is_named_as_it_was_given(model: Model, tmp_path: Path) -> None:
     conversation = talk(model)
     os.mkfifo(tmp_path / "pipe")

@@ -521,7 +521,7 @@ class Canary:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
         return Path.write_text, (self.path, "executed")
 
 
@@ -552,9 +552,9 @@ def test_wrong_kinds_of_file_are_refused(tmp_path: Path) -> None:
 def test_other_versions_are_refused_by_number(tmp_path: Path, model: Path) -> None:
     """A file of another version is named as such, even if its header has another form."""
     path = tmp_path / "model.bin"
-    for version in (0, 2, 99, 2**32 - 1):
+    for version in (0, 3, 99, 2**32 - 1):
         path.write_bytes(format.MAGIC + version.to_bytes(4, "little") + os.urandom(5000))
-        assert f"format version {version}, this program reads {format.VERSION}" in refusal(path)
+        assert f"format version {version}, this program reads 1 and 2" in refusal(path)
 
 
 def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
@@ -583,12 +583,13 @@ def test_unreadable_file_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_huge_file_of_nothing_is_refused(tmp_path: Path, model: Path) -> None:
-    """A sparse terabyte under a header that says so: still nothing is read but the header."""
+    """A sparse terabyte under a header that says so: nothing is read but the header, and `encodings`."""
     path, fields = tmp_path / "model.bin", ModelFile(model).fields()
     with open(path, "wb") as file:
         file.write(format.pack_header(fields | {"file_size": 2**40}))
         file.truncate(2**40)
-    assert str(2**40) in refusal(path)
+    wrong = "checksums_size" if fields["version"] == format.VERSION_WITH_ENCODINGS else str(2**40)
+    assert wrong in refusal(path)
 
 
 # ----------------------------------------------------------------------------
@@ -723,21 +724,35 @@ def test_every_number_of_an_encoding_is_checked(tmp_path: Path, mixed: Path) -> 
                 damaged[start + place] = number
                 path.write_bytes(damaged)
                 refusal(path)
-    path.write_bytes(with_encodings(mixed, bytes(size)))
-    assert "format version 2, but all of it is INT8" in refusal(path)
+
+
+def test_a_file_of_int8_alone_under_the_newer_version_is_refused(tmp_path: Path) -> None:
+    path, writer = (
+        tmp_path / "model.bin",
+        ModelWriter(tmp_path / "model.bin", CONFIG, METADATA, TOKENIZER, ""),
+    )
+    writer._version = format.VERSION_WITH_ENCODINGS
+    writer._sections["encodings"] = bytes(len(format.matrices(CONFIG)))
+    writer._fields = writer._layout()
+    with writer:
+        for tensor in writer.tensors:
+            writer.write(random_bytes(tensor, CONFIG.group_size))
+            writer.end_tensor()
+    assert refusal(path) == f"{path}: format version 2, but all of it is INT8"
 
 
 def test_neighbours_of_one_encoding_are_one_matrix(mixed: Path) -> None:
     file = ModelFile(mixed)
     names = [tensor.name.split(".")[-2] for tensor in file.tensors if tensor.role is format.Role.QKV]
     assert names == ["qk_proj", "v_proj"] * CONFIG.n_layers
-    parts = [[part.name.split(".")[-2] for part in t.parts] for t in file.tensors if t.role is format.Role.QKV]
+    stored = [tensor for tensor in file.tensors if tensor.role is format.Role.QKV]
+    parts = [[part.name.split(".")[-2] for part in tensor.parts] for tensor in stored]
     assert parts == [["q_proj", "k_proj"], ["v_proj"]] * CONFIG.n_layers
 
 
 def test_a_gate_and_its_up_have_one_encoding() -> None:
     encodings = {"model.layers.1.mlp.gate_proj.weight": format.Encoding.INT4}
-    with pytest.raises(ValueError, match=r"layers.1.mlp.gate_proj.weight is int4, .*up_proj.weight is int8: "):
+    with pytest.raises(ValueError, match=r"layers.1.mlp.gate_proj.weight is int4, .* is int8: "):
         format.tensors(CONFIG, encodings)
 
 

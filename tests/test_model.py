@@ -185,7 +185,7 @@ def test_a_type_checker_finds_a_misspelt_or_mistyped_option(tmp_path: Path) -> N
     ],
 )
 def test_an_unknown_option_is_named_with_the_nearest(
-    model: Model, call: Callable[[Model], Any], message: str
+    model: Model, call: Callable[[Model], object], message: str
 ) -> None:
     expected = re.escape("Model." + message.replace("*", "got an unexpected keyword argument", 1))
     with pytest.raises(TypeError, match=f"^{expected.replace(re.escape('*'), '.*')}$"):
@@ -193,7 +193,7 @@ def test_an_unknown_option_is_named_with_the_nearest(
 
 
 def test_a_model_made_with_wrong_arguments_says_so_before_it_opens_anything() -> None:
-    wrong: list[tuple[Callable[[], Any], str]] = [
+    wrong: list[tuple[Callable[[], object], str]] = [
         (lambda: Model(), r"Model() missing 1 required positional argument: 'path'"),  # type: ignore[call-arg]
         (
             lambda: Model("no such file", thread=2),  # type: ignore[call-arg]
@@ -222,7 +222,7 @@ def is_mapped(path: str) -> bool:
     return path in Path("/proc/self/maps").read_text()
 
 
-def needs_weights(model: Model, session: Session) -> dict[str, Callable[[], Any]]:
+def needs_weights(model: Model, session: Session) -> dict[str, Callable[[], object]]:
     return {
         "session": model.session,
         "session.forward": lambda: session.forward([1]),
@@ -389,7 +389,7 @@ def test_logits_that_overflow_are_one_error_wherever_they_are_used(
         export_small_model(tmp_path), tmp_path / "bad.bin", {"model.norm.weight": fill_norm(3e38)}
     )
     model = Model(path, threads=1, activations=activations)
-    calls: dict[str, Callable[[], Any]] = {
+    calls: dict[str, Callable[[], object]] = {
         "greedy": lambda: model.generate([1], 3, temperature=0).result(),
         "sampled": lambda: model.generate([1], 3, temperature=1.0, top_k=0, top_p=1.0).result(),
         "top-k": lambda: model.generate([1], 3, temperature=1.0, top_k=5, top_p=0.5).result(),

@@ -13,12 +13,14 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .. import format
-from ..convert import recipe
-from ..convert.export import estimate, export
 from ..system.terminal import Progress, unheard
 from .command import Parser, answer, concerning, program_name
+
+if TYPE_CHECKING:
+    from ..convert.recipe import Recipe
 
 SCRIPT = "export.py"
 
@@ -58,25 +60,35 @@ def _work(args: argparse.Namespace) -> int:
 
 def _lines(args: argparse.Namespace, progress: Progress | None) -> list[str]:
     """Export, or only estimate; returns the lines to print."""
-    options = {key: getattr(args, key) for key in ("force", "group_size", "name", "yarn", "yarn_attn_factor")}
-    if args.recipe is not None:
-        with concerning(args.recipe):
-            options["recipe"] = recipe.read(args.recipe)
-    elif args.bits is not None:
-        options["recipe"] = recipe.of_bits(args.bits)
     if progress:
         progress.say(f"reading {args.source}")
+    from ..convert.export import estimate, export
+    from ..convert.huggingface import CheckpointOptions
+
+    options = {key: getattr(args, key) for key in CheckpointOptions.__optional_keys__}
+    options["recipe"] = _recipe(args)
     if args.estimate:
-        return [*estimate(args.source, args.target, **options).lines()]
+        return [*estimate(args.source, args.target, force=args.force, **options).lines()]
     report = export(
         args.source,
         args.target,
+        force=args.force,
         threads=args.threads,
         lora=args.lora,
         progress=functools.partial(_draw, progress) if progress else None,
         **options,
     )
     return [*report.lines()]
+
+
+def _recipe(args: argparse.Namespace) -> Recipe | None:
+    """What --bits or --recipe says; None: what the source asks for."""
+    from ..convert import recipe
+
+    if args.recipe is not None:
+        with concerning(args.recipe):
+            return recipe.read(args.recipe)
+    return None if args.bits is None else recipe.of_bits(args.bits)
 
 
 def _draw(progress: Progress, done: int, total: int) -> None:
@@ -133,11 +145,14 @@ def _parser() -> Parser:
     add("--estimate", action="store_true",
         help="only say how large the file and the memory it takes would be; reads no weight, writes "
             "nothing")  # fmt: skip
-    add("--bits", choices=[*recipe.BITS], help="about how many bits a weight takes (default: 8; of GGUF's blocks what they have, or a few more)")
-    add("--recipe", metavar="FILE", help="TOML file that says which matrix is int4, int6 or int8 (docs/FORMAT.md)")
+    add("--bits",
+        help="about how many bits a weight takes: 4, 4.5, 5, 6, 8 (default: 8; of a quantised GGUF file no "
+            "fewer than it has)")  # fmt: skip
+    add("--recipe", metavar="FILE", help="TOML file: which matrix is int4, int6 or int8 (docs/FORMAT.md)")
     sizes = ", ".join(map(str, format.GROUP_SIZES))
     add("--group-size", type=int,
-        help=f"weights per scale: {sizes} (default: 64; 32 for GGUF's blocks and for fewer bits than 8)")  # fmt: skip
+        help=f"weights per scale: {sizes} (default: 64; 32 for quantised GGUF files and for fewer bits than "
+            "8)")  # fmt: skip
     add("--lora", metavar="DIR", help="merge this PEFT adapter into the weights")
     add("--threads", type=int, help="threads (default: the physical cores this process may use)")
     add("--name", help="what the model calls itself (default: from config.json)")

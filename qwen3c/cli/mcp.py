@@ -56,7 +56,10 @@ async def _serve(args: argparse.Namespace, model: Model | None) -> int:
         if model is None:
             provider = await stack.enter_async_context(new_proxy(args.url, os.environ.get(KEY)))
         else:
-            alias, options = str(model.metadata["name"]), ServeOptions(context=context_of(args, model))
+            alias, options = (
+                str(model.metadata["name"]),
+                ServeOptions(context=context_of(args, model), draft=args.drafts),
+            )
             provider = Local(await stack.enter_async_context(Models({alias: lambda: model}, options).open()))
         terminal.note(f"MCP over stdin and stdout{f', of {args.url}' if args.url else ''}")
         return await serve(provider)

@@ -49,7 +49,8 @@ def hold_chat(args: argparse.Namespace) -> int:
         if sys.stdin.isatty():
             terminal.note("/help lists the commands, Ctrl-D leaves")
         try:
-            repl = Repl(conversation, lambda: new_writer(args, model), cloud, tools, logprobs=args.logprobs)
+            repl = Repl(conversation, lambda: new_writer(args, model), cloud, tools, logprobs=args.logprobs,
+                draft=args.drafts)  # fmt: skip
             return repl.run()
         finally:
             if cloud:
@@ -86,6 +87,7 @@ def write_reply(args: argparse.Namespace) -> int:
             stop=args.stop,
             logprobs=args.logprobs,
             grammar=grammar,
+            draft=args.drafts,
             **sampling(args),
             **callbacks,
         )

@@ -6,6 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
+from .. import format
 from ..system import terminal
 from .options import SAMPLING
 
@@ -31,6 +32,9 @@ def open_model(args: argparse.Namespace, chats: bool = False) -> Model:
     threads = args.threads or default_threads()
     with terminal.waiting(f"loading {args.model}" + " into huge pages" * args.huge_pages):
         model = Model(args.model, threads, args.kv, args.activations, args.huge_pages, renderer=renderer)
+    if args.draft:
+        with terminal.waiting(f"loading {args.draft}"):
+            model.draft_with(Model(args.draft, threads, args.kv, args.activations, args.huge_pages))
     if model.threads > n_cpus():
         terminal.note(f"note: {model.threads} threads, but this process may use {n_cpus()} processors")
     return model
@@ -74,7 +78,7 @@ def say_what_was_chosen(
     mode = {"always": "always thinks", "none": "no thinking"}.get(kind, switch)
     isa = "--isa" if args.isa else "QWEN3C_ISA" if os.environ.get("QWEN3C_ISA") else "widest here"
     parts = [
-        f"{terminal.escaped(str(model.metadata['name']))} int8 g{config.group_size} "
+        f"{terminal.escaped(str(model.metadata['name']))} {format.label(config, model.file.encodings)} "
         f"{gib(model.file.file_size)}",
         "raw text" if raw else mode if args.mode == "chat" else f"chat template, {mode}",
         f"temperature {s.temperature:g} top-p {s.top_p:g} top-k {s.top_k}",

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 
 from .command import answer
-from .modes import MODES
 from .options import COMPUTING, SCRIPT, SMALLER_CONTEXT, parse
 
 
@@ -29,6 +28,8 @@ def _work(args: argparse.Namespace) -> int:
         from ..memory import check_space_for_program
 
         check_space_for_program()
+    from .modes import MODES
+
     return MODES[args.mode](args)
 
 

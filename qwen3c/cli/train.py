@@ -19,7 +19,6 @@ from ..system.terminal import unheard
 from ..training.telling import Telling
 from .command import answer, program_name
 from .signals import leaving_at_once
-from .stages import STAGES
 from .train_options import SCRIPT, parse
 
 LIBRARIES = ("torch", "transformers", "accelerate", "matplotlib")
@@ -39,6 +38,7 @@ def _work(args: argparse.Namespace) -> int:
     with telling.doing("loading PyTorch"), leaving_at_once(program_name(SCRIPT)):
         _load_libraries()
     from ..training.trainer import Stopped
+    from .stages import STAGES
 
     try:
         with _memory_of_torch():

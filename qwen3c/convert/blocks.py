@@ -111,7 +111,7 @@ def _fifth_bits(blocks: NDArray[Any]) -> NDArray[np.uint8]:
     import numpy as np
 
     high = np.unpackbits(blocks["bits"], axis=-1, bitorder="little")
-    return _nibbles(blocks) | high << 4
+    return _nibbles(blocks) | high << np.uint8(4)
 
 
 def _signed(codes: NDArray[np.uint8], offset: int) -> NDArray[np.int8]:
@@ -214,7 +214,7 @@ def _q3_k(blocks: NDArray[Any]) -> Decoded:
     low, high = blocks["scales"][:, :8], blocks["scales"][:, 8:]
     scales = _halves(low).reshape(-1, 16) | _crumbs(high).reshape(-1, 16) << 4
     codes = _crumbs(blocks["crumbs"].reshape(-1, 2, 32)).reshape(-1, 8, 32)
-    codes = codes | _bits(blocks["bits"]) << 2
+    codes |= _bits(blocks["bits"]) << np.uint8(2)
     return Decoded(
         _signed(codes.reshape(-1, 16), 4), _times(blocks["scale"], scales.view(np.int8) - np.int8(32))
     )
@@ -226,13 +226,18 @@ def _q4_k(blocks: NDArray[Any]) -> Decoded:
 
 
 def _q5_k(blocks: NDArray[Any]) -> Decoded:
-    codes = _halves(blocks["nibbles"].reshape(-1, 4, 32)).reshape(-1, 8, 32) | _bits(blocks["bits"]) << 4
+    import numpy as np
+
+    codes = _halves(blocks["nibbles"].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    codes |= _bits(blocks["bits"]) << np.uint8(4)
     return Decoded(_signed(codes.reshape(-1, 32), 0), *_scales_and_minima(blocks))
 
 
 def _q6_k(blocks: NDArray[Any]) -> Decoded:
-    low = _halves(blocks["nibbles"].reshape(-1, 2, 64)).reshape(-1, 8, 32)
-    codes = low | _crumbs(blocks["crumbs"].reshape(-1, 2, 32)).reshape(-1, 8, 32) << 4
+    import numpy as np
+
+    codes = _halves(blocks["nibbles"].reshape(-1, 2, 64)).reshape(-1, 8, 32)
+    codes |= _crumbs(blocks["crumbs"].reshape(-1, 2, 32)).reshape(-1, 8, 32) << np.uint8(4)
     return Decoded(_signed(codes.reshape(-1, 16), 32), _times(blocks["scale"], blocks["scales"]))
 
 
@@ -261,7 +266,8 @@ KINDS = {
     "Q3_K": Kind(256, (("bits", "u1", 32), ("crumbs", "u1", 64), _SCALES_12, _SCALE), _q3_k, Encoding.INT4),
     "Q4_K": Kind(256, (_SCALE, _MINIMUM, _SCALES_12, _NIBBLES_256), _q4_k, Encoding.INT6),
     "Q5_K": Kind(256, (_SCALE, _MINIMUM, _SCALES_12, ("bits", "u1", 32), _NIBBLES_256), _q5_k, Encoding.INT6),
-    "Q6_K": Kind(256, (_NIBBLES_256, ("crumbs", "u1", 64), ("scales", "i1", 16), _SCALE), _q6_k, Encoding.INT8),
+    "Q6_K": Kind(256, (_NIBBLES_256, ("crumbs", "u1", 64), ("scales", "i1", 16), _SCALE), _q6_k,
+                 Encoding.INT8),
     "IQ4_XS": Kind(256, (_SCALE, ("high", "<u2"), ("scales", "u1", 4), _NIBBLES_256), _iq4_xs, Encoding.INT4,
                    127, _IQ4, _IQ4_6_BITS, _IQ4_UNIT),
 }  # fmt: skip

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import format, memory
 from ..memory import gib
@@ -28,11 +29,15 @@ from ..system.terminal import escaped
 from .blocks import KINDS
 from .directory import Directory
 from .gguf import GGUF
-from .huggingface import Checkpoint
+from .huggingface import Checkpoint, CheckpointOptions
 from .lora import merge
 from .quantise import Converted, Slice, stream
-from .recipe import Recipe
 from .source import Source, SourceError, cut
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+elif TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 ProgressCallback = Callable[[int, int], None]  # bytes of the source done, and in all
 
@@ -122,32 +127,24 @@ def export(
     target: str | os.PathLike[str],
     *,
     force: bool = False,
-    group_size: int | None = None,
     threads: int | None = None,
-    name: str | None = None,
     progress: ProgressCallback | None = None,
     lora: str | os.PathLike[str] | None = None,
-    yarn: float | None = None,
-    yarn_attn_factor: float | None = None,
-    recipe: Recipe | None = None,
+    **options: Unpack[CheckpointOptions],
 ) -> Report:
     """Convert the Hugging Face directory or GGUF file `source` into the file `target`.
 
     force: replace `target` whatever it is. Without it only a model.bin or an empty file is replaced.
-    group_size: weights that share a scale (default: the recipe's, without one 64; 32 for a GGUF file with
-    blocks of codes).
     threads: for the quantisation (default: machine.default_threads()); the result does not depend on it.
-    name: what the model calls itself (default: from config.json).
+    progress: told (bytes of the source done, bytes in all) after each slice of a tensor.
     lora: directory of a PEFT adapter, merged into the weights on their way.
-    yarn: stretch the context of a model of default rope by this factor. yarn_attn_factor: the factor on cos
-    and sin, in place of what transformers computes from the configuration.
-    recipe: the encoding of each matrix (default: INT8; of GGUF's blocks that of blocks.KINDS).
+    options: see CheckpointOptions.
     Raises SourceError or OSError; the target is then what it was before.
     """
     start = time.monotonic()
     with contextlib.ExitStack() as opened:
         files = opened.enter_context(_open(source))
-        checkpoint = Checkpoint(files, group_size, name, yarn, yarn_attn_factor, recipe)
+        checkpoint = Checkpoint(files, **options)
         if lora is not None:
             adapter = opened.enter_context(Directory(lora, "adapter_config.json"))
             merge(checkpoint, adapter)
@@ -201,18 +198,14 @@ def estimate(
     target: str | os.PathLike[str] | None = None,
     *,
     force: bool = False,
-    group_size: int | None = None,
-    name: str | None = None,
-    yarn: float | None = None,
-    yarn_attn_factor: float | None = None,
-    recipe: Recipe | None = None,
+    **options: Unpack[CheckpointOptions],
 ) -> ExportEstimate:
     """What `export` with these arguments would take. Without a target the current directory counts.
 
     No weight is read and nothing is written. Raises SourceError or OSError, as export does.
     """
     with _open(source) as files:
-        checkpoint = Checkpoint(files, group_size, name, yarn, yarn_attn_factor, recipe)
+        checkpoint = Checkpoint(files, **options)
         path = Path("model.bin").absolute() if target is None else _check_target(target, files, force)
         writer = _writer(path, checkpoint)
     free = shutil.disk_usage(path.parent).free

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 from .. import format
 from ..text import tokenizer_json
@@ -87,6 +87,20 @@ _GENERATION_KEYS = (
 MAX_NAME = 200  # characters of a model's name, and of its licence
 
 
+class CheckpointOptions(TypedDict, total=False):
+    """What is chosen for a model, whatever its source: keywords of Checkpoint, export and estimate.
+
+    None counts as not given.
+    """
+
+    # weights that share a scale (default: the recipe's; without one 64, of a GGUF file of blocks 32)
+    group_size: int | None
+    name: str | None  # what the model calls itself (default: from config.json)
+    yarn: float | None  # stretch the context of a model of default rope by this factor
+    yarn_attn_factor: float | None  # on cos and sin (default: what transformers computes from config.json)
+    recipe: Recipe | None  # the encoding of each matrix (default: INT8, of GGUF's blocks as recipe.of_source)
+
+
 class Checkpoint:
     """A checked model: its numbers, its texts, its tensors.
 
@@ -110,11 +124,7 @@ class Checkpoint:
         yarn_attn_factor: float | None = None,
         recipe: Recipe | None = None,
     ) -> None:
-        """yarn: stretch a default rope by this factor. yarn_attn_factor: its factor on cosine and sine.
-
-        group_size: of None the recipe's, without a recipe the source's. recipe: of None what the source's
-        blocks ask for (recipe.of_source).
-        """
+        """The options: see CheckpointOptions."""
         self.source = source
         if group_size is not None and group_size not in format.GROUP_SIZES:
             sizes = ", ".join(map(str, format.GROUP_SIZES))

@@ -228,17 +228,18 @@ def _quantize(
         taking_over.clear(tile_rows)
     else:
         sources = _sources(piece, parts, held)
-        *errors, bad = engine.quantize_tiles(sources, piece.columns, group_size, out, encoding.value)
+        *rounded, bad = engine.quantize_tiles(sources, piece.columns, group_size, out, encoding.value)
         if bad >= 0:
             _refuse(piece, parts, bad)
+        errors = (rounded[0], rounded[1], rounded[2])
     row = taken_over = 0
     for part, part_held in zip(parts, held, strict=True):
         if part_held is not None:
             taking_over.put(tile_rows, encoding, row, part_held)
             lost = part_held.lost[part_held.rows]
             taken_over += len(lost) * piece.columns * part_held.exact
-            worst, *sums = lost.max(axis=0, initial=0)[0], *lost[:, 1:].sum(axis=0)
-            errors = max(errors[0], float(worst)), errors[1] + float(sums[0]), errors[2] + float(sums[1])
+            error, weight = (float(total) for total in lost[:, 1:].sum(axis=0, dtype=np.float64))
+            errors = (max(errors[0], float(lost[:, 0].max(initial=0))), errors[1] + error, errors[2] + weight)
         row += part.n // piece.columns
     return errors[0], errors[1], errors[2], taken_over
 

@@ -12,9 +12,9 @@
     layers = [0, 1, -1]               # -1 is the last; or "more"; without it all
     encoding = "int8"
 
-Names are Hugging Face's, with * ? [abc] as in a shell. "output" is the matrix of the logits: lm_head.weight, or
-the embedding where both are one. Layers "more" are the first eighth, the last eighth and every third between:
-those that llama.cpp's K mixes give more bits.
+Names are Hugging Face's, with * ? [abc] as in a shell. "output" is the matrix of the logits: lm_head.weight,
+or the embedding where both are one. Layers "more" are the first eighth, the last eighth and every third
+between: those that llama.cpp's K mixes give more bits.
 """
 
 from __future__ import annotations
@@ -82,13 +82,18 @@ class Rule:
     def _has(self, layer: int, n_layers: int) -> bool:
         if isinstance(self.layers, tuple):
             return layer in self.layers or layer - n_layers in self.layers
-        eighth = n_layers // 8
-        return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
+        return gets_more(layer, n_layers)
+
+
+def gets_more(layer: int, n_layers: int) -> bool:
+    """Whether llama.cpp's K mixes give a layer more bits: first and last eighth, every third between."""
+    eighth = n_layers // 8
+    return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """An encoding for every matrix. `table` is what it was made of, as the metadata of a model.bin keep it."""
+    """An encoding for every matrix. `table` is what it was made of, as the metadata of a model.bin has it."""
 
     encoding: format.Encoding
     group_size: int | None
@@ -171,7 +176,7 @@ def read(path: str) -> Recipe:
         try:
             import tomli as tomllib
         except ImportError:
-            raise SourceError(f"{path}: to read TOML, Python before 3.11 needs tomli: pip install tomli") from None
+            raise SourceError(f"{path}: TOML needs tomli before Python 3.11: pip install tomli") from None
     with Path(path).open("rb") as file:
         data = file.read(MAX_RECIPE + 1)
     if len(data) > MAX_RECIPE:

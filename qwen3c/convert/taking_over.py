@@ -2,7 +2,7 @@
 
 Q4_0 is INT4 with a codebook -8..7, MXFP4 one with twice E2M1's numbers, Q5_0 is INT6, Q8_0 INT8; and each
 is also what has more bits. Groups are of 32 weights and scales are fp16 on both sides: nothing is lost. IQ4's
-16 codes have 8 bits and those of a codebook 6: each becomes the nearest, which loses less than a search would.
+16 codes have 8 bits and those of a codebook 6: each becomes the nearest, and loses less than by a search.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def _hold(kind: Kind, data: memoryview, columns: int, encoding: format.Encoding)
         codes = np.where(scales[:, None] >> 15, -codes, codes)
         scales = scales & np.uint16(0x7FFF)
     groups = columns // GROUP_SIZE
-    return held.reshape(-1, groups).all(axis=1), codes.reshape(-1, columns), scales.reshape(-1, groups), lost
+    rows = np.logical_and.reduce(held.reshape(-1, groups), axis=1)
+    return rows, codes.reshape(-1, columns), scales.reshape(-1, groups), lost
 
 
 def _lost(decoded: Decoded, halves: NDArray[np.float16], kind: Kind, columns: int) -> NDArray[np.float32]:

@@ -10,13 +10,14 @@ and the token's position. So a reply is the same alone, in a batch, and with its
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.draw import Draw
 from ..text.chat import END_THINK, TAGS, THINK, Piece, ReplyStream, last_control_token
 from ..text.tokenizer import Tokenizer
 from ..text.tools import ToolSet
@@ -52,6 +53,9 @@ class Stats:
     prefill_seconds: float = 0.0
     generated_tokens: int = 0
     decode_seconds: float = 0.0  # from the first token to the last
+    decode_passes: int = 0  # that gave the tokens after the first
+    drafted_tokens: int = 0  # guesses that these passes checked
+    accepted_tokens: int = 0  # those that were right
     finish_reason: FinishReason | None = None
 
     @property
@@ -63,6 +67,11 @@ class Stats:
     def decode_rate(self) -> float:
         """Tokens per second after the first token, which belongs to prefill; 0 if there is no second one."""
         return max(self.generated_tokens - 1, 0) / max(self.decode_seconds, 1e-9)
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens after the first that a pass gave; 0 if there was no pass. Without drafts it is 1."""
+        return max(self.generated_tokens - 1, 0) / self.decode_passes if self.decode_passes else 0.0
 
 
 @dataclass(repr=False)
@@ -109,7 +118,11 @@ class Reply:
 
 
 class Mask(Protocol):
-    """Restricts the next token, as a grammar does."""
+    """Restricts the next token, as a grammar does.
+
+    It may have a method forced() besides: the tokens that will most likely come next because there is little
+    else that may. They are tried as a draft.
+    """
 
     def allowed(self) -> NDArray[np.bool_] | None:
         """(n_tokens,), true where a token may come next; None where every token may."""
@@ -156,13 +169,22 @@ class Vocabulary:
         return "answer" if last is None or last == end or self.thinking == "none" else "either"
 
 
+@dataclass(frozen=True)
+class ReplySettings:
+    """What a caller may ask of one reply, beside the sampling and the number of its tokens."""
+
+    stop: str | Sequence[str] = ()  # texts that end the reply and are not part of it
+    logprobs: int | None = None  # how many of the most likely tokens each event gives; None: no logprob
+    mask: Mask | None = None  # restricts the tokens
+    tools: ToolSet | None = None  # what ReplyStream needs to know of tool calls
+    thinking_budget: int | None = None  # after this many tokens of thought </think> comes; None: no bound
+
+
 class ReplyState:
     """The state of one reply: the tokens sampled so far, the text held back, why it ended.
 
-    prompt: the token ids before the reply. max_tokens: at most so many tokens are sampled; at 0, end() is all
-    that may be called. stop: texts that end the reply and are not part of it. logprobs: None, or how many of
-    the most likely tokens each event gives. mask: restricts the tokens. tools: what ReplyStream needs to know
-    of tool calls. thinking_budget: after so many tokens of thought </think> comes; None for no bound.
+    prompt: the token ids before the reply. max_tokens: the most tokens that are sampled; at 0, end() is all
+    that may be called.
     ValueError if an argument is out of range, or the vocabulary has no </think> and a budget is given.
     """
 
@@ -172,14 +194,10 @@ class ReplyState:
         prompt: Sequence[int],
         sampling: Sampling,
         max_tokens: int,
-        *,
-        stop: str | Sequence[str] = (),
-        logprobs: int | None = None,
-        mask: Mask | None = None,
-        tools: ToolSet | None = None,
-        thinking_budget: int | None = None,
+        settings: ReplySettings = ReplySettings(),
     ) -> None:
         n_tokens, tokenizer = vocabulary.n_tokens, vocabulary.tokenizer
+        logprobs, budget = settings.logprobs, settings.thinking_budget
         if logprobs is not None and not 0 <= whole("logprobs", logprobs) <= n_tokens:
             raise ValueError(f"logprobs = {logprobs} is outside 0..{n_tokens}")
         self._sampler = Sampler(sampling, prompt, n_tokens, vocabulary.undefined)
@@ -188,12 +206,16 @@ class ReplyState:
             think, tags = tokenizer.control_id(THINK), () if vocabulary.bare else TAGS
             opened = think is not None and last_control_token(tokenizer, prompt) == think
             in_thought = opened and not vocabulary.bare
-            self._stream = ReplyStream(tokenizer, in_thought, _stops(stop), tools, tags)
+            self._stream = ReplyStream(tokenizer, in_thought, _stops(settings.stop), settings.tools, tags)
         self._end_tokens = vocabulary.end_tokens
         self._logprobs = logprobs
-        self._mask = mask
-        self._end_thought = None if thinking_budget is None else _end_of_thought(vocabulary, thinking_budget)
-        self._thought_left = thinking_budget or 0  # tokens, where there is a budget
+        self._begun = False  # whether the next token has been drawn
+        self._only: int | None = None  # the next token, where it is the only one that may come
+        self._mask = settings.mask
+        self._forced: Callable[[], Sequence[int]] = getattr(settings.mask, "forced", tuple)
+        self._undefined = vocabulary.undefined
+        self._end_thought = None if budget is None else _end_of_thought(vocabulary, budget)
+        self._thought_left = budget or 0  # tokens, where there is a budget
         self.max_tokens = max_tokens
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -213,6 +235,10 @@ class ReplyState:
         """Log-probability (nats) of the last token under the distribution it was drawn from; see Sampler."""
         return self._sampler.logprob
 
+    def forced(self) -> Sequence[int]:
+        """The tokens that will most likely come next because the mask allows little else."""
+        return self._forced()
+
     def prepare(self) -> None:
         """take() is coming: begin to compute its mask, if there is one, beside the
         logits. It may be left out.
@@ -220,15 +246,32 @@ class ReplyState:
         if self._mask:
             self._mask.prepare()
 
+    def begin(self, logits: NDArray[np.float32]) -> Draw | None:
+        """take() is coming, with these logits: what it will draw, for draw() to find beside that of others.
+
+        None if it draws nothing, because only one token may come. It may be left out; take() then draws by
+        itself.
+        """
+        allowed = self._allowed()
+        only = self._only_of(allowed)
+        draw = None if only is not None else self._sampler.begin(logits, allowed, self._logprobs)
+        self._begun, self._only = True, only
+        return draw
+
     def take(self, logits: NDArray[np.float32]) -> Event:
         """Sample the next token from `logits` (vocab_size,), those after the last token so far.
 
         ValueError if the logits are not finite, or if the mask allows no token.
         """
-        token = self._sampler.sample(logits, self._allowed())
+        token = self._next(logits)
         logprob, top_logprobs = None, None
         if self._logprobs is not None:
-            logprob, top_logprobs = self._sampler.logprobs(logits, token, self._logprobs)
+            logprob, top_logprobs = (
+                self._sampler.measured(logits, token)
+                if self._begun
+                else self._sampler.logprobs(logits, token, self._logprobs)
+            )
+        self._begun = False
         self.tokens.append(token)
         if self._mask:
             self._mask.accept(token)
@@ -243,6 +286,26 @@ class ReplyState:
         return Event(
             token, piece.text, piece.thinking, self.finish_reason, piece.tool_calls, logprob, top_logprobs
         )
+
+    def _next(self, logits: NDArray[np.float32]) -> int:
+        """The next token: the only one that may come, the one that draw() has found, else drawn now."""
+        if not self._begun:
+            allowed = self._allowed()
+            self._only = self._only_of(allowed)
+            if self._only is None:
+                return self._sampler.sample(logits, allowed)
+        if self._only is None:
+            return self._sampler.end()
+        token, self._only = self._only, None
+        self._sampler.take(token)
+        return token
+
+    def _only_of(self, allowed: NDArray[np.bool_] | None) -> int | None:
+        """The only allowed token, if there is no more than one and its log-probability is not asked for."""
+        if allowed is None or self._logprobs is not None or np.count_nonzero(allowed) != 1:
+            return None
+        token = int(np.argmax(allowed))
+        return None if token in self._undefined else token
 
     def _allowed(self) -> NDArray[np.bool_] | None:
         """Which tokens may come next; None: every one."""
@@ -273,7 +336,12 @@ class ReplyState:
 
 
 class ContextFullError(ValueError):
-    """A prompt is longer than the context of its session."""
+    """A prompt is longer than the context of its session: n_prompt tokens, or at least so many."""
+
+    def __init__(self, message: str, n_prompt: int, context: int) -> None:
+        super().__init__(message)
+        self.n_prompt = n_prompt
+        self.context = context
 
 
 def token_ids(prompt: Sequence[int], n_ids: int) -> list[int]:
@@ -300,7 +368,8 @@ def token_budget(max_tokens: int | None, n_prompt: int, context: int, largest: i
     """
     if n_prompt > context:
         room = f"can hold {largest} (-c {largest})" if largest > context else "holds no more"
-        raise ContextFullError(f"prompt is {n_prompt} tokens, the context holds {context}; this model {room}")
+        told = f"prompt is {n_prompt} tokens, the context holds {context}; this model {room}"
+        raise ContextFullError(told, n_prompt, context)
     if max_tokens is None:
         return context - n_prompt
     if whole("max_tokens", max_tokens) < 0:

@@ -8,22 +8,21 @@ The order is that of `transformers`, which also is vLLM's but for min-p:
     one uniform number picks among them
 
 Everything that decides a token is the same on every machine: the engine's own exp, sums in a fixed
-order, and Philox's bits turned into a number here (Random). So a seed gives the same text everywhere.
+order, and Philox's bits turned into a number (kernels/draw.pyx). So a seed gives the same text everywhere.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.table import log_sum_exp, softmax, top_k
+from ..kernels.draw import Draw, draw
 
 GREEDY_BELOW = 1e-5  # lower temperatures count as 0, because dividing by them would overflow
 
@@ -110,7 +109,7 @@ class Sampler:
     """
 
     def __init__(
-        self, sampling: Sampling, prompt: Sequence[int], n_tokens: int, undefined: Iterable[int] = ()
+        self, sampling: Sampling, prompt: Sequence[int], n_tokens: int, undefined: Collection[int] = ()
     ) -> None:
         beyond = [id for id in sampling.logit_bias if id >= n_tokens]
         if beyond:
@@ -120,14 +119,10 @@ class Sampler:
         self.sampling = sampling
         self.seed = secrets.randbits(32) if sampling.seed is None else int(sampling.seed)
         self.logprob = 0.0
-        self._random = Random(self.seed)
         self._position = len(prompt)  # of the next token in its sequence
-        self._n_tokens = n_tokens
-        self._undefined = np.fromiter(undefined, dtype=np.int64)
-        self._bias_ids = np.array(list(sampling.logit_bias), dtype=np.int64)
-        self._bias = np.array(list(sampling.logit_bias.values()), dtype=np.float32)
-        self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
-        self._counts: Counter[int] = Counter()
+        self._undefined = frozenset(undefined)
+        self._draw = Draw(sampling, self.seed, n_tokens, undefined, GREEDY_BELOW)
+        self._draw.know(prompt, reply=False)
 
     def sample(self, logits: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None) -> int:
         """The next token for `logits`, shape (vocab_size,).
@@ -135,17 +130,38 @@ class Sampler:
         allowed: (n_tokens,), false where a grammar forbids a token; None: every token may come.
         ValueError if the logits hold a NaN or infinity, or no token may come.
         """
-        logits = self._adjusted(self._existing(logits))
-        if allowed is not None:
-            logits = np.where(allowed, logits, np.float32(-np.inf))
-            if not np.any(logits > -np.inf):
-                raise ValueError("the grammar allows no token that exists and is not forbidden otherwise")
-        token, self.logprob = self._choose(logits)
-        self._position += 1
-        self._counts[token] += 1
-        if self.sampling.repetition_penalty != 1:
-            self._seen.add(token)
+        draw([self.begin(logits, allowed)])
+        return self.end()
+
+    def begin(
+        self,
+        logits: NDArray[np.float32],
+        allowed: NDArray[np.bool_] | None = None,
+        n_top: int | None = None,
+    ) -> Draw:
+        """What sample() computes, for draw() to compute beside that of other sequences; end() has the token.
+
+        n_top: the log-probabilities of the token and of the n_top most likely ones are wanted, too.
+        """
+        self._draw.begin(logits, self._position, allowed, n_top)
+        return self._draw
+
+    def end(self) -> int:
+        """The token that draw() has found. ValueError as sample()."""
+        token, share = self._draw.result()
+        self.logprob = math.log(share)
+        self.accept(token)
         return token
+
+    def take(self, token: int) -> None:
+        """`token` comes next because no other may."""
+        self.logprob = 0.0
+        self.accept(token)
+
+    def accept(self, token: int) -> None:
+        """`token` is the next one of the reply, whoever chose it."""
+        self._position += 1
+        self._draw.know((token,))
 
     def logprobs(
         self, logits: NDArray[np.float32], token: int, n: int
@@ -155,122 +171,11 @@ class Sampler:
         They are those of the model's own distribution over the tokens that exist, before penalties and
         temperature.
         """
-        logits = self._existing(logits)
-        total = log_sum_exp(logits)
-        top = top_k(logits, min(n, len(logits))) if n else ()
-        return float(logits[token]) - total, [(int(id), float(logits[id]) - total) for id in top]
+        draw([self.begin(logits, None, n)], tokens=False)
+        return self.measured(logits, token)
 
-    def _existing(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Without the rows that stand for no token, which must never be chosen nor take probability."""
-        logits = logits[: self._n_tokens]
-        if len(self._undefined):
-            logits = logits.copy()
-            logits[self._undefined] = -np.inf
-        return logits
-
-    def _adjusted(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        s = self.sampling
-        counts = self._counts if s.presence_penalty or s.frequency_penalty else {}
-        if not (len(self._bias_ids) or self._seen or counts):
-            return logits
-        logits = logits.copy()
-        logits[self._bias_ids] += self._bias
-        if self._seen:
-            ids = np.fromiter(self._seen, dtype=np.int64)
-            penalty = np.float32(s.repetition_penalty)
-            logits[ids] = np.where(logits[ids] > 0, logits[ids] / penalty, logits[ids] * penalty)
-        if counts:
-            ids = np.fromiter(counts, dtype=np.int64)
-            times = np.fromiter(counts.values(), dtype=np.float32)
-            logits[ids] -= np.float32(s.frequency_penalty) * times + np.float32(s.presence_penalty)
-        return logits
-
-    def _choose(self, logits: NDArray[np.float32]) -> tuple[int, float]:
-        s = self.sampling
-        largest = np.argmax(logits)  # the lowest id among equals; the first NaN, if there is one
-        if not math.isfinite(logits[largest]):
-            raise ValueError(
-                f"the largest logit is {logits[largest]}: the model file is damaged or its weights overflow"
-            )
-        if s.temperature < GREEDY_BELOW:
-            return int(largest), 0.0
-        ids: NDArray[np.int32] | None = None  # p[i] belongs to token ids[i]; None: to token i
-        if s.top_k and s.top_k < len(logits):
-            ids = top_k(logits, s.top_k)
-            p = softmax(logits[ids], s.temperature)
-        else:
-            p = softmax(logits, s.temperature)
-            if s.top_p < 1 or s.min_p > 0:
-                ids = _most_likely(p, s.top_p)
-                p = p[ids]
-        if ids is not None:
-            keep = kept(p, s.top_p, s.min_p)
-            ids, p = ids[keep], p[keep]
-        index, share = pick(p, self._random.uniform(self._position))
-        return int(index if ids is None else ids[index]), math.log(share)
-
-
-class Random:
-    """Random numbers by position: number i is a function of the seed and i, in whatever order they are drawn.
-
-    Philox is a function of key and counter (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3").
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._philox = np.random.Philox(key=seed)
-        self._state: Any = self._philox.state
-
-    def uniform(self, position: int) -> float:
-        """The number of `position`, in [0, 1)."""
-        self._state["state"]["counter"][0] = position
-        self._philox.state = self._state
-        return (int(self._philox.random_raw()) >> 11) * 2.0**-53
-
-
-def pick(p: NDArray[np.float32], uniform: float) -> tuple[int, float]:
-    """(index, its share of the sum) that `uniform`, in [0, 1), picks in proportion to `p`; never where p is
-    0.
-
-    A tree of sums of pairs, each level added at once, is descended from its root: the additions are the same
-    on every machine, and ten times faster than a running sum.
-    """
-    leaves = np.zeros(1 << (len(p) - 1).bit_length())
-    leaves[: len(p)] = p
-    levels = [leaves]
-    while len(levels[-1]) > 1:
-        half = len(levels[-1]) // 2
-        levels.append(levels[-1][:half] + levels[-1][half:])
-    total = float(levels.pop()[0])
-    rest, index = uniform * total, 0
-    for level in reversed(levels):
-        other = index + len(level) // 2
-        if rest >= level[index] and level[other] > 0:
-            rest -= level[index]
-            index = other
-    return index, float(p[index]) / total
-
-
-def kept(p: NDArray[np.float32], top_p: float, min_p: float) -> NDArray[np.bool_]:
-    """Which of the probabilities `p`, largest first where top_p < 1, the two filters keep: always the first.
-
-    top-p keeps a token while those before it sum to less than top_p; min-p compares with the largest.
-    """
-    keep = np.ones(len(p), dtype=bool)
-    if top_p < 1:
-        before = np.cumsum(p, dtype=np.float64)[:-1]
-        keep[1:] = before < top_p
-    if min_p > 0:
-        keep &= p >= p.max() * min_p
-    return keep
-
-
-def _most_likely(p: NDArray[np.float32], top_p: float) -> NDArray[np.int32]:
-    """Ids by falling probability, as many as top_p needs; all ids, unsorted, if top_p is 1."""
-    if top_p == 1:
-        return np.arange(len(p), dtype=np.int32)
-    for n in (64, 512, 4096):
-        if n < len(p):
-            ids = top_k(p, n)
-            if np.cumsum(p[ids], dtype=np.float64)[-1] >= top_p:
-                return ids
-    return np.argsort(-p, kind="stable").astype(np.int32)
+    def measured(self, logits: NDArray[np.float32], token: int) -> tuple[float, list[tuple[int, float]]]:
+        """logprobs() after draw(), of the row and the n_top that begin() was given."""
+        total, top = self._draw.measured()
+        logit = -math.inf if token in self._undefined else float(logits[token])
+        return logit - total, [(id, value - total) for id, value in top]

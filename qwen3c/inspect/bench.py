@@ -24,7 +24,7 @@ import numpy as np
 
 from .. import engine
 from ..drivers.sampler import RECOMMENDED, Sampler, Sampling
-from ..format import Config, ModelFile, Tensor, tensors
+from ..format import Config, Encodings, ModelFile, Tensor, label, tensors
 from ..memory import ROWS, available, gib
 from ..system.machine import cpu_name
 from ..system.terminal import escaped, wrapped
@@ -83,8 +83,11 @@ class Work:
         return max(self.bytes / bandwidth, self.multiply_adds / peak)
 
 
-def work(config: Config, kv: str, test: Test) -> Work:
-    """The Work of a test: weights are read once a pass, keys and values once a pass and sequence."""
+def work(config: Config, kv: str, test: Test, encodings: Encodings | None = None) -> Work:
+    """The Work of a test: weights are read once a pass, keys and values once a pass and sequence.
+
+    encodings: of the matrices, as in ModelFile; None for INT8.
+    """
     rows = min(test.n, ROWS) if test.kind == "pp" else test.batch
     # (first, end) positions of each pass; of a prompt only the last pass computes logits
     if test.kind == "pp":
@@ -95,19 +98,19 @@ def work(config: Config, kv: str, test: Test) -> Work:
         heads = test.n
     reached = sum(test.depth + end for _, end in passes)
     seen = test.n * test.depth + test.n * (test.n + 1) // 2
-    body, head = weight_bytes(config, rows)
+    body, head = weight_bytes(config, rows, encodings)
     n_bytes = len(passes) * body + heads * head + test.batch * reached * config.kv_bytes_per_token(kv)
     of_body, of_head = multiply_adds(config)
     products = test.n * of_body + heads * of_head + 2 * config.n_layers * config.q_dim * seen
     return Work(n_bytes, test.batch * products)
 
 
-def weight_bytes(config: Config, rows: int) -> tuple[float, float]:
+def weight_bytes(config: Config, rows: int, encodings: Encodings | None = None) -> tuple[float, float]:
     """Bytes of weights that a pass of `rows` rows reads: in the layers, and for the logits.
 
     Experts count as often as `rows` rows choose them on average, if every choice is equally likely.
     """
-    *body, head = tensors(config)
+    *body, head = tensors(config, encodings)
     return sum(tensor.size * _share_read(config, tensor, rows) for tensor in body), float(head.size)
 
 
@@ -195,7 +198,7 @@ class Player:
     def _loop(self, n: int, prompt: list[int]) -> float:
         # end tokens are never sampled, or the loop could end early
         never = dict.fromkeys(self.model.metadata["eos_token_ids"], -1e4)
-        reply = self.model.generate(prompt, n + 1, logit_bias=never, **CHAT)
+        reply = self.model.generate(prompt, n + 1, draft=False, logit_bias=never, **CHAT)
         for _ in reply:
             pass
         return reply.stats.decode_seconds
@@ -204,7 +207,7 @@ class Player:
 def greedy(model: Model, ids: Sequence[int], n: int) -> list[int]:
     """The n most likely tokens after `ids`, each after those before it; none of them ends the text."""
     never = dict.fromkeys(model.metadata["eos_token_ids"], -1e4)
-    reply = model.generate(ids, n, temperature=0, logit_bias=never)
+    reply = model.generate(ids, n, draft=False, temperature=0, logit_bias=never)
     return [event.token for event in reply if event.token is not None]
 
 
@@ -373,7 +376,7 @@ def model_cells(file: ModelFile) -> list[str]:
     """The cells model, size and params, as llama-bench prints them."""
     config = file.config
     return [
-        f"{escaped(str(file.metadata['name']))} int8 g{config.group_size}",
+        f"{escaped(str(file.metadata['name']))} {label(config, file.encodings)}",
         gib(file.file_size),
         f"{config.n_parameters / 1e6:.2f} M",
     ]
@@ -426,7 +429,8 @@ def quick(model: Model, doing: Callable[[str], None] = lambda _: None) -> Iterat
 
 
 def _repeat(player: Player, machine: Machine, test: Test, doing: Callable[[str], None]) -> Series:
-    series = Series("qwen3c", test, work=work(player.model.config, player.model.kv, test))
+    encodings = player.model.file.encodings
+    series = Series("qwen3c", test, work=work(player.model.config, player.model.kv, test, encodings))
     doing(f"{test.name}: warming up")
     player.seconds(test, 0)  # warm-up: touches pages and allocates buffers, not counted
     least, most = QUICK_RUNS

@@ -29,14 +29,26 @@ static void sift_down(int32_t *heap, size_t n, size_t parent, const float *x) {
     }
 }
 
-static int top_k(int32_t *ids, const float *x, size_t n, size_t k) {
+#define NAN_BLOCK 1024  /* values that are looked at once more while they are near */
+
+INLINE int any_nan(const float *x, size_t n) {
     int nan = 0;
     for (size_t i = 0; i < n; i++) nan |= x[i] != x[i];
-    if (nan) return 1;
+    return nan;
+}
+
+static int top_k(int32_t *ids, const float *x, size_t n, size_t k) {
+    size_t known = k;  /* how many of x are known to be numbers */
+    if (any_nan(x, k)) return 1;
     for (size_t i = 0; i < k; i++) ids[i] = (int32_t)i;
     for (size_t parent = k / 2; parent-- > 0;) sift_down(ids, k, parent, x);
     for (size_t i = k; i < n;) {
         size_t end = n - i < 4 * LANES ? n : i + 4 * LANES;
+        while (known < end) {
+            size_t more = n - known < NAN_BLOCK ? n - known : NAN_BLOCK;
+            if (any_nan(x + known, more)) return 1;
+            known += more;
+        }
         if (i + 4 * LANES <= n) {  /* skip four vectors at once: most hold nothing large enough */
             f32x16 a = f32_max(f32_load(x + i), f32_load(x + i + LANES));
             f32x16 b = f32_max(f32_load(x + i + 2 * LANES), f32_load(x + i + 3 * LANES));

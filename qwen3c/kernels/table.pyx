@@ -14,7 +14,7 @@ from .spinning import give_variable_back
 
 from cython.parallel cimport prange
 from libc.stdint cimport int32_t, uint8_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
 
 
 cdef extern from "kernels/openmp.h" nogil:
@@ -116,6 +116,38 @@ def top_k(logits, Py_ssize_t k):
     if kernels.top_k(&ids[0], &x[0], x.shape[0], k):
         raise ValueError("the logits hold a NaN: the model file is damaged or its weights overflow")
     return np.asarray(ids)
+
+
+def all_finite(rows, Py_ssize_t n, int threads=1):
+    """Whether the first n numbers of every row, each float32 (n or more,), are finite."""
+    cdef const float[::1] row
+    cdef Py_ssize_t i, n_rows = len(rows), broken = 0
+    cdef const float **pointers = <const float **>malloc(max(n_rows, 1) * sizeof(float *))
+    if pointers == NULL:
+        raise MemoryError(f"no memory to look at {n_rows} rows")
+    try:
+        for i in range(n_rows):
+            row = rows[i]
+            if not 1 <= n <= row.shape[0]:
+                raise ValueError(f"n = {n} is outside 1..{row.shape[0]}, the length of a row")
+            pointers[i] = &row[0]
+        threads = 1 if forked else startable_team(max(min(threads, n_rows), 1))
+        for i in prange(
+            n_rows, nogil=True, schedule="dynamic", num_threads=threads, use_threads_if=threads > 1
+        ):
+            broken += count_broken(pointers[i], n)
+    finally:
+        free(pointers)
+    return broken == 0
+
+
+cdef int32_t count_broken(const float *x, Py_ssize_t n) noexcept nogil:
+    """How many of x (n) are not finite: those are what differs from itself by something else than 0."""
+    cdef int32_t broken = 0
+    cdef Py_ssize_t i
+    for i in range(n):
+        broken += x[i] - x[i] != 0
+    return broken
 
 
 # ----------------------------------------------------------------------------

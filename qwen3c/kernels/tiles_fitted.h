@@ -103,20 +103,22 @@ static void extremes(float *extreme, const Columns *group) {
             if (fabsf(group->w[c][r]) > fabsf(extreme[r])) extreme[r] = group->w[c][r];
 }
 
-/* Ends of the codes that the largest weight may come to, and how far past them. */
-static const float ends_int4[] = {28, -31}, ends_int6[] = {31};
-static const float factors[] = {0.9f, 1.0f, 1.1f};
-
 INLINE void fit_scales(const Encoding encoding, const Choice *choice, const Columns *group, Fit *best) {
-    float extreme[LANES], wanted[LANES], fitted[LANES], again[LANES];
+    /* the code that the largest weight may come to, and how far past it */
+    static const float ends_int4[] = {28, -31}, factors_int4[] = {0.9f, 1.0f, 1.1f};
+    static const float ends_int6[] = {31}, factors_int6[] = {0.95f, 1.0f, 1.05f};
     const float *ends = encoding == ENCODING_INT4 ? ends_int4 : ends_int6;
+    const float *factors = encoding == ENCODING_INT4 ? factors_int4 : factors_int6;
+    float extreme[LANES], wanted[LANES], fitted[LANES], again[LANES];
     extremes(extreme, group);
-    for (size_t r = 0; r < LANES; r++) best->scale[r] = 0, best->lost[r] = INFINITY;
+    for (size_t r = 0; r < LANES; r++) {
+        best->scale[r] = 0;
+        best->lost[r] = INFINITY;
+        if (encoding == ENCODING_INT6) extreme[r] = fabsf(extreme[r]);
+    }
     for (size_t e = 0; e < (encoding == ENCODING_INT4 ? 2 : 1); e++)
-        for (size_t f = 0; f < (encoding == ENCODING_INT4 ? 3 : 1); f++) {
-            for (size_t r = 0; r < LANES; r++)
-                wanted[r] = encoding == ENCODING_INT4 ? extreme[r] / ends[e] * factors[f]
-                                                      : fabsf(extreme[r]) / ends[e];
+        for (size_t f = 0; f < 3; f++) {
+            for (size_t r = 0; r < LANES; r++) wanted[r] = extreme[r] / ends[e] * factors[f];
             try_scales(encoding, choice, group, best, fitted, wanted);
             try_scales(encoding, choice, group, best, again, fitted);
         }

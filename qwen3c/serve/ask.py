@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 from ..drivers.batch import LastRow
 from ..drivers.reply import Event, FinishReason, ReplyState, Stats
 from ..drivers.sampler import SamplingOptions
+from ..drivers.schema import GrammarError
 from ..drivers.score import PromptScores, TokenScore
 from ..engine import Logits
-from .errors import ApiError, server_error
+from ..kernels.draw import Draw, NoTokenError
+from .errors import ApiError, grammar_error, server_error
 
 if TYPE_CHECKING:
     from ..drivers.grammar import Grammar
@@ -85,7 +87,7 @@ class Update:
     """What came of one sequence. index: which. The last update of a sequence has `last`.
 
     event: a token of a reply. row: with Ask.vectors (dim,), with Ask.rows (vocab_size,).
-    scores: with Ask.echo, before the first event. error: the engine failed.
+    scores: with Ask.echo, before the first event. error: the engine or the grammar failed.
     """
 
     index: int
@@ -100,7 +102,7 @@ class Update:
 class Stream(AsyncIterator[Update]):
     """The updates of an Ask as they come; it ends after the last one of every sequence.
 
-    An engine that fails raises its ApiError here. stats: of each sequence. Belongs
+    An engine that fails, or a grammar, raises its ApiError here. stats: of each sequence. Belongs
     to the event loop that made it.
     """
 
@@ -110,6 +112,7 @@ class Stream(AsyncIterator[Update]):
         self._updates: deque[Update] = deque()
         self._changed = asyncio.Event()
         self._unfinished = n
+        self.failed: set[int] = set()  # which sequences ended in an error
 
     @property
     def stats(self) -> list[Stats]:
@@ -125,6 +128,7 @@ class Stream(AsyncIterator[Update]):
         """Take in what a pass brought; called in the stream's event loop."""
         self._updates.extend(updates)
         self._unfinished -= sum(update.last for update in updates)
+        self.failed.update(update.index for update in updates if update.error is not None)
         self._changed.set()
 
     def cancel(self) -> None:
@@ -201,6 +205,7 @@ class Job:
     position: int = 0  # in the queue, as last told
     wake: Callable[[], None] = lambda: None  # its scheduler, which looks for what was cancelled
     cancelled: bool = False
+    _fault: ValueError | None = None  # what begin() found, for take() to tell
 
     def __lt__(self, other: Job) -> bool:
         """Whether it comes sooner."""
@@ -226,15 +231,31 @@ class Job:
         self.cancelled = True
         self.wake()
 
+    def forced(self) -> Sequence[int]:
+        return self.state.forced()
+
     def prepare(self) -> None:
         self.state.prepare()
+
+    def begin(self, logits: NDArray[np.float32]) -> Draw | None:
+        if self.max_tokens == 0:
+            return None
+        try:
+            return self.state.begin(logits)
+        except ValueError as error:  # which take() is to tell
+            self._fault = error
+            return None
 
     def take(self, logits: NDArray[np.float32]) -> Event | LastRow | Failed:
         if self.max_tokens == 0:  # the prompt alone was to be read
             return self.state.end("length")
         try:
+            if self._fault is not None:
+                raise self._fault
             return self.state.take(logits)
-        except ValueError as error:  # a grammar that allows no token: it is this sequence's fault alone
+        except (GrammarError, NoTokenError) as error:
+            return Failed(grammar_error(str(error)))
+        except ValueError as error:  # it is this sequence's fault alone
             return Failed(server_error(str(error)))
 
     def end(self, reason: FinishReason) -> Event | LastRow | Failed:

@@ -151,10 +151,16 @@ def _setting(default: Any, check: Check) -> Any:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """One model. kv: the type of its KV cache, None for the server's own setting."""
+    """One model, and what it has of its own: None for the server's setting. draft: the path of a smaller
+    model that guesses at its next tokens.
+    """
 
     path: str = _setting("", text(what="the path of a model.bin"))
     kv: str | None = _setting(None, choice("int8", "f16", "f32"))
+    context: int | None = _setting(None, whole(0, 1 << 24))
+    cache_memory: int | None = _setting(None, size)
+    threads: int | None = _setting(None, whole(1, 4096))
+    draft: str | None = _setting(None, text(what="the path of a model.bin"))
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,7 @@ class UpstreamSettings:
     silence_timeout: float = _setting(30.0, seconds(0.01, 600))
     requests_per_day: int | None = _setting(None, whole(0, 1 << 40))
     tokens_per_day: int | None = _setting(None, whole(0, 1 << 50))
+    state_file: str | None = _setting(None, text(what="the path of a file"))
     insecure: bool = _setting(False, flag)
     env_proxy: bool = _setting(False, flag)
 
@@ -201,6 +208,8 @@ class Settings:
     threads: int | None = _setting(None, whole(1, 4096))
     isa: str | None = _setting(None, text(what="an instruction set"))
     huge_pages: bool = _setting(False, flag)
+    drafts: bool = _setting(True, flag)
+    draft: str | None = _setting(None, text(what="the path of a model.bin"))  # for the default model
     # who may ask, and how
     api_keys_file: str | None = _setting(None, text(what="the path of a file"))
     allowed_hosts: tuple[str, ...] = _setting(
@@ -228,7 +237,7 @@ class Settings:
         return not is_loopback(self.host)
 
 
-PATHS = ("api_keys_file", "mcp_servers")  # relative to the file that names them
+PATHS = ("api_keys_file", "mcp_servers", "draft")  # relative to the file that names them
 HOW_TO_GIVE_KEYS = "--api-keys FILE (a line: NAME KEY)"
 CREDENTIAL = "api-keys"  # the file of keys that systemd hands over
 
@@ -262,10 +271,18 @@ def settings(file: str | None, flags: Mapping[str, Any], names: Mapping[str, str
         if name in values:
             values[name] = os.path.abspath(values[name])
     for alias, model in values.get("models", {}).items():
-        values["models"][alias] = dataclasses.replace(model, path=os.path.abspath(model.path))
+        values["models"][alias] = _moved(model, os.path.abspath)
+    if values.get("upstream") is not None:
+        values["upstream"] = _placed(values["upstream"], Path())
     made = Settings(**values)
     _check_together(made)
     return made
+
+
+def _moved(model: ModelSettings, where: Callable[[str], str]) -> ModelSettings:
+    """A model whose paths went through `where`."""
+    draft = None if model.draft is None else where(model.draft)
+    return dataclasses.replace(model, path=where(model.path), draft=draft)
 
 
 def _without(models: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,10 +321,18 @@ def read(path: str) -> dict[str, Any]:
             values[name] = str(folder / values[name])
     if "models" in values:
         values["models"] = {
-            alias: dataclasses.replace(model, path=str(folder / model.path))
-            for alias, model in values["models"].items()
+            alias: _moved(model, lambda path: str(folder / path)) for alias, model in values["models"].items()
         }
+    if "upstream" in values:
+        values["upstream"] = _placed(values["upstream"], folder)
     return values
+
+
+def _placed(upstream: UpstreamSettings, folder: Path) -> UpstreamSettings:
+    """The same with the path of its file whole."""
+    if upstream.state_file is None:
+        return upstream
+    return dataclasses.replace(upstream, state_file=os.path.abspath(folder / upstream.state_file))
 
 
 def _known(kind: type[Any], table: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:

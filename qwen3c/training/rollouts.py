@@ -12,7 +12,8 @@ import numpy as np
 
 from .. import engine
 from ..drivers.batch import drive
-from ..drivers.reply import ReplyState, Vocabulary, token_budget, token_ids
+from ..drivers.draft import Drafting
+from ..drivers.reply import ReplySettings, ReplyState, Vocabulary, token_budget, token_ids
 from ..drivers.sampler import Sampling
 
 RUNNING = 256  # sequences at once
@@ -38,8 +39,12 @@ def rollout(
     end_tokens: Collection[int],
     temperature: float,
     seed: Sequence[int],
+    draft: bool = True,
 ) -> list[list[Completion]]:
-    """n_completions of each prompt. temperature: 0 is greedy. ValueError if one could exceed the context."""
+    """n_completions of each prompt. temperature: 0 is greedy. draft: see Model.generate.
+
+    ValueError if one could exceed the context.
+    """
     ids = [token_ids(prompt, model.config.vocab_size) for prompt in prompts]
     context = model.config.context
     for prompt in ids:
@@ -48,18 +53,18 @@ def rollout(
     completions = [Completion(number) for number in seeds]
     vocabulary = Vocabulary(model.config.n_tokens, frozenset(end_tokens))
     # greedy sampling gives its token probability 1; learning needs the model's own probability of it
-    logprobs = 0 if temperature == 0 else None
+    settings = ReplySettings(logprobs=0 if temperature == 0 else None)
 
     def replies() -> Iterator[tuple[list[int], ReplyState]]:
         for i, completion in enumerate(completions):
             prompt = ids[i // n_completions]
             sampling = Sampling(temperature=temperature, seed=completion.seed)
-            state = ReplyState(vocabulary, prompt, sampling, max_tokens, logprobs=logprobs)
+            state = ReplyState(vocabulary, prompt, sampling, max_tokens, settings)
             states[i] = state
             yield prompt, state
 
     states: dict[int, ReplyState] = {}
-    for i, event in drive(model, replies(), RUNNING):
+    for i, event in drive(model, replies(), RUNNING, drafting=Drafting(model) if draft else None):
         if event.token is not None:
             completion = completions[i]
             completion.tokens.append(event.token)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from . import TrainingError
-from .vocabulary import end_of_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -62,6 +61,8 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Pr
     """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from .vocabulary import end_of_text
 
     shape.check()
     end, end_of_turn = end_of_text(tokenizer), tokenizer.eos_token_id

@@ -1,4 +1,4 @@
-"""Commands that run in the process of the tests leave its signals as they were."""
+"""Commands that run in the process of the tests leave its signals as they were; the models that they open."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from commands import TINY
+from small_models import export_small_model
 
+from qwen3c import Model
 from qwen3c.cli.signals import ENDING
 
 
@@ -18,3 +21,23 @@ def handlers() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def default_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command uses a model that can think, and one thread: two threads on a busy machine wait for each
+    other.
+    """
+    monkeypatch.setenv("QWEN3C_MODEL", TINY)
+    monkeypatch.setenv("QWEN3C_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(TINY, threads=1)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Random weights, a context of 256, a template that can think."""
+    return str(export_small_model(tmp_path_factory.mktemp("small")))

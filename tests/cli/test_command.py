@@ -5,15 +5,14 @@ python -m pytest tests/cli/test_command.py
 
 from __future__ import annotations
 
+import argparse
 import errno
 import importlib.machinery
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 from small_models import write_small_model
@@ -66,7 +65,7 @@ def test_every_command_says_an_error_in_the_same_line_with_the_same_status(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(args: Any) -> int:
+    def fail(args: argparse.Namespace) -> int:
         raise error
 
     monkeypatch.setattr(module, "_work", fail)
@@ -80,7 +79,7 @@ def test_every_command_says_an_error_in_the_same_line_with_the_same_status(
 def test_a_reader_that_has_left_is_no_error(
     module: ModuleType, argv: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(args: Any) -> int:
+    def fail(args: argparse.Namespace) -> int:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     monkeypatch.setattr(module, "_work", fail)
@@ -99,7 +98,7 @@ def test_every_command_ends_by_a_signal_with_its_number(
 ) -> None:
     cleaned_up = []
 
-    def be_ended(args: Any) -> int:
+    def be_ended(args: argparse.Namespace) -> int:
         try:
             signal.raise_signal(getattr(signal, name))
         finally:
@@ -151,7 +150,6 @@ def test_an_estimate_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "export.py: error: cannot write: No space left on device\n")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a POSIX shell starts it")
 @pytest.mark.parametrize("stream", ["> /dev/full 2>&1", "2>&-", "2> /dev/full"])
 @pytest.mark.parametrize("script", ["run.py", "export.py", "train.py"])
 def test_an_error_that_nobody_can_read_is_still_its_status(script: str, stream: str, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from mcp import Client
 from mcp.client.stdio import StdioServerParameters
 from mcp_fixtures import app, box_models, serving
 from screen import ROOT
+from starlette.types import Receive, Scope, Send
 
 from qwen3c import Model
 from qwen3c.serve.mcp import TOOLS, Local
@@ -181,7 +182,7 @@ def test_a_proxy_over_stdio_loads_nothing_and_sends_its_key() -> None:
         models = box_models()
         application = app(Local(models))
 
-        async def noting(scope: Any, receive: Any, send: Any) -> None:
+        async def noting(scope: Scope, receive: Receive, send: Send) -> None:
             seen.extend(value for name, value in scope.get("headers", ()) if name == b"authorization")
             await application(scope, receive, send)
 

@@ -1,93 +1,32 @@
-"""run.py as its users meet it: at a terminal, in a pipe, with wrong input.
+"""run.py as its users meet it: in a pipe, with wrong input, in odd surroundings.
 
 python -m pytest tests/cli/test_run.py
 """
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import errno
 import json
-import math
 import os
 import re
-import select
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
+from commands import COMPLETE, PROMPT, ROOT, RUN, TINY, Result, command, in_process, text_of
 from small_models import TINY_QWEN3, export_small_model, write_small_model
 
 from qwen3c import MODEL_IN_THE_BOX, Model, engine
-from qwen3c.cli import options as run_options, run
-from qwen3c.cli.options import USED_BY, new_parser
-from qwen3c.cli.repl import parse_command
+from qwen3c.cli import modes as run_modes
+from qwen3c.cli.options import MODES
 from qwen3c.format import ModelFile, ModelFileError, ModelWriter
-from qwen3c.inspect import trace
-from qwen3c.inspect.info import describe
 from qwen3c.system.machine import THREAD_VARIABLES, default_threads, n_cpus
 
-ROOT = Path(__file__).parents[2]
-RUN = [sys.executable, str(ROOT / "run.py")]
-TINY = str(TINY_QWEN3)
-PROMPT = "def fibonacci(n):\n"
-COMPLETE = ["-m", "generate"]
-
-posix = pytest.mark.skipif(os.name != "posix", reason="signals, terminals and /dev are POSIX")
-
-
-@pytest.fixture(autouse=True)
-def default_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command uses a model that can think, and one thread: two threads on a busy machine wait for each
-    other.
-    """
-    monkeypatch.setenv("QWEN3C_MODEL", TINY)
-    monkeypatch.setenv("QWEN3C_THREADS", "1")
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return Model(TINY, threads=1)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Random weights, a context of 256, a template that can think."""
-    return str(export_small_model(tmp_path_factory.mktemp("small")))
-
-
-class Result:
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status, self.out, self.err = status, out, err
-
-
-def in_process(capsys: pytest.CaptureFixture[str], *args: str) -> Result:
-    capsys.readouterr()
-    try:
-        status = run.main([*args])
-    except SystemExit as leave:
-        status = int(leave.code or 0)
-    return Result(status, *capsys.readouterr())
-
-
-def command(*args: str, **options: Any) -> Result:
-    """run.py as a process of its own, stdin empty unless given."""
-    options = {"input": b"", "timeout": 60, "capture_output": True, **options}
-    done = subprocess.run([*RUN, *args], **options)
-    return Result(done.returncode, (done.stdout or b"").decode(), (done.stderr or b"").decode())
-
-
-def text_of(model: Model, prompt: list[int], n: int, **sampling: Any) -> str:
-    return "".join(event.text for event in model.generate(prompt, n, **sampling))
-
+pytestmark = pytest.mark.usefixtures("default_model")
 
 # ----------------------------------------------------------------------------
 # generate
@@ -105,10 +44,35 @@ def test_stdout_carries_the_text_of_the_model_alone(model: Model) -> None:
         chosen,
     )
     assert re.fullmatch(
-        r"prompt 8 tok [\d.]+ tok/s \| reply 30 tok [\d.]+ tok/s \| context 37/2048 \| seed 7 "
-        r"\| cut at max tokens \(-n\)",
+        r"prompt 8 tok [\d.]+ tok/s \| reply 30 tok [\d.]+ tok/s( \([\d.]+ tokens a pass\))? "
+        r"\| context 37/2048 \| seed 7 \| cut at max tokens \(-n\)",
         speed,
     )
+
+
+def test_drafts_change_the_speed_line_alone(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [TINY, *COMPLETE, "-i", "red, green, blue, " * 9, "-n", "60", "-t", "0"]
+    plain = in_process(capsys, *asked, "--no-draft")
+    assert plain.status == 0 and "tokens a pass" not in plain.err
+    for options in ([], ["--draft", TINY]):
+        done = in_process(capsys, *asked, *options)
+        assert done.out == plain.out and re.search(r" \([\d.]+ tokens a pass\) \| ", done.err)
+    both = in_process(capsys, *asked, "--draft", TINY, "--no-draft")
+    assert both.status == 2 and "not allowed with argument" in both.err
+
+
+def test_a_draft_model_of_another_vocabulary_is_one_line(
+    small: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for path, complaint in (
+        (small, f"{small}: it cannot draft for {TINY}, which has another tokenizer"),
+        (str(tmp_path / "none.bin"), "none.bin: No such file or directory"),
+    ):
+        for mode in ("generate", "serve"):
+            text = ["-i", "x"] if mode == "generate" else []
+            done = in_process(capsys, TINY, "-m", mode, "--draft", path, *text)
+            assert done.status == 2 and done.out == ""
+            assert complaint in done.err and done.err.count("\n") == 1, done.err
 
 
 def test_the_model_is_the_one_named_else_that_of_the_environment_else_the_one_in_the_box(
@@ -300,111 +264,6 @@ def with_template(file: ModelFile, path: Path, template: str) -> str:
 
 
 # ----------------------------------------------------------------------------
-# Modes and options
-
-ALL = {"chat", "generate", "trace", "info", "perplexity", "bench", "serve", "mcp"}
-MAKES_TEXT = {"chat", "generate", "trace"}
-SAMPLING = (
-    "-t 1", "-p 1", "-s 1", "--top-k 1", "--min-p 0.1", "--presence-penalty 1", "--frequency-penalty 1",
-    "--repetition-penalty 1", "--logit-bias 5=1",
-)  # fmt: skip
-OPTIONS = [  # and the modes that use them
-    (("-i x", "--chat-template", "--raw"), {"generate", "trace"}),
-    (("--file /dev/null",), {"generate", "trace", "perplexity"}),
-    (("--echo", "--schema x"), {"generate"}),
-    (("-y x", "--system-file x", "-r 1", "--think", "--no-think"), MAKES_TEXT),
-    (("-n 1", "--stop x", *SAMPLING), MAKES_TEXT),
-    (("-c 0",), MAKES_TEXT | {"perplexity", "serve", "mcp"}),
-    (("-j 1", "--kv f16", "--huge-pages", "--isa scalar"), ALL - {"info"}),
-    (("--activations int8",), ALL - {"info", "serve"}),
-    (
-        (
-            "--host x",
-            "--port 1",
-            "--fd 3",
-            "--config x",
-            "--print-config",
-            "--api-keys x",
-            "--max-gap 1",
-            "--cache-memory x",
-            "--queue 1",
-            "--running 1",
-            "--cors-origin x",
-            "--allowed-host x",
-            "--drain 1",
-            "--log-json",
-            "--no-metrics",
-            "--metrics",
-            "--model-alias a=b",
-            "--idle-unload 1",
-        ),
-        {"serve"},
-    ),
-    (("--hide-thinking", "--json --logprobs 1"), {"chat", "generate"}),
-    (("--json",), ALL - {"bench", "serve", "mcp"}),
-    (("--level compact", "--html x"), {"trace"}),
-    (("--verify",), {"info"}),
-    (("--mcp x",), {"chat", "serve"}),
-]
-
-
-@pytest.mark.parametrize("mode", sorted(ALL))
-def test_a_mode_refuses_in_one_line_every_option_that_it_does_not_use(
-    mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(run, "MODES", dict.fromkeys(run_options.MODES, lambda args: 0))
-    for option, modes in [(option, modes) for options, modes in OPTIONS for option in options]:
-        text = ["text"] * (mode == "perplexity" and "--file" not in option)
-        done = in_process(capsys, TINY, *text, "-m", mode, *option.split())
-        if mode in modes:
-            assert (done.status, done.err) == (0, ""), option
-            continue
-        assert done.status == 2 and done.err.count("\n") == 1, option
-        belongs = re.fullmatch(rf"run.py: error: (\S+) belongs to -m (.+), not to -m {mode}\n", done.err)
-        assert belongs, done.err
-        flags = set(belongs[1].split("/"))
-        assert flags & set(option.split())
-        if len(option.split()) < 3:
-            assert set(re.split(", | or ", belongs[2])) == modes
-
-
-def test_every_option_is_some_modes() -> None:
-    dests = {action.dest for action in new_parser()._actions}
-    assert dests - {"help", "version", "mode", "paths"} == USED_BY.keys()
-
-
-def test_without_a_mode_the_options_tell_which_it_is(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    chosen: list[str] = []
-
-    def note(args: Any) -> int:
-        chosen.append(args.mode)
-        return 0
-
-    monkeypatch.setattr(run, "MODES", dict.fromkeys(run_options.MODES, note))
-    for at_terminal in (True, False):
-        monkeypatch.setattr(sys, "stdin", FakeStdin(at_terminal))
-        for options, expected in [
-            ("", "chat" if at_terminal else "generate"),
-            ("-t 0.5 -y x", "chat" if at_terminal else "generate"),
-            ("-i x", "generate"),
-            ("--file x", "generate"),
-            ("--raw", "generate"),
-            ("--echo -i x", "generate"),
-            ("--verify --json", "info"),
-            ("--html x -i x", "trace"),
-        ]:
-            assert in_process(capsys, *options.split()).status == 0
-            assert chosen.pop() == expected, (at_terminal, options)
-
-
-class FakeStdin:
-    def __init__(self, at_terminal: bool) -> None:
-        self.isatty = lambda: at_terminal
-
-
-# ----------------------------------------------------------------------------
 # A file that is not a model.bin
 
 
@@ -461,7 +320,7 @@ def test_what_is_not_a_model_bin_says_what_it_is_and_what_to_do(
             assert (done.status, done.out, done.err) == (2, "", f"run.py: error: {expected}\n")
 
 
-@pytest.mark.parametrize("mode", sorted(ALL))
+@pytest.mark.parametrize("mode", sorted(MODES))
 def test_the_name_of_a_mode_where_the_model_stands_is_recognised(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -588,7 +447,6 @@ def test_help_needs_no_heavy_library() -> None:
     assert "--repetition-penalty" in done.stdout
 
 
-@posix
 @pytest.mark.parametrize(
     ("started_as", "name"),
     [
@@ -661,10 +519,10 @@ def test_an_error_is_one_line_that_says_what_was_short(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(args: Any) -> int:
+    def fail(args: argparse.Namespace) -> int:
         raise error
 
-    monkeypatch.setattr(run, "MODES", {"info": fail})
+    monkeypatch.setattr(run_modes, "MODES", {"info": fail})
     monkeypatch.setattr(os, "dup2", lambda *_: None)  # or this test's own stdout would be closed
     done = in_process(capfd, "-m", "info")
     assert done.status == status and done.err.count("\n") == 1
@@ -707,7 +565,6 @@ def default_threads_without_environment(monkeypatch: pytest.MonkeyPatch) -> int:
         return default_threads()
 
 
-@posix
 def test_a_reader_that_leaves_is_no_error() -> None:
     process = subprocess.Popen(
         [*RUN, *COMPLETE, "-i", PROMPT, "-n", "2000", "-t", "2"],
@@ -721,7 +578,6 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert process.stderr.read().decode().count("\n") == 1  # what was chosen, and no traceback
 
 
-@posix
 @pytest.mark.parametrize(
     ("shell", "status", "complaint"),
     [
@@ -747,7 +603,6 @@ def test_odd_surroundings_bring_no_traceback(shell: str, status: int, complaint:
     assert complaint in err
 
 
-@posix
 def test_ctrl_c_ends_a_completion_and_keeps_its_text(model: Model) -> None:
     process = subprocess.Popen([*RUN, *COMPLETE, "-i", PROMPT, "-n", "2000", "-t", "2", "-s", "1"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
@@ -763,432 +618,3 @@ def test_ctrl_c_ends_a_completion_and_keeps_its_text(model: Model) -> None:
         if len(full) > len(shown):
             break
     assert shown and full.startswith(shown)
-
-
-# ----------------------------------------------------------------------------
-# info and perplexity
-
-
-def test_info_says_what_is_asked_first_then_every_tensor_and_the_header_on_80_columns(
-    small: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = ModelFile(small)
-    told = in_process(capsys, small, "-m", "info").out
-    lines = told.splitlines()
-    assert [line.split()[0] for line in lines[:5]] == ["name", "file", "size", "parameters", "context"]
-    assert lines[1].endswith(f" {small}") and all(len(line) < 80 for line in [lines[0], *lines[2:]])
-    sections = [line.split("  ")[0] for line in lines if line and not line.startswith(" ")]
-    assert [s for s in sections if not s.startswith("available")] == [
-        "metadata", "tensors", "header", "source", "config of the source",
-    ]  # fmt: skip
-    for name, value in file.fields().items():
-        assert re.search(rf"^  {name} +{re.escape(str(value))}$", told, re.MULTILINE)
-    for name, value in file.metadata["source"]["config"].items():
-        shown = rf"{name}\.\w+ " if isinstance(value, dict) else rf"{name} "
-        assert re.search(rf"^  {shown}", told, re.MULTILINE), name
-    for tensor in file.tensors:
-        layer = re.match(r"model\.layers\.(\d+)\.", tensor.name)
-        if layer and int(layer[1]) > 0:
-            continue
-        name = tensor.name.removeprefix(layer[0]) if layer else tensor.name
-        line = next(line for line in lines if line.split()[:1] == [name])
-        assert line.endswith(f" {tensor.size:,}") and " x ".join(map(str, tensor.shape)) in line
-    assert "  model.layers.1: likewise" in lines
-    assert json.loads(in_process(capsys, small, "-m", "info", "--json").out) == json.loads(
-        json.dumps(describe(file))
-    )
-    memory = describe(file)["memory"][-1]
-    assert memory["context"] == 256
-    assert (memory["kv_f16_bytes"], memory["kv_f32_bytes"]) == (256 * 2 * 2 * 64 * 2, 256 * 2 * 2 * 64 * 4)
-    assert memory["resident_f32_bytes"] - memory["resident_f16_bytes"] == 256 * 2 * 2 * 64 * 2
-
-
-def test_info_folds_the_experts_of_a_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = str(export_small_model(tmp_path, architecture="qwen3_moe"))
-    told = in_process(capsys, path, "-m", "info").out
-    tensors = ModelFile(path).tensors
-    for kind, shape in (("gate_up", "6 x 128 x 64"), ("down", "6 x 64 x 64")):
-        for layer in range(2):
-            size = sum(t.size for t in tensors if re.search(rf"layers\.{layer}\..*\d\.{kind}_proj", t.name))
-            name = rf"mlp\.experts\.\*\.{kind}_proj\.weight"
-            assert re.search(rf"^ +{name} +int8 g64 +{shape} +{size:,}$", told, re.MULTILINE)
-    assert told.count(".experts.") == 2 and "model.layers.1: likewise" in told
-
-
-def test_verify_names_every_damaged_tensor(
-    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = ModelFile(small)
-    sound = in_process(capsys, small, "--verify")
-    assert sound.status == 0 and f"all {len(file.tensors)} tensors match" in sound.err
-    data = bytearray(Path(small).read_bytes())
-    hit = [file.tensors[i] for i in (0, 3, len(file.tensors) - 1)]
-    for tensor in hit:
-        data[file.tensors_offset + tensor.offset + tensor.size // 2] ^= 1
-    (tmp_path / "bad.bin").write_bytes(data)
-    done = in_process(capsys, str(tmp_path / "bad.bin"), "-m", "info", "--verify")
-    assert done.status == 2
-    damaged = [re.search(r"tensor (\S+) is damaged", line) for line in done.err.splitlines()]
-    assert [match and match[1] for match in damaged] == [tensor.name for tensor in hit]
-    told = json.loads(in_process(capsys, str(tmp_path / "bad.bin"), "--verify", "--json").out)
-    assert told["damaged"] == [t.name for t in hit]
-
-
-def test_perplexity_is_that_of_the_logits(
-    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = (ROOT / "qwen3c" / "cli" / "options.py").read_text()[:3000]
-    (tmp_path / "text").write_text(text)
-    done = in_process(capsys, "-m", "perplexity", str(tmp_path / "text"), "-c", "300", "--json")
-    ids, nats, n = model.tokenizer.encode(text), 0.0, 0
-    for start in range(0, len(ids), 300):
-        part = ids[start : start + 300]
-        x = model.session().forward(part, logits="all")[:, : model.config.n_tokens].astype(np.float64)
-        p = np.exp(x - x.max(axis=1, keepdims=True))
-        p /= p.sum(axis=1, keepdims=True)
-        nats -= np.log(p[np.arange(len(part) - 1), part[1:]]).sum()
-        n += len(part) - 1
-    told = json.loads(done.out)
-    assert told["tokens"] == n and told["window"] == 300
-    assert told["perplexity"] == pytest.approx(math.exp(nats / n), rel=1e-5)
-    told_people = in_process(capsys, TINY, str(tmp_path / "text"), "-m", "perplexity", "-c", "300").out
-    assert (
-        told_people.startswith(f"perplexity {told['perplexity']:.4f} (") and f"over {n} tokens" in told_people
-    )
-
-
-# ----------------------------------------------------------------------------
-# trace
-
-
-def test_trace_says_at_each_level_what_the_library_says(
-    small: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = Model(small, threads=1)
-    text = trace.continue_text(model, model.tokenizer.encode("hi there"), 2, temperature=0)
-    options = [small, "-m", "trace", "-i", "hi there", "-n", "2", "-t", "0"]
-    for level in trace.LEVELS:
-        told = in_process(capsys, *options, "--level", level)
-        shown = list(trace.lines(model, text, level))
-        assert (
-            told.status == 0 and told.out.splitlines()[:-1] == shown[:-1]
-        )  # the last line may be the free memory
-        found = json.loads(in_process(capsys, *options, "--level", level, "--json").out)
-        found.pop("memory", None)
-        expected = json.loads(json.dumps(trace.describe(model, text, level)))
-        expected.pop("memory", None)
-        assert found | {"seed": 0} == expected | {"seed": 0}
-    assert in_process(capsys, *options).out == in_process(capsys, *options, "--level", "input_flow").out
-
-
-def test_trace_takes_a_message_where_asked_for(small: str, capsys: pytest.CaptureFixture[str]) -> None:
-    model = Model(small, threads=1)
-    prompt = model.chat_prompt([{"role": "user", "content": "hi"}], False)
-    told = json.loads(in_process(capsys, small, "-m", "trace", "-i", "hi", "-r", "0", "--json").out)
-    assert [token["token"] for token in told["tokens"]] == prompt and told["prompt_tokens"] == len(prompt)
-
-
-def test_trace_writes_a_page(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = tmp_path / "trace.html"
-    done = in_process(capsys, small, "-m", "trace", "-i", "hi", "-n", "2", "-s", "7", "--html", str(page))
-    assert (done.status, done.out) == (0, "")
-    assert "temperature" in done.err and re.search(rf"{page}: \d tokens, seed 7, 0.0 MB; open it", done.err)
-    assert page.read_text().startswith("<!doctype html>")
-    for arguments, reason in [
-        (["-m", "trace", "-i", "hi", "--html", small], "is not a trace; nothing but a trace is written over"),
-        (["-m", "trace", "-i", "hi", "--html", str(tmp_path / "no" / "x.html")], "there is no directory"),
-        (["-m", "trace", "-i", "", "--html", str(page)], "prompt is empty"),
-        (["-m", "trace", "-i", "hi " * 300], "the context holds 256"),
-        (["-m", "generate", "-i", "hi", "--html", "x"], "--html belongs to -m trace, not to -m generate"),
-        (["-m", "trace", "-i", "hi", "--level", "all"], "invalid choice"),
-    ]:
-        done = in_process(capsys, small, *arguments)
-        assert (done.status, done.out, done.err.count("\n")) == (2, "", 1) and reason in done.err, done.err
-    assert Model(small, threads=1).config.context == 256
-
-
-# ----------------------------------------------------------------------------
-# chat
-
-
-def test_messages_from_a_pipe_are_answered_one_by_one(model: Model) -> None:
-    stdin = 'first\n"""\nsecond\nline\n"""\n\n/foo\n /foo\n/no_think x\n'
-    done = command("-m", "chat", "-n", "6", "-s", "4", "--no-think", "--json", input=stdin.encode())
-    replies = [json.loads(line) for line in done.out.splitlines()]
-    assert (
-        done.status == 2 and "unknown command /foo" in done.err
-    )  # stdin is no terminal, so a failed command shows in the status
-    messages: list[dict[str, Any]] = []
-    for i, (said, reply) in enumerate(
-        zip(["first", "second\nline", " /foo", "/no_think x"], replies, strict=True)
-    ):
-        messages.append({"role": "user", "content": said})
-        prompt = model.chat_prompt(messages, thinking=False)
-        assert reply["text"] == text_of(model, prompt, 6, seed=4 + i)
-        assert reply["prompt_tokens"] == len(prompt)
-        messages.append({"role": "assistant", "content": reply["text"]})
-    assert replies[0]["cached_tokens"] == 0
-    assert all(reply["cached_tokens"] > 8 for reply in replies[1:])
-
-
-def test_a_conversation_that_no_longer_fits_goes_on_without_the_message(small: str) -> None:
-    stdin = "short\n" + "long " * 200 + "\nshort\n"
-    done = command(small, "-m", "chat", "-n", "4", "--json", input=stdin.encode())
-    replies = [json.loads(line) for line in done.out.splitlines()]
-    assert len(replies) == 2 and done.status == 2
-    assert re.search(r"error: prompt is \d+ tokens, the context holds 256", done.err)
-
-
-def test_overflow_drop_goes_on_without_the_oldest_turns(
-    small: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stdin = ("ab " * 20 + "\n") * 12
-    done = command(small, "-m", "chat", "-n", "4", "--json", "--overflow", "drop", input=stdin.encode())
-    assert done.status == 0 and len(done.out.splitlines()) == 12
-    assert re.search(r"^\(\d+ oldest messages are no longer told to the model\)$", done.err, re.MULTILINE)
-    stopped = command(small, "-m", "chat", "-n", "4", "--json", input=stdin.encode())
-    assert stopped.status == 2 and len(stopped.out.splitlines()) < 12
-    assert "this model holds no more; /clear forgets what was said, /set overflow drop" in stopped.err
-    done = in_process(capsys, "-m", "generate", "-i", "x", "--overflow", "drop")
-    assert done.status == 2 and "--overflow belongs to -m chat" in done.err
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("/help", ("help", "")),
-        ("/system be kind\nand brief ", ("system", "be kind\nand brief")),
-        ("/set top_k 5", ("set", "top_k 5")),
-        ("/think", ("think", "")),
-        ("/nothink", ("nothink", "")),
-        ("/unknown", ("unknown", "")),
-        ("/set-context 5", ("set-context", "5")),
-        ("/Help", ("help", "")),
-        ("/?", ("help", "")),
-        ("/quit", ("exit", "")),
-        ("/BYE now", ("exit", "now")),
-        ("/Think about it", None),
-        ("/No_think", None),
-        ("/usr/bin/x", None),
-        ("/??", None),
-        ("/think about it", None),
-        ("/no_think", None),
-        ("/no_think about it", None),
-        ("please /think", None),
-        (" /help", None),
-        ("/usr/bin is what?", None),
-        ("/* comment */", None),
-        ("//", None),
-        ("/", None),
-        ("", None),
-    ],
-)
-def test_what_is_a_command_and_what_a_message(text: str, expected: tuple[str, str] | None) -> None:
-    assert parse_command(text) == expected
-
-
-class Terminal:
-    """run.py on a pseudo-terminal that is its controlling one, as in a terminal window."""
-
-    LAUNCHER = (
-        "import fcntl, os, sys, termios\n"
-        "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-        "os.execv(sys.argv[1], sys.argv[1:])"
-    )
-
-    def __init__(self, *args: str, **environment: str) -> None:
-        import fcntl
-        import termios
-
-        self._master, slave = os.openpty()
-        # nothing wraps here; tests/terminal has windows of every width
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 240, 0, 0))
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.LAUNCHER, *RUN, *args],
-            stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            env={**os.environ, "TERM": "xterm", **environment},
-        )  # fmt: skip
-        os.close(slave)
-        self._raw = b""
-        self.seen = ""  # output without escape codes and without the ^C that a terminal shows
-        self._read = 0
-
-    def expect(self, pattern: str, seconds: float = 30) -> str:
-        """Wait for `pattern` in the output since the last wait; returns the text up to its end."""
-        deadline = time.monotonic() + seconds
-        while not (match := re.compile(pattern).search(self.seen, self._read)):
-            ready = select.select([self._master], [], [], max(0, deadline - time.monotonic()))[0]
-            try:
-                data = os.read(self._master, 65536) if ready else b""
-            except OSError:
-                data = b""
-            assert data, f"waited for {pattern!r}, saw {self.seen[self._read :]!r}"
-            self._raw += data
-            self.seen = re.sub(r"\r|\^C|\x1b\[[?0-9;]*[A-Za-z]", "", self._raw.decode(errors="replace"))
-        found = self.seen[self._read : match.end()]
-        self._read = match.end()
-        return found
-
-    def send(self, text: str) -> None:
-        os.write(self._master, text.encode())
-
-    def interrupt_until(self, pattern: str) -> None:
-        """Press Ctrl-C. Python's readline notices it with the next key, should it come between two keys."""
-        for _ in range(30):
-            self.send("\x03")
-            with contextlib.suppress(AssertionError):
-                self.expect(pattern, seconds=1)
-                return
-        self.expect(pattern, seconds=0)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        os.close(self._master)
-
-
-@pytest.fixture
-def terminal(tmp_path: Path) -> Iterator[Any]:
-    opened: list[Terminal] = []
-
-    def open_terminal(*args: str, **environment: str) -> Terminal:
-        places = {"HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "state")}
-        opened.append(Terminal(*args, **places, **environment))
-        return opened[-1]
-
-    yield open_terminal
-    for terminal in opened:
-        terminal.close()
-
-
-SPEED_LINE = r"prompt \d+ tok.*\| seed \d+.*\n"
-
-
-@posix
-def test_a_conversation_at_a_terminal(terminal: Any, tmp_path: Path) -> None:
-    t = terminal("-m", "chat", "-t", "1.5", "-s", "1", "--no-think")
-    assert "thinking off | temperature 1.5" in t.expect(r"/help lists the commands, Ctrl-D leaves")
-    t.expect("> ")
-    # Ctrl-C stops the reply and keeps it
-    t.send("write a lot\r")
-    t.expect(r"write a lot\n(.|\n){40}")
-    t.send("\x03")
-    assert "| stopped" in t.expect(SPEED_LINE)
-    # a paste is one message, whatever lines it has
-    t.expect("> ")
-    t.send("/set max_tokens 5\r")
-    t.expect("> ")
-    t.send("\x1b[200~pasted\n\n/help\ntext\x1b[201~\r")
-    assert re.search(r"\(\d+ cached\).*reply 5 tok .*cut at max tokens", t.expect(SPEED_LINE))
-    t.expect("> ")
-    # a block between quotes is one message
-    t.send('"""a block\r')
-    t.expect(r"\.\.\. ")
-    t.send('of two"""\r')
-    t.expect(SPEED_LINE)
-    t.expect("> ")
-    t.send("/regen\r")
-    t.expect(SPEED_LINE)
-    t.expect("> ")
-    # /no_think is for the model, no command
-    t.send("/no_think hi\r")
-    t.expect(SPEED_LINE)
-    t.expect("> ")
-    t.send("/foo\r")
-    t.expect(r"error: unknown command /foo")
-    t.expect("> ")
-    t.send("typed and given up")
-    t.expect("given up")
-    t.interrupt_until(r"\(Ctrl-D or /exit leaves\)")
-    t.expect("> ")
-    t.send(f"/save {tmp_path}/saved.json\r")
-    t.expect("8 messages saved")
-    t.expect("> ")
-    t.send("\x04")
-    assert t.process.wait(30) == 0
-    messages = json.loads((tmp_path / "saved.json").read_text())["messages"]
-    assert [m["content"] for m in messages[::2]] == [
-        "write a lot",
-        "pasted\n\n/help\ntext",
-        "a block\nof two",
-        "/no_think hi",
-    ]
-    # at Ctrl-C the terminal itself may discard output that was on its way
-    assert len(messages[1]["content"]) >= 40 and messages[1]["content"][:30] in t.seen
-    history = (tmp_path / "state" / "qwen3c" / "history").read_text()
-    assert "write a lot" in history and (tmp_path / "state/qwen3c/history").stat().st_mode & 0o077 == 0
-
-
-@posix
-def test_two_ctrl_c_in_a_row_do_not_end_a_conversation(terminal: Any) -> None:
-    t = terminal("-m", "chat", "-t", "1.5", "-n", "2000", "-s", "1", "--no-think")
-    t.expect("> ")
-    t.send("write\r")
-    t.expect(r"write\n(.|\n){10}")
-    t.send("\x03\x03")
-    t.expect("> ")
-    t.send("/set max_tokens 3\r")
-    t.expect("> ")
-    t.send("again\r")
-    assert "reply 3 tok" in t.expect(SPEED_LINE)
-    t.expect("> ")
-    t.send("/exit\r")
-    assert t.process.wait(30) == 0
-
-
-@posix
-def test_without_readline_lines_that_come_at_once_are_one_message(terminal: Any, tmp_path: Path) -> None:
-    (tmp_path / "readline.py").write_text("raise ImportError")
-    t = terminal("-m", "chat", "-n", "2", PYTHONPATH=str(tmp_path))
-    t.expect("> ")
-    t.send("pasted\nlines\n")
-    t.expect(SPEED_LINE)
-    t.expect("> ")
-    t.send("typed\n")
-    t.expect(SPEED_LINE)
-    t.expect("> ")
-    t.send(f"/save {tmp_path}/saved.json\n")
-    t.expect("4 messages saved")
-    messages = json.loads((tmp_path / "saved.json").read_text())["messages"]
-    assert [m["content"] for m in messages[::2]] == ["pasted\nlines", "typed"]
-
-
-@posix
-def test_a_conversation_can_be_loaded_and_its_settings_seen(terminal: Any, tmp_path: Path) -> None:
-    saved = {"qwen3c": "conversation", "system": "be kind", "messages": [
-        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}  # fmt: skip
-    (tmp_path / "c.json").write_text(json.dumps(saved))
-    (tmp_path / "other.json").write_text("{}")
-    t = terminal("-m", "chat", "-n", "3")
-    for line, answer in [
-        (f"/load {tmp_path}/c.json", "2 messages from"),
-        ("/system", "system: be kind"),
-        ("/system be brief", "system: be brief"),
-        ("/set", r"max_tokens 3\n.*temperature 0.6 \(default\)"),
-        ("/set top_k 5", "> "),
-        ("/set", r"top_k 5\n"),
-        ("/set top_k default", "> "),
-        ("/set", r"top_k 20 \(default\)"),
-        ("/set top_k many", "error: 'many' is not a number"),
-        ("/set top_k -1", "error: top_k = -1 is not"),
-        ("/set nothing 1", "error: there is no setting 'nothing'"),
-        ("/nothink", "thinking off"),
-        ("/set", r"temperature 0.7 \(default\)"),
-        (f"/load {tmp_path}/other.json", "is not a saved conversation"),
-        (f"/save {tmp_path}/other.json", "is not a saved conversation"),
-        (f"/load {tmp_path}/none.json", "none.json: No such file"),
-        ("/save", "error: which file"),
-        (f"/save {tmp_path}/c.json", "2 messages saved"),
-        ("/clear", "forgotten"),
-        ("/regen", "error: there is no reply yet"),
-        ("/help", "/load FILE"),
-    ]:
-        t.expect("> ")
-        t.send(line + "\r")
-        t.expect(re.escape(line.split()[0]))
-        t.expect(answer) if answer != "> " else None
-    t.send("\x04")
-    t.expect(".*")
-    assert json.loads((tmp_path / "c.json").read_text()) == saved | {"system": "be brief"}
-    assert (tmp_path / "other.json").read_text() == "{}"

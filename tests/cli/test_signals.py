@@ -5,7 +5,6 @@ python -m pytest tests/cli/test_signals.py
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,8 +12,6 @@ import sys
 import pytest
 
 from qwen3c.cli.signals import ENDING, Ended, answering, endable, ending, interruptible
-
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGHUP is POSIX")
 
 
 def test_the_first_signal_to_end_is_a_ctrl_c_and_the_others_are_ignored() -> None:

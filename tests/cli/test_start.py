@@ -25,7 +25,6 @@ def test_the_installed_commands_are_ways_in() -> None:
     assert all(callable(getattr(start, function)) for _, function in targets)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="SIGINT is sent")
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize(
     "command",
@@ -49,3 +48,26 @@ def test_ctrl_c_while_modules_load_is_no_traceback(command: list[str], ignored: 
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
     assert (process.returncode, error) == (7 if ignored else -signal.SIGINT, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("run.py --help", 0),
+        ("run.py --version", 0),
+        ("run.py --nonsense", 2),
+        ("export.py --help", 0),
+        ("export.py source", 2),
+        ("train.py --help", 0),
+        ("train.py sft", 2),
+    ],
+)
+def test_help_and_usage_errors_do_not_load_the_modules_of_the_work(command: str, status: int) -> None:
+    script, *arguments = command.split()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / script), *arguments],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == status and "qwen3c.cli.start" in loaded
+    assert not loaded & {"numpy", "qwen3c.cli.modes", "qwen3c.cli.stages", "qwen3c.convert.export"}

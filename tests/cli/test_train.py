@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from nano import NANO, ROOT, environment, train, write_chat, write_tasks, write_text
@@ -14,7 +13,7 @@ from qwen3c.training.checkpoint import read_metrics
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("data")
     write_text(directory / "text")
     write_chat(directory / "chat.jsonl")
@@ -78,7 +77,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_line(
-    arguments: str, message: str, data: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: str, message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(*arguments.format(d=data, o=tmp_path / "out").split(), "--quiet") == 2
     err = capsys.readouterr().err
@@ -115,7 +114,7 @@ GRPO = "grpo {d}/tasks.jsonl --model {d}/base --reward nano:digits"
     ],
 )
 def test_arguments_that_cannot_be_meant_are_refused_in_one_line(
-    arguments: Any, flag: Any, data: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: str, flag: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as status:
         train(*arguments.format(d=data).split(), "-o", tmp_path)
@@ -124,7 +123,7 @@ def test_arguments_that_cannot_be_meant_are_refused_in_one_line(
     assert err.startswith("train.py: error: ") and len(err.splitlines()) == 1
 
 
-def test_a_folder_is_begun_anew_only_by_force(data: Any, tmp_path: Path) -> None:
+def test_a_folder_is_begun_anew_only_by_force(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(data / "foreign", out)
     (out / "chat_template.jinja").write_text("of the other model")
@@ -139,7 +138,7 @@ def test_a_folder_is_begun_anew_only_by_force(data: Any, tmp_path: Path) -> None
     assert len(read_metrics(out / "metrics.jsonl")) == 3  # two evaluations and a step
 
 
-def test_the_last_learning_rate_may_be_zero_and_the_context_one(data: Any, tmp_path: Path) -> None:
+def test_the_last_learning_rate_may_be_zero_and_the_context_one(data: Path, tmp_path: Path) -> None:
     nano = [*NANO, "--context", 1, "--min-learning-rate", 0, "--steps", 2, "--quiet"]
     assert train("pretrain", data / "text", "-o", tmp_path / "out", *nano) == 0
     assert read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]["samples"] == []  # there is no room for one
@@ -147,7 +146,7 @@ def test_the_last_learning_rate_may_be_zero_and_the_context_one(data: Any, tmp_p
 
 @pytest.mark.parametrize("stage", ["pretrain {d}/text", "sft {d}/chat.jsonl --model {d}/base"])
 def test_an_estimate_is_printed_and_nothing_is_written(
-    stage: str, data: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stage: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(*stage.format(d=data).split(), "-o", tmp_path / "out", "--estimate") == 0
     out = capsys.readouterr().out

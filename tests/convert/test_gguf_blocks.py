@@ -1,4 +1,4 @@
-"""Blocks of a GGUF file give the weights that ggml reads from them: as they are, or nearly, and then it is said.
+"""Blocks of a GGUF file give the weights that ggml reads from them; where they are rounded, it is said.
 
 python -m pytest tests/convert/test_gguf_blocks.py
 """
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from small_gguf import Tensors, gguf_name, of_blocks, pair_rows, random_blocks, small_gguf, write_gguf
 from small_models import small_weights
 
-from qwen3c import Model
+from qwen3c import Model, engine, format
 from qwen3c.cli.export import main
 from qwen3c.convert import blocks, quantise, recipe
 from qwen3c.convert.export import Report, export
@@ -39,7 +39,7 @@ EXACT = {"Q4_0": Encoding.INT4, "MXFP4": Encoding.INT4, "Q5_0": Encoding.INT6, "
 
 
 def raw(data: NDArray[Any]) -> memoryview:
-    return memoryview(data.view("u1")).cast("B")
+    return data.view("u1").data.cast("B")
 
 
 def made(tmp_path: Path, kinds: Any, bits: str | None = None, **shape: Any) -> tuple[Model, Tensors, Report]:
@@ -98,7 +98,7 @@ def test_a_block_is_as_large_as_its_fields(kind: str) -> None:
 
 
 def test_blocks_packed_by_hand() -> None:
-    """Nibble j is weight j in its low half and weight j + 16 in its high half; bit j of Q5_0 is weight j's."""
+    """Nibble j is weight j in its low half, weight j + 16 in its high half; bit j of Q5_0 is weight j's."""
     half = np.float16(0.5).tobytes()
     nibbles = bytes(j | (15 - j) << 4 for j in range(16))
     order = np.array([*range(16), *range(15, -1, -1)])
@@ -157,7 +157,7 @@ def test_logits_of_q4_0_do_not_depend_on_the_encoding(tmp_path: Path, shape: dic
 def test_logits_of_q4_0_are_those_of_transformers_on_dequantised_weights(tmp_path: Path) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     pytest.importorskip("gguf")
-    shape = {"n_heads": 2, "n_kv_heads": 1, "head_dim": 128, "tied": False}
+    shape: dict[str, Any] = {"n_heads": 2, "n_kv_heads": 1, "head_dim": 128, "tied": False}
     model, _, _ = made(tmp_path, "Q4_0", **shape)
     hf = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="model.gguf", dtype=torch.float32
@@ -248,9 +248,8 @@ def test_codes_of_iq4_lose_less_in_their_own_codebook_than_by_a_search(tmp_path:
     model, tensors, _ = made(tmp_path, "IQ4_XS", **WIDE)
     name = "model.layers.0.mlp.up_proj.weight"
     weights = expected_weights(tensors, **WIDE)[name]
-    from qwen3c import engine, format
-
-    out = np.zeros(format.matrix_size(*weights.shape, 32, Encoding.INT4), np.uint8)
+    dims = (weights.shape[0], weights.shape[1])
+    out = np.zeros(format.matrix_size(*dims, 32, Encoding.INT4), np.uint8)
     _, error, square, _ = engine.quantize_tiles([(raw(weights.ravel()), "F32")], 256, 32, out.data, "int4")
     assert lost(model.weight(name), weights) < 0.9 * (error / square) ** 0.5
 

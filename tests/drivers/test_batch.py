@@ -6,7 +6,7 @@ python -m pytest tests/drivers/test_batch.py
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from qwen3c import CachedSession, Event, Model
 from qwen3c.drivers.batch import LARGEST_PIECE, Batch, Member, common_prefix, drive, last_rows
 from qwen3c.drivers.reply import ReplyState, Stats
 from qwen3c.drivers.sampler import Sampling
+from qwen3c.engine import Logits, Session
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,9 @@ class Watched(Model):
 
     passes: list[list[int]]
 
-    def forward(self, batch: Any, logits: Any = "last") -> list[NDArray[np.float32]]:
+    def forward(
+        self, batch: Sequence[tuple[Session, Any]], logits: Logits | Sequence[int] = "last"
+    ) -> list[NDArray[np.float32]]:
         self.passes.append([len(ids) for _, ids in batch])
         return super().forward(batch, logits)
 
@@ -63,6 +66,26 @@ def test_many_replies_are_each_what_generate_says(model: Model, running: int) ->
     ]
     assert texts(together, len(asked)) == alone
     assert sorted(i for i, event in together if event.finish_reason) == seeds
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.8, "top_k": 5, "repetition_penalty": 1.3, "presence_penalty": 0.4},
+        {"temperature": 1.2, "top_k": 0, "top_p": 0.7},
+        {"temperature": 1.2, "top_k": 0, "min_p": 0.2, "thinking_budget": 2},
+    ],
+)
+def test_replies_drawn_together_have_the_log_probabilities_of_those_drawn_alone(
+    model: Model, options: dict[str, Any]
+) -> None:
+    asked = prompts(6, 10, 5)
+    together = [list[Event]() for _ in asked]
+    for i, event in model.generate_many(asked, 12, seeds=range(6), logprobs=3, **options):
+        together[i].append(event)
+    for i, prompt in enumerate(asked):
+        assert list(model.generate(prompt, 12, seed=i, logprobs=3, **options)) == together[i]
 
 
 def test_a_common_beginning_is_computed_once(watched: Watched) -> None:
@@ -153,7 +176,7 @@ def test_common_prefixes() -> None:
 def test_sequences_are_taken_from_an_iterator_as_there_is_room(model: Model) -> None:
     taken = []
 
-    def sequences() -> Any:
+    def sequences() -> Iterator[tuple[list[int], ReplyState]]:
         for i, prompt in enumerate(prompts(6, 0, 4)):
             taken.append(i)
             yield prompt, ReplyState(model.vocabulary, prompt, Sampling(seed=i), 5)

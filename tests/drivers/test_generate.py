@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def test_text_held_back_comes_out_in_the_end(model: Model) -> None:
 def test_cancel_ends_prefill_and_decode(model: Model) -> None:
     prompt = ids(model, "x = 1\n" * 150)
     session = CachedSession(model)
-    pieces: list[Any] = []
+    pieces: list[tuple[int, int]] = []
 
     def late() -> bool:
         return len(pieces) >= 2
@@ -291,7 +292,7 @@ def test_a_session_never_claims_more_than_it_holds_wherever_it_is_interrupted(
 
 def test_the_rate_of_a_cancelled_prompt_is_that_of_the_tokens_read(model: Model) -> None:
     prompt = ids(model, "x = 1\n" * 150)
-    pieces: list[Any] = []
+    pieces: list[int] = []
     generation = model.generate(
         prompt, cancel=lambda: len(pieces) >= 2, progress=lambda done, total: pieces.append(done)
     )
@@ -344,7 +345,7 @@ class Scripted(Model):
 
     script: list[int] = []
 
-    def generate(self, prompt: Any, *args: Any, **options: Any) -> Generation:
+    def generate(self, prompt: Sequence[int], *args: Any, **options: Any) -> Generation:
         generation = super().generate(prompt, *args, **options)
         tokens = iter(self.script)
         generation._state._sampler.sample = lambda logits, allowed=None: next(tokens)  # type: ignore[method-assign]
@@ -644,7 +645,7 @@ def test_async_events_are_the_same_events_and_leave_the_loop_free(model: Model) 
 def test_cancelling_the_task_ends_the_reply_and_leaves_the_session_usable(model: Model) -> None:
     prompt = ids(model, "x = 1\n" * 150)
 
-    async def cancelled(generation: Generation, when: Any, times: int) -> None:
+    async def cancelled(generation: Generation, when: Callable[..., object], times: int) -> None:
         async def read() -> None:
             async for _ in generation:
                 pass
@@ -664,7 +665,7 @@ def test_cancelling_the_task_ends_the_reply_and_leaves_the_session_usable(model:
 
     for times in (1, 3):
         session = CachedSession(model)
-        pieces: list[Any] = []
+        pieces: list[tuple[int, int]] = []
         generation = model.generate(
             prompt, 200, session=session, progress=lambda *d, pieces=pieces: pieces.append(d)
         )

@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jsonschema
@@ -24,13 +25,12 @@ from qwen3c import MODEL_IN_THE_BOX, Event, Model
 from qwen3c.drivers import grammar as grammars
 from qwen3c.drivers.batch import drive
 from qwen3c.drivers.grammar import Grammar
-from qwen3c.drivers.reply import Mask, Reply, ReplyState, Vocabulary
+from qwen3c.drivers.reply import Mask, Reply, ReplySettings, ReplyState, Vocabulary
 from qwen3c.drivers.sampler import Sampling
 from qwen3c.drivers.schema import MAX_MEETING, MAX_SCHEMA, GrammarError
 from qwen3c.text.tokenizer import Tokenizer
 from qwen3c.text.tools import ToolSet
 
-pytest.importorskip("llguidance")
 TOKENIZER = Tokenizer(tokenizer_json().encode())
 END = TOKENIZER.control_id("<|im_end|>")
 assert END is not None
@@ -76,7 +76,7 @@ def wanting(token: int) -> NDArray[np.float32]:
 def state(grammar: Grammar | None, prompt: str = "x", of: Vocabulary = HYBRID, **options: Any) -> ReplyState:
     ids = TOKENIZER.encode(prompt, special=True)
     mask = grammar.mask(ids) if grammar else None
-    return ReplyState(of, ids, Sampling(temperature=0), 1000, mask=mask, **options)
+    return ReplyState(of, ids, Sampling(temperature=0), 1000, ReplySettings(mask=mask, **options))
 
 
 def said(state: ReplyState, text: str) -> str:
@@ -128,7 +128,9 @@ OBJECT = {
         (lambda: Grammar.lark(HYBRID, 'start: %json {"enum": [1, 2]}'), ["1", "2"], ["3"]),
     ],
 )  # fmt: skip
-def test_a_grammar_allows_what_it_says(grammar: Any, good: list[str], bad: list[str]) -> None:
+def test_a_grammar_allows_what_it_says(
+    grammar: Callable[[], Grammar], good: list[str], bad: list[str]
+) -> None:
     compiled = grammar()
     assert [text for text in good if not may_say(compiled, text)] == []
     assert [text for text in bad if may_say(compiled, text)] == []
@@ -222,7 +224,7 @@ def test_a_schema_that_cannot_be_enforced_is_refused_in_one_line(schema: Any, co
         (lambda: Grammar.lark(HYBRID, 'start: %json {"not": {}, "x-guidance": {"lenient": true}}'), "Unimplemented"),
     ],
 )  # fmt: skip
-def test_grammars_of_other_kinds_are_refused_in_one_line(make: Any, complaint: str) -> None:
+def test_grammars_of_other_kinds_are_refused_in_one_line(make: Callable[[], object], complaint: str) -> None:
     with pytest.raises(GrammarError, match=complaint) as error:
         make()
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
@@ -264,6 +266,36 @@ def until_too_complex(mask: Mask, seed: int) -> tuple[list[int], str]:
     except GrammarError as error:
         return tokens, str(error)
     return tokens, ""
+
+
+def longest_gap(grammar: Grammar, seed: int) -> int:
+    """Blanks in a row that a model says which says a blank wherever it may, and else anything."""
+    r, mask, text = random.Random(seed), grammar.mask([1]), ""
+    blanks = [id for blank in " \n\t\r" for id in TOKENIZER.encode(blank)]
+    while len(text) < 200:
+        allowed = mask.allowed()
+        assert allowed is not None
+        wanted = [id for id in blanks if allowed[id]] or np.flatnonzero(allowed).tolist()
+        token = r.choice(wanted)
+        if token == END:
+            break
+        text += TOKENIZER.decode([token])
+        mask.accept(token)
+    assert text.count(",") + text.count(":") + text.count("]") > 1, text
+    return max(map(len, re.findall(r"\s*", text)))
+
+
+NUMBERS = {"type": "object", "properties": {"n": {"type": "array", "items": {"enum": [0, 1]}, "maxItems": 9}}}
+
+
+def test_a_model_that_loves_blanks_gets_few_of_them() -> None:
+    closed = NUMBERS | {"required": ["n"], "additionalProperties": False}
+    strict, loose = (Grammar.json_schema(HYBRID, closed, strict) for strict in (True, False))
+    assert [longest_gap(strict, seed) for seed in range(5)] == [1] * 5
+    assert 2 <= max(longest_gap(loose, seed) for seed in range(20)) <= 22
+    assert not may_say(strict, '{"n":  [0]}') and may_say(strict, '{"n": [0, 1]}')
+    assert may_say(Grammar.json_object(HYBRID), '{\n    "n": [\n\n        0\n    ]\n}')
+    assert not may_say(Grammar.json_object(HYBRID), '{\n\n\n"n": 0}')
 
 
 def test_a_grammar_that_becomes_too_complex_fails_its_own_replies_alone(tiny: Model) -> None:
@@ -449,7 +481,7 @@ def test_every_text_that_the_schema_allows_is_allowed_to_its_end() -> None:
         }
         separators, indent = r.choice([(None, None), ((",", ":"), None), (None, 2)])
         text = json.dumps(value, separators=separators, indent=indent, ensure_ascii=False)
-        assert may_say(Grammar.json_schema(HYBRID, schema), text), text
+        assert may_say(Grammar.json_schema(HYBRID, schema, strict=indent is None), text), text
 
 
 # ----------------------------------------------------------------------------
@@ -475,7 +507,7 @@ def test_a_reply_is_the_same_alone_among_others_and_computed_again(flat: Model) 
     def reply_state(prompt: list[int], grammar: Grammar | None, seed: int) -> ReplyState:
         mask = grammar.mask(prompt) if grammar else None
         sampling = Sampling(temperature=1.0, seed=seed)
-        return ReplyState(flat.vocabulary, prompt, sampling, 40, mask=mask, logprobs=1)
+        return ReplyState(flat.vocabulary, prompt, sampling, 40, ReplySettings(mask=mask, logprobs=1))
 
     def alone(case: tuple[list[int], Grammar | None, int]) -> list[Event]:
         return [event for _, event in drive(flat, [(case[0], reply_state(*case))], 1)]
@@ -627,7 +659,7 @@ def test_a_budget_that_means_nothing_is_refused() -> None:
         with pytest.raises(ValueError, match=f"thinking_budget = .*{complaint}"):
             state(None, thinking_budget=budget)
     with pytest.raises(ValueError, match="thinking_budget = 5: the vocabulary has no token </think>"):
-        ReplyState(Vocabulary(8, frozenset()), [1], Sampling(), 5, thinking_budget=5)
+        ReplyState(Vocabulary(8, frozenset()), [1], Sampling(), 5, ReplySettings(thinking_budget=5))
 
 
 # ----------------------------------------------------------------------------
@@ -655,7 +687,9 @@ def coder(name: str, **arguments: Any) -> str:
 
 @pytest.mark.parametrize(("tools", "call"), [(TOOLS, hermes), (CODER, coder)])
 @pytest.mark.parametrize("before", ["", "<think>\nhm\n</think>\n\n"])
-def test_the_choice_of_tools_says_what_may_come(tools: ToolSet, call: Any, before: str) -> None:
+def test_the_choice_of_tools_says_what_may_come(
+    tools: ToolSet, call: Callable[..., str], before: str
+) -> None:
     weather, ping = call("get.weather", city="Paris", days=3), call("ping")
     texts = ["", "hi", weather, ping, f"hi\n{weather}", f"{weather}\n{ping}", f"{ping}\nhi", call("pong"),
              call("get.weather"), "<tool_call>hi"]  # fmt: skip

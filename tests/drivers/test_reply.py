@@ -16,7 +16,15 @@ from small_models import TINY_QWEN3, export_small_model
 
 from qwen3c import Model
 from qwen3c.drivers.batch import drive
-from qwen3c.drivers.reply import ContextFullError, Event, Reply, ReplyState, Vocabulary, token_budget
+from qwen3c.drivers.reply import (
+    ContextFullError,
+    Event,
+    Reply,
+    ReplySettings,
+    ReplyState,
+    Vocabulary,
+    token_budget,
+)
 from qwen3c.drivers.sampler import Sampling
 
 N_CASES = 200
@@ -74,8 +82,7 @@ def test_a_reply_is_the_same_alone_in_a_batch_and_computed_again(
             prompt,
             Sampling(**{name: value for name, value in o.items() if name not in ("max_tokens", "stop")}),
             o["max_tokens"],
-            stop=o.get("stop", ()),
-            logprobs=2,
+            ReplySettings(stop=o.get("stop", ()), logprobs=2),
         )
         for prompt, o in found
         for _ in range(2)
@@ -176,7 +183,7 @@ def test_a_state_without_a_tokenizer_gives_tokens_alone() -> None:
 
 
 def test_an_ended_reply_brings_what_was_held_back(model: Model) -> None:
-    state = ReplyState(model.vocabulary, [1], Sampling(temperature=0), 50, stop="abcdef")
+    state = ReplyState(model.vocabulary, [1], Sampling(temperature=0), 50, ReplySettings(stop="abcdef"))
     reply = Reply()
 
     def rows(text: str) -> Iterator[NDArray[np.float32]]:
@@ -213,4 +220,4 @@ def test_a_bad_number_of_tokens_is_refused(bad: Any) -> None:
 
 def test_more_logprobs_than_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="logprobs = 9 is outside 0..8"):
-        ReplyState(Vocabulary(8, frozenset()), [1], Sampling(), 5, logprobs=9)
+        ReplyState(Vocabulary(8, frozenset()), [1], Sampling(), 5, ReplySettings(logprobs=9))

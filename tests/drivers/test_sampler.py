@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from qwen3c.drivers.sampler import RECOMMENDED, Sampler, Sampling, default_sampling, pick
+from qwen3c.drivers.sampler import RECOMMENDED, Sampler, Sampling, default_sampling
+from qwen3c.kernels.draw import draw, pick_index
 
 Floats = NDArray[np.float64]
 
 
-def oracle(logits: Any, prompt: list[int], reply: list[int], s: Sampling) -> Floats:
+def oracle(logits: ArrayLike, prompt: list[int], reply: list[int], s: Sampling) -> Floats:
     """The probability of every token, in float64, straight from the definitions."""
     x = np.asarray(logits, dtype=np.float64).copy()
     for id, bias in s.logit_bias.items():
@@ -86,11 +87,11 @@ def test_draws_follow_the_exact_distribution(case: int) -> None:
     s, draws = CASES[case], 10_000
     prompt, reply = [1, 2], [3, 3, 4]
     logits = logits_of(case)
-    sampler = Sampler(Sampling(**{**vars(s), "seed": case}), prompt, len(logits))
     counts = np.zeros(len(logits))
-    for _ in range(draws):
-        sampler._counts = Counter(reply)
-        sampler._seen = {*prompt, *reply} if s.repetition_penalty != 1 else set()
+    for i in range(draws):
+        sampler = Sampler(Sampling(**{**vars(s), "seed": draws * case + i}), prompt, len(logits))
+        for token in reply:
+            sampler.accept(token)
         counts[sampler.sample(logits)] += 1
     assert chi_square_p(counts, draws * oracle(logits, prompt, reply, s)) > 1e-4
 
@@ -127,9 +128,9 @@ def test_every_number_picks_a_possible_index() -> None:
             p = (r.random(n) * (r.random(n) < 0.5)).astype(np.float32)
             p[r.integers(n)] = 1e-30
             for uniform in (0.0, r.random(), 1 - 2**-53):
-                assert p[pick(p, uniform)[0]] > 0
+                assert p[pick_index(p, uniform)[0]] > 0
     # equal shares of [0, 1) for equal probabilities
-    counts = np.bincount([pick(np.full(8, 0.1, np.float32), i / 8000)[0] for i in range(8000)])
+    counts = np.bincount([pick_index(np.full(8, 0.1, np.float32), i / 8000)[0] for i in range(8000)])
     assert (counts == 1000).all()
 
 
@@ -193,7 +194,8 @@ def test_the_seed_decides() -> None:
     assert draws(None) != draws(None)
     sampler = Sampler(Sampling(temperature=3.0), [], 50)
     again = Sampler(Sampling(temperature=3.0, seed=sampler.seed), [], 50)
-    assert [sampler.sample(logits_of(i)) for i in range(9)] == [again.sample(logits_of(i)) for i in range(9)]
+    rows = [logits_of(i, n=50) for i in range(9)]
+    assert [sampler.sample(row) for row in rows] == [again.sample(row) for row in rows]
 
 
 def test_the_random_numbers_are_those_of_every_machine() -> None:
@@ -201,6 +203,60 @@ def test_the_random_numbers_are_those_of_every_machine() -> None:
     logits = np.zeros(1000, dtype=np.float32)
     sampler = Sampler(Sampling(seed=42), [], 1000)
     assert [sampler.sample(logits) for _ in range(5)] == [907, 122, 519, 776, 575]
+
+
+def test_the_random_numbers_are_philoxs() -> None:
+    """Among 2^16 equal tokens the first 16 bits of a number are those of the token, backwards."""
+    logits = np.zeros(1 << 16, dtype=np.float32)
+    for seed in (0, 1, 42, (1 << 64) - 1):
+        philox = np.random.Philox(key=seed)
+        sampler = Sampler(Sampling(seed=seed), [7] * 5, len(logits))
+        state: Any = philox.state
+        for position in range(5, 25):
+            state["state"]["counter"][0] = position
+            philox.state = state
+            bits = f"{int(philox.random_raw()) >> 48:016b}"
+            assert sampler.sample(logits) == int(bits[::-1], 2)
+
+
+ROWS = [
+    Sampling(temperature=0),
+    Sampling(top_k=5, seed=1),
+    Sampling(seed=1),
+    Sampling(top_p=0.5, seed=1),
+    Sampling(min_p=0.1, seed=1),
+    Sampling(top_p=0.999, temperature=3.0, seed=1),
+    Sampling(repetition_penalty=1.2, presence_penalty=0.3, logit_bias={5: 3.0}, seed=1),
+]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("n", [3, 64, 65, 700, 5000])
+def test_rows_drawn_together_are_those_drawn_alone(n: int, threads: int) -> None:
+    """Tokens, shares and log-probabilities, to the bit; one broken row fails alone."""
+    alone = [Sampler(s, [1, 2], n, undefined=[0] * (n > 9)) for s in ROWS if n > 5 or not s.logit_bias]
+    together = [Sampler(s.sampling, [1, 2], n, undefined=[0] * (n > 9)) for s in alone]
+    for step in range(12):
+        rows = [logits_of(100 * step + i, n + 3) for i in range(len(alone))]
+        allowed = [np.arange(n) % 3 > 0 if step % 3 == 0 and i % 2 else None for i in range(len(alone))]
+        n_top = min(4, n)
+        begun = [s.begin(row, mask, n_top) for s, row, mask in zip(together, rows, allowed, strict=True)]
+        broken = Sampler(Sampling(seed=1), [], n)
+        draw([*begun, broken.begin(np.full(n, np.nan, np.float32))], threads)
+        with pytest.raises(ValueError, match="nan"):
+            broken.end()
+        for one, other, row, mask in zip(together, alone, rows, allowed, strict=True):
+            token = other.sample(row, mask)
+            assert (one.end(), one.logprob) == (token, other.logprob)
+            assert one.measured(row, token) == other.logprobs(row, token, n_top)
+
+
+def test_a_row_or_mask_of_another_vocabulary_is_refused() -> None:
+    sampler = Sampler(Sampling(), [], 10)
+    with pytest.raises(ValueError, match="row has 9 logits, the vocabulary 10 tokens"):
+        sampler.sample(np.zeros(9, np.float32))
+    with pytest.raises(ValueError, match="mask is for 11 tokens, the vocabulary has 10"):
+        sampler.sample(np.zeros(12, np.float32), np.ones(11, np.bool_))
 
 
 @pytest.mark.parametrize("s", [Sampling(temperature=0), Sampling(top_k=5), Sampling(), Sampling(top_p=0.5)])

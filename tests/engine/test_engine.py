@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import pytest
 from small_models import MIXED_RECIPE, export_small_model
 
 from qwen3c import engine, format, memory
-from qwen3c.engine import Engine, Session, probes
+from qwen3c.engine import KV, Activations, Engine, Session, probes
 from qwen3c.format import KV_TYPES, ModelFile, Tensor
 from qwen3c.system.machine import default_threads
 
@@ -40,7 +41,7 @@ SHAPE = {
 
 
 EXPERTS = {"n_experts": 9, "n_experts_per_token": 3, "expert_hidden_dim": 32}
-CASES = [
+CASES: list[tuple[dict[str, Any], KV]] = [
     ({"architecture": "qwen3"}, "f16"),
     ({"architecture": "qwen3"}, "int8"),
     ({"architecture": "qwen3_moe", **EXPERTS}, "f16"),
@@ -51,24 +52,28 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: " ".join([case[0]["architecture"], case[1], *(["mixed"] if "recipe" in case[0] else [])]))
-def case(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Any]:
+@pytest.fixture(
+    scope="module",
+    params=CASES,
+    ids=lambda case: f"{case[0]['architecture']} {case[1]}{' mixed' * ('recipe' in case[0])}",
+)
+def case(request: pytest.FixtureRequest) -> tuple[dict[str, Any], KV]:
     """What a model is made of, and the type of its KV cache."""
     return request.param
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory, case: tuple[dict[str, Any], Any]) -> Path:
+def path(tmp_path_factory: pytest.TempPathFactory, case: tuple[dict[str, Any], KV]) -> Path:
     return export_small_model(tmp_path_factory.mktemp("engine"), context=2048, **SHAPE | case[0])
 
 
 @pytest.fixture(scope="module")
-def kv(case: tuple[dict[str, Any], Any]) -> Any:
+def kv(case: tuple[dict[str, Any], KV]) -> KV:
     return case[1]
 
 
 @pytest.fixture(scope="module")
-def model(path: Path, kv: Any) -> Engine:
+def model(path: Path, kv: KV) -> Engine:
     return Engine(path, threads=2, kv=kv)
 
 
@@ -95,7 +100,9 @@ def whole(model: Engine, ids: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("activations", ["int8", "float32"])
-def test_isa_and_threads_do_not_change_a_bit(path: Path, ids: np.ndarray, kv: Any, activations: Any) -> None:
+def test_isa_and_threads_do_not_change_a_bit(
+    path: Path, ids: np.ndarray, kv: KV, activations: Activations
+) -> None:
     results = []
     for isa in engine.runnable_isas():
         engine.set_isa(isa)
@@ -165,10 +172,19 @@ SWITCHES = [0, 5, 100, 255, 256, 257, 300]
 LENGTH = 330
 
 
+@dataclass
+class State:
+    """A session, the text that its tokens are from, and the position where they switch to the other text."""
+
+    session: Session
+    text: int
+    switch: int
+
+
 class Histories:
     """Random operations on sessions, checked against logits computed in one piece."""
 
-    def __init__(self, path: Path, kv: Any, oracle_kv: Any) -> None:
+    def __init__(self, path: Path, kv: KV, oracle_kv: KV) -> None:
         random = np.random.default_rng(4)
         self.texts = random.integers(0, 500, (2, LENGTH))
         oracle = Engine(path, threads=1, kv=oracle_kv)
@@ -190,31 +206,35 @@ class Histories:
         engine.set_isa(
             engine.runnable_isas()[-1 - int(random.integers(0, min(2, len(engine.runnable_isas()))))]
         )
-        states = [[model.session(), int(random.integers(0, 2)), int(random.choice(SWITCHES))]]
+        states = [State(model.session(), int(random.integers(0, 2)), int(random.choice(SWITCHES)))]
         for _ in range(int(random.integers(2, 7))):
             operation = random.choice(["append", "append", "append", "rewind", "fork", "batch"])
-            session, text, switch = state = states[int(random.integers(0, len(states)))]
+            state = states[int(random.integers(0, len(states)))]
+            session = state.session
             if operation == "append":
                 self.append(model, [state], random)
             elif operation == "batch":
                 self.append(model, states, random)
             elif operation == "fork":
-                states.append([session.fork(), text, switch])  # type: ignore[attr-defined]
+                states.append(replace(state, session=session.fork()))
             else:
-                session.rewind(int(random.integers(0, session.position + 1)))  # type: ignore[attr-defined]
+                session.rewind(int(random.integers(0, session.position + 1)))
                 # tokens behind the new position are open again: choose any later switch
-                later = [s for s in SWITCHES if s >= session.position]  # type: ignore[attr-defined]
-                if later and session.position <= switch:  # type: ignore[attr-defined]
-                    state[2] = int(random.choice(later))
+                later = [s for s in SWITCHES if s >= session.position]
+                if later and session.position <= state.switch:
+                    state.switch = int(random.choice(later))
 
-    def append(self, model: Engine, states: list[Any], random: np.random.Generator) -> None:
+    def append(self, model: Engine, states: list[State], random: np.random.Generator) -> None:
         batch, checks = [], []
-        for session, text, switch in states:
+        for state in states:
+            session = state.session
             room = LENGTH - session.position
             n = min(room, int(random.choice([1, 2, 7, 30, 120, 300], p=[0.3, 0.2, 0.2, 0.15, 0.1, 0.05])))
             if n:
-                batch.append((session, self.tokens(text, switch)[session.position : session.position + n]))
-                checks.append(self.expected[text, switch][session.position + n - 1])
+                batch.append(
+                    (session, self.tokens(state.text, state.switch)[session.position : session.position + n])
+                )
+                checks.append(self.expected[state.text, state.switch][session.position + n - 1])
         for logits, expected in zip(model.forward(batch) if batch else [], checks, strict=True):
             self.comparisons += 1
             self.differences += not np.array_equal(logits, expected)
@@ -243,7 +263,7 @@ def test_ten_thousand_random_histories_differ_nowhere(nano_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kv", ["f16", "int8"])
-def test_random_histories_notice_a_cache_of_other_precision(nano_path: Path, kv: Any) -> None:
+def test_random_histories_notice_a_cache_of_other_precision(nano_path: Path, kv: KV) -> None:
     histories = Histories(nano_path, kv, oracle_kv="f32")
     for seed in range(100):
         histories.run(seed)
@@ -318,7 +338,7 @@ def test_one_damaged_number_makes_every_logit_of_its_tokens_not_finite(
 
 @pytest.mark.parametrize("head_dim", [16, 24])
 @pytest.mark.parametrize("kv", KV_TYPES)
-def test_kv_memory_grows_with_use(tmp_path: Path, kv: Any, head_dim: int) -> None:
+def test_kv_memory_grows_with_use(tmp_path: Path, kv: KV, head_dim: int) -> None:
     model = Engine(export_small_model(tmp_path, context=262_144, **SHAPE | {"head_dim": head_dim}), kv=kv)
     session = model.session()
     assert session.context == 262_144 and session.kv_bytes == 0
@@ -442,9 +462,8 @@ def test_the_gil_is_released(model: Engine, ids: np.ndarray) -> None:
     assert elapsed < 0.005 or during
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
 def test_a_forked_child_can_run_a_model_its_parent_used(
-    path: Path, kv: Any, ids: np.ndarray, whole: np.ndarray
+    path: Path, kv: KV, ids: np.ndarray, whole: np.ndarray
 ) -> None:
     model = Engine(path, threads=2, kv=kv)
     model.session().forward(ids)  # the parent's OpenMP threads exist now
@@ -458,7 +477,7 @@ def test_a_forked_child_can_run_a_model_its_parent_used(
 
 
 def test_a_session_keeps_its_model_and_the_model_its_file(
-    path: Path, kv: Any, ids: np.ndarray, whole: np.ndarray
+    path: Path, kv: KV, ids: np.ndarray, whole: np.ndarray
 ) -> None:
     session: Session = Engine(path, threads=1, kv=kv).session()
     assert np.array_equal(session.forward(ids[:20]), whole[19])
@@ -537,7 +556,7 @@ def test_every_public_name_says_what_it_is_and_how_it_is_called() -> None:
     assert Engine.__doc__.startswith("Engine(path, threads=None, kv=")  # type: ignore[union-attr]
 
 
-def test_a_session_says_how_full_it_is(path: Path, kv: Any) -> None:
+def test_a_session_says_how_full_it_is(path: Path, kv: KV) -> None:
     session = Engine(path, kv=kv).session(100)
     session.forward([1, 2, 3])
     assert repr(session) == f"<Session, 3 of 100 positions, {session.kv_bytes:,} bytes of KV cache>"
@@ -594,11 +613,11 @@ def test_a_closed_model_gives_its_memory_back_and_refuses_every_call(
 
 
 def test_closing_waits_for_the_pass_of_another_thread(
-    path: Path, ids: np.ndarray, kv: Any, whole: np.ndarray
+    path: Path, ids: np.ndarray, kv: KV, whole: np.ndarray
 ) -> None:
     for delay in (0, 0.001, 0.003, 0.01):
         model = Engine(path, threads=2, kv=kv)
-        results: list[Any] = []
+        results: list[bool] = []
 
         def decode(session: Session, results: list[bool] = results) -> None:
             with contextlib.suppress(ValueError):
@@ -633,7 +652,7 @@ def test_the_estimate_of_the_buffers_is_what_the_engine_lays_out(
     assert threads[2] - threads[1] == threads[1] - threads[0] > 4 * 16 * (256 + config.head_dim)
 
 
-def test_buffers_of_a_batch_do_not_overlap(path: Path, ids: np.ndarray, kv: Any, whole: np.ndarray) -> None:
+def test_buffers_of_a_batch_do_not_overlap(path: Path, ids: np.ndarray, kv: KV, whole: np.ndarray) -> None:
     """Buffers that grew row by row give the same results as buffers allocated at once."""
     model = Engine(path, threads=1, kv=kv)
     for n in (1, 2, 3, 5, 17, 250):
@@ -641,7 +660,7 @@ def test_buffers_of_a_batch_do_not_overlap(path: Path, ids: np.ndarray, kv: Any,
 
 
 def test_a_trace_between_two_passes_changes_neither(
-    path: Path, ids: np.ndarray, kv: Any, whole: np.ndarray
+    path: Path, ids: np.ndarray, kv: KV, whole: np.ndarray
 ) -> None:
     for threads in (1, 2):
         model = Engine(path, threads=threads, kv=kv)
@@ -685,7 +704,7 @@ def test_top_k_orders_by_value_then_id() -> None:
             assert np.array_equal(engine.top_k(logits, k), order[:k])
 
 
-def test_kv_bytes_counts_a_shared_block_once_and_growth_foretells_it(path: Path, kv: Any) -> None:
+def test_kv_bytes_counts_a_shared_block_once_and_growth_foretells_it(path: Path, kv: KV) -> None:
     model = Engine(path, kv=kv)
     block, session = model.kv_block_bytes, model.session()
     assert model.kv_bytes == 0 and session.growth(1) == block

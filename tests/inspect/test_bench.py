@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from small_models import TINY_QWEN3, export_small_model, write_small_model
 
 from qwen3c import Model, engine, reference
@@ -249,7 +251,6 @@ def test_a_mixed_pass_reads_one_prompt_and_decodes_a_token_of_the_others(small: 
         assert [session.position for session in player._sessions] == [21, 21, 25]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="looks for a process by signal")
 def test_a_neighbour_ends_with_the_benchmark_even_with_a_killed_one() -> None:
     def lives(process: int) -> bool:
         try:
@@ -288,7 +289,7 @@ def test_the_engine_passes_both_checks(small: str) -> None:
 
 def test_kernels_that_differ_in_one_bit_are_not_timed() -> None:
     class Session:
-        def forward(self, ids: Any, logits: str = "last") -> Any:
+        def forward(self, ids: Sequence[int], logits: str = "last") -> NDArray[np.float32]:
             value = np.float32(1) if engine.isa() == "scalar" else np.nextafter(np.float32(1), np.float32(2))
             return np.full((len(ids), 4) if logits == "all" else 4, value, np.float32)
 

@@ -1,4 +1,4 @@
-"""What an int8 KV cache costs a trained model; tests/cli/test_run.py holds the figure itself to the logits.
+"""What an int8 KV cache costs a trained model; tests/cli/test_modes.py holds the figure itself to the logits.
 
 python -m pytest tests/inspect/test_perplexity.py
 """

@@ -18,9 +18,8 @@ from qwen3c.kernels.table import runnable_isas
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "qwen3c" / "kernels"
-COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or ""
+COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or "cc"
 FLAGS = ["-O2", "-std=c11", "-ffp-contract=off", "-DQWEN3C_EMULATE_AVXVNNI"]
-pytestmark = pytest.mark.skipif(not COMPILER, reason="needs a C compiler on the PATH")
 
 
 def compile_object(source: Path, target: Path) -> None:

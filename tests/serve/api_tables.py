@@ -136,7 +136,7 @@ def _unless(told: Json) -> str:
     return f" (but {', '.join(map(_shown, allowed))})" if allowed else ""
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
     return f"`{text}`"
 

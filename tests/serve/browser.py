@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Dialog, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Dialog, Locator, Page, expect, sync_playwright
 from stub import Stub, serving
 
 CHROMIUM = shutil.which("chromium")
@@ -61,7 +61,7 @@ class Chat:
         self.dialogs.append(dialog.message)
         dialog.dismiss()
 
-    def _read_console(self, message: Any) -> None:
+    def _read_console(self, message: ConsoleMessage) -> None:
         # a status of 4xx is told by the browser itself
         if message.type == "error" and "the server responded with a status" not in message.text:
             self.errors.append(message.text)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import mcp_types as types
 import uvicorn
 from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from qwen3c.model import Model
 from qwen3c.serve.host import Config, Host
@@ -127,7 +128,7 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def serving(application: Any, port: int = 0) -> AsyncIterator[str]:
+async def serving(application: ASGIApp, port: int = 0) -> AsyncIterator[str]:
     """Within, an app is served on 127.0.0.1; its URL."""
     config = uvicorn.Config(application, port=port, log_level="error", timeout_graceful_shutdown=1)
     server = _Server(config)

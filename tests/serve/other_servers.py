@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def friendly() -> None:
         )
 
     @server.tool()
-    def picture() -> list[Any]:
+    def picture() -> list[object]:
         """A text and a picture."""
         return [
             TextContent(type="text", text="seen"),
@@ -85,7 +86,7 @@ def friendly() -> None:
     server.run("stdio")
 
 
-def answer(result: Any) -> None:
+def answer(result: Callable[[str, dict[str, Any]], object]) -> None:
     """Answer each line of stdin with what `result` makes of its method; it may raise KeyError for an
     error.
     """

@@ -85,7 +85,7 @@ def asking(address: str, path: str, **fields: Any) -> Iterator[socket.socket]:
         yield connection
 
 
-def eventually(true: Callable[[], Any], seconds: float = 20.0) -> None:
+def eventually(true: Callable[[], object], seconds: float = 20.0) -> None:
     """Wait until it is; fail if that does not come."""
     end = time.monotonic() + seconds
     while not true():

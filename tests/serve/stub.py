@@ -9,7 +9,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ MODEL = "qwen3-0.6b"
 Step = (
     dict[str, Any] | float | threading.Event | str
 )  # a chunk, a pause in s, a wait, or "cut": close without an end
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass
@@ -150,12 +151,11 @@ class Stub:
             ]
         )
 
-    def _guarded(self, endpoint: Any) -> Any:
+    def _guarded(self, endpoint: Endpoint) -> Endpoint:
         async def checked(request: Request) -> Response:
             if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
                 return _error(401, "this server wants an API key", "invalid_api_key")
-            response: Response = await endpoint(request)
-            return response
+            return await endpoint(request)
 
         return checked
 

@@ -83,7 +83,7 @@ def here(site: Site, caplog: pytest.LogCaptureFixture) -> Iterator[Site]:
     assert KEY not in said and "Traceback" not in said
 
 
-def texts(response: httpx2.Response) -> tuple[str, list[Any]]:
+def texts(response: httpx2.Response) -> tuple[str, list[dict[str, Any]]]:
     """What a stream said, and its events."""
     events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
     pieces = [choice["delta"].get("content") or "" for one in events for choice in one.get("choices", ())]

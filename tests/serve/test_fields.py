@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,11 +15,26 @@ from qwen3c.serve.fields import Fields, parse_json
 CHAT, TEXTS = "/v1/chat/completions", "/v1/completions"
 
 
-def refused(body: Any, take: Any) -> ApiError:
+def refused(body: Any, take: Callable[[Fields], object]) -> ApiError:
     with pytest.raises(ApiError) as error:
         take(Fields(body))
     assert error.value.status == 400
     return error.value
+
+
+@pytest.mark.parametrize(
+    ("body", "key"),
+    [
+        (b'{"stream": false, "a": 1, "stream": true}', "stream"),
+        (b'{"messages": [{"role": "user", "content": "a", "role": "system"}]}', "role"),
+        (b'{"tools": [{"x": {"' + b"y" * 100 + b'": 1, "' + b"y" * 100 + b'": 1}}]}', "y" * 59 + "…"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused_by_name(body: bytes, key: str) -> None:
+    """Of two values one reader may take the first and another the last."""
+    with pytest.raises(ApiError, match=f"the key '{key}' is twice in one object") as error:
+        parse_json(body)
+    assert (error.value.status, error.value.param, error.value.code) == (400, key, "duplicate_key")
 
 
 # ----------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import pytest
 from mcp_fixtures import app, box_models, serving
 from other_servers import COMMAND
 from starlette.applications import Starlette
+from starlette.types import Receive, Scope, Send
 
 from qwen3c.serve import host as host_module
 from qwen3c.serve.api import say_api_error
@@ -41,10 +42,8 @@ from qwen3c.serve.host import (
 from qwen3c.serve.mcp import Local
 from qwen3c.system.terminal import visible
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups")
 
-
-def with_host(check: Callable[[Host, Any], Awaitable[None]], *kinds: str, **options: Any) -> None:
+def with_host(check: Callable[[Host, dict[str, Any]], Awaitable[None]], *kinds: str, **options: Any) -> None:
     """check(the host of servers of these kinds, what it says of them)."""
 
     async def run() -> None:
@@ -75,7 +74,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
@@ -87,7 +86,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
 
 
 def test_a_call_comes_back_as_text() -> None:
-    async def check(host: Host, told: Any) -> None:
+    async def check(host: Host, told: dict[str, Any]) -> None:
         known = digests(told)
         assert told["servers"] == [{"name": "friendly", "state": "ready", "error": None}]
         add = next(tool for tool in told["tools"] if tool["name"] == "friendly__add")
@@ -112,7 +111,7 @@ def test_a_call_comes_back_as_text() -> None:
 
 
 def test_a_long_result_is_cut_and_says_so() -> None:
-    async def check(host: Host, told: Any) -> None:
+    async def check(host: Host, told: dict[str, Any]) -> None:
         for n, truncated in ((LARGEST_RESULT // 2, False), (LARGEST_RESULT // 2 + 1, True)):
             found = await host.call("friendly__huge", {"n": n}, digests(told)["friendly__huge"])
             assert found["truncated"] == truncated
@@ -131,7 +130,7 @@ def test_a_result_is_never_cut_inside_a_character(before: int) -> None:
 
 
 def test_a_definition_that_changes_is_not_called_until_it_is_seen() -> None:
-    async def check(host: Host, told: Any) -> None:
+    async def check(host: Host, told: dict[str, Any]) -> None:
         known = digests(told)
         assert not (await host.call("friendly__change", {}, known["friendly__change"]))["isError"]
         with pytest.raises(ApiError) as changed:
@@ -146,7 +145,7 @@ def test_a_definition_that_changes_is_not_called_until_it_is_seen() -> None:
 
 
 def test_a_cancelled_call_is_cancelled_at_the_server(tmp_path: Path) -> None:
-    async def check(host: Host, told: Any) -> None:
+    async def check(host: Host, told: dict[str, Any]) -> None:
         path, digest = tmp_path / "state", digests(told)["friendly__slow"]
         calling = asyncio.ensure_future(host.call("friendly__slow", {"path": str(path)}, digest))
         while not path.exists():
@@ -162,7 +161,7 @@ def test_a_cancelled_call_is_cancelled_at_the_server(tmp_path: Path) -> None:
 
 
 def test_a_call_that_takes_too_long_is_an_error_and_is_cancelled(tmp_path: Path) -> None:
-    async def check(host: Host, told: Any) -> None:
+    async def check(host: Host, told: dict[str, Any]) -> None:
         host.servers["friendly"].config = Config("friendly", timeout=0.3)
         path = tmp_path / "state"
         found = await host.call("friendly__slow", {"path": str(path)}, digests(told)["friendly__slow"])
@@ -174,7 +173,7 @@ def test_a_call_that_takes_too_long_is_an_error_and_is_cancelled(tmp_path: Path)
 
 
 def test_a_server_that_dies_in_a_call_is_a_state_and_starts_again() -> None:
-    async def check(host: Host, told: Any) -> None:
+    async def check(host: Host, told: dict[str, Any]) -> None:
         known = digests(told)
         found = await host.call("friendly__die", {}, known["friendly__die"])
         assert found["isError"] and found["content"] == "the server has ended: a last word"
@@ -189,7 +188,7 @@ def test_a_server_that_dies_in_a_call_is_a_state_and_starts_again() -> None:
 
 
 def test_what_a_definition_says_reaches_no_screen_raw() -> None:
-    async def check(host: Host, told: Any) -> None:
+    async def check(host: Host, told: dict[str, Any]) -> None:
         tools = {tool["tool"]: tool for tool in told["tools"]}
         description = tools["esc"]["description"]
         assert description.startswith(r"\u001b[2J\u001b]0;owned\u0007 \u202egnihtyna\u202c \u200bxxx")
@@ -201,7 +200,7 @@ def test_what_a_definition_says_reaches_no_screen_raw() -> None:
 
 
 def test_tools_beyond_all_measure_are_left_out_by_name() -> None:
-    async def check(host: Host, told: Any) -> None:
+    async def check(host: Host, told: dict[str, Any]) -> None:
         error = told["servers"][0]["error"]
         for reason in (
             f"more than {MOST_TOOLS} tools",
@@ -218,7 +217,7 @@ def test_tools_beyond_all_measure_are_left_out_by_name() -> None:
 
 
 def test_servers_connect_beside_each_other_and_one_that_fails_is_a_state(hasty: None) -> None:
-    async def check(host: Host, told: Any) -> None:
+    async def check(host: Host, told: dict[str, Any]) -> None:
         states = {server["name"]: server for server in told["servers"]}
         assert states["friendly"]["state"] == "ready"
         assert states["silent"] == {"name": "silent", "state": "failed", "error": "no answer within 0.5 s"}
@@ -232,7 +231,7 @@ def test_servers_connect_beside_each_other_and_one_that_fails_is_a_state(hasty: 
 
 
 def test_a_message_without_an_end_ends_the_connection(hasty: None) -> None:
-    async def check(host: Host, told: Any) -> None:
+    async def check(host: Host, told: dict[str, Any]) -> None:
         found = await host.call("endless__echo", {}, digests(told)["endless__echo"])
         assert found["isError"] and "a message of more than 8388608 bytes" in found["content"]
 
@@ -240,7 +239,7 @@ def test_a_message_without_an_end_ends_the_connection(hasty: None) -> None:
 
 
 def test_a_result_is_not_held_against_a_schema_that_takes_for_ever() -> None:
-    async def check(host: Host, told: Any) -> None:
+    async def check(host: Host, told: dict[str, Any]) -> None:
         found = await host.call("backtracking__match", {}, digests(told)["backtracking__match"])
         assert found["content"] == "ok"
 
@@ -268,7 +267,7 @@ def test_a_program_that_there_is_not_is_a_state() -> None:
 def test_a_child_gets_little_of_our_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SECRET_OF_OURS", "1")
 
-    async def check(host: Host, told: Any) -> None:
+    async def check(host: Host, told: dict[str, Any]) -> None:
         found = json.loads(
             (await host.call("friendly__environment", {}, digests(told)["friendly__environment"]))["content"]
         )
@@ -282,7 +281,7 @@ def test_a_child_gets_little_of_our_environment(monkeypatch: pytest.MonkeyPatch,
 def test_children_and_theirs_end_with_the_host() -> None:
     pids: list[int] = []
 
-    async def check(host: Host, told: Any) -> None:
+    async def check(host: Host, told: dict[str, Any]) -> None:
         known = digests(told)
         found = await host.call("friendly__child", {}, known["friendly__child"])
         pids.append(int(found["content"]))
@@ -297,7 +296,7 @@ def test_children_and_theirs_end_with_the_host() -> None:
 def test_a_child_that_does_not_want_to_end_is_killed(hasty: None) -> None:
     pids: list[int] = []
 
-    async def check(host: Host, told: Any) -> None:
+    async def check(host: Host, told: dict[str, Any]) -> None:
         pids.append(int((await host.call("stubborn__pid", {}, digests(told)["stubborn__pid"]))["content"]))
         assert alive(pids[0])
 
@@ -331,7 +330,7 @@ def test_a_server_over_http_gets_its_headers(monkeypatch: pytest.MonkeyPatch, tm
         models = box_models()
         application = app(Local(models))
 
-        async def noting(scope: Any, receive: Any, send: Any) -> None:
+        async def noting(scope: Scope, receive: Receive, send: Send) -> None:
             seen.extend(value for name, value in scope.get("headers", ()) if name == b"authorization")
             await application(scope, receive, send)
 
@@ -354,7 +353,7 @@ def test_a_server_over_http_gets_its_headers(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_a_body_without_an_end_is_refused() -> None:
-    async def endless(scope: Any, receive: Any, send: Any) -> None:
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return
         await send(
@@ -380,7 +379,7 @@ def test_no_error_and_no_log_tells_a_secret(
 ) -> None:
     """A server that says what it was told."""
 
-    async def telling(scope: Any, receive: Any, send: Any) -> None:
+    async def telling(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return
         told = dict(scope["headers"]).get(b"x-key", b"")
@@ -482,7 +481,7 @@ def test_variables_of_the_environment_are_filled_in(tmp_path: Path, monkeypatch:
 
 
 def test_the_page_alone_may_use_the_tools(tmp_path: Path) -> None:
-    async def check(host: Host, told: Any) -> None:
+    async def check(host: Host, told: dict[str, Any]) -> None:
         application = Starlette(routes=host_routes(host), exception_handlers={ApiError: say_api_error})
         async with serving(application) as url, httpx2.AsyncClient(base_url=url) as http:
             ours, site = {"origin": url}, {"sec-fetch-site": "same-origin"}
@@ -528,7 +527,7 @@ def test_the_page_alone_may_use_the_tools(tmp_path: Path) -> None:
 def test_a_page_that_closes_cancels_its_call(tmp_path: Path) -> None:
     path = tmp_path / "state"
 
-    async def check(host: Host, told: Any) -> None:
+    async def check(host: Host, told: dict[str, Any]) -> None:
         application = Starlette(routes=host_routes(host), exception_handlers={ApiError: say_api_error})
         body = {
             "name": "friendly__slow",

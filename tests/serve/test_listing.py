@@ -8,6 +8,7 @@ from typing import Any
 
 import openai
 import pytest
+from anthropic import Anthropic, NotFoundError
 from servers import BOX, Client, Server, eventually, running
 from small_models import TINY_QWEN3
 
@@ -41,6 +42,29 @@ def test_models_are_listed_whether_they_are_loaded_or_not_and_none_is_loaded_for
     assert python.models.retrieve("box").owned_by == "qwen3c"
 
 
+def test_what_can_rerank_says_so(client: Client, ranker: Client, thinker: Client) -> None:
+    able = set()
+    for one in (client, ranker, thinker):
+        (model,) = one.get("/v1/models").body["data"]
+        status = one.post("/v1/rerank", query="a", documents=["b"]).status
+        assert ("rerank" in model["capabilities"]) == (status == 200)
+        able.add(status)
+    assert able == {200, 400}
+
+
+def test_clients_of_anthropics_api_get_the_models_in_its_words(box: Server) -> None:
+    anthropic = Anthropic(base_url=box.address, api_key="none", max_retries=0)
+    page = anthropic.models.list()
+    assert [model.id for model in page] == ["box"] and page.has_more is False and page.last_id == "box"
+    model = anthropic.models.retrieve("box")
+    assert (model.type, model.display_name, model.max_input_tokens) == ("model", "box", 512)
+    assert model.created_at.timestamp() == box.api.started
+    with pytest.raises(NotFoundError) as caught:
+        anthropic.models.retrieve("none")
+    body: Any = caught.value.body
+    assert body["type"] == "error" and body["error"]["type"] == "not_found_error"
+
+
 def test_props_are_what_clients_know_llama_server_by(client: Client, box: Server) -> None:
     props = client.get("/props").body
     assert props["default_generation_settings"]["n_ctx"] == props["n_ctx"] == 512
@@ -67,7 +91,7 @@ def test_an_engine_that_dies_says_so_to_those_who_wait_to_newcomers_and_to_healt
     with running({"m": BOX}) as server:
         client, scheduler = Client(server.address), server.served.scheduler
 
-        def broken(rows: Any) -> None:
+        def broken(rows: object) -> None:
             raise RuntimeError("on purpose")
 
         monkeypatch.setattr(scheduler._batch, "run", broken)

@@ -16,10 +16,12 @@ from typing import Any
 import anyio
 import httpx2
 import mcp_types as types
+import numpy as np
 import pytest
 from mcp import Client
 from mcp.shared.exceptions import MCPError
 from mcp_fixtures import app, box_models, serving
+from numpy.typing import NDArray
 from small_models import export_small_model
 
 from qwen3c import Model
@@ -80,8 +82,10 @@ async def until_begun(models: Models, tokens: int = 3) -> None:
         await asyncio.sleep(0.001)
 
 
-def text_of(result: Any) -> str:
-    return str(result.content[0].text)
+def text_of(result: types.CallToolResult) -> str:
+    (content,) = result.content
+    assert isinstance(content, types.TextContent)
+    return content.text
 
 
 # ----------------------------------------------------------------------------
@@ -150,10 +154,8 @@ def test_score_gives_the_log_probability_of_each_token_after_its_context(box: Mo
     with_box(check)
 
 
-def _log_sum_exp(row: Any) -> Any:
-    import numpy as np
-
-    return np.log(np.exp(row - row.max()).sum()) + row.max()
+def _log_sum_exp(row: NDArray[np.float32]) -> float:
+    return float(np.log(np.exp(row - row.max()).sum()) + row.max())
 
 
 def test_rerank_orders_documents_as_the_model_does(tmp_path: Path) -> None:

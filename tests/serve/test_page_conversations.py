@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("playwright")
 from browser import Chat, stored, visit
 from playwright.sync_api import Browser, expect
 from scene import import_text, long_talk

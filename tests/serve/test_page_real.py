@@ -17,13 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import BOX
-from small_models import TINY_QWEN3, export_small_model
-
-pytest.importorskip("playwright")
-pytest.importorskip("mcp")
 from browser import Chat, visit
 from playwright.sync_api import Browser, Route, expect
+from servers import BOX
+from small_models import TINY_QWEN3, export_small_model
 from stub import Stub, calls
 
 ROOT = Path(__file__).parents[2]

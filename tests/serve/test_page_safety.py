@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
-pytest.importorskip("playwright")
+from axe_playwright_python.sync_playwright import Axe
 from browser import Chat, visit
 from playwright.sync_api import Browser, expect
 from scene import talk, tools
@@ -160,7 +159,7 @@ VIEWS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_axe_finds_nothing(browser: Browser, stub: Stub, view: str) -> None:
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    axe = Axe()
     stub.tools = tools()
     # what a test adds to the page would be forbidden as well
     with visit(browser, stub, bypass_csp=True, **VIEWS[view]) as chat:

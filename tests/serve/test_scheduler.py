@@ -11,13 +11,15 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 from small_models import export_small_model
 
 from qwen3c import Model
+from qwen3c.drivers.batch import CachedSession
+from qwen3c.drivers.draft import Drafting
 from qwen3c.drivers.reply import Event
 from qwen3c.serve.ask import Ask, KeyLimits, Stream
 from qwen3c.serve.errors import ApiError
@@ -103,10 +105,10 @@ async def collected(stream: Stream) -> Any:
     return [[repr(event) for event in one] for one in events], sorted(others, key=repr)
 
 
-async def alone(path: Path, wanted: list[Ask]) -> list[Any]:
+async def alone(path: Path, wanted: list[Ask], **options: Any) -> list[Any]:
     """Each request as the only one that a server ever saw: its cache is emptied after each."""
     found = []
-    async with serving(path) as served:
+    async with serving(path, **options) as served:
         for ask in wanted:
             found.append(await outcome(served, ask))
             served.scheduler.tree.clear()
@@ -156,12 +158,52 @@ def test_the_same_bytes_alone_and_in_company(path: Path, options: dict[str, Any]
     assert expected[0] != expected[1]
 
 
+@pytest.mark.parametrize("options", [{}, {"kv_bytes": 1 << 20, "running": 8}], ids=["room", "little memory"])
+def test_the_same_bytes_with_every_guess_checked(
+    path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts of other texts, too, and of sequences that are cancelled and preempted."""
+    wanted = asks(40, 3)
+    expected = asyncio.run(alone(path, wanted, draft=False))
+    monkeypatch.setattr(
+        Drafting, "lengths", lambda self, found, *_: [len(draft.chances) if draft else 0 for draft in found]
+    )
+    together, served = asyncio.run(mixed(path, wanted, 4, queue=1000, **options))
+    for i, (one, other) in enumerate(zip(expected, together, strict=True)):
+        assert one == other, f"request {i}"
+    counters = served.scheduler.counters
+    assert 50 < counters.accepted_tokens < counters.drafted_tokens
+    assert (counters.preemptions > 0) == ("kv_bytes" in options)
+
+
+def test_a_text_of_another_key_is_no_guess(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The speed of an answer tells nobody what others were answered."""
+    monkeypatch.setattr(
+        Drafting, "lengths", lambda self, found, *_: [len(draft.chances) if draft else 0 for draft in found]
+    )
+
+    async def run() -> None:
+        async with serving(path) as served:
+            guesses = []
+            for namespace in ("a", "b", "b", "a"):
+                served.scheduler.tree.clear()
+                ask = endless(served, [5, 6, 7, 8], max_tokens=40, namespace=namespace)
+                ask.sampling["seed"] = 1
+                stream = await served.submit(ask)
+                await collected(stream)
+                guesses.append((stream.stats[0].drafted_tokens, stream.stats[0].accepted_tokens))
+            assert guesses[0] == guesses[1]  # what "a" was answered is nothing to "b"
+            assert guesses[2] == guesses[3] and guesses[2][1] > guesses[0][1]
+
+    asyncio.run(run())
+
+
 def test_a_wrong_cache_would_be_noticed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen3c.serve.prefix import PrefixTree
 
     find = PrefixTree.find
 
-    def wrong(self: PrefixTree, namespace: str, tokens: list[int]) -> Any:
+    def wrong(self: PrefixTree, namespace: str, tokens: list[int]) -> tuple[CachedSession | None, int]:
         session, n = find(self, namespace, tokens)
         if session is not None and len(session.tokens) > 8:
             session = session.fork()
@@ -295,7 +337,7 @@ def test_an_engine_that_fails_is_an_error_of_the_stream_and_the_next_request_is_
             expected = await outcome(served, Ask([[5, 6]], max_tokens=4, sampling={"seed": 1}))
             with monkeypatch.context() as patched:
 
-                def fails(*_: Any) -> Any:
+                def fails(*_: object) -> NoReturn:
                     raise ValueError("m.bin: the logits are not finite")
 
                 patched.setattr(Model, "forward", fails)
@@ -340,3 +382,39 @@ def test_what_is_scored_is_what_the_model_says(path: Path) -> None:
 def no_thread_is_left() -> Iterator[None]:
     yield
     assert not [thread for thread in threading.enumerate() if thread.name == "engine"]
+
+
+def test_a_grammar_that_fails_ends_its_own_sequence_alone(path: Path) -> None:
+    class Broken:
+        def __init__(self) -> None:
+            self.n_left = 3
+
+        def allowed(self) -> None:
+            self.n_left -= 1
+            if self.n_left == 0:
+                raise ValueError("the grammar is lost")
+
+        def accept(self, token: int) -> None:
+            """Whatever comes."""
+
+        def prepare(self) -> None:
+            """Nothing."""
+
+    class Lost:
+        def mask(self, prompt: list[int]) -> Broken:
+            return Broken()
+
+    async def run() -> None:
+        async with serving(path) as served:
+            wanted = Ask([[1, 2, 3]], max_tokens=12, sampling={"seed": 5})
+            expected = await outcome(served, wanted)
+            good, bad, also_good = await asyncio.gather(
+                outcome(served, wanted),
+                outcome(served, replace(endless(served, [4, 5]), grammar=Lost(), max_tokens=9)),  # type: ignore[arg-type]
+                outcome(served, wanted),
+                return_exceptions=True,
+            )
+            assert good == also_good == expected
+            assert isinstance(bad, ApiError) and bad.status == 500 and "the grammar is lost" in bad.message
+
+    asyncio.run(run())

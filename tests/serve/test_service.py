@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from small_server import PATIENCE, App, read_all, serving, wait_until
+from starlette.types import Receive, Scope, Send
 
 from qwen3c.cli.options import parse
 from qwen3c.serve.config import Settings, read
@@ -35,8 +36,6 @@ HAND_OVER = """import os, sys
 os.dup2(int(sys.argv[1]), 3)
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
 os.execv(sys.argv[2], sys.argv[2:])"""
-
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and descriptors are POSIX")
 
 
 class Process:
@@ -175,7 +174,7 @@ def test_a_host_that_is_not_here_is_one_line() -> None:
 
 
 def test_an_application_that_does_not_start_says_why(capsys: pytest.CaptureFixture[str]) -> None:
-    async def broken(scope: Any, receive: Any, send: Any) -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
         try:
             raise ValueError("model.bin: damaged")

@@ -19,11 +19,24 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import httpcore2
 import pytest
-from fake_provider import DONE, ROLE, USAGE, Provider, Script, chunk, chunked, error, event, head, stream
+from fake_provider import (
+    DONE,
+    ROLE,
+    USAGE,
+    Provider,
+    Script,
+    Step,
+    chunk,
+    chunked,
+    error,
+    event,
+    head,
+    stream,
+)
 
 from qwen3c.serve.breaker import FAILURES, Breaker
 from qwen3c.serve.errors import ApiError
@@ -60,6 +73,9 @@ class Clock:
                 wakes.set()
 
 
+T = TypeVar("T")
+
+
 def settings(url: str, **options: Any) -> Settings:
     chosen: dict[str, Any] = {"key": KEY, "first_delta": 5.0, "silence": 5.0} | options
     return Settings(url, "M", **chosen)
@@ -71,10 +87,10 @@ def new_upstream(url: str, clock: Clock, **options: Any) -> Upstream:
     )
 
 
-def talk(url: str, work: Callable[[Upstream, Clock], Awaitable[Any]], **options: Any) -> Any:
+def talk(url: str, work: Callable[[Upstream, Clock], Awaitable[T]], **options: Any) -> T:
     """What `work` returns, given an Upstream of a clock that stands still."""
 
-    async def run() -> Any:
+    async def run() -> T:
         clock = Clock()
         upstream = new_upstream(url, clock, **options)
         assert KEY not in repr(upstream.settings) + repr(upstream.__dict__)
@@ -198,7 +214,7 @@ def test_only_what_is_allowed_goes_up() -> None:
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_the_usage_chunk_is_the_last_and_only_where_it_was_asked_for(asked: bool) -> None:
-    async def work(upstream: Upstream, clock: Clock) -> list[Any]:
+    async def work(upstream: Upstream, clock: Clock) -> list[dict[str, Any]]:
         answer = await upstream.open(ASK | {"stream_options": {"include_usage": asked}}, stream=True)
         assert isinstance(answer, Answer)
         return [c async for c in answer]
@@ -218,7 +234,7 @@ def test_ids_of_tool_calls_are_told_once_and_indices_have_no_holes() -> None:
         function = {"name": "f", "arguments": arguments}
         return {"tool_calls": [{"index": index, "id": f"c{index}", "type": "function", "function": function}]}
 
-    async def work(upstream: Upstream, clock: Clock) -> tuple[list[Any], Any]:
+    async def work(upstream: Upstream, clock: Clock) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         answer = await upstream.open(ASK, stream=True)
         assert isinstance(answer, Answer)
         whole = await upstream.open(ASK, stream=False)
@@ -378,7 +394,7 @@ def test_a_provider_that_cannot_be_reached_is_left_alone_at_once(
         else:
             url = "https://provider.invalid/v1"
 
-            def unknown(*_: Any, **__: Any) -> Any:
+            def unknown(*_: object, **__: object) -> NoReturn:
                 raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
             monkeypatch.setattr(socket, "getaddrinfo", unknown)
@@ -498,7 +514,7 @@ SPEED = 12.0
 
 
 class _Hurried(selectors.DefaultSelector):
-    def select(self, timeout: float | None = None) -> Any:
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         return super().select(timeout and timeout / SPEED)
 
 
@@ -520,8 +536,8 @@ def test_patience_ends_as_the_table_says(kind: str, seconds: float) -> None:
     """2 s for a connection, 15 s for the first delta, 30 s of silence: of the loop's clock, which runs
     ahead.
     """
-    pings: list[Any] = [head(), ROLE, *[b": ping\n\n"] * 3, "silence"]
-    scripts: dict[str, list[Any]] = {
+    pings: list[Step] = [head(), ROLE, *[b": ping\n\n"] * 3, "silence"]
+    scripts: dict[str, list[Step]] = {
         "backlog": ["silence"],
         "silent": ["silence"],
         "pings": pings,
@@ -748,6 +764,19 @@ def test_a_spent_budget_lasts_until_midnight() -> None:
         with Provider(stream("a")) as provider:
             talk(provider.url, work, **limit)
             assert len(provider.requests) == 3
+
+
+def test_a_spent_budget_is_known_after_a_restart(tmp_path: Path) -> None:
+    async def spend(upstream: Upstream, clock: Clock) -> None:
+        assert isinstance(await upstream.open(ASK, stream=False), Answer)
+
+    async def again(upstream: Upstream, clock: Clock) -> None:
+        assert await upstream.open(ASK, stream=False) == Declined("budget")
+
+    with Provider(stream("a")) as provider:
+        for work in (spend, again, again):
+            talk(provider.url, work, requests=1, state=str(tmp_path / "spent"))
+        assert len(provider.requests) == 1
 
 
 def test_a_reply_that_is_left_early_costs_about_what_came() -> None:

@@ -41,12 +41,13 @@ class Script:
 def main() -> None:
     script, program, *arguments = sys.argv[1:]
     sys.path.insert(0, str(ROOT))
+    from qwen3c.drivers.generate import Generation
     from qwen3c.model import Model
 
     replies = iter(json.loads(Path(script).read_text()))
     generate = Model.generate
 
-    def say(self: Model, prompt: Sequence[int], *positional: Any, **options: Any) -> Any:
+    def say(self: Model, prompt: Sequence[int], *positional: Any, **options: Any) -> Generation:
         with open(f"{script}.told", "a") as told:
             print(json.dumps(self.tokenizer.decode(prompt)), file=told)
         ids = [*self.tokenizer.encode(next(replies, "done"), special=True), self.metadata["eos_token_ids"][0]]

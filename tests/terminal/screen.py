@@ -166,7 +166,7 @@ class Terminal:
         self._stream.feed(data)
         return True
 
-    def wait_until(self, condition: Callable[[], Any], what: str, timeout: float = PATIENCE) -> None:
+    def wait_until(self, condition: Callable[[], object], what: str, timeout: float = PATIENCE) -> None:
         """Draw until `condition` holds; AssertionError with the screen after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while not condition():

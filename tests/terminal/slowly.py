@@ -93,7 +93,7 @@ def say_that_work_begins() -> None:
     Path("working").touch()
 
 
-def pause_before(owner: Any, name: str, seconds: float) -> None:
+def pause_before(owner: object, name: str, seconds: float) -> None:
     function: Callable[..., Any] = getattr(owner, name)
 
     def slow(*args: Any, **options: Any) -> Any:

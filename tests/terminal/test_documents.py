@@ -32,7 +32,13 @@ PROGRAMS = (
 )
 COMMAND = re.compile(rf"(?:[A-Z_0-9]+=\S+ )*{PROGRAMS} \S.*")
 SETTINGS = re.compile(r"(?:[A-Z_0-9]+=\S+ )*")
-IMPORTS = {"train.py": "torch", "fidelity.py": "torch", "relatives.py": "torch", "agreement.py": "llama_cpp"}
+IMPORTS = {
+    "train.py": "torch",
+    "fidelity.py": "torch",
+    "relatives.py": "torch",
+    "lowbits.py": "torch",
+    "agreement.py": "llama_cpp",
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B": NotHere("downloads 1.5 GB"),
     "python export.py Qwen3-0.6B model.bin": Typed(leaves="model.bin"),
     "python export.py path/to/Qwen3-0.6B model.bin --estimate": Typed(shows="fits here"),
+    "python export.py path/to/Qwen3-0.6B model.bin --bits 4": Typed(leaves="model.bin"),
     "python export.py path/to/Qwen3-0.6B model.bin --lora ADAPTER": Typed(leaves="model.bin"),
     "python export.py Qwen3-0.6B-Q8_0.gguf model.bin": Typed(leaves="model.bin"),
     "python export.py final model.bin": Typed(leaves="model.bin"),
@@ -130,11 +137,17 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "python benchmarks/fidelity.py build/llama --text heldout.txt --windows 8 --group-size 64 --rope llama3": NotHere(
         "needs a Llama trained for hours; the line above it runs"
     ),
+    "python benchmarks/lowbits.py path/to/model --text heldout.txt": Typed(
+        "--window 64 --windows 1", shows="--bits 8"
+    ),
+    "python benchmarks/lowbits.py path/to/model --text heldout.txt --windows 32 --ggml path/to/libggml-base.so": PEERS,
     "python benchmarks/relatives.py model.bin heldout.txt build/relatives": NotHere("needs a trained Qwen3"),
     "python train.py pretrain texts/ --model build/relatives/llama -o build/llama --context 256 --steps 80 --learning-rate 1e-3": LONG,
     "python benchmarks/gguf_model.py build/llama llama.gguf": Typed(leaves="llama.gguf"),
     "python benchmarks/agreement.py llama.gguf --text heldout.txt --windows 8": PEERS,
     "python benchmarks/rollouts.py build/sft": LONG,
+    "python benchmarks/speculation.py": Typed("--pairs 1 --tokens 200", shows="tokens a pass"),
+    "python benchmarks/speculation.py model.bin --small small.bin": NotHere("needs a second trained model"),
     'python recipe/corpus.py build/box --parameters "3 million"': LONG,
     "python recipe/evaluate.py --base build/base --sft build/sft --grpo build/grpo --data build/box": LONG,
 }

@@ -11,7 +11,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,7 @@ def test_a_reader_of_stderr_that_leaves_ends_nothing(source: Path, target: Path)
 )
 @pytest.mark.parametrize("columns", [20, 200])
 def test_an_interrupted_export_is_one_line_and_leaves_nothing(
-    source: Path, target: Path, end: Any, status: int, words: str, columns: int
+    source: Path, target: Path, end: Callable[[Terminal], object], status: int, words: str, columns: int
 ) -> None:
     with Terminal(slow(source, target), columns=columns) as terminal:
         terminal.wait_for("%")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -18,10 +17,6 @@ from pathlib import Path
 
 import pytest
 from screen import ROOT, SHELL, Terminal, environment
-
-pytestmark = pytest.mark.skipif(
-    shutil.which("make") is None or shutil.which("cc") is None, reason="needs make and a C compiler"
-)
 
 PIP = """\
 Collecting numpy<3,>=1.26 (from qwen3c==0.1.0)

@@ -154,7 +154,6 @@ def test_threads_share_a_renderer(renderer: Renderer) -> None:
     assert results == {i: str(i) * 1000 for i in range(8)}
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_forked_process_gets_a_child_of_its_own() -> None:
     script = (
         "import os, sys; from qwen3c.text.template import Renderer; r = Renderer(); r.render('a', {})\n"
@@ -165,7 +164,6 @@ def test_a_forked_process_gets_a_child_of_its_own() -> None:
     assert subprocess.run([sys.executable, "-c", script], timeout=30).returncode == 0
 
 
-@pytest.mark.skipif(os.name != "posix", reason="looks for processes by signal")
 def test_the_child_does_not_outlive_its_renderer() -> None:
     renderer = Renderer()
     renderer.start()
@@ -177,7 +175,6 @@ def test_the_child_does_not_outlive_its_renderer() -> None:
         os.kill(child.pid, 0)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 def test_a_child_that_was_killed_is_replaced(renderer: Renderer) -> None:
     renderer.start()
     assert renderer._child is not None
@@ -267,7 +264,6 @@ def test_a_child_in_the_middle_of_a_line_is_not_asked_again() -> None:
         assert renderer.render("{{ a }}", {"a": str(seconds)}) == str(seconds)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_fork_interrupted_while_it_starts_its_child_leaves_the_parents_alone() -> None:
     renderer = Renderer()
     renderer.render("a", {})

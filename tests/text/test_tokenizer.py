@@ -261,7 +261,6 @@ def test_tokens_that_overlap_are_escaped_wherever_one_begins() -> None:
         assert tokenizer.encode_escaped(escaped) == tokenizer.encode(text), repr(text)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="bounds processor time")
 def test_long_runs_of_spaces_take_time_in_proportion() -> None:
     """Tokens that swallow spaces around 200,000 spaces, in 20 s of processor time: no quadratic search."""
     script = (

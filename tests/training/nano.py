@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def write_tasks(path: Path) -> Path:
     )
 
 
-def write_jsonl(path: Path, values: list[Any]) -> Path:
+def write_jsonl(path: Path, values: Sequence[object]) -> Path:
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
     return path
 

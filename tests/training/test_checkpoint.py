@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from qwen3c.training.checkpoint import (
 )
 
 
-def fill_with(text: Any) -> Any:
-    def fill(directory: Any) -> None:
+def fill_with(text: str) -> Callable[[Path], None]:
+    def fill(directory: Path) -> None:
         (directory / "model.safetensors").write_text(text)
         (directory / "config.json").write_text(text)
 
@@ -44,7 +45,7 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "step-0000001"
     write_directory(path, fill_with("old"))
 
-    def fail(directory: Any) -> None:
+    def fail(directory: Path) -> None:
         (directory / "config.json").write_text("half")
         raise OSError("disk full")
 
@@ -57,7 +58,7 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 def test_a_writer_that_is_killed_leaves_no_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "step-0000001"
 
-    def kill(directory: Any) -> None:
+    def kill(directory: Path) -> None:
         (directory / "config.json").write_text("half")
         os.kill(os.getpid(), signal.SIGKILL)
 

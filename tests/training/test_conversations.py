@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,13 +16,18 @@ from qwen3c.training.next_token import IGNORED
 from qwen3c.training.shapes import Shape, new_model
 from qwen3c.training.vocabulary import train_bpe
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
+def tokenizer() -> PreTrainedTokenizerFast:
     return train_bpe(["What is 3 + 4? It is 7."], 290)
 
 
-def test_the_reply_and_its_end_are_learned_and_nothing_else(tmp_path: Path, tokenizer: Any) -> None:
+def test_the_reply_and_its_end_are_learned_and_nothing_else(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     path = write_jsonl(tmp_path / "chat.jsonl", [conversation("3 + 4?", "It is 7.")])
     (sample,), _ = read_samples(path, tokenizer, 64)
     batch = collate([[sample]], 64, tokenizer.pad_token_id)
@@ -36,7 +41,9 @@ def test_the_reply_and_its_end_are_learned_and_nothing_else(tmp_path: Path, toke
         assert targets[i] == batch["tokens"][0, i + 1]
 
 
-def test_plain_text_among_conversations_is_learned_whole(tmp_path: Path, tokenizer: Any) -> None:
+def test_plain_text_among_conversations_is_learned_whole(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     lines = [conversation("3 + 4?", "It is 7."), {"text": "What is 3 + 4?"}]
     samples, _ = read_samples(write_jsonl(tmp_path / "chat.jsonl", lines), tokenizer, 64)
     targets = collate([samples[1:]], 64, tokenizer.pad_token_id)["targets"][0]
@@ -50,14 +57,16 @@ def test_plain_text_among_conversations_is_learned_whole(tmp_path: Path, tokeniz
     [(7, "text is not a text"), ("", "text is not a text"), ("a<|im_end|>", "text holds the")],
 )
 def test_bad_plain_text_is_refused_with_its_line(
-    tmp_path: Path, tokenizer: Any, text: Any, complaint: str
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, text: Any, complaint: str
 ) -> None:
     path = write_jsonl(tmp_path / "chat.jsonl", [conversation("a", "b"), {"text": text}])
     with pytest.raises(TrainingError, match=f"line 2: {complaint}"):
         read_samples(path, tokenizer, 64)
 
 
-def test_every_reply_of_a_conversation_is_a_sample(tmp_path: Path, tokenizer: Any) -> None:
+def test_every_reply_of_a_conversation_is_a_sample(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     messages = conversation("a", "b")["messages"] + conversation("c", "d")["messages"]
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": messages}])
     samples, _ = read_samples(path, tokenizer, 64)
@@ -65,7 +74,9 @@ def test_every_reply_of_a_conversation_is_a_sample(tmp_path: Path, tokenizer: An
     assert replies == ["b<|im_end|>", "d<|im_end|>"]
 
 
-def test_a_packed_sample_gets_the_logits_it_gets_alone(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_packed_sample_gets_the_logits_it_gets_alone(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     import torch
 
     model = new_model(Shape(32, 64, 2, 2, 1, 16, 128), tokenizer, seed=1).eval()  # type: ignore[no-untyped-call]
@@ -86,7 +97,9 @@ def test_a_packed_sample_gets_the_logits_it_gets_alone(tmp_path: Path, tokenizer
             start += len(sample.tokens)
 
 
-def test_without_the_mask_packed_samples_would_see_each_other(tmp_path: Path, tokenizer: Any) -> None:
+def test_without_the_mask_packed_samples_would_see_each_other(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     import torch
 
     model = new_model(Shape(32, 64, 2, 2, 1, 16, 128), tokenizer, seed=1).eval()  # type: ignore[no-untyped-call]
@@ -114,7 +127,7 @@ def test_rows_hold_every_sample_once_per_epoch_and_no_row_overflows() -> None:
     rows = Rows(samples, 64, seed=1)
     i = 0
     for _ in range(2):
-        seen: list[Any] = []
+        seen: list[Sample] = []
         while len(seen) < len(samples):
             assert sum(len(s.tokens) for s in rows[i]) <= 64
             seen += rows[i]
@@ -131,7 +144,9 @@ def test_rows_may_be_asked_for_in_any_order() -> None:
     assert [rows[i] for i in reversed(range(60))] == forward[::-1]
 
 
-def test_samples_longer_than_the_context_are_counted(tmp_path: Path, tokenizer: Any) -> None:
+def test_samples_longer_than_the_context_are_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     path = write_jsonl(
         tmp_path / "chat.jsonl", [conversation("short", "ok"), conversation("long " * 200, "ok")]
     )
@@ -155,7 +170,9 @@ def test_samples_longer_than_the_context_are_counted(tmp_path: Path, tokenizer: 
         ("[" * 100000, "line 2: is not JSON"),
     ],
 )
-def test_a_bad_line_is_named_by_its_number(tmp_path: Path, tokenizer: Any, line: Any, message: Any) -> None:
+def test_a_bad_line_is_named_by_its_number(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, line: str, message: str
+) -> None:
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps(conversation("a", "b")) + "\n" + line + "\n")
     with pytest.raises(TrainingError, match=message) as error:
@@ -163,7 +180,7 @@ def test_a_bad_line_is_named_by_its_number(tmp_path: Path, tokenizer: Any, line:
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_empty_or_binary_file_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+def test_an_empty_or_binary_file_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "chat.jsonl"
     for data, message in ((b"\n\n", "is empty"), (b"\xff\n", "line 1: byte 0 is not UTF-8")):
         path.write_bytes(data)
@@ -171,7 +188,9 @@ def test_an_empty_or_binary_file_is_refused(tmp_path: Path, tokenizer: Any) -> N
             read_samples(path, tokenizer, 64)
 
 
-def test_a_template_that_prompts_otherwise_than_it_renders_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_template_that_prompts_otherwise_than_it_renders_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     other = train_bpe(["x"], 280)
     other.chat_template = (
         "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
@@ -196,7 +215,7 @@ def test_the_split_is_disjoint_and_a_function_of_the_seed() -> None:
 
 
 @pytest.fixture(scope="module")
-def qwen3() -> Any:
+def qwen3() -> PreTrainedTokenizerFast:
     """Qwen3's template and control tokens on a small vocabulary."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -237,7 +256,12 @@ ANSWERED = [
         (ANSWERED, TOOLS),
     ],
 )
-def test_samples_are_what_transformers_renders(tmp_path: Path, qwen3: Any, messages: Any, tools: Any) -> None:
+def test_samples_are_what_transformers_renders(
+    tmp_path: Path,
+    qwen3: PreTrainedTokenizerFast,
+    messages: list[dict[str, Any]],
+    tools: Any,
+) -> None:
     line = {"messages": messages} | ({"tools": tools} if tools else {})
     samples, _ = read_samples(write_jsonl(tmp_path / "chat.jsonl", [line]), qwen3, 4096)
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -245,10 +269,10 @@ def test_samples_are_what_transformers_renders(tmp_path: Path, qwen3: Any, messa
     for i, sample in zip(replies, samples, strict=True):
         # null content, which no template of Qwen's takes, stands for none
         said = [{**m, "content": m["content"] or ""} for m in messages[: i + 1]]
-        whole = qwen3.apply_chat_template(said, tools=tools, tokenize=False)
-        assert qwen3.decode(sample.tokens) + "\n" == whole
+        whole = str(qwen3.apply_chat_template(said, tools=tools, tokenize=False))
+        assert str(qwen3.decode(sample.tokens)) + "\n" == whole
         assert sample.tokens == qwen3.encode(whole.removesuffix("\n"), add_special_tokens=False)
-        reply = qwen3.decode(sample.tokens[sample.prompt_length :])
+        reply = str(qwen3.decode(sample.tokens[sample.prompt_length :]))
         assert said[i]["content"].split("</think>\n\n")[-1] in reply and reply.endswith("<|im_end|>")
         thought = said[i].get("reasoning_content", "")
         assert thought in reply and ("get_weather" in reply) == bool(said[i].get("tool_calls"))
@@ -283,14 +307,16 @@ def test_samples_are_what_transformers_renders(tmp_path: Path, qwen3: Any, messa
     ],
 )
 def test_what_our_own_template_cannot_render_is_refused_by_line(
-    tmp_path: Path, tokenizer: Any, line: Any, message: Any
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, line: dict[str, Any], message: str
 ) -> None:
     path = write_jsonl(tmp_path / "chat.jsonl", [conversation("a", "b"), line])
     with pytest.raises(TrainingError, match=f"line 2: .*{message}"):
         read_samples(path, tokenizer, 4096)
 
 
-def test_a_template_that_drops_the_tools_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_template_that_drops_the_tools_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     other = train_bpe(["x"], 280)
     other.chat_template = tokenizer.chat_template.split("\n", 1)[1]
     path = write_jsonl(tmp_path / "chat.jsonl", [{**conversation("a", "b"), "tools": TOOLS}])
@@ -298,14 +324,16 @@ def test_a_template_that_drops_the_tools_is_refused(tmp_path: Path, tokenizer: A
         read_samples(path, other, 4096)
 
 
-def test_plain_text_keeps_what_looks_like_a_tag(tmp_path: Path, tokenizer: Any) -> None:
+def test_plain_text_keeps_what_looks_like_a_tag(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write_jsonl(tmp_path / "chat.jsonl", [{"text": "a <think> b"}])
     ((sample,), _) = read_samples(path, tokenizer, 4096)
     assert tokenizer.convert_tokens_to_ids("<think>") not in sample.tokens
     assert tokenizer.decode(sample.tokens[:-1]) == "a <think> b"
 
 
-def test_a_byte_order_mark_is_no_error_and_half_a_character_is(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_byte_order_mark_is_no_error_and_half_a_character_is(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     path = tmp_path / "chat.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(conversation("a", "b")).encode())
     assert len(read_samples(path, tokenizer, 64)[0]) == 1

@@ -3,7 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 from nano import environment
@@ -14,15 +14,20 @@ from qwen3c.training.estimate import estimate
 from qwen3c.training.shapes import PRESETS, Shape, new_model
 from qwen3c.training.vocabulary import train_bpe
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 SHAPE = Shape(128, 256, 3, 4, 2, 32, 256)
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
+def tokenizer() -> PreTrainedTokenizerFast:
     return train_bpe(["def f(): pass"], 272)
 
 
-def test_parameters_file_and_cache_are_what_the_exported_model_has(tmp_path: Path, tokenizer: Any) -> None:
+def test_parameters_file_and_cache_are_what_the_exported_model_has(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     model = new_model(SHAPE, tokenizer, seed=1)
     e = estimate(model, 2, 64, False)
     model.save_pretrained(tmp_path)
@@ -88,7 +93,7 @@ print(expected, highest() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("arguments", [(256, 6, 8, 256), (768, 4, 1, 64)], ids=["activations", "weights"])
 def test_the_peak_of_training_is_within_15_percent_of_what_is_measured(
-    tmp_path: Path, arguments: Any
+    tmp_path: Path, arguments: tuple[int, ...]
 ) -> None:
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, arguments)], cwd=__file__.rpartition("/")[0],

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from qwen3c.training import TrainingError
 from qwen3c.training.grpo import GRPO, LOSSES, Policy, advantages_of, load_reward, token_losses
+from qwen3c.training.trainer import Batch
 
+Floats = NDArray[np.float64]
 LENGTHS = [3, 7, 1, 5]  # of the completions of one group
 
 
-def batch_of(lengths: Any, advantages: Any, seed: int = 1) -> Any:
+def batch_of(lengths: list[int], advantages: Floats, seed: int = 1) -> tuple[Batch, torch.Tensor]:
     """Random log-probabilities far enough apart that some ratios are clipped; padding holds numbers too."""
     random = np.random.default_rng(seed)
     shape = (len(lengths), max(lengths) + 2)
@@ -31,7 +33,7 @@ def batch_of(lengths: Any, advantages: Any, seed: int = 1) -> Any:
     return batch, torch.tensor(values["new"])
 
 
-def expected_loss(batch: Any, new: Any, advantages: Any, policy: Any) -> Any:
+def expected_loss(batch: Batch, new: torch.Tensor, advantages: Floats, policy: Policy) -> float:
     """DeepSeekMath, equation 3, with its estimate of the divergence (equation 4)."""
     of_completions, of_tokens = [], []
     for i, advantage in enumerate(advantages):
@@ -54,15 +56,15 @@ def expected_loss(batch: Any, new: Any, advantages: Any, policy: Any) -> Any:
 class Stage(GRPO):
     """A GRPO stage without model and data, for its loss."""
 
-    def __init__(self, policy: Any, logprobs: Any) -> None:
+    def __init__(self, policy: Policy, logprobs: torch.Tensor) -> None:
         self.policy, self.model, self._kl, self.logprobs = policy, None, 0.0, logprobs
 
-    def _logprobs(self, model: Any, tokens: Any) -> Any:
+    def _logprobs(self, model: object, tokens: object) -> torch.Tensor:
         return self.logprobs
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_loss_is_that_of_the_paper_or_of_dapo(loss: Any) -> None:
+def test_the_loss_is_that_of_the_paper_or_of_dapo(loss: str) -> None:
     policy = Policy(loss=loss, kl=0.3, clip_ratio=0.1)
     advantages = np.array([1.5, -0.5, 0.3, -1.3])
     batch, new = batch_of(LENGTHS, advantages)

@@ -18,7 +18,7 @@ from qwen3c.training.loading import load_model, model_fingerprint
 @pytest.mark.parametrize(
     "shape", [{}, {"tied": False}, {"architecture": "qwen2", "head_dim": 16}, {"architecture": "qwen3_moe"}]
 )
-def test_every_family_of_the_exporter_loads(tmp_path: Path, shape: Any) -> None:
+def test_every_family_of_the_exporter_loads(tmp_path: Path, shape: dict[str, Any]) -> None:
     model, tokenizer = load_model(write_small_model(tmp_path / "model", dtype="F32", **shape))
     stored = load_file(tmp_path / "model" / "model.safetensors")
     assert (model.get_input_embeddings().weight == stored["model.embed_tokens.weight"]).all()  # type: ignore[union-attr]

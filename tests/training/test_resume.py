@@ -23,7 +23,7 @@ QUICK = ["--quiet", "--threads", 1]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of every stage, of two steps."""
     d = tmp_path_factory.mktemp("runs")
     write_text(d / "text")
@@ -38,7 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return d
 
 
-def arguments(d: Any, stage: Any, out: Any = None) -> Any:
+def arguments(d: Path, stage: str, out: Path | None = None) -> list[object]:
     common = ["-o", out or d / stage, "--steps", 2, *QUICK]
     return {
         "pretrain": ["pretrain", d / "text", *NANO, *common],
@@ -73,7 +73,7 @@ CHANGES = [
 
 @pytest.mark.parametrize(("stage", "old", "new", "message"), CHANGES)
 def test_another_run_is_not_resumed_and_the_difference_is_named(
-    stage: Any, old: Any, new: Any, message: Any, runs: Any, capsys: pytest.CaptureFixture[str]
+    stage: str, old: str, new: str, message: str, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given, old, new = " ".join(map(str, arguments(runs, stage))), old.format(d=runs), new.format(d=runs)
     assert old == "+" or old in given
@@ -85,7 +85,7 @@ def test_another_run_is_not_resumed_and_the_difference_is_named(
     assert (runs / stage / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_folder_of_another_stage_is_not_resumed(runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_another_stage_is_not_resumed(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [str(a) for a in arguments(runs, "sft")]
     given[given.index("-o") + 1] = str(runs / "base2")
     assert train(*given, "--resume") == 2
@@ -93,12 +93,12 @@ def test_a_folder_of_another_stage_is_not_resumed(runs: Any, capsys: pytest.Capt
 
 
 def test_an_edited_reward_is_another_one(
-    runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     given = [str(a) for a in arguments(runs, "grpo", tmp_path / "out")]
     given[given.index("nano:digits")] = "edited_reward:f"
-    status: list[Any] = []
+    status: list[int] = []
     for body in ("0.0", "1.0"):
         (tmp_path / "edited_reward.py").write_text(f"def f(prompt, completion, task):\n    return {body}\n")
         sys.modules.pop("edited_reward", None)
@@ -114,7 +114,7 @@ def test_an_edited_reward_is_another_one(
 
 
 def test_steps_and_what_decides_no_loss_may_change(
-    runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(runs / "pretrain", out)
@@ -132,14 +132,14 @@ def test_steps_and_what_decides_no_loss_may_change(
 
 
 def test_a_run_killed_before_its_first_checkpoint_leaves_no_trace_in_the_next(
-    runs: Any, tmp_path: Path
+    runs: Path, tmp_path: Path
 ) -> None:
     given = arguments(runs, "pretrain", tmp_path / "out")
     child = os.fork()
     if child == 0:
         from qwen3c.training import curves
 
-        def killed(records: Any, path: Any) -> None:
+        def killed(records: object, path: Path) -> None:
             path.write_text("half a picture")
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -157,7 +157,7 @@ def test_a_run_killed_before_its_first_checkpoint_leaves_no_trace_in_the_next(
 
 @pytest.mark.parametrize("what", ["curves.png", "model.safetensors", "trainer.pt"])
 def test_a_disk_without_room_is_named_and_the_last_checkpoint_stays(
-    what: str, runs: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    what: str, runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(runs / "pretrain", out)
@@ -176,22 +176,22 @@ def test_a_disk_without_room_is_named_and_the_last_checkpoint_stays(
     assert os.listdir(out / "checkpoints") == ["step-0000002"]
 
 
-def test_no_float64_meets_the_device(runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_float64_meets_the_device(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Apple's GPUs have no float64. Here tensors count as on such a device until cpu() is called."""
     import torch
 
     cpu, double, to, back = torch.Tensor.cpu, torch.Tensor.double, torch.Tensor.to, set()
 
-    def brought_back(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def brought_back(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         result = cpu(self, *args, **kwargs)
         back.add(id(result))
         return result
 
-    def doubled(self: Any) -> Any:
+    def doubled(self: torch.Tensor) -> torch.Tensor:
         assert id(self) in back, "float64 on the device"
         return double(self)
 
-    def moved(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def moved(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         assert self.dtype != torch.float64, "float64 to the device"
         return to(self, *args, **kwargs)
 
@@ -201,7 +201,7 @@ def test_no_float64_meets_the_device(runs: Any, tmp_path: Path, monkeypatch: pyt
     assert train(*arguments(runs, "pretrain", tmp_path / "out")) == 0
 
 
-def test_samples_are_several_and_of_text_go_on_past_its_end(runs: Any) -> None:
+def test_samples_are_several_and_of_text_go_on_past_its_end(runs: Path) -> None:
     for stage, n in (("pretrain", 4), ("sft", 2), ("grpo", 2)):
         last = [r for r in read_metrics(runs / stage / "metrics.jsonl") if "samples" in r][-1]["samples"]
         assert len(last) >= n and len(set(last)) > 1, stage
@@ -216,7 +216,7 @@ def test_samples_are_several_and_of_text_go_on_past_its_end(runs: Any) -> None:
     )
 
 
-def test_under_nohup_a_closed_terminal_does_not_end_a_run(runs: Any, tmp_path: Path) -> None:
+def test_under_nohup_a_closed_terminal_does_not_end_a_run(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     given = [str(a) for a in arguments(runs, "pretrain", out)]
     given[given.index("--steps") + 1] = "100000"

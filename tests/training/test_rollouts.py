@@ -1,42 +1,42 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from small_models import export_small_model
 
 from qwen3c import Model, engine
-from qwen3c.training.rollouts import rollout
+from qwen3c.training.rollouts import Completion, rollout
 
 PROMPTS = [[5, 6, 7], [9], list(range(20, 50))]
 END = frozenset({3})
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def model(tmp_path_factory: pytest.TempPathFactory) -> engine.Engine:
     return engine.Engine(str(export_small_model(tmp_path_factory.mktemp("model"), std=0.05)))
 
 
 def run(
-    model: Any,
-    prompts: Any = PROMPTS,
+    model: engine.Engine,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
     n: int = 4,
     tokens: int = 12,
     temperature: float = 1.0,
-    seed: Any = (1, 2),
-) -> Any:
+    seed: Sequence[int] = (1, 2),
+) -> list[list[Completion]]:
     return rollout(model, prompts, n, tokens, END, temperature, seed)
 
 
-def test_a_completion_is_a_function_of_weights_prompt_and_seed(model: Any) -> None:
+def test_a_completion_is_a_function_of_weights_prompt_and_seed(model: engine.Engine) -> None:
     first, again = run(model), run(model)
     assert first == again != run(model, seed=(1, 3))
     assert len({tuple(c.tokens) for c in first[0]}) == 4  # the group is diverse
 
 
-def test_logprobs_are_those_of_the_distribution_that_was_sampled(model: Any) -> None:
+def test_logprobs_are_those_of_the_distribution_that_was_sampled(model: engine.Engine) -> None:
     temperature = 0.7
     for prompt, group in zip(PROMPTS, run(model, temperature=temperature), strict=True):
         for completion in group:
@@ -48,7 +48,7 @@ def test_logprobs_are_those_of_the_distribution_that_was_sampled(model: Any) -> 
             assert np.allclose(completion.logprobs, expected, rtol=0, atol=1e-5)
 
 
-def test_temperature_zero_takes_the_largest_logit(model: Any) -> None:
+def test_temperature_zero_takes_the_largest_logit(model: engine.Engine) -> None:
     for prompt, group in zip(PROMPTS, run(model, n=2, temperature=0.0), strict=True):
         session = model.session()
         ids, tokens = prompt, []
@@ -60,7 +60,7 @@ def test_temperature_zero_takes_the_largest_logit(model: Any) -> None:
         assert [c.tokens for c in group] == [tokens, tokens]
 
 
-def test_completions_end_at_an_end_token_or_the_limit(model: Any) -> None:
+def test_completions_end_at_an_end_token_or_the_limit(model: engine.Engine) -> None:
     for group in run(model, n=8, tokens=200):
         for completion in group:
             assert completion.ended == (completion.tokens[-1] in END)
@@ -68,7 +68,7 @@ def test_completions_end_at_an_end_token_or_the_limit(model: Any) -> None:
             assert completion.ended or len(completion.tokens) == 200
 
 
-def test_a_completion_past_the_context_is_refused(model: Any) -> None:
+def test_a_completion_past_the_context_is_refused(model: engine.Engine) -> None:
     with pytest.raises(ValueError, match="context"):
         run(model, tokens=model.config.context)
 

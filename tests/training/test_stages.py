@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base(data: Path) -> Any:
+def base(data: Path) -> Path:
     """A pretrained model: enough to know digits, plus and equals."""
     status = train("pretrain", data / "text", "-o", data / "base", *NANO, "--quiet", "--steps", 60,
                    "--learning-rate", 1e-2, "--evaluate-every", 30, "--checkpoint-every", 30)  # fmt: skip
@@ -39,7 +38,7 @@ def base(data: Path) -> Any:
     return data / "base"
 
 
-def stage_arguments(stage: Any, data: Path, base: Path, out: Any, steps: int = 6) -> Any:
+def stage_arguments(stage: str, data: Path, base: Path, out: Path, steps: int = 6) -> list[object]:
     common = ["-o", out, "--steps", steps, *QUICK]
     if stage == "pretrain":
         return ["pretrain", data / "text", *NANO[:-2], *common]
@@ -132,7 +131,7 @@ def test_trained_weights_give_the_engine_the_logits_of_transformers(base: Path, 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_run_has_the_same_losses_to_the_bit(
-    stage: Any, data: Path, base: Path, tmp_path: Path
+    stage: str, data: Path, base: Path, tmp_path: Path
 ) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert train(*stage_arguments(stage, data, base, whole)) == 0
@@ -215,7 +214,9 @@ def test_killed_at_twenty_points_a_run_keeps_its_last_checkpoint(data: Path, tmp
 
 
 @pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["copies", "sharded"])
-def test_two_processes_reach_the_losses_of_one(shard: Any, data: Path, base: Path, tmp_path: Path) -> None:
+def test_two_processes_reach_the_losses_of_one(
+    shard: list[str], data: Path, base: Path, tmp_path: Path
+) -> None:
     arguments = ["pretrain", data / "text", *NANO, "--steps", 6, "--batch", 4, "--micro-batch", 1, *QUICK]
     assert train(*arguments, "-o", tmp_path / "one") == 0
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
@@ -231,7 +232,7 @@ def test_two_processes_reach_the_losses_of_one(shard: Any, data: Path, base: Pat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(
-    number: Any, data: Path, tmp_path: Path
+    number: signal.Signals, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     command = [
@@ -261,11 +262,14 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(
 def test_a_diverging_loss_ends_the_run_and_names_the_intact_checkpoint(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import torch
+
     from qwen3c.training.pretrain import Pretraining
+    from qwen3c.training.trainer import Batch
 
     loss, calls = Pretraining.loss, []
 
-    def diverge(self: Any, batch: Any) -> Any:
+    def diverge(self: Pretraining, batch: Batch) -> tuple[torch.Tensor, int]:
         calls.append(1)
         total, n = loss(self, batch)
         return (total * float("inf") if self.step == 4 and self.model.training else total), n

@@ -6,7 +6,6 @@ import io
 import os
 import sys
 import time
-from typing import Any
 
 import pytest
 
@@ -15,19 +14,20 @@ from qwen3c.training.telling import Telling, unheard  # type: ignore[attr-define
 
 
 class FakeTerminal(io.StringIO):
-    def isatty(self) -> Any:
+    def isatty(self) -> bool:
         return True
 
 
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Any:
+def terminal(monkeypatch: pytest.MonkeyPatch) -> FakeTerminal:
     """Made inside the test, because pytest replaces stderr for each phase."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(telling, "PATIENCE", 0.01)
-    monkeypatch.setattr(sys, "stderr", FakeTerminal())
-    return sys.stderr
+    screen = FakeTerminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    return screen
 
 
-def wait_for(stream: Any, text: Any) -> None:
+def wait_for(stream: FakeTerminal, text: str) -> None:
     deadline = time.monotonic() + 30
     while text not in stream.getvalue() and time.monotonic() < deadline:
         time.sleep(0.01)

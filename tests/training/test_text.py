@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +32,7 @@ def test_a_folder_is_read_in_order_and_without_hidden_files(tmp_path: Path) -> N
         (b" \n ", "no text in there"),
     ],
 )
-def test_what_is_not_text_is_refused_by_name(tmp_path: Path, data: Any, message: str) -> None:
+def test_what_is_not_text_is_refused_by_name(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "data.bin"
     path.write_bytes(data)
     with pytest.raises(TrainingError, match=message) as error:
@@ -103,7 +102,7 @@ def test_files_of_a_folder_that_are_not_text_are_left_out_and_counted(tmp_path: 
     (tmp_path / "a.txt").write_text("hello")
     (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     (tmp_path / "c.bin").write_bytes(bytes(range(32)))
-    said: list[Any] = []
+    said: list[str] = []
     assert [d.text for d in read_documents([tmp_path], said.append)] == ["hello"]
     assert said == [f"2 files are not text and left out, such as {tmp_path / 'b.png'}"]
     (tmp_path / "a.txt").unlink()

@@ -9,7 +9,7 @@ from nano import NANO, train, write_text
 from qwen3c.training.trainer import Settings
 
 
-def settings(**changes: Any) -> Any:
+def settings(**changes: Any) -> Settings:
     given: dict[str, Any] = {
         "out": Path("x"),
         "steps": 100,
@@ -33,7 +33,7 @@ def test_the_learning_rate_rises_in_a_line_and_falls_as_a_cosine() -> None:
 def test_only_matrices_decay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen3c.training.trainer import Trainer
 
-    seen: list[Any] = []
+    seen: list[Trainer] = []
     monkeypatch.setattr(Trainer, "run", lambda self: seen.append(self))
     assert (
         train("pretrain", write_text(tmp_path / "text"), "-o", tmp_path / "out", *NANO, "--weight-decay", 0.3)
