@@ -26,7 +26,7 @@ from ..memory import gib
 from ..system import mistakes
 from ..system.machine import default_threads
 from ..system.terminal import escaped
-from .blocks import KINDS
+from .gguf_blocks import KINDS
 from .directory import Directory
 from .gguf import GGUF
 from .huggingface import Checkpoint, CheckpointOptions

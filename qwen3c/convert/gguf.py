@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from .blocks import KINDS
+from .gguf_blocks import KINDS
 from .gguf_header import Header, Info
 from .gguf_vocabulary import GGUFVocabulary
 from .rope import inverse_frequencies, read_rope

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import format
-from .blocks import KINDS
+from .gguf_blocks import KINDS
 from .source import SourceError, shown
 
 GROUP_SIZE = 32  # of a recipe that names none
@@ -124,7 +124,7 @@ class Recipe:
 
 
 def of_source(dtypes: Mapping[str, str], config: format.Config) -> Recipe | None:
-    """What the matrices of a source get that are no recipe's: a GGUF file's blocks as blocks.KINDS says.
+    """What the matrices of a source get that are no recipe's: a GGUF file's blocks as gguf_blocks.KINDS says.
 
     dtypes: of every matrix by its Hugging Face name. None if all are INT8. A gate and its up get what holds
     both.

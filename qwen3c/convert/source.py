@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..system import mistakes
 from ..system.files import reason
 from ..system.terminal import escaped
-from . import blocks
+from . import gguf_blocks as blocks
 
 if TYPE_CHECKING:
     import numpy as np

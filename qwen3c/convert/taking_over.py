@@ -11,7 +11,7 @@ import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import format
-from .blocks import KINDS, PIECE_WEIGHTS, Decoded, Kind
+from .gguf_blocks import KINDS, PIECE_WEIGHTS, Decoded, Kind
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,7 +16,7 @@ from small_models import small_weights
 
 from qwen3c import Model, engine, format
 from qwen3c.cli.export import main
-from qwen3c.convert import blocks, quantise, recipe
+from qwen3c.convert import gguf_blocks as blocks, quantise, recipe
 from qwen3c.convert.export import Report, export
 from qwen3c.convert.gguf import GGUF
 from qwen3c.convert.huggingface import Checkpoint
