@@ -26,9 +26,9 @@ from ..memory import gib
 from ..system import mistakes
 from ..system.machine import default_threads
 from ..system.terminal import escaped
-from .gguf_blocks import KINDS
 from .directory import Directory
 from .gguf import GGUF
+from .gguf_blocks import KINDS
 from .huggingface import Checkpoint, CheckpointOptions
 from .lora import merge
 from .quantise import Converted, Slice, stream

@@ -237,7 +237,7 @@ def _quantize(
         if part_held is not None:
             taking_over.put(tile_rows, encoding, row, part_held)
             lost = part_held.lost[part_held.rows]
-            taken_over += len(lost) * piece.columns * part_held.exact
+            taken_over += int(np.count_nonzero(lost[:, 2] == 0)) * piece.columns
             error, weight = (float(total) for total in lost[:, 1:].sum(axis=0, dtype=np.float64))
             errors = (max(errors[0], float(lost[:, 0].max(initial=0))), errors[1] + error, errors[2] + weight)
         row += part.n // piece.columns

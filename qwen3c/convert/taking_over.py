@@ -27,9 +27,9 @@ class Held(NamedTuple):
     rows: NDArray[np.bool_]  # (n,)
     codes: NDArray[np.int8]  # (n, columns); of INT4 places in the codebook
     scales: NDArray[np.uint16]  # (n, columns / 32), bits of an fp16
-    lost: NDArray[np.float32]  # (n, 3): largest error, sums of squared errors and of squared weights
+    # (n, 3): largest error, sums of squared errors and of squared weights; zeros where nothing is lost
+    lost: NDArray[np.float32]
     codebook: tuple[int, ...]  # of INT4
-    exact: bool  # nothing is lost; `lost` is zeros
 
 
 def can_hold(dtype: str, group_size: int, encoding: format.Encoding) -> bool:
@@ -43,7 +43,8 @@ def can_hold(dtype: str, group_size: int, encoding: format.Encoding) -> bool:
 def hold(data: memoryview, dtype: str, columns: int, encoding: format.Encoding) -> Held:
     """Rows of blocks that the encoding can hold (can_hold), as it would.
 
-    A row with a scale that is no finite fp16 is not held, unless the codes it is for are all zero.
+    A scale becomes the nearest fp16. A row where it is beyond all of them is not held, unless the codes that
+    it is for are zeros.
     """
     import numpy as np
 
@@ -53,7 +54,7 @@ def hold(data: memoryview, dtype: str, columns: int, encoding: format.Encoding) 
         _hold(kind, data[start : start + step], columns, encoding) for start in range(0, len(data), step)
     ]
     rows, codes, scales, lost = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
-    return Held(rows, codes, scales, lost, kind.codebook, not _is_near(kind, encoding))
+    return Held(rows, codes, scales, lost, kind.codebook)
 
 
 def _is_near(kind: Kind, encoding: format.Encoding) -> bool:
@@ -70,14 +71,16 @@ def _hold(kind: Kind, data: memoryview, columns: int, encoding: format.Encoding)
         unit = np.float32(kind.unit if _is_near(kind, encoding) else 1)
         halves = (decoded.scales * unit).astype(np.float16)
     held = np.isfinite(halves)
+    if not held.all():
+        zero = ~held & ~decoded.codes.any(axis=1) & np.isfinite(decoded.scales)
+        halves[zero], held[zero] = 0, True
     lost = np.zeros((len(data) // kind.size * kind.weights // columns, 3), np.float32)
     if _is_near(kind, encoding):
-        lost[:] = _lost(decoded, halves, kind, columns)
-    else:
-        held &= halves == decoded.scales
-        if not held.all():
-            zero = ~held & ~decoded.codes.any(axis=1) & np.isfinite(decoded.scales)
-            halves[zero], held[zero] = 0, True
+        near = np.take(_table(kind.codes, kind.codebook), decoded.codes.view(np.uint8))
+        lost = _lost(decoded, Decoded(near, halves.astype(np.float32)), columns)
+    elif not np.array_equal(halves, decoded.scales):
+        lost = _lost(decoded, Decoded(decoded.codes, halves.astype(np.float32)), columns)
+        lost[lost[:, 1] == 0] = 0
     codes, scales = decoded.codes, halves.view(np.uint16)
     if encoding is format.Encoding.INT4:
         codes = _places(codes, kind.codes)
@@ -89,14 +92,13 @@ def _hold(kind: Kind, data: memoryview, columns: int, encoding: format.Encoding)
     return rows, codes.reshape(-1, columns), scales.reshape(-1, groups), lost
 
 
-def _lost(decoded: Decoded, halves: NDArray[np.float16], kind: Kind, columns: int) -> NDArray[np.float32]:
+def _lost(decoded: Decoded, stored: Decoded, columns: int) -> NDArray[np.float32]:
     """Of each row the largest error, the sums of squared errors and of squared weights, (rows, 3)."""
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
         weights = decoded.weights().reshape(-1, columns)
-        near = np.take(_table(kind.codes, kind.codebook), decoded.codes.view(np.uint8))
-        off = weights - Decoded(near, halves.astype(np.float32)).weights().reshape(-1, columns)
+        off = weights - stored.weights().reshape(-1, columns)
         sums = [np.einsum("ij,ij->i", x, x) for x in (off, weights)]
         return np.stack([np.abs(off).max(axis=1), *sums], axis=1)
 

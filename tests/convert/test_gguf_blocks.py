@@ -189,17 +189,36 @@ def test_a_tile_row_of_two_codebooks_is_rounded_and_all_others_are_not(tmp_path:
     assert "as they are, of the others" in line
 
 
-def test_mxfp4_whose_scale_is_no_fp16_is_rounded(tmp_path: Path) -> None:
-    keys, tensors = of_blocks("MXFP4")
+def with_exponent(tensors: Tensors, row: int, exponent: int) -> NDArray[np.float32]:
+    """Give the first block of a row of layer 0's ffn_up this exponent; returns the weights."""
     kind, dims, data = tensors["blk.0.ffn_up.weight"]
     found = blocks.KINDS[kind].blocks(memoryview(data)).copy().reshape(dims[0], -1)
-    found["exponent"][20, 0] = 103  # 2^-25
+    found["exponent"][row, 0] = exponent
     found["exponent"][40, 1], found["nibbles"][40, 1] = 0, 0x80  # zeros, of whatever scale
     tensors["blk.0.ffn_up.weight"] = (kind, dims, found.tobytes())
-    export(write_gguf(tmp_path / "model.gguf", keys, tensors), tmp_path / "model.bin")
-    weights = to_float32(raw(found.ravel()), kind).reshape(dims)
-    same = (Model(tmp_path / "model.bin").weight("model.layers.0.mlp.up_proj.weight") == weights).all(axis=1)
-    assert set(np.flatnonzero(~same)) <= {*range(16, 32)} and not same[20]
+    return to_float32(raw(found.ravel()), kind).reshape(dims)
+
+
+def test_a_scale_of_mxfp4_below_those_of_fp16_becomes_the_nearest(tmp_path: Path) -> None:
+    keys, tensors = of_blocks("MXFP4")
+    weights = with_exponent(tensors, 20, 102)  # 2^-26
+    report = export(write_gguf(tmp_path / "model.gguf", keys, tensors), tmp_path / "model.bin")
+    found = Model(tmp_path / "model.bin").weight("model.layers.0.mlp.up_proj.weight")
+    assert np.flatnonzero(~(found == weights).all(axis=1)).tolist() == [20]
+    assert np.abs(found - weights).max() <= 12 * 2.0**-26
+    loss = report.losses["MXFP4", Encoding.INT4]
+    assert loss.weights - loss.taken_over == weights.shape[1] and 0 < loss.worst <= 12 * 2.0**-26
+
+
+def test_a_scale_of_mxfp4_above_those_of_fp16_is_rounded_with_its_tile_row(tmp_path: Path) -> None:
+    keys, tensors = of_blocks("MXFP4")
+    weights = with_exponent(tensors, 20, 144)  # 2^16
+    report = export(write_gguf(tmp_path / "model.gguf", keys, tensors), tmp_path / "model.bin")
+    found = Model(tmp_path / "model.bin").weight("model.layers.0.mlp.up_proj.weight")
+    assert np.flatnonzero(~(found == weights).all(axis=1)).tolist() == [*range(16, 32)]
+    assert lost(found[16:32], weights[16:32]) < 0.15
+    loss = report.losses["MXFP4", Encoding.INT4]
+    assert loss.weights - loss.taken_over == 16 * weights.shape[1]
 
 
 # ----------------------------------------------------------------------------
