@@ -10,7 +10,7 @@
 #define ACTIVATIONS 1
 #define WEIGHTS 2
 
-/* Bytes of codes that are aligned at a time for many tokens; with the activations they fit in the L1 cache. */
+/* Bytes of codes that are unpacked at a time; with the activations they fit in the L1 cache. */
 #define ALIGNED_BYTES 32768
 
 /* Consecutive groups of a tile row, ready to be multiplied. */
@@ -46,8 +46,8 @@ INLINE void tile_dots(int32_t *dots, const int8_t *x, size_t columns, const uint
 }
 
 /* sum[t] += the dot products of one group, scaled; the activations' scales are x_groups floats apart. */
-INLINE void add_dots(const size_t T, const int scaled, f32x16 *sum, const int32_t *dots, const uint8_t *scales,
-                     const float *x_scales, size_t x_groups) {
+INLINE void add_dots(const size_t T, const int scaled, f32x16 *sum, const int32_t *dots,
+                     const uint8_t *scales, const float *x_scales, size_t x_groups) {
     f32x16 scale = scaled ? f32_load_f16((const uint16_t *)scales) : f32_set(1);
     const float *four = x_scales;  /* scales of four tokens by one address: T addresses would not fit */
     UNROLL for (size_t t = 0; t < T; t++) {
@@ -95,7 +95,8 @@ INLINE void multiply_strip(const size_t T, const int scaled, const Product *p, c
 INLINE void multiply_tokens(const int scaled, const Product *p, const Strip *strip, size_t row) {
     size_t blocks = (p->n_tokens + LANES - 1) / LANES, configured = 0;
     size_t bytes = p->w.ahead_bytes * strip->n / p->w.n_groups, parts = blocks * strip->n;
-    Ahead ahead = {p->w.ahead + row / LANES * p->w.ahead_bytes + p->w.ahead_bytes * strip->first / p->w.n_groups,
+    const uint8_t *ahead_of_row = p->w.ahead + row / LANES * p->w.ahead_bytes;
+    Ahead ahead = {ahead_of_row + p->w.ahead_bytes * strip->first / p->w.n_groups,
                    (bytes + parts - 1) / parts};
     for (size_t token = 0, n; token < p->n_tokens; token += n, ahead.at += strip->n * ahead.bytes) {
         n = (p->n_tokens - token) / blocks--;
@@ -108,9 +109,10 @@ INLINE void multiply_tokens(const int scaled, const Product *p, const Strip *str
     }
 }
 
-/* A strip's codes as int8 at the beginning of cache lines. Half of the tiles of a matrix begin in the middle of
-   one, which costs the tile registers a second read of each. */
-INLINE void unpack_strip(const Encoding encoding, int8_t *aligned, Strip *strip, size_t group_size, u6x64 codebook) {
+/* A strip's codes as int8 at the beginning of cache lines. Half of the tiles of a matrix begin in the middle
+   of one, which costs the tile registers a second read of each. */
+INLINE void unpack_strip(const Encoding encoding, int8_t *aligned, Strip *strip, size_t group_size,
+                         u6x64 codebook) {
     size_t group_bytes = LANES * group_size;
     for (size_t g = 0; g < strip->n; g++) {
         const uint8_t *tile = strip->codes + g * strip->next_codes;
@@ -134,8 +136,10 @@ INLINE void tile_multiply(const Encoding encoding, const Product *p, const int s
         u6x64 codebook = encoding == ENCODING_INT4 ? u6_codebook_of(tiles) : _mm512_setzero_si512();
         for (size_t g = 0; g < w->n_groups; g += most) {
             const uint8_t *codes = tiles + g * w->next_group;
-            Strip strip = {codes, codes + code_bytes(encoding, w->group_size), w->next_group, w->next_group, g,
-                           w->n_groups - g < most ? w->n_groups - g : most, w->group_size / steps};
+            Strip strip = {.codes = codes, .scales = codes + code_bytes(encoding, w->group_size),
+                           .next_codes = w->next_group, .next_scales = w->next_group, .first = g,
+                           .n = w->n_groups - g < most ? w->n_groups - g : most,
+                           .depth = w->group_size / steps};
             if (unpacked) unpack_strip(encoding, aligned, &strip, w->group_size, codebook);
             __asm__ volatile("" ::: "memory");  /* the codes are where the tile registers look for them */
             multiply_tokens(scaled, p, &strip, row);
