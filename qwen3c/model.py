@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .drivers import retrieval
-from .drivers.batch import RUNNING, CachedSession, drive
+from .drivers.batch import RUNNING, CachedSession, alike_together, drive
 from .drivers.draft import Drafting
 from .drivers.generate import AnswerOptions, Generation, ReplyOptions
 from .drivers.grammar import Grammar
@@ -302,8 +302,9 @@ class Model(Engine):
     ) -> Iterator[tuple[int, Event]]:
         """The replies to many prompts in shared passes: (index of the prompt, event) pairs as they come.
 
-        At most `running` replies are on their way at once. What prompts have in common at their beginning is
-        computed once. A reply is the same, to the bit, as generate's for its prompt alone.
+        At most `running` replies are on their way at once, those to prompts that begin alike beside and after
+        each other: what they have in common is computed once. A reply is the same, to the bit, as generate's
+        for its prompt alone.
         seeds: one for each prompt, in place of `seed` for all. The other arguments are those of generate.
         ValueError, before anything is computed, if an argument is out of range or a prompt does not fit.
         """
@@ -331,8 +332,10 @@ class Model(Engine):
 
         for i in range(min(1, len(checked))):
             state(i)  # raises for an argument out of range now, not at the first event
-        replies = ((checked[i][0], state(i)) for i in range(len(checked)))
-        return drive(self, replies, running, drafting=self.drafting if draft else None)
+        order = alike_together([ids for ids, _ in checked])
+        replies = ((checked[i][0], state(i)) for i in order)
+        driven = drive(self, replies, running, drafting=self.drafting if draft else None)
+        return ((order[place], event) for place, event in driven)
 
     def _grammar(self, options: AnswerOptions, mask: Mask | None = None) -> Grammar | None:
         """The grammar that a call asks for, if any. ValueError if it asks for more than one constraint."""

@@ -238,6 +238,13 @@ def measure_speed(args: argparse.Namespace) -> int:
     return 0
 
 
+def answer_requests(args: argparse.Namespace) -> int:
+    """A file of requests, a file of answers."""
+    from .batch import answer_batch
+
+    return answer_batch(args)
+
+
 def serve_models(args: argparse.Namespace) -> int:
     """Models behind HTTP."""
     from .serve import serve
@@ -259,6 +266,7 @@ MODES: dict[str, Callable[[argparse.Namespace], int]] = {
     "info": describe_file,
     "perplexity": measure_perplexity,
     "bench": measure_speed,
+    "batch": answer_requests,
     "serve": serve_models,
     "mcp": serve_tools,
 }

@@ -27,8 +27,8 @@ SAMPLING = {
     "seed": "the same seed gives the same text on every machine",
 }
 TALKING = ("chat", "generate", "trace")
-COMPUTING = (*TALKING, "perplexity", "bench", "serve", "mcp")
-MODES = (*TALKING, "info", "perplexity", "bench", "serve", "mcp")
+COMPUTING = (*TALKING, "perplexity", "bench", "batch", "serve", "mcp")
+MODES = (*TALKING, "info", "perplexity", "bench", "batch", "serve", "mcp")
 SERVING = (
     "host", "port", "fd", "config", "print_config", "api_keys", "max_gap", "cache_memory", "queue", "running",
     "cors_origin", "allowed_host", "drain", "log_json", "metrics", "model_alias", "idle_unload",
@@ -43,10 +43,11 @@ USED_BY: dict[str, tuple[str, ...]] = {
         ("system", "system_file", "reasoning", "think", "no_think", "max_tokens", "stop"), TALKING
     ),
     **dict.fromkeys((*SAMPLING, "logit_bias"), TALKING),
-    "context": (*TALKING, "perplexity", "serve", "mcp"),
+    "context": (*TALKING, "perplexity", "batch", "serve", "mcp"),
     **dict.fromkeys(("threads", "kv", "huge_pages", "isa"), COMPUTING),
-    "activations": (*TALKING, "perplexity", "bench", "mcp"),
-    **dict.fromkeys(("draft", "drafts"), ("chat", "generate", "serve", "mcp")),
+    "activations": (*TALKING, "perplexity", "bench", "batch", "mcp"),
+    **dict.fromkeys(("output", "concurrency", "max_memory"), ("batch",)),
+    **dict.fromkeys(("draft", "drafts"), ("chat", "generate", "batch", "serve", "mcp")),
     **dict.fromkeys(SERVING, ("serve",)),
     **dict.fromkeys(("hide_thinking", "logprobs"), ("chat", "generate")),
     "json": (*TALKING, "info", "perplexity"),
@@ -117,6 +118,12 @@ def _model_path(parser: Parser, args: argparse.Namespace) -> str:
             args.file = paths.pop()
         if args.file is None:
             parser.error(f"-m perplexity needs a text: {parser.prog} [MODEL] -m perplexity FILE")
+    if args.mode == "batch":
+        if not paths or args.output is None:
+            parser.error(
+                f"-m batch needs both: {parser.prog} [MODEL] -m batch REQUESTS.jsonl -o ANSWERS.jsonl"
+            )
+        args.requests = paths.pop()
     for path in paths:
         if path in MODES and not os.path.exists(path):
             parser.error(f"{path}: No such file or directory; did you mean -m {path}?")
@@ -203,6 +210,7 @@ def new_parser() -> Parser:
         help="chat; generate: one reply or completion; trace: look inside "
         "while a text flows through; info: what is in the file and the memory it takes; perplexity FILE: how "
         "well the model predicts a text; bench: how fast it runs here, beside what the machine can do; "
+        "batch FILE -o FILE: answer a file of requests in the format of OpenAI's Batch API; "
         "serve: a chat page and OpenAI's API over HTTP; "
         "mcp: the model as tools of an MCP host, over stdin and stdout",
     )
@@ -212,6 +220,7 @@ def new_parser() -> Parser:
     _add_machine(parser.add_argument_group("machine"))
     _add_output(parser.add_argument_group("output"))
     _add_cloud(parser.add_argument_group("cloud first, the model if it does not answer"))
+    _add_batch(parser.add_argument_group("batch"))
     _add_serving(parser.add_argument_group("serve"))
     _add_mcp(parser.add_argument_group("MCP"))
     return parser
@@ -326,6 +335,15 @@ def _add_cloud(group: Any) -> None:
     add("--upstream-insecure", action="store_true", help="http:// to another machine, for all to read")
     add("--upstream-env-proxy", action="store_true", help="heed HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE")
     add("--offline", action="store_true", help="never ask the provider: no connection is opened")
+
+
+def _add_batch(group: Any) -> None:
+    add = group.add_argument
+    add("-o", "--output", metavar="FILE", help="where the answers go; - is stdout. A run that was cut short "
+        "leaves FILE.part, with which the same command goes on")  # fmt: skip
+    add("--concurrency", type=at_least(1), metavar="N", help="sequences at once (default: 64)")
+    add("--max-memory", metavar="SIZE", help='for keys and values of all sequences, such as "2 GiB" '
+        "(default: a quarter of what is available)")  # fmt: skip
 
 
 def _alias(text: str) -> tuple[str, str]:

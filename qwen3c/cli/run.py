@@ -1,4 +1,4 @@
-"""model.bin -> chat | generate | trace | info | perplexity | bench.
+"""model.bin -> chat | generate | trace | info | perplexity | bench | batch.
 
     python run.py model.bin -m chat
     python run.py model.bin -i "Why is the sky blue?"

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..system import terminal
@@ -66,7 +66,7 @@ UPSTREAM = {
 
 def serve(args: argparse.Namespace) -> int:
     """Models behind HTTP until a signal ends it; with --print-config only the configuration, on stdout."""
-    _check_libraries()
+    check_libraries("-m serve", LIBRARIES)
     from ..serve import config
     from ..serve.ask import KeyLimits
     from ..serve.keys import Keys
@@ -83,20 +83,20 @@ def serve(args: argparse.Namespace) -> int:
     app, api = _application(settings, needs_key=keys.path is not None)
     service = Service(
         app, settings, sockets, keys,
-        says=lambda: _described(api.models),
+        says=lambda: described(api.models),
         is_healthy=lambda: all(served.scheduler.is_alive(STUCK) for served in api.models.loaded),
         stopping=lambda: setattr(api, "draining", True),
     )  # fmt: skip
     return service.run()
 
 
-def _check_libraries() -> None:
-    """ImportError, in one line, if a library of the extra `serve` is missing."""
-    needed = (*LIBRARIES, *(["tomli"] if sys.version_info < (3, 11) else []))
+def check_libraries(mode: str, libraries: Sequence[str]) -> None:
+    """ImportError, in one line, if a library of the extra `serve` that a mode needs is missing."""
+    needed = (*libraries, *(["tomli"] if sys.version_info < (3, 11) else []))
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"-m serve needs {' and '.join(missing)}: "
+            f"{mode} needs {' and '.join(missing)}: "
             "`pip install '.[serve]'` in the folder of qwen3c installs it"
         )
 
@@ -237,7 +237,7 @@ def _open(settings: Settings, model: ModelSettings) -> Model:
     return made
 
 
-def _described(models: Models) -> list[str]:
+def described(models: Models) -> list[str]:
     """What was chosen for the model that is loaded at the start."""
     from .. import engine
     from ..memory import gib

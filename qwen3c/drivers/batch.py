@@ -493,6 +493,17 @@ def session_for(
     return session
 
 
+def alike_together(prompts: Sequence[list[int]]) -> list[int]:
+    """The order, as indices, in which prompts with a long common beginning follow each other: drive() keeps
+    few sessions of those that ended. Prompts that share little stay as they are.
+    """
+    beginnings = [tuple(prompt[:WORTH_WAITING]) for prompt in prompts]
+    first: dict[tuple[int, ...], int] = {}
+    for i, beginning in enumerate(beginnings):
+        first.setdefault(beginning, i)
+    return sorted(range(len(prompts)), key=lambda i: (first[beginnings[i]], prompts[i]))
+
+
 class LastRow:
     """A State that keeps the row after its prompt and ends there; it is its own Outcome."""
 

@@ -153,7 +153,7 @@ INLINE void matmul_int8_rows(const Encoding encoding, const size_t R, const int 
 INLINE void matmul_int8_tiles(const Encoding encoding, const Product *p, const int scaled) {
     size_t row = 0;
 #if TILE_MULTIPLIER
-    if (p->n_tokens >= TILE_MULTIPLIER_TOKENS) { tile_multiply(encoding, p, scaled); return; }
+    if (p->n_tokens >= TILE_MULTIPLIER_TOKENS(encoding)) { tile_multiply(encoding, p, scaled); return; }
 #endif
     if (p->n_tokens > FEW_TOKENS)
         for (; row + LANES * (MATMUL_TILES - 1) < p->w.n_rows; row += LANES * MATMUL_TILES)

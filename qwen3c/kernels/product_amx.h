@@ -2,8 +2,9 @@
    weights, K <= 64, as (K / 4, LANES, 4), which is how a matrix is stored. Dot products of a group are exact
    in int32 whoever adds them up, so the bits are those of every other instruction set. */
 
-/* With fewer rows the dot instructions of AVX-512 are as fast. */
-#define TILE_MULTIPLIER_TOKENS 3
+/* With fewer rows the dot instructions of AVX-512 are as fast; the tile registers load codes from memory, so
+   packed ones are unpacked into it first. */
+#define TILE_MULTIPLIER_TOKENS(encoding) ((encoding) == ENCODING_INT8 ? 3 : 8)
 
 /* Tile registers, by number: it is put into the text of instructions. */
 #define DOTS 0

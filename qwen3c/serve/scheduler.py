@@ -25,7 +25,7 @@ from typing import Any
 from ..drivers.batch import Batch, CachedSession, LastRow, Member, session_for
 from ..drivers.reply import ReplyState
 from ..model import Model
-from .ask import Failed, Job, KeyLimits, Progress, Stream, Update
+from .ask import Failed, Job, KeyLimits, Progress, Stage, Stream, Update
 from .errors import ApiError, server_error
 from .pace import Pace
 from .prefix import PrefixTree
@@ -269,7 +269,7 @@ class Scheduler:
             self.counters.cached_tokens += held
         member: Member[Any] = Member(
             job.number, job, session, job.tokens[held:], job.stats, job.kind,
-            cancelled=lambda: job.cancelled, progress=lambda done, total: self._tell_reading(job, done),
+            cancelled=lambda: job.cancelled, progress=lambda done, total: self._tell(job, "reading", done),
         )  # fmt: skip
         if job.scores is not None:
             member.rows = job.scores.add
@@ -277,7 +277,7 @@ class Scheduler:
             member.drafter = self._drafting.drafter(job.tokens, job.forced, job.namespace)
         self._jobs[job.number] = job
         insort(self._batch.running, member, key=lambda one: self._jobs[one.index])
-        self._tell_reading(job, held)
+        self._tell(job, "reading", held)
 
     def _leave_queue(self, job: Job) -> None:
         with self._changed:
@@ -405,14 +405,15 @@ class Scheduler:
         for position, job in enumerate(self._queue, 1):
             if job.position != position:
                 job.position = position
-                self._post(job, Update(job.index, progress=self._progress(job, "queued", 0)))
+                self._tell(job, "queued", 0)
 
-    def _tell_reading(self, job: Job, done: int) -> None:
-        self._post(job, Update(job.index, progress=self._progress(job, "reading", done)))
-
-    def _progress(self, job: Job, stage: Any, done: int) -> Progress:
+    def _tell(self, job: Job, stage: Stage, done: int) -> None:
+        """Say where a sequence is before its first token, if anybody looks."""
+        if job.stream.whole:
+            return
         ms = 1000 * (time.monotonic() - job.arrived)
-        return Progress(stage, job.position, len(job.prompt), job.stats.cached_tokens, done, ms)
+        progress = Progress(stage, job.position, len(job.prompt), job.stats.cached_tokens, done, ms)
+        self._post(job, Update(job.index, progress=progress))
 
     def _post(self, job: Job, update: Update) -> None:
         self._posts.append((job.stream, update))
@@ -421,7 +422,10 @@ class Scheduler:
         """All that came since the last time, with one wake-up of each event loop."""
         loops: dict[asyncio.AbstractEventLoop, dict[Stream, list[Update]]] = {}
         for stream, update in self._posts:
-            loops.setdefault(stream.loop, {}).setdefault(stream, []).append(update)
+            stream.held.append(update)
+            if update.last or not stream.whole:
+                loops.setdefault(stream.loop, {}).setdefault(stream, []).extend(stream.held)
+                stream.held.clear()
         self._posts.clear()
         for loop, streams in loops.items():
             try:

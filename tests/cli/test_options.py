@@ -17,7 +17,7 @@ from qwen3c.cli.options import USED_BY, new_parser
 
 pytestmark = pytest.mark.usefixtures("default_model")
 
-ALL = {"chat", "generate", "trace", "info", "perplexity", "bench", "serve", "mcp"}
+ALL = {"chat", "generate", "trace", "info", "perplexity", "bench", "batch", "serve", "mcp"}
 MAKES_TEXT = {"chat", "generate", "trace"}
 SAMPLING = (
     "-t 1", "-p 1", "-s 1", "--top-k 1", "--min-p 0.1", "--presence-penalty 1", "--frequency-penalty 1",
@@ -29,7 +29,7 @@ OPTIONS = [  # and the modes that use them
     (("--echo", "--schema x"), {"generate"}),
     (("-y x", "--system-file x", "-r 1", "--think", "--no-think"), MAKES_TEXT),
     (("-n 1", "--stop x", *SAMPLING), MAKES_TEXT),
-    (("-c 0",), MAKES_TEXT | {"perplexity", "serve", "mcp"}),
+    (("-c 0",), MAKES_TEXT | {"perplexity", "batch", "serve", "mcp"}),
     (("-j 1", "--kv f16", "--huge-pages", "--isa scalar"), ALL - {"info"}),
     (("--activations int8",), ALL - {"info", "serve"}),
     (
@@ -56,9 +56,10 @@ OPTIONS = [  # and the modes that use them
         {"serve"},
     ),
     (("--hide-thinking", "--json --logprobs 1"), {"chat", "generate"}),
-    (("--json",), ALL - {"bench", "serve", "mcp"}),
+    (("--json",), ALL - {"bench", "batch", "serve", "mcp"}),
     (("--level compact", "--html x"), {"trace"}),
     (("--verify",), {"info"}),
+    (("-o y", "--concurrency 1", "--max-memory x"), {"batch"}),
     (("--mcp x",), {"chat", "serve"}),
 ]
 
@@ -70,6 +71,7 @@ def test_a_mode_refuses_in_one_line_every_option_that_it_does_not_use(
     monkeypatch.setattr(run_modes, "MODES", dict.fromkeys(run_options.MODES, lambda args: 0))
     for option, modes in [(option, modes) for options, modes in OPTIONS for option in options]:
         text = ["text"] * (mode == "perplexity" and "--file" not in option)
+        text += ["requests", "-o", "x"] * (mode == "batch")
         done = in_process(capsys, TINY, *text, "-m", mode, *option.split())
         if mode in modes:
             assert (done.status, done.err) == (0, ""), option

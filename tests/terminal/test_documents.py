@@ -106,6 +106,7 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "python run.py model.bin -m info --verify": Typed(shows="checksums"),
     "python run.py model.bin -m perplexity text.txt": Typed(shows="perplexity"),
     "python run.py model.bin -m bench": Typed(shows="tg64"),
+    "python run.py model.bin -m batch requests.jsonl -o answers.jsonl": Typed(leaves="answers.jsonl"),
     "python run.py model.bin -m serve": Typed("--print-config", shows="port = 8080"),
     f"python run.py model.bin -m serve --upstream {PROVIDER} --upstream-model their-model": Typed(
         "--print-config", shows=PROVIDER
@@ -211,6 +212,9 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (shelf / "texts" / f"{i}.txt").write_text(text)
     talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello to you"}]
     (shelf / "chat.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 20)
+    body = {"prompt": "def f", "max_tokens": 4}
+    request = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (shelf / "requests.jsonl").write_text(json.dumps(request) + "\n")
     (shelf / "tasks.jsonl").write_text('{"prompt": "1 + 1 =", "answer": "2"}\n' * 10)
     (shelf / "rewards.py").write_text(
         "def exact(prompt, completion, task):\n    return float(len(completion) % 2)\n"
