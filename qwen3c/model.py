@@ -35,6 +35,7 @@ from .engine import KV, Activations, Engine, Logits, Session
 from .format import ModelFileError
 from .kernels.table import all_finite
 from .memory import check_space_for_model, gib
+from .system import names
 from .text.chat import END_THINK, ChatTemplate, last_control_token, may_think
 from .text.template import Renderer
 from .text.tokenizer import BackgroundTokenizer, Tokenizer
@@ -45,6 +46,9 @@ if sys.version_info >= (3, 11):
 elif TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+
+if TYPE_CHECKING:
+    from .hub.download import Progress
 
 CONSTRAINTS = ("schema", "regex", "choice", "grammar")  # options of which a call may have one
 
@@ -99,6 +103,33 @@ class Model(Engine):
             reason = str(error).replace("missing a required", "missing 1 required positional")
             raise TypeError(f"{cls.__name__}() {reason}") from None
         return super().__new__(cls, *args, **kwargs)
+
+    @classmethod
+    def from_hub(
+        cls,
+        name: str,
+        threads: int | None = None,
+        kv: KV = "f16",
+        activations: Activations = "int8",
+        huge_pages: bool = False,
+        *,
+        bits: str = "8",
+        progress: Progress | None = None,
+    ) -> Self:
+        """The model of a name on the Hugging Face Hub, such as "Qwen/Qwen3-0.6B", fetched and converted once.
+
+        name: OWNER/NAME, with @REVISION, and :FILE.gguf for a GGUF file; a file of that name here wins. bits:
+        about how many a weight takes, as --bits of export.py has them. progress: told (what is done, bytes
+        done, bytes in all, 0 if unknown). The rest as for Model. ValueError, one line, for what cannot be had
+        or converted; ImportError if the extra `hub` is needed and not installed.
+        """
+        given = None if os.path.exists(name) else names.parse(name)
+        if given is None:
+            return cls(name, threads, kv, activations, huge_pages)
+        from .hub import obtain
+
+        path = obtain.model(given, str(bits), progress or obtain.ignore)
+        return cls(path, threads, kv, activations, huge_pages)
 
     def __repr__(self) -> str:
         size = (

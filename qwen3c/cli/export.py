@@ -3,6 +3,7 @@
 python export.py path/to/Qwen3-0.6B model.bin
 python export.py path/to/Qwen3-0.6B model.bin --lora path/to/adapter
 python export.py Qwen3-0.6B-Q8_0.gguf model.bin
+python export.py Qwen/Qwen3-0.6B model.bin
 python export.py path/to/Qwen3-0.6B model.bin --bits 4
 """
 
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from .. import format
 from ..system.terminal import Progress, unheard
 from .command import Parser, answer, concerning, program_name
+from .named import export_source
 
 if TYPE_CHECKING:
     from ..convert.recipe import Recipe
@@ -67,10 +69,12 @@ def _lines(args: argparse.Namespace, progress: Progress | None) -> list[str]:
 
     options = {key: getattr(args, key) for key in CheckpointOptions.__optional_keys__}
     options["recipe"] = _recipe(args)
+    source, own_name = export_source(args.source, quiet=args.quiet)
+    options["name"] = args.name or own_name
     if args.estimate:
-        return [*estimate(args.source, args.target, force=args.force, **options).lines()]
+        return [*estimate(source, args.target, force=args.force, **options).lines()]
     report = export(
-        args.source,
+        source,
         args.target,
         force=args.force,
         threads=args.threads,
@@ -133,7 +137,8 @@ def _parser() -> Parser:
     add(
         "source",
         metavar="SRC",
-        help="directory with config.json, tokenizer.json, *.safetensors; or a GGUF file",
+        help="directory with config.json, tokenizer.json, *.safetensors; or a GGUF file; or the name of a "
+        "model on the Hugging Face Hub, such as Qwen/Qwen3-0.6B",
     )
     add(
         "target",

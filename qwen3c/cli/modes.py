@@ -252,6 +252,13 @@ def serve_models(args: argparse.Namespace) -> int:
     return serve(args)
 
 
+def look_after_models(args: argparse.Namespace) -> int:
+    """The models of the Hub that are kept here: listed, or what is not needed deleted."""
+    from .models import list_models, prune_models
+
+    return prune_models(args.model, args.yes) if args.prune else list_models(args.model, args.json)
+
+
 def serve_tools(args: argparse.Namespace) -> int:
     """The model as tools of an MCP host."""
     from .mcp import serve_over_stdio
@@ -269,4 +276,5 @@ MODES: dict[str, Callable[[argparse.Namespace], int]] = {
     "batch": answer_requests,
     "serve": serve_models,
     "mcp": serve_tools,
+    "models": look_after_models,
 }

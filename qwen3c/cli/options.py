@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from ..system.files import MODEL_IN_THE_BOX
+from ..system.mistakes import hub_name
 from .command import Parser, at_least, program_name
 
 SCRIPT = "run.py"
@@ -28,7 +29,7 @@ SAMPLING = {
 }
 TALKING = ("chat", "generate", "trace")
 COMPUTING = (*TALKING, "perplexity", "bench", "batch", "serve", "mcp")
-MODES = (*TALKING, "info", "perplexity", "bench", "batch", "serve", "mcp")
+MODES = (*TALKING, "info", "perplexity", "bench", "batch", "serve", "mcp", "models")
 SERVING = (
     "host", "port", "fd", "config", "print_config", "api_keys", "max_gap", "cache_memory", "queue", "running",
     "cors_origin", "allowed_host", "drain", "log_json", "metrics", "model_alias", "idle_unload",
@@ -50,7 +51,9 @@ USED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("draft", "drafts"), ("chat", "generate", "batch", "serve", "mcp")),
     **dict.fromkeys(SERVING, ("serve",)),
     **dict.fromkeys(("hide_thinking", "logprobs"), ("chat", "generate")),
-    "json": (*TALKING, "info", "perplexity"),
+    "json": (*TALKING, "info", "perplexity", "models"),
+    "bits": (*TALKING, "info", "perplexity", "bench", "batch", "serve", "mcp"),
+    **dict.fromkeys(("prune", "yes"), ("models",)),
     **dict.fromkeys(("level", "html"), ("trace",)),
     "verify": ("info",),
     "overflow": ("chat",),
@@ -129,10 +132,10 @@ def _model_path(parser: Parser, args: argparse.Namespace) -> str:
             parser.error(f"{path}: No such file or directory; did you mean -m {path}?")
     if len(paths) > 1:
         parser.error(f"one model at a time, not {len(paths)}: {' '.join(paths)}")
-    if args.mode == "serve":
-        return paths[0] if paths else ""  # its configuration may name models
+    if args.mode in ("serve", "models"):
+        return paths[0] if paths else ""  # a configuration may name models; all in the cache are meant
     model: str = paths[0] if paths else model_by_default()
-    if not paths and not os.path.exists(model):
+    if not paths and not os.path.exists(model) and not hub_name(model):
         parser.error(f"which model? There is none at {model}")
     return model
 
@@ -164,6 +167,8 @@ def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--raw completes text, which has no system prompt (-y, --system-file)")
     if args.raw and (args.think or args.no_think or args.reasoning is not None):
         parser.error("--raw completes text, which has no switch for thinking (-r, --think, --no-think)")
+    if args.yes and not args.prune:
+        parser.error("--yes is the answer to --prune")
     if args.url is not None and args.paths:
         parser.error("--url serves the model of a running server; another one cannot be named")
 
@@ -201,7 +206,9 @@ def new_parser() -> Parser:
         "paths",
         nargs="*",
         metavar="MODEL",
-        help="file made by export.py (default: QWEN3C_MODEL, else the model in the box)",
+        help="file made by export.py, or the name of a model on the Hugging Face Hub, such as "
+        "Qwen/Qwen3-0.6B, which is fetched and converted once (default: QWEN3C_MODEL, else the model in the "
+        "box)",
     )
     add(
         "-m",
@@ -212,7 +219,8 @@ def new_parser() -> Parser:
         "well the model predicts a text; bench: how fast it runs here, beside what the machine can do; "
         "batch FILE -o FILE: answer a file of requests in the format of OpenAI's Batch API; "
         "serve: a chat page and OpenAI's API over HTTP; "
-        "mcp: the model as tools of an MCP host, over stdin and stdout",
+        "mcp: the model as tools of an MCP host, over stdin and stdout; "
+        "models: the models of the Hub that are kept here, and what each needs",
     )
     add("--version", action="version", version=_version())
     _add_text(parser.add_argument_group("text"))
@@ -223,6 +231,7 @@ def new_parser() -> Parser:
     _add_batch(parser.add_argument_group("batch"))
     _add_serving(parser.add_argument_group("serve"))
     _add_mcp(parser.add_argument_group("MCP"))
+    _add_models(parser.add_argument_group("models by name"))
     return parser
 
 
@@ -436,6 +445,18 @@ def _add_mcp(group: Any) -> None:
         help="mcp: serve the tools of the server that runs there, which loads nothing here; "
         "QWEN3C_API_KEY is its key",
     )
+
+
+def _add_models(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--bits",
+        metavar="N",
+        help="how a model that is given by name is converted: 4, 4.5, 5, 6, 8 (default: 8)",
+    )
+    add("--prune", action="store_true", help="models: delete what no start needs, such as downloads of "
+        "models that are converted; with MODEL all of that model")  # fmt: skip
+    add("--yes", action="store_true", help="models: delete without asking")
 
 
 def _version() -> str:

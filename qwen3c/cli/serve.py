@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..system import terminal
 from .command import concerning
+from .named import model_file
 from .options import model_by_default
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def serve(args: argparse.Namespace) -> int:
         return 0
     with concerning(settings.api_keys_file or "API keys"):
         keys = Keys(settings.api_keys_file, KeyLimits(settings.key_running, settings.key_queue))
+    settings = _with_files(settings, args.bits)
     sockets = open_sockets(settings)
     app, api = _application(settings, needs_key=keys.path is not None)
     service = Service(
@@ -124,11 +126,24 @@ def _settings(args: argparse.Namespace) -> Settings:
     made = config.settings(args.config, flags, names)
     if made.models:
         return made
-    path = model_by_default()
+    path = model_file(model_by_default(), args.bits)
     alias = _alias(path)
     return config.settings(
         args.config, {**flags, "models": {alias: path}, "default_model": made.default_model or alias}, names
     )
+
+
+def _with_files(settings: Settings, bits: str | None) -> Settings:
+    """The same with the file of each model that is given by its name on the Hub."""
+
+    def file(path: str) -> str:
+        return path if os.path.isabs(path) else model_file(path, bits)
+
+    models = {
+        alias: dataclasses.replace(model, path=file(model.path), draft=model.draft and file(model.draft))
+        for alias, model in settings.models.items()
+    }
+    return dataclasses.replace(settings, models=models, draft=settings.draft and file(settings.draft))
 
 
 def _alias(path: str) -> str:

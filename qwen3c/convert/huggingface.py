@@ -130,7 +130,7 @@ class Checkpoint:
             sizes = ", ".join(map(str, format.GROUP_SIZES))
             raise SourceError(f"--group-size is {shown(group_size)}, not one of {sizes}")
         keys = source.config()
-        architecture = _supported_architecture(keys)
+        architecture = supported_architecture(keys)
         self.tokenizer, n_tokens = _read_tokenizer(source, keys.integer("vocab_size"))
         self.rope = read_rope(keys, _head_dim(keys, ARCHITECTURES[architecture]))
         if yarn is not None or yarn_attn_factor is not None:
@@ -196,7 +196,7 @@ class Checkpoint:
 # config.json
 
 
-def _supported_architecture(keys: Keys) -> str:
+def supported_architecture(keys: Keys) -> str:
     """The architecture's name. SourceError if it, or a key that changes the pass, is not supported."""
     for key in ("quantization_config", "compression_config"):
         quantization = keys.values.get(key)

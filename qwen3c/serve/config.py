@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import ipaddress
 import json
 import os
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..system.mistakes import hub_name
 from .logs import LEVELS
 
 if sys.version_info >= (3, 11):
@@ -155,7 +157,7 @@ class ModelSettings:
     model that guesses at its next tokens.
     """
 
-    path: str = _setting("", text(what="the path of a model.bin"))
+    path: str = _setting("", text(what="the path of a model.bin, or a name on the Hub"))
     kv: str | None = _setting(None, choice("int8", "f16", "f32"))
     context: int | None = _setting(None, whole(0, 1 << 24))
     cache_memory: int | None = _setting(None, size)
@@ -269,9 +271,9 @@ def settings(file: str | None, flags: Mapping[str, Any], names: Mapping[str, str
         values["api_keys_file"] = str(credential)
     for name in PATHS:
         if name in values:
-            values[name] = os.path.abspath(values[name])
+            values[name] = _whole(name, Path(), values[name])
     for alias, model in values.get("models", {}).items():
-        values["models"][alias] = _moved(model, os.path.abspath)
+        values["models"][alias] = _moved(model, functools.partial(_model_in, Path()))
     if values.get("upstream") is not None:
         values["upstream"] = _placed(values["upstream"], Path())
     made = Settings(**values)
@@ -283,6 +285,17 @@ def _moved(model: ModelSettings, where: Callable[[str], str]) -> ModelSettings:
     """A model whose paths went through `where`."""
     draft = None if model.draft is None else where(model.draft)
     return dataclasses.replace(model, path=where(model.path), draft=draft)
+
+
+def _whole(name: str, folder: Path, path: str) -> str:
+    """The whole path that a setting of PATHS has; a draft is a model."""
+    return _model_in(folder, path) if name == "draft" else os.path.abspath(folder / path)
+
+
+def _model_in(folder: Path, path: str) -> str:
+    """The whole path of a model; the name of one on the Hub stays as it is, unless a file has it."""
+    whole = os.path.abspath(folder / path)
+    return path if not os.path.exists(whole) and hub_name(path) else whole
 
 
 def _without(models: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
@@ -318,11 +331,10 @@ def read(path: str) -> dict[str, Any]:
     folder = Path(path).parent
     for name in PATHS:
         if name in values:
-            values[name] = str(folder / values[name])
+            values[name] = _whole(name, folder, values[name])
     if "models" in values:
-        values["models"] = {
-            alias: _moved(model, lambda path: str(folder / path)) for alias, model in values["models"].items()
-        }
+        move = functools.partial(_model_in, folder)
+        values["models"] = {alias: _moved(model, move) for alias, model in values["models"].items()}
     if "upstream" in values:
         values["upstream"] = _placed(values["upstream"], folder)
     return values

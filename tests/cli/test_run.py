@@ -297,16 +297,13 @@ def test_what_is_not_a_model_bin_says_what_it_is_and_what_to_do(
         "pointer.bin": "pointer.bin: not a model.bin but a git-lfs pointer; "
         "`git lfs pull` in its folder fetches the file itself",
         "page.bin": "page.bin: not a model.bin but a web page; the download brought no model; "
-        "`hf download` does",
+        "`python run.py OWNER/NAME` fetches one",
         "pytorch_model.bin": "pytorch_model.bin: not a model.bin but a PyTorch or zip file; "
         "export.py converts a folder with *.safetensors, or a GGUF file",
         "hf/model.safetensors": "hf/model.safetensors: not a model.bin but a safetensors file; "
         "`python export.py hf model.bin` converts its folder",
         "alone.safetensors": "alone.safetensors: not a model.bin but a safetensors file; "
         "`python export.py . model.bin` converts its folder",
-        "Qwen/Qwen3-0.6B": f"Qwen/Qwen3-0.6B: {missing}; "
-        "`hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B` "
-        "fetches it from the Hugging Face Hub, then `python export.py Qwen3-0.6B model.bin` converts it",
         "no/model.bin": f"no/model.bin: {missing}; {makes_one}",
         "hf/Qwen3-0.6B": f"hf/Qwen3-0.6B: {missing}; {makes_one}",  # the folder hf exists
         "model.bin": f"model.bin: {missing}; {makes_one}",

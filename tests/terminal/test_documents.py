@@ -15,11 +15,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_server import Hub
 from safetensors.numpy import save_file
 from screen import ROOT, SHELL, Terminal
 from small_gguf import small_gguf, write_gguf
@@ -88,7 +90,17 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "pip install .": SETS_UP,
     "pip install '.[bench]'": SETS_UP,
     "pip install torch==2.13.0 && pip install -e '.[train]'": SETS_UP,
-    "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B": NotHere("downloads 1.5 GB"),
+    "pip install '.[hub]'": SETS_UP,
+    "python run.py Qwen/Qwen3-0.6B": Typed("-n 8", keys=CHAT),
+    "python run.py Qwen/Qwen3-0.6B-GGUF:Qwen3-0.6B-Q8_0.gguf": Typed("-n 8", keys=CHAT),
+    'python run.py Qwen/Qwen3-0.6B --bits 4 -i "Hello"': Typed("-n 8", shows="int4"),
+    "python run.py -m models": Typed(shows="nomodels"),
+    "python run.py -m models --prune --yes": Typed(shows="everything in it is needed"),
+    "hf auth login": NotHere("asks for a token of the Hub"),
+    "python run.py Qwen/Qwen3-0.6B -m models --prune --yes": NotHere(
+        "needs a model in the cache; tests/hub has"
+    ),
+    "python export.py Qwen/Qwen3-0.6B model.bin": Typed(leaves="model.bin"),
     "python export.py Qwen3-0.6B model.bin": Typed(leaves="model.bin"),
     "python export.py path/to/Qwen3-0.6B model.bin --estimate": Typed(shows="fits here"),
     "python export.py path/to/Qwen3-0.6B model.bin --bits 4": Typed(leaves="model.bin"),
@@ -239,6 +251,16 @@ def write_small_adapter(directory: Path) -> None:
     (directory / "adapter_config.json").write_text(json.dumps(config))
 
 
+@pytest.fixture(scope="module")
+def hub(shelf: Path) -> Iterator[Hub]:
+    """The Hugging Face Hub, with the models of the documents."""
+    with Hub() as hub:
+        hub.add("Qwen/Qwen3-0.6B", shelf / "Qwen3-0.6B")
+        gguf = "Qwen3-0.6B-Q8_0.gguf"
+        hub.add("Qwen/Qwen3-0.6B-GGUF", {gguf: (shelf / gguf).read_bytes()})
+        yield hub
+
+
 @pytest.fixture
 def desk(shelf: Path, tmp_path: Path) -> Path:
     shutil.copytree(shelf, tmp_path / "desk", symlinks=True)
@@ -246,7 +268,7 @@ def desk(shelf: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", [command for command, how in COMMANDS.items() if isinstance(how, Typed)])
-def test_a_command_of_the_documents_works_as_it_stands(command: str, desk: Path) -> None:
+def test_a_command_of_the_documents_works_as_it_stands(command: str, desk: Path, hub: Hub) -> None:
     if missing := missing_import(command):
         pytest.skip(f"needs {missing}")
     how = COMMANDS[command]
@@ -261,6 +283,7 @@ def test_a_command_of_the_documents_works_as_it_stands(command: str, desk: Path)
         "XDG_STATE_HOME": str(desk / "state"),
         "PS1": "$ ",
         "OMP_NUM_THREADS": "1",  # two on a busy machine wait for each other
+        **hub.environment(desk),
     }
     with Terminal(SHELL, cwd=desk, env=env) as shell:
         shell.wait_for("$")
