@@ -86,13 +86,13 @@ def _lines(args: argparse.Namespace, progress: Progress | None) -> list[str]:
 
 
 def _recipe(args: argparse.Namespace) -> Recipe | None:
-    """What --bits or --recipe says; None: all is INT8."""
+    """What --bits or --recipe says; None: what the source asks for."""
     from ..convert import recipe
 
     if args.recipe is not None:
         with concerning(args.recipe):
             return recipe.read(args.recipe)
-    return None if args.bits in (None, "8") else recipe.of_bits(args.bits)
+    return None if args.bits is None else recipe.of_bits(args.bits)
 
 
 def _draw(progress: Progress, done: int, total: int) -> None:
@@ -150,11 +150,14 @@ def _parser() -> Parser:
     add("--estimate", action="store_true",
         help="only say how large the file and the memory it takes would be; reads no weight, writes "
             "nothing")  # fmt: skip
-    add("--bits", help="about how many bits a weight takes: 4, 4.5, 5, 6, 8 (default: 8)")
+    add("--bits",
+        help="about how many bits a weight takes: 4, 4.5, 5, 6, 8 (default: 8; of a quantised GGUF file no "
+            "fewer than it has)")  # fmt: skip
     add("--recipe", metavar="FILE", help="TOML file: which matrix is int4, int6 or int8 (docs/FORMAT.md)")
     sizes = ", ".join(map(str, format.GROUP_SIZES))
     add("--group-size", type=int,
-        help=f"weights per scale: {sizes} (default: 64; 32 for Q8_0 and for fewer bits than 8)")  # fmt: skip
+        help=f"weights per scale: {sizes} (default: 64; 32 for quantised GGUF files and for fewer bits than "
+            "8)")  # fmt: skip
     add("--lora", metavar="DIR", help="merge this PEFT adapter into the weights")
     add("--threads", type=int, help="threads (default: the physical cores this process may use)")
     add("--name", help="what the model calls itself (default: from config.json)")

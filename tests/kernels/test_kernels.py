@@ -119,7 +119,7 @@ MUTATIONS = {
     "the tile multiplier starts each strip anew": ("matmul", "product_amx.h:amx",
         "strip->first ? load_left(y + t * p->stride, left, 0) : f32_set(0)", "f32_set(0)"),
     "the tile multiplier forgets the activation scale": ("matmul", "product_amx.h:amx",
-                                                         "f32_mul(scale, factor)", "scale"),
+        "f32_mul(scale, f32_set(four[t % 4 * x_groups]))", "scale"),
     "the tile multiplier takes half a group": ("matmul", "product_amx.h:amx", "c < group_size; c += depth",
                                                "c < group_size / 2; c += depth"),
     "the tile multiplier skips rows": ("matmul", "product_amx.h:amx", "n = (p->n_tokens - token) / blocks--;",
