@@ -113,22 +113,23 @@ class Model(Engine):
         activations: Activations = "int8",
         huge_pages: bool = False,
         *,
-        bits: str = "8",
+        bits: str | None = None,
         progress: Progress | None = None,
     ) -> Self:
         """The model of a name on the Hugging Face Hub, such as "Qwen/Qwen3-0.6B", fetched and converted once.
 
         name: OWNER/NAME, with @REVISION, and :FILE.gguf for a GGUF file; a file of that name here wins. bits:
-        about how many a weight takes, as --bits of export.py has them. progress: told (what is done, bytes
-        done, bytes in all, 0 if unknown). The rest as for Model. ValueError, one line, for what cannot be had
-        or converted; ImportError if the extra `hub` is needed and not installed.
+        about how many a weight takes, as --bits of export.py has them, None for what it does by itself.
+        progress: told (what is done, bytes done, bytes in all, 0 if unknown). The rest as for Model.
+        ValueError, one line, for what cannot be had or converted; ImportError if the extra `hub` is needed
+        and not installed.
         """
         given = None if os.path.exists(name) else names.parse(name)
         if given is None:
             return cls(name, threads, kv, activations, huge_pages)
         from .hub import obtain
 
-        path = obtain.model(given, str(bits), progress or obtain.ignore)
+        path = obtain.model(given, bits, progress or obtain.ignore)
         return cls(path, threads, kv, activations, huge_pages)
 
     def __repr__(self) -> str:

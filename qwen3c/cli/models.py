@@ -63,7 +63,7 @@ def _models(kept: store.Kept) -> Iterator[dict[str, Any]]:
 
 def _needs(path: Path) -> dict[str, Any]:
     """The size of a model file, and the memory it takes at the context that a chat would have."""
-    from ..format import ModelFile, ModelFileError
+    from ..format import ModelFile, ModelFileError, label
 
     found: dict[str, Any] = {"path": str(path), "file_bytes": path.stat().st_size}
     try:
@@ -71,17 +71,18 @@ def _needs(path: Path) -> dict[str, Any]:
     except ModelFileError as error:
         return found | {"damaged": str(error)}
     context = default_context(file.config, "f16")
-    rows = table(file.config, file.file_size, len(file.tokenizer))
-    resident = rows[-1]["resident_f16_bytes"] - (
-        file.config.context - context
-    ) * file.config.kv_bytes_per_token("f16")
+    longest = table(file.config, file.file_size, len(file.tokenizer))[-1]
+    unused = (file.config.context - context) * file.config.kv_bytes_per_token("f16")
     return found | {
-        "context": file.config.context, "default_context": context, "resident_bytes": resident,
-    }  # fmt: skip
+        "weights": label(file.config, file.encodings),
+        "context": file.config.context,
+        "default_context": context,
+        "resident_bytes": longest["resident_f16_bytes"] - unused,
+    }
 
 
 def _lines(model: dict[str, Any], free: int | None) -> Iterator[str]:
-    bits = f"  {model['bits']} bits" if model["bits"] else ""
+    bits = f" --bits {model['bits']}" if model["bits"] else ""
     yield f"{terminal.escaped(model['name'])}{bits}  {model['commit'][:8]}"
     if "damaged" in model:
         yield f"    damaged, --prune with its name deletes it: {terminal.escaped(model['damaged'])}"
@@ -89,7 +90,7 @@ def _lines(model: dict[str, Any], free: int | None) -> Iterator[str]:
         fits = "" if free is None or model["resident_bytes"] <= free else ", more than is free"
         context, longest = model["default_context"], model["context"]
         needs = f"memory {gib(model['resident_bytes'])} at context {context} of {longest}{fits}"
-        yield f"    file {gib(model['file_bytes'])}, {needs}"
+        yield f"    {model['weights']}, file {gib(model['file_bytes'])}, {needs}"
     if model["downloaded_bytes"]:
         yield f"    downloaded {gib(model['downloaded_bytes'])}" + ", not converted yet" * (
             "path" not in model

@@ -28,12 +28,12 @@ def model_file(given: str, bits: str | None = None) -> str:
         return given
     from ..hub import store
 
-    found = store.find(name, bits or store.BITS)
+    found = store.find(name, bits)
     if found is None:
         from ..hub import obtain
 
         with _shown(name) as progress:
-            found = obtain.model(name, bits or store.BITS, progress)
+            found = obtain.model(name, bits, progress)
     return os.fspath(found)
 
 

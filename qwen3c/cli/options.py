@@ -452,7 +452,7 @@ def _add_models(group: Any) -> None:
     add(
         "--bits",
         metavar="N",
-        help="how a model that is given by name is converted: 4, 4.5, 5, 6, 8 (default: 8)",
+        help="how a model that is given by name is converted: 4, 4.5, 5, 6, 8 (default: as export.py)",
     )
     add("--prune", action="store_true", help="models: delete what no start needs, such as downloads of "
         "models that are converted; with MODEL all of that model")  # fmt: skip

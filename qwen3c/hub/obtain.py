@@ -25,8 +25,8 @@ from .download import HubError, Progress, RemoteFile, Snapshot
 if TYPE_CHECKING:
     from ..convert.recipe import Recipe
 
-# Sizes of a converted file as shares of its source, rounded up: INT8 of 16 bits and of Q8_0
-_OF_SAFETENSORS, _OF_GGUF = 9 / 16, 9 / 8
+# About the size of a converted file as a share of its source: INT8 of 16 bits; GGUF rounded to no fewer bits
+_OF_SAFETENSORS, _OF_GGUF = 9 / 16, 3 / 2
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 # of repositories of numbers that are quantised already, behind the name of the one to take instead
 _QUANTISED = re.compile(
@@ -38,17 +38,19 @@ def ignore(doing: str, done: int, total: int) -> None:
     """A Progress that says nothing."""
 
 
-def model(name: Name, bits: str = store.BITS, progress: Progress = ignore) -> Path:
+def model(name: Name, bits: str | None = None, progress: Progress = ignore) -> Path:
     """The model.bin of a name; fetched and converted if it is not in the cache.
 
-    bits: as --bits of export.py has them. HubError, SourceError or OSError if it cannot be had.
+    bits: as --bits of export.py has them, None for what it does by itself. HubError, SourceError or OSError
+    if it cannot be had.
     """
     found = store.find(name, bits)
     if found:
         return found
     from ..convert import recipe
 
-    chosen = None if bits == store.BITS else recipe.of_bits(bits)
+    usual = bits is None or (bits == store.USUAL and not name.file)
+    chosen = None if usual else recipe.of_bits(str(bits))
     with _alone(name, progress):
         found = store.find(name, bits)
         if found:
@@ -81,7 +83,7 @@ def _alone(name: Name, progress: Progress) -> contextlib.AbstractContextManager[
 
 
 def _convert(
-    place: store.Place, commit: str, bits: str, chosen: Recipe | None, source: Path, progress: Progress
+    place: store.Place, commit: str, bits: str | None, chosen: Recipe | None, source: Path, progress: Progress
 ) -> Path:
     from ..convert.export import export
     from ..convert.source import SourceError
@@ -89,7 +91,7 @@ def _convert(
     target = place.model(commit, bits)
 
     def converted(done: int, total: int) -> None:
-        progress(f"converting {place.name} to {bits} bits", done, total)
+        progress(f"converting {place.name}", done, total)
 
     try:
         export(source, target, recipe=chosen, name=own_name(place.name), progress=converted)

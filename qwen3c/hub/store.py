@@ -3,8 +3,8 @@
     Qwen--Qwen3-0.6B/                   a folder for each repository
         refs/main                       the commit that a branch or a tag meant when it was asked for
         COMMIT/
-            bits-8.bin, bits-4.bin      converted, by the options of the conversion
-            Qwen3-Q8_0.gguf.bits-8.bin  the same of a GGUF file
+            model.bin, bits-4.bin       converted: as the exporter does by itself, and by --bits 4
+            Qwen3-Q8_0.gguf.model.bin   the same of a GGUF file
             source/                     what was downloaded, as it is in the repository; NAME.part: so far
     .locks/                             one process at a time writes to a folder
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from ..system.files import write_whole
 from ..system.names import MAIN, Name, is_commit
 
-BITS = "8"  # of a conversion that says nothing else
+USUAL = "8"  # the bits that the exporter gives safetensors by itself
 PART = ".part"  # ends the name of a file that is not whole yet
 COMPLETE = ".complete"  # in `source`: every file of safetensors that is read is there
 _BETWEEN = "--"  # in place of a slash; no repository has it in its name
@@ -69,10 +69,11 @@ class Place:
         """The revision is to be asked for again."""
         self._ref.unlink(missing_ok=True)
 
-    def model(self, commit: str, bits: str) -> Path:
-        """The converted model."""
+    def model(self, commit: str, bits: str | None) -> Path:
+        """The converted model; bits: as --bits of export.py has them, None for what it does by itself."""
         of_file = f"{self.name.file.replace('/', _BETWEEN)}." if self.name.file else ""
-        return self.folder / commit / f"{of_file}bits-{bits}.bin"
+        own = bits is None or (bits == USUAL and not self.name.file)
+        return self.folder / commit / f"{of_file}{'model' if own else f'bits-{bits}'}.bin"
 
     def source(self, commit: str) -> Path:
         """The folder of what was downloaded."""
@@ -85,7 +86,7 @@ class Place:
         return (whole if self.name.file else folder) if whole.is_file() else None
 
 
-def find(name: Name, bits: str = BITS) -> Path | None:
+def find(name: Name, bits: str | None = None) -> Path | None:
     """The converted model of a name; None if it is not here."""
     place = Place(name)
     commit = place.commit()
@@ -144,16 +145,16 @@ class Kept:
         return root() / self.repository.replace("/", _BETWEEN) / self.commit
 
     def name_of(self, model: Path) -> str:
-        """What a person types for a converted model, without its bits."""
+        """What a person types for a converted model, without --bits."""
         revision = MAIN if MAIN in self.revisions else min(self.revisions, default=self.commit)
-        file, dot, _ = model.name.partition(".gguf.bits-")
+        file, dot, _ = model.name.rpartition(".gguf.")
         return str(Name(self.repository, revision, file.replace(_BETWEEN, "/") + ".gguf" if dot else ""))
 
     @staticmethod
-    def bits_of(model: Path) -> str:
-        """The bits that a converted model was asked for with."""
+    def bits_of(model: Path) -> str | None:
+        """The --bits that a converted model was asked for with."""
         match = re.search(r"bits-([\d.]+)\.bin$", model.name)
-        return match[1] if match else ""
+        return match[1] if match else None
 
 
 def inventory() -> list[Kept]:
@@ -167,7 +168,7 @@ def inventory() -> list[Kept]:
             )
         for commit in sorted(path.name for path in folder.iterdir() if is_commit(path.name)):
             files = sorted(path for path in (folder / commit / "source").rglob("*") if path.is_file())
-            models = sorted((folder / commit).glob("*bits-*.bin"))
+            models = sorted((folder / commit).glob("*.bin"))
             unfinished = {path for path in files if path.suffix == PART}
             unfinished |= set((folder / commit).glob(".*.tmp"))
             kept.append(

@@ -105,7 +105,7 @@ class Hub:
         """Variables for a process of its own that uses this Hub, with its caches in `folder`."""
         return {
             "HF_ENDPOINT": self.url, "HF_HOME": str(folder / "hf"), "QWEN3C_CACHE": str(folder / "cache"),
-            "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "",
         }  # fmt: skip
 
 

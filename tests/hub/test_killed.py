@@ -51,7 +51,7 @@ def killed_at(hub: Hub, folder: Path, points: int, name: str, converted: bytes |
         assert (status, err) == (0, ""), number
         cache = folder / str(point) / "cache"
         assert not [path for path in cache.rglob("*") if path.suffix in (".part", ".tmp")], number
-        (model,) = cache.rglob("*bits-8.bin")
+        (model,) = cache.rglob("*model.bin")
         assert converted is None or model.read_bytes() == converted
 
 
@@ -113,7 +113,7 @@ def test_a_full_disk_in_the_middle_of_either_step_is_one_line(
         "resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))\nsys.exit(main(sys.argv[1:]))"
     )
     env = hub.environment(tmp_path)
-    for file in ("safetensors.part", "bits-8.bin"):
+    for file in ("safetensors.part", "/model.bin"):
         status, out, err = run(script, 200_000, MODEL, "-m", "info", env=env)
         assert (status, out) == (2, "") and err.splitlines()[-1].startswith("run.py: error: "), err
         assert file in err.splitlines()[-1] and "File too large" in err.splitlines()[-1], err

@@ -58,7 +58,7 @@ def test_a_name_is_fetched_with_a_bar_that_leaves_no_trace(
         assert terminal.finish() == 0
         terminal.assert_left_as_found()
         text = " ".join(terminal.text.split())
-        assert "fetching owner/Small: 0.5 MiB converting owner/Small to 8 bits: 0.5 MiB name Small" in text
+        assert "fetching owner/Small: 0.5 MiB converting owner/Small: 0.5 MiB name Small" in text
         assert "#" not in text and "s left" not in text and "asking" not in text and "checking" not in text
     assert all(len(line) < columns for line in drawn) and len(drawn) > 3, drawn
     percents = [int(re.findall(r"(\d+)%", line)[0]) for line in drawn]
@@ -132,7 +132,7 @@ def test_a_dumb_terminal_and_a_pipe_get_plain_lines(hub: Hub, env: dict[str, str
     assert status == 0 and text.startswith("fetching owner/Small: 0.5 MiB\nconv") and b"\x1b" not in raw
     command = f"{RUN[0]} {RUN[1]} -m models | cat; {RUN[0]} {RUN[1]} -m models --prune < /dev/null"
     status, text, _ = run_typed(["bash", "-c", command], columns=120, env=env)
-    assert status == 2 and "owner/Small  8 bits  " in text
+    assert status == 2 and "owner/Small  " in text
     assert text.splitlines()[-1] == (
         "run.py: error: --prune asks before it deletes, and nobody is at a terminal: --yes says it"
     )
@@ -147,8 +147,8 @@ def test_the_list_fits_and_prune_asks_first(
     status, text, _ = run_typed([*RUN, "-m", "models"], env=env)
     commit = hub.repositories["owner/Small"].commit[:8]
     assert status == 0 and text.splitlines()[:3] == [
-        f"owner/Small  8 bits  {commit}",
-        "    file 0.3 MiB, memory 46.7 MiB at context 256 of 256",
+        f"owner/Small  {commit}",
+        "    int8 g64, file 0.3 MiB, memory 46.7 MiB at context 256 of 256",
         "    downloaded 0.5 MiB",
     ]
     for answer, left in (("n", True), ("", True), ("y", False)):
