@@ -330,7 +330,7 @@ def codes_and_scales(tile_rows: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray
             codes += (crumbs.reshape(codes.shape) * 16).astype(np.int8) - np.int8(32)
         else:
             codebooks = tile_rows["codebook"].reshape(len(tile_rows), 1, 1, 1, CODEBOOK)
-            codes = np.take_along_axis(codebooks, codes, axis=-1)
+            codes = np.take_along_axis((codebooks + 32 & 63) - 32, codes, axis=-1)  # their low 6 bits
     groups = tiles.shape[1]
     codes = codes.transpose(0, 3, 1, 2, 4).reshape(len(tile_rows) * TILE_ROWS, -1)
     scales = tiles["scales"].transpose(0, 2, 1).reshape(-1, groups)
@@ -619,7 +619,8 @@ class ModelFile:
             if codes.min() < lowest or not np.isfinite(scales).all():
                 return False
             if tensor.encoding is Encoding.INT4:
-                if rows["codebook"][i : i + step].min() < lowest or rows["zeros"][i : i + step].any():
+                codebooks = rows["codebook"][i : i + step]
+                if codebooks.min() < -32 or codebooks.max() > 31 or rows["zeros"][i : i + step].any():
                     return False
             elif (scales < 0).any():
                 return False

@@ -195,15 +195,19 @@ class Model(Engine):
     # ------------------------------------------------------------------------
     # Text -> tokens -> events
 
-    def text_prompt(self, text: str) -> list[int]:
-        """Token ids of a bare text, behind the ids that the tokenizer puts before one (Tokenizer.opening)."""
-        return [*self.tokenizer.opening, *self.tokenizer.encode(text)]
+    def text_prompt(self, text: str, most: int | None = None) -> list[int]:
+        """Token ids of a bare text, behind the ids that the tokenizer puts before one (Tokenizer.opening).
+
+        most: see Tokenizer.encode.
+        """
+        return [*self.tokenizer.opening, *self.tokenizer.encode(text, most=most)]
 
     def chat_prompt(
         self,
         messages: str | Sequence[dict[str, Any]],
         thinking: bool | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
+        most: int | None = None,
     ) -> list[int]:
         """Token ids of a conversation, by the model's chat template, ending where the assistant speaks.
 
@@ -211,13 +215,13 @@ class Model(Engine):
         list of text parts); of an assistant also reasoning_content and tool_calls. A text alone is one
         message of the user.
         thinking: None leaves it to the model (hybrid models think). tools: JSON schemas of functions.
-        No text in messages or tools becomes a control token, except the reply tags in what the
-        assistant said. ValueError if a message is malformed, the switch cannot work with this model or
-        the template refuses (ChatTemplateError).
+        most: see Tokenizer.encode. No text in messages or tools becomes a control token, except the reply
+        tags in what the assistant said. ValueError if a message is malformed, the switch cannot work with
+        this model or the template refuses (ChatTemplateError).
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return self.chat_template.prompt(messages, thinking, tools)
+        return self.chat_template.prompt(messages, thinking, tools, most)
 
     def sampling(self, thinking: bool, **given: Unpack[SamplingOptions]) -> Sampling:
         """Sampling with the given fields, the model's defaults for the others; None counts as not given."""

@@ -39,6 +39,7 @@ def upstream_settings(args: argparse.Namespace) -> Settings:
         proxy_from_env=args.upstream_env_proxy,
         requests=args.upstream_requests,
         tokens=args.upstream_tokens,
+        state=args.upstream_state,
     )
 
 

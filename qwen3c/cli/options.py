@@ -58,6 +58,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
             "upstream_model",
             "upstream_requests",
             "upstream_tokens",
+            "upstream_state",
             "upstream_insecure",
             "upstream_env_proxy",
             "offline",
@@ -146,8 +147,9 @@ def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--system and --system-file are two system prompts")
     if (args.upstream is None) != (args.upstream_model is None):
         parser.error("--upstream URL and --upstream-model M belong together")
-    if args.upstream is None and (args.upstream_requests is not None or args.upstream_tokens is not None):
-        parser.error("--upstream-requests and --upstream-tokens limit an --upstream")
+    limits = (args.upstream_requests, args.upstream_tokens, args.upstream_state)
+    if args.upstream is None and any(limit is not None for limit in limits):
+        parser.error("--upstream-requests, --upstream-tokens and --upstream-state limit an --upstream")
     if args.upstream is not None and args.logprobs is not None:
         parser.error("--logprobs are the model's own; a provider (--upstream) counts in other tokens")
     if args.raw and (args.system is not None or args.system_file is not None):
@@ -307,6 +309,7 @@ def _add_cloud(group: Any) -> None:
     add("--upstream-model", metavar="M", help="the model it is asked for")
     add("--upstream-requests", type=at_least(1), metavar="N", help="ask it at most N times a day")
     add("--upstream-tokens", type=at_least(1), metavar="N", help="spend at most about N tokens a day")
+    add("--upstream-state", metavar="FILE", help="where what was spent today is kept, over restarts")
     add("--upstream-insecure", action="store_true", help="http:// to another machine, for all to read")
     add("--upstream-env-proxy", action="store_true", help="heed HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE")
     add("--offline", action="store_true", help="never ask the provider: no connection is opened")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from ..serve.api import Api
     from ..serve.app import Running
     from ..serve.ask import Stream
-    from ..serve.config import Settings
-    from ..serve.models import Models, Served
+    from ..serve.config import ModelSettings, Settings
+    from ..serve.models import Models, Served, ServeOptions
     from ..serve.upstream import Upstream
 
 LIBRARIES = ("starlette", "uvicorn", "h11", "prometheus_client", "llguidance")
@@ -56,7 +57,8 @@ SETTINGS = {
 
 UPSTREAM = {
     "upstream": "url", "upstream_model": "model", "upstream_requests": "requests_per_day",
-    "upstream_tokens": "tokens_per_day", "upstream_insecure": "insecure", "upstream_env_proxy": "env_proxy",
+    "upstream_tokens": "tokens_per_day", "upstream_state": "state_file",
+    "upstream_insecure": "insecure", "upstream_env_proxy": "env_proxy",
 }  # fmt: skip
 
 
@@ -152,16 +154,18 @@ def _application(settings: Settings, needs_key: bool) -> tuple[Any, Api]:
     for alias in sorted(settings.models, key=lambda alias: alias != settings.default_model):
         model = settings.models[alias]
         files[alias], sizes[alias] = model.path, ModelFile(model.path).file_size
-        openers[alias] = functools.partial(_open, settings, model.path, model.kv or settings.kv)
+        openers[alias] = functools.partial(_open, settings, model)
     options = ServeOptions(
         settings.running, settings.queue, settings.cache_memory, settings.max_gap, settings.context or None,
         settings.idle_unload,
     )  # fmt: skip
-    api = Api(Models(openers, options, sizes, files), settings.ping, needs_key=needs_key)
+    own = {alias: _options(options, model) for alias, model in settings.models.items()}
+    api = Api(Models(openers, options, sizes, files, own), settings.ping, needs_key=needs_key)
     api.provider = _provider(settings)
     more: list[BaseRoute] = []
     running: list[Running] = []
     metrics = Metrics(lambda: api.models.loaded)
+    api.models.worked = metrics.worked
     if settings.metrics:
         more += metrics.routes()
     if importlib.util.find_spec("mcp") is not None:
@@ -196,17 +200,28 @@ def _provider(settings: Settings) -> Upstream | None:
         upstream.Settings(
             wanted.url, wanted.model, upstream.read_key(wanted.key_env), settings.offline, wanted.insecure,
             wanted.env_proxy, wanted.requests_per_day, wanted.tokens_per_day, wanted.connect_timeout,
-            wanted.first_delta_timeout, wanted.silence_timeout,
+            wanted.first_delta_timeout, wanted.silence_timeout, wanted.state_file,
         )
     )  # fmt: skip
 
 
-def _open(settings: Settings, path: str, kv: Any) -> Model:
+def _options(options: ServeOptions, model: ModelSettings) -> ServeOptions:
+    """How a model is served that may have settings of its own."""
+    own: dict[str, Any] = {}
+    if model.context is not None:
+        own["context"] = model.context or None
+    if model.cache_memory is not None:
+        own["kv_bytes"] = model.cache_memory
+    return dataclasses.replace(options, **own)
+
+
+def _open(settings: Settings, model: ModelSettings) -> Model:
     from ..model import Model
     from ..system.machine import default_threads
 
-    with terminal.waiting(f"loading {path}" + " into huge pages" * settings.huge_pages):
-        return Model(path, settings.threads or default_threads(), kv, "int8", settings.huge_pages)
+    threads, kv = model.threads or settings.threads or default_threads(), model.kv or settings.kv
+    with terminal.waiting(f"loading {model.path}" + " into huge pages" * settings.huge_pages):
+        return Model(model.path, threads, kv, "int8", settings.huge_pages)  # type: ignore[arg-type]
 
 
 def _described(models: Models) -> list[str]:

@@ -6,20 +6,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from ..text import pieces
 from .source import Keys, SourceError, shown
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
-
-
-def _pattern(digits: str) -> str:
-    """A split pattern of GPT-4's kind: contractions, words, `digits` (a pattern), punctuation, newlines,
-    spaces.
-    """
-    return (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-        + digits
-        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
 
 
 @dataclass(frozen=True)
@@ -32,8 +22,8 @@ class _PreTokenizer:
     add_bos: bool  # the default of tokenizer.ggml.add_bos_token
 
 
-_QWEN2 = _PreTokenizer(_pattern(r"\p{N}"), nfc=True, ignore_merges=False, add_bos=False)
-_LLAMA3 = _PreTokenizer(_pattern(r"\p{N}{1,3}"), nfc=False, ignore_merges=True, add_bos=True)
+_QWEN2 = _PreTokenizer(pieces.QWEN2, nfc=True, ignore_merges=False, add_bos=False)
+_LLAMA3 = _PreTokenizer(pieces.LLAMA3, nfc=False, ignore_merges=True, add_bos=True)
 PRE_TOKENIZERS = {"qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "llama-bpe": _LLAMA3}
 
 # Control tokens that end a text in any model that has them; the file's keys name only one or two ids

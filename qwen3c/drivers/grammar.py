@@ -77,7 +77,7 @@ class Grammar:
     @classmethod
     def json_object(cls, vocabulary: Vocabulary) -> Grammar:
         """Any JSON object."""
-        return cls.json_schema(vocabulary, ANY_OBJECT)
+        return cls.json_schema(vocabulary, ANY_OBJECT, strict=False)
 
     @classmethod
     def json_schema(cls, vocabulary: Vocabulary, schema: Any, strict: bool = True) -> Grammar:

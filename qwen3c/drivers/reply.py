@@ -294,7 +294,12 @@ class ReplyState:
 
 
 class ContextFullError(ValueError):
-    """A prompt is longer than the context of its session."""
+    """A prompt is longer than the context of its session: n_prompt tokens, or at least so many."""
+
+    def __init__(self, message: str, n_prompt: int, context: int) -> None:
+        super().__init__(message)
+        self.n_prompt = n_prompt
+        self.context = context
 
 
 def token_ids(prompt: Sequence[int], n_ids: int) -> list[int]:
@@ -321,7 +326,8 @@ def token_budget(max_tokens: int | None, n_prompt: int, context: int, largest: i
     """
     if n_prompt > context:
         room = f"can hold {largest} (-c {largest})" if largest > context else "holds no more"
-        raise ContextFullError(f"prompt is {n_prompt} tokens, the context holds {context}; this model {room}")
+        told = f"prompt is {n_prompt} tokens, the context holds {context}; this model {room}"
+        raise ContextFullError(told, n_prompt, context)
     if max_tokens is None:
         return context - n_prompt
     if whole("max_tokens", max_tokens) < 0:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ..text.tokenizer import TooLongError
 from .batch import last_rows
 from .reply import ContextFullError
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
 
 END = "<|endoftext|>"
+TAGS, ANSWERS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>"), ("no", "yes")
+RECIPE = (*TAGS, *ANSWERS)  # tokens that a model needs to judge documents
 TASK = "Given a web search query, retrieve relevant passages that answer the query"
 
 _BEFORE = (
@@ -50,13 +53,14 @@ def embedding_prompts(model: Engine, tokenizer: Tokenizer, texts: Sequence[str])
     end.
     """
     _check_list("texts", texts)
-    end = embedding_end(tokenizer)
+    opening, end = tokenizer.opening, embedding_end(tokenizer)
     prompts = []
     for i, text in enumerate(texts):
         if not text:
             raise ValueError(f"text {i} of {len(texts)} is empty")
-        prompts.append([*tokenizer.opening, *tokenizer.encode(text), *end])
-    _check_lengths(model, "text", prompts)
+        name = f"text {i} of {len(texts)}"
+        ids = _fitting(model, tokenizer, text, len(opening) + len(end), name)
+        prompts.append([*opening, *ids, *end])
     return prompts
 
 
@@ -88,13 +92,16 @@ def rerank_prompts(
     see Model.rerank for errors.
     """
     _check_list("documents", documents)
-    for tag in ("<|im_start|>", "<|im_end|>", "<think>", "</think>"):
+    for tag in TAGS:
         _control_id(tokenizer, tag)
-    answers = [_word_id(tokenizer, "no"), _word_id(tokenizer, "yes")]
+    answers = [_word_id(tokenizer, word) for word in ANSWERS]
     before, after = tokenizer.encode(_BEFORE, special=True), tokenizer.encode(_AFTER, special=True)
     question = f"<Instruct>: {TASK if instruction is None else instruction}\n<Query>: {query}\n<Document>: "
-    prompts = [[*before, *tokenizer.encode(question + document), *after] for document in documents]
-    _check_lengths(model, "document", prompts)
+    prompts = []
+    for i, document in enumerate(documents):
+        name = f"document {i} of {len(documents)}"
+        ids = _fitting(model, tokenizer, question + document, len(before) + len(after), name)
+        prompts.append([*before, *ids, *after])
     return prompts, answers
 
 
@@ -109,14 +116,18 @@ def _check_list(name: str, texts: Sequence[str]) -> None:
         raise ValueError(f"{name} is one text, not a list of them")
 
 
-def _check_lengths(model: Engine, name: str, prompts: list[list[int]]) -> None:
-    """ValueError, naming the first text by number, if a prompt passes the context."""
-    for i, prompt in enumerate(prompts):
-        if len(prompt) > model.config.context:
-            fault = f"takes {len(prompt)} tokens with what goes around it"
-            raise ContextFullError(
-                f"{name} {i} of {len(prompts)} {fault}, the context of the model is {model.config.context}"
-            )
+def _fitting(model: Engine, tokenizer: Tokenizer, text: str, around: int, name: str) -> list[int]:
+    """Token ids of a text. ContextFullError if they and those around it pass the context."""
+    context, least = model.config.context, ""
+    try:
+        ids = tokenizer.encode(text, most=context)
+        n = len(ids) + around
+    except TooLongError as error:
+        ids, n, least = [], error.n + around, "at least "
+    if n > context:
+        fault = f"takes {least}{n} tokens with what goes around it, the context of the model is {context}"
+        raise ContextFullError(f"{name} {fault}", n, context)
+    return ids
 
 
 def _control_id(tokenizer: Tokenizer, tag: str) -> int:

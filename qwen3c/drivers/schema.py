@@ -13,7 +13,9 @@ from ..text.tools import referred
 Part = dict[str, Any]
 """One of llguidance's grammars, {"name", "json_schema"} or {"lark_grammar"}; rules refer to it as @name."""
 
-SPACE = r"[ \n\r\t]{1,64}"  # between the tokens of JSON: bounded, or a weak model would never end it
+# between the tokens of JSON: bounded, or a weak model would never end it. Strict is on one line, as what
+# programs write; else lines and their indentation as llama.cpp allows them
+SPACE, SPACES = " ", r" |\n{1,2}[ \t]{0,20}"
 MAX_SCHEMA = 1 << 18  # characters of JSON
 MAX_REFERENCES = 1000  # llguidance follows them recursively
 MAX_MEETING = 8  # patterns that one text has to meet: what llguidance takes to combine them doubles with each
@@ -44,10 +46,11 @@ class GrammarError(ValueError):
 
 
 def named(name: str, schema: dict[str, Any], strict: bool) -> Part:
-    """The grammar of JSON that a schema allows. strict: refuse a oneOf whose schemas may
-    overlap, not read it as anyOf.
+    """The grammar of JSON that a schema allows. strict: refuse a oneOf whose schemas may overlap, not read it
+    as anyOf; and one blank at most between two tokens.
     """
-    options = {"coerce_one_of": not strict, "lenient": False, "whitespace_pattern": SPACE}
+    space = SPACE if strict else SPACES
+    options = {"coerce_one_of": not strict, "lenient": False, "whitespace_pattern": space}
     return {"name": name, "json_schema": {**schema, "x-guidance": options}}
 
 

@@ -32,7 +32,7 @@ static void scores_int8(float *p, const Int8Rows *q8, size_t rows, const Block *
                        .w = {.tiles = (const uint8_t *)b->keys, .next_rows = tile, .next_group = tile,
                              .n_rows = filled, .n_groups = 1, .group_size = b->width,
                              .ahead = (const uint8_t *)b->keys + b->next, .ahead_bytes = b->next ? tile : 0}};
-    matmul_int8_tiles(&product, 1);
+    matmul_int8_tiles(ENCODING_INT8, &product, 1);
 }
 
 /* p[j] *= scales[j], the scales of the values, for the first `seen` positions of a block; then 0 to `end`. */
@@ -58,5 +58,5 @@ static void values_int8(float *o, const Int8Rows *p8, float *p, size_t rows, con
                              .n_rows = b->width, .n_groups = n_groups, .group_size = VALUE_GROUP,
                              .ahead = (const uint8_t *)b->values + b->next,
                              .ahead_bytes = b->next ? next_rows : 0}};
-    matmul_int8_tiles(&product, 0);
+    matmul_int8_tiles(ENCODING_INT8, &product, 0);
 }

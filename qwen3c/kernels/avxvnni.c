@@ -21,7 +21,7 @@ GCC_TARGET(TARGET)
 #define ISA avxvnni
 #include "lanes_avx2.h"
 
-typedef struct { __m256i low, high; } i8x64;
+typedef u6x64 i8x64;
 
 static inline i8x64 codes_load(const int8_t *p) {
     __m256i flip = _mm256_set1_epi8(-128);
@@ -36,6 +36,11 @@ static inline i32x16 dot_4(i32x16 dot, i8x64 w, i8x4 x) {
     __asm__(DPBUSD " %2, %1, %0" : "+x"(dot.low) : "x"(w.low), "x"(x));
     __asm__(DPBUSD " %2, %1, %0" : "+x"(dot.high) : "x"(w.high), "x"(x));
     return dot;
+}
+
+static inline void dot_8(i32x16 *one, i32x16 *other, const u6x64 *w, i8x4 x, i8x4 y) {
+    *one = dot_4(*one, w[0], x);
+    *other = dot_4(*other, w[1], y);
 }
 
 #define MATMUL_TILES 1

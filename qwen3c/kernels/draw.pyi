@@ -26,6 +26,8 @@ class Rules(Protocol):
     @property
     def logit_bias(self) -> Mapping[int, float]: ...
 
+class NoTokenError(ValueError): ...
+
 class Draw:
     def __init__(
         self, rules: Rules, seed: int, n_tokens: int, undefined: Iterable[int], greedy_below: float

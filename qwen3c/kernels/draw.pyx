@@ -324,6 +324,10 @@ cdef uint64_t high_product(uint64_t a, uint64_t b) noexcept nogil:
     return high_a * high_b + (middle >> 32) + (other >> 32)
 
 
+class NoTokenError(ValueError):
+    """What the next token has to be leaves none."""
+
+
 # ----------------------------------------------------------------------------
 # From Python
 
@@ -406,7 +410,7 @@ cdef class Draw:
     def result(self):
         """(the token drawn, its share of what it was drawn from). ValueError if there was none to draw."""
         if self.c.fault == NOTHING_ALLOWED:
-            raise ValueError("the grammar allows no token that exists and is not forbidden otherwise")
+            raise NoTokenError("the grammar allows no token that exists and is not forbidden otherwise")
         if self.c.fault == NOT_FINITE:
             raise ValueError(
                 f"the largest logit is {self.c.largest}: the model file is damaged or its weights overflow"

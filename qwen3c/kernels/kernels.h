@@ -47,7 +47,8 @@ typedef enum { ENCODING_INT8, ENCODING_INT4, ENCODING_INT6, N_ENCODINGS } Encodi
      ENCODING_INT8  int8 codes (group_size / 4, LANES, 4): column 4 c + j at [c][r][j]
      ENCODING_INT4  nibbles (group_size / 8, LANES, 4), the index of a code in the codebook: of column 8 c + j
                     in the low half of [c][r][j], of column 8 c + 4 + j in the high half.
-                    The codebook is int8 (16), then zeros up to CODEBOOK_BYTES. A scale may be negative
+                    The codebook is int8 (16), of which the low 6 bits are read, as -32..31, then zeros
+                    up to CODEBOOK_BYTES. A scale may be negative
      ENCODING_INT6  code + 32, 1..63: its low 4 bits as the nibbles above, then its high 2 bits
                     (group_size / 16, LANES, 4): those of column 16 c + 4 k + j are bits 2 k and 2 k + 1 of
                     [c][r][j] */

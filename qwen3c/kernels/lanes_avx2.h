@@ -8,6 +8,7 @@
 
 typedef struct { __m256 low, high; } f32x16;
 typedef struct { __m256i low, high; } i32x16;
+typedef struct { __m256i low, high; } u6x64;
 typedef __m256i i8x4;  /* 4 activations, eight times */
 
 #define BOTH(type, low, high) ((type){(low), (high)})
@@ -96,4 +97,35 @@ static inline f32x16 codes_column(const int8_t *p, int j) {
     __m128i shift = _mm_cvtsi32_si128(24 - 8 * j);
     return BOTH(f32x16, column(_mm256_loadu_si256((const __m256i *)p), shift),
                 column(_mm256_loadu_si256((const __m256i *)(p + 32)), shift));
+}
+
+static inline i32x16 i32_set(int32_t a) { return BOTH(i32x16, _mm256_set1_epi32(a), _mm256_set1_epi32(a)); }
+static inline u6x64 u6_load(const uint8_t *p) {
+    return BOTH(u6x64, _mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32)));
+}
+static inline void u6_store_centred(int8_t *p, u6x64 a) {
+    __m256i centre = _mm256_set1_epi8(32);
+    _mm256_storeu_si256((__m256i *)p, _mm256_sub_epi8(a.low, centre));
+    _mm256_storeu_si256((__m256i *)(p + 32), _mm256_sub_epi8(a.high, centre));
+}
+static inline u6x64 u6_codebook(const int8_t *codebook) {
+    __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)codebook));
+    entries = _mm256_and_si256(_mm256_add_epi8(entries, _mm256_set1_epi8(32)), _mm256_set1_epi8(63));
+    return BOTH(u6x64, entries, entries);
+}
+static inline u6x64 u6_look_up(u6x64 codebook, u6x64 index) {
+    return BOTH(u6x64, _mm256_shuffle_epi8(codebook.low, index.low),
+                _mm256_shuffle_epi8(codebook.low, index.high));
+}
+static inline u6x64 u6_nibbles(u6x64 a, int high) {
+    __m256i mask = _mm256_set1_epi8(15);
+    return BOTH(u6x64, _mm256_and_si256(high ? _mm256_srli_epi16(a.low, 4) : a.low, mask),
+                _mm256_and_si256(high ? _mm256_srli_epi16(a.high, 4) : a.high, mask));
+}
+static inline __m256i u6_join_half(__m256i a, __m256i b, int k) {
+    __m256i at = k < 2 ? _mm256_slli_epi16(b, 4 - 2 * k) : _mm256_srli_epi16(b, 2 * k - 4);
+    return _mm256_or_si256(a, _mm256_and_si256(at, _mm256_set1_epi8(48)));
+}
+static inline u6x64 u6_join(u6x64 a, u6x64 b, int k) {
+    return BOTH(u6x64, u6_join_half(a.low, b.low, k), u6_join_half(a.high, b.high, k));
 }

@@ -4,7 +4,7 @@
 #include "lanes_x86.h"
 
 typedef __m512 f32x16;
-typedef __m512i i32x16, i8x64, i8x4;
+typedef __m512i i32x16, i8x64, u6x64, i8x4;
 
 static inline f32x16 f32_set(float a) { return _mm512_set1_ps(a); }
 static inline f32x16 f32_load(const float *p) { return _mm512_loadu_ps(p); }
@@ -68,6 +68,29 @@ static inline i32x16 dot_4(i32x16 dot, i8x64 w, i8x4 x) {
 static inline f32x16 codes_column(const int8_t *p, int j) {
     __m512i up = _mm512_sll_epi32(_mm512_loadu_si512(p), _mm_cvtsi32_si128(24 - 8 * j));
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(up, 24));
+}
+
+static inline i32x16 i32_set(int32_t a) { return _mm512_set1_epi32(a); }
+static inline u6x64 u6_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
+static inline void u6_store_centred(int8_t *p, u6x64 a) {
+    _mm512_storeu_si512(p, _mm512_sub_epi8(a, _mm512_set1_epi8(32)));
+}
+static inline u6x64 u6_codebook(const int8_t *codebook) {
+    __m512i entries = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)codebook));
+    return _mm512_and_si512(_mm512_add_epi8(entries, _mm512_set1_epi8(32)), _mm512_set1_epi8(63));
+}
+static inline u6x64 u6_look_up(u6x64 codebook, u6x64 index) { return _mm512_shuffle_epi8(codebook, index); }
+static inline u6x64 u6_nibbles(u6x64 a, int high) {
+    return _mm512_and_si512(high ? _mm512_srli_epi16(a, 4) : a, _mm512_set1_epi8(15));
+}
+static inline u6x64 u6_join(u6x64 a, u6x64 b, int k) {
+    __m512i at = k < 2 ? _mm512_slli_epi16(b, (unsigned)(4 - 2 * k) & 15)
+                       : _mm512_srli_epi16(b, (unsigned)(2 * k - 4) & 15);
+    return _mm512_or_si512(a, _mm512_and_si512(at, _mm512_set1_epi8(48)));
+}
+static inline void dot_8(i32x16 *one, i32x16 *other, const u6x64 *w, i8x4 x, i8x4 y) {
+    *one = dot_4(*one, w[0], x);
+    *other = dot_4(*other, w[1], y);
 }
 
 #define MATMUL_TILES 2

@@ -8,6 +8,7 @@
 typedef float32x4x4_t f32x16;
 typedef int32x4x4_t i32x16;
 typedef int8x16x4_t i8x64;
+typedef int8x16x4_t u6x64;
 typedef int8x16_t i8x4;  /* 4 activations, four times */
 
 #define EACH_QUARTER(expression) for (int i = 0; i < 4; i++) r.val[i] = (expression); return r
@@ -76,6 +77,33 @@ static inline f32x16 codes_column(const int8_t *p, int j) {
 static inline int32x4_t dot_quarter(int32x4_t dot, int8x16_t w, int8x16_t x);
 static inline i32x16 dot_4(i32x16 dot, i8x64 w, i8x4 x) {
     i32x16 r; EACH_QUARTER(dot_quarter(dot.val[i], w.val[i], x));
+}
+
+static inline i32x16 i32_set(int32_t a) { i32x16 r; EACH_QUARTER(vdupq_n_s32(a)); }
+static inline u6x64 u6_load(const uint8_t *p) { return codes_load((const int8_t *)p); }
+static inline void u6_store_centred(int8_t *p, u6x64 a) {
+    for (int i = 0; i < 4; i++) vst1q_s8(p + 16 * i, vsubq_s8(a.val[i], vdupq_n_s8(32)));
+}
+static inline u6x64 u6_codebook(const int8_t *codebook) {
+    u6x64 r; EACH_QUARTER(vandq_s8(vaddq_s8(vld1q_s8(codebook), vdupq_n_s8(32)), vdupq_n_s8(63)));
+}
+static inline u6x64 u6_look_up(u6x64 codebook, u6x64 index) {
+    u6x64 r; EACH_QUARTER(vqtbl1q_s8(codebook.val[0], vreinterpretq_u8_s8(index.val[i])));
+}
+static inline u6x64 u6_nibbles(u6x64 a, int high) {
+    u6x64 r;
+    EACH_QUARTER(high ? vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(a.val[i]), 4))
+                      : vandq_s8(a.val[i], vdupq_n_s8(15)));
+}
+static inline u6x64 u6_join(u6x64 a, u6x64 b, int k) {
+    int8x16_t left = vdupq_n_s8((int8_t)(4 - 2 * k));  /* to the right where it is negative */
+    u6x64 r;
+    EACH_QUARTER(vorrq_s8(a.val[i], vandq_s8(vreinterpretq_s8_u8(vshlq_u8(vreinterpretq_u8_s8(b.val[i]), left)),
+                                             vdupq_n_s8(48))));
+}
+static inline void dot_8(i32x16 *one, i32x16 *other, const u6x64 *w, i8x4 x, i8x4 y) {
+    *one = dot_4(*one, w[0], x);
+    *other = dot_4(*other, w[1], y);
 }
 
 #define MATMUL_TILES 1

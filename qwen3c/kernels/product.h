@@ -1,6 +1,6 @@
-/* Products of int8 activations with int8 matrices: of weights, and of keys and values in an int8 cache. */
+/* Products of int8 activations with matrices of codes: of weights, and of keys and values in an int8 cache. */
 
-/* A matrix of codes in tiles of LANES rows x group_size columns, (group_size / 4, LANES, 4). */
+/* A matrix of codes in tiles of LANES rows x group_size columns. */
 typedef struct {
     const uint8_t *tiles;
     size_t next_rows, next_group;  /* bytes from a tile to the tile below it, and to the tile on its right */
@@ -36,8 +36,8 @@ typedef struct {
    codes of each tile; otherwise all are 1. few: there are few tokens, so the loop waits for memory. Each
    group prefetches ahead.bytes: all at its start; when few, one line for each line of codes it reads, because
    a CPU drops prefetches that pile up. */
-INLINE void matmul_int8_block(const size_t R, const size_t T, const int few, const int scaled,
-                              const Product *p, size_t row, size_t token, Ahead ahead) {
+INLINE void matmul_int8_block(const Encoding encoding, const size_t R, const size_t T, const int few,
+                              const int scaled, const Product *p, size_t row, size_t token, Ahead ahead) {
     const size_t J = PARTS(R, T);  /* integer sums may be split */
     const Tiles *w = &p->w;
     size_t columns = p->columns, x_groups = columns / w->group_size;
@@ -46,33 +46,63 @@ INLINE void matmul_int8_block(const size_t R, const size_t T, const int few, con
     const int8_t *codes = p->x->codes + token * columns;
     float *y = p->y + token * stride + row;
     f32x16 sum[MATMUL_TILES][MATMUL_TOKENS];
-    UNROLL for (size_t r = 0; r < R; r++) UNROLL for (size_t t = 0; t < T; t++) {
-        sum[r][t] = f32_set(0);
-        __builtin_prefetch(y + t * stride + r * LANES, 1);  /* rows of y are far apart, none is in cache */
+    u6x64 codebooks[MATMUL_TILES];
+    UNROLL for (size_t r = 0; r < R; r++) {
+        if (encoding == ENCODING_INT4) codebooks[r] = u6_codebook_of(tiles + r * w->next_rows);
+        UNROLL for (size_t t = 0; t < T; t++) {
+            sum[r][t] = f32_set(0);
+            __builtin_prefetch(y + t * stride + r * LANES, 1);  /* rows of y are far apart, none is in cache */
+        }
     }
     for (size_t g = 0; g < w->n_groups;
          g++, tiles += w->next_group, codes += w->group_size, ahead.at += ahead.bytes) {
         for (size_t at = 0; !few && at < ahead.bytes; at += 64) __builtin_prefetch(ahead.at + at);
         const float *scales = p->x->scales + token * x_groups + g;
         i32x16 dot[4][MATMUL_TILES][MATMUL_TOKENS];
-        UNROLL for (size_t t = 0; t < T; t++)
+        UNROLL for (size_t t = 0; t < T; t++) {
+            int32_t sums = p->x->sums[(token + t) * x_groups + g];
             UNROLL for (size_t r = 0; r < R; r++)
                 UNROLL for (size_t j = 0; j < J; j++)
-                    dot[j][r][t] = dot_start(j ? 0 : p->x->sums[(token + t) * x_groups + g]);
-        for (size_t c = 0; c < w->group_size; c += 4 * J)
-            UNROLL for (size_t j = 0; j < J; j++) {
-                size_t at = (c + 4 * j) * LANES;
-                if (few && at < ahead.bytes) __builtin_prefetch(ahead.at + at);
-                i8x64 part[MATMUL_TILES];
+                    dot[j][r][t] = encoding == ENCODING_INT8 ? dot_start(j ? 0 : sums) : i32_set(j ? 0 : -sums / 4);
+        }
+        for (size_t c = 0; c < w->group_size; c += 16) {
+            u6x64 crumbs[MATMUL_TILES];
+            if (encoding == ENCODING_INT6)
                 UNROLL for (size_t r = 0; r < R; r++)
-                    part[r] = codes_load((const int8_t *)tiles + r * w->next_rows + at);
-                UNROLL for (size_t t = 0; t < T; t++) {
-                    i8x4 a = activations_load(codes + t * columns + c + 4 * j);
-                    UNROLL for (size_t r = 0; r < R; r++) dot[j][r][t] = dot_4(dot[j][r][t], part[r], a);
+                    crumbs[r] = u6_crumbs(tiles + r * w->next_rows, c / 16, w->group_size);
+            UNROLL for (size_t odd = 0; odd < 2; odd++) {
+                size_t at = c + 8 * odd, begin = code_bytes(encoding, at), end = code_bytes(encoding, at + 8);
+                for (; few && begin < end && begin < ahead.bytes; begin += 64)
+                    __builtin_prefetch(ahead.at + begin);
+                if (encoding == ENCODING_INT8)
+                    UNROLL for (size_t i = 0; i < 2; i++) {
+                        i8x64 part[MATMUL_TILES];
+                        UNROLL for (size_t r = 0; r < R; r++)
+                            part[r] = codes_load((const int8_t *)tiles + r * w->next_rows + (at + 4 * i) * LANES);
+                        UNROLL for (size_t t = 0; t < T; t++) {
+                            i8x4 a = activations_load(codes + t * columns + at + 4 * i);
+                            UNROLL for (size_t r = 0; r < R; r++) {
+                                i32x16 *d = &dot[(2 * odd + i) % J][r][t];
+                                *d = dot_4(*d, part[r], a);
+                            }
+                        }
+                    }
+                else {
+                    u6x64 part[MATMUL_TILES][2];
+                    UNROLL for (size_t r = 0; r < R; r++)
+                        u6_columns(encoding, part[r], tiles + r * w->next_rows + at * (LANES / 2), codebooks[r],
+                                   crumbs[r], (int)odd);
+                    UNROLL for (size_t t = 0; t < T; t++) {
+                        const int8_t *x = codes + t * columns + at;
+                        i8x4 a = activations_load(x), b = activations_load(x + 4);
+                        UNROLL for (size_t r = 0; r < R; r++)
+                            dot_8(&dot[2 * odd % J][r][t], &dot[(2 * odd + 1) % J][r][t], part[r], a, b);
+                    }
                 }
             }
+        }
         UNROLL for (size_t r = 0; r < R; r++) {
-            const uint8_t *scales_of_rows = tiles + r * w->next_rows + LANES * w->group_size;
+            const uint8_t *scales_of_rows = tiles + r * w->next_rows + code_bytes(encoding, w->group_size);
             f32x16 scale = scaled ? f32_load_f16((const uint16_t *)scales_of_rows) : f32_set(1);
             UNROLL for (size_t t = 0; t < T; t++) {
                 UNROLL for (size_t j = 1; j < J; j++) dot[0][r][t] = dot_add(dot[0][r][t], dot[j][r][t]);
@@ -87,24 +117,25 @@ INLINE void matmul_int8_block(const size_t R, const size_t T, const int few, con
 }
 
 /* R tile rows from `row` on times all tokens, in blocks of at most MATMUL_TOKENS of about equal size. */
-INLINE void matmul_int8_rows(const size_t R, const int few, const int scaled, const Product *p, size_t row) {
+INLINE void matmul_int8_rows(const Encoding encoding, const size_t R, const int few, const int scaled,
+                             const Product *p, size_t row) {
     size_t blocks = (p->n_tokens + MATMUL_TOKENS - 1) / MATMUL_TOKENS, parts = blocks * p->w.n_groups;
     Ahead ahead = {p->w.ahead + row / LANES * p->w.ahead_bytes, (R * p->w.ahead_bytes + parts - 1) / parts};
     for (size_t token = 0, n; token < p->n_tokens; token += n, ahead.at += p->w.n_groups * ahead.bytes) {
         n = (p->n_tokens - token) / blocks--;
         switch (n) {
 #if MATMUL_TOKENS > 4
-            case 6: matmul_int8_block(R, 6, few, scaled, p, row, token, ahead); break;
-            case 5: matmul_int8_block(R, 5, few, scaled, p, row, token, ahead); break;
+            case 6: matmul_int8_block(encoding, R, 6, few, scaled, p, row, token, ahead); break;
+            case 5: matmul_int8_block(encoding, R, 5, few, scaled, p, row, token, ahead); break;
 #endif
 #if MATMUL_TOKENS > 3
-            case 4: matmul_int8_block(R, 4, few, scaled, p, row, token, ahead); break;
+            case 4: matmul_int8_block(encoding, R, 4, few, scaled, p, row, token, ahead); break;
 #endif
 #if MATMUL_TOKENS > 1
-            case 3: matmul_int8_block(R, 3, few, scaled, p, row, token, ahead); break;
-            case 2: matmul_int8_block(R, 2, few, scaled, p, row, token, ahead); break;
+            case 3: matmul_int8_block(encoding, R, 3, few, scaled, p, row, token, ahead); break;
+            case 2: matmul_int8_block(encoding, R, 2, few, scaled, p, row, token, ahead); break;
 #endif
-            case 1: matmul_int8_block(R, 1, few, scaled, p, row, token, ahead); break;
+            case 1: matmul_int8_block(encoding, R, 1, few, scaled, p, row, token, ahead); break;
         }
     }
 }
@@ -113,24 +144,34 @@ INLINE void matmul_int8_rows(const size_t R, const int few, const int scaled, co
 #include "product_amx.h"
 #endif
 
-INLINE void matmul_int8_tiles(const Product *p, const int scaled) {
+INLINE void matmul_int8_tiles(const Encoding encoding, const Product *p, const int scaled) {
     size_t row = 0;
 #if TILE_MULTIPLIER
-    if (p->n_tokens >= TILE_MULTIPLIER_TOKENS) { tile_multiply(p, scaled); return; }
+    if (p->n_tokens >= TILE_MULTIPLIER_TOKENS) { tile_multiply(encoding, p, scaled); return; }
 #endif
     if (p->n_tokens > FEW_TOKENS)
         for (; row + LANES * (MATMUL_TILES - 1) < p->w.n_rows; row += LANES * MATMUL_TILES)
-            matmul_int8_rows(MATMUL_TILES, 0, scaled, p, row);
-    for (; row < p->w.n_rows; row += LANES) matmul_int8_rows(1, 1, scaled, p, row);
+            matmul_int8_rows(encoding, MATMUL_TILES, 0, scaled, p, row);
+    for (; row < p->w.n_rows; row += LANES) matmul_int8_rows(encoding, 1, 1, scaled, p, row);
 }
 
-static void matmul_int8(float *y, size_t stride, const Int8Rows *x, size_t n_tokens, const uint8_t *tiles,
-                        size_t n_rows, size_t columns, size_t group_size) {
-    size_t n_groups = columns / group_size, next_rows = n_groups * TILE_BYTES(group_size);
+INLINE void matmul_int8_of(const Encoding encoding, float *y, size_t stride, const Int8Rows *x, size_t n_tokens,
+                           const uint8_t *matrix, size_t n_rows, size_t columns, size_t group_size) {
+    size_t next_rows = tile_row_bytes(encoding, columns, group_size);
+    const uint8_t *tiles = matrix + codebook_bytes(encoding);
     Product p = {.y = y, .stride = stride, .x = x, .columns = columns, .n_tokens = n_tokens,
-                 .w = {.tiles = tiles, .next_rows = next_rows, .next_group = TILE_BYTES(group_size),
-                       .n_rows = n_rows, .n_groups = n_groups, .group_size = group_size,
+                 .w = {.tiles = tiles, .next_rows = next_rows, .next_group = tile_bytes(encoding, group_size),
+                       .n_rows = n_rows, .n_groups = columns / group_size, .group_size = group_size,
                        .ahead = tiles + (n_tokens > FEW_TOKENS ? MATMUL_TILES : 1) * next_rows,
                        .ahead_bytes = next_rows}};
-    matmul_int8_tiles(&p, 1);
+    matmul_int8_tiles(encoding, &p, 1);
 }
+
+#define MATMUL_INT8(name, encoding) \
+    static void name(float *y, size_t stride, const Int8Rows *x, size_t n_tokens, const uint8_t *tiles, \
+                     size_t n_rows, size_t columns, size_t group_size) { \
+        matmul_int8_of(encoding, y, stride, x, n_tokens, tiles, n_rows, columns, group_size); \
+    }
+MATMUL_INT8(matmul_int8, ENCODING_INT8)
+MATMUL_INT8(matmul_int4, ENCODING_INT4)
+MATMUL_INT8(matmul_int6, ENCODING_INT6)

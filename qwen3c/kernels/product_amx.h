@@ -108,32 +108,36 @@ INLINE void multiply_tokens(const int scaled, const Product *p, const Strip *str
     }
 }
 
-/* A tile row in strips of aligned codes: half of a matrix's tiles begin in the middle of a cache line, which
-   costs the tile registers a second read of each. */
-static void align_strip(uint8_t *aligned, Strip *strip, size_t group_bytes) {
-    for (size_t g = 0; g < strip->n; g++)
-        for (size_t at = 0; at < group_bytes; at += 64)
-            _mm512_store_si512(aligned + g * group_bytes + at,
-                               _mm512_loadu_si512(strip->codes + g * strip->next_codes + at));
-    strip->codes = aligned;
+/* A strip's codes as int8 at the beginning of cache lines. Half of the tiles of a matrix begin in the middle of
+   one, which costs the tile registers a second read of each. */
+INLINE void unpack_strip(const Encoding encoding, int8_t *aligned, Strip *strip, size_t group_size, u6x64 codebook) {
+    size_t group_bytes = LANES * group_size;
+    for (size_t g = 0; g < strip->n; g++) {
+        const uint8_t *tile = strip->codes + g * strip->next_codes;
+        if (encoding == ENCODING_INT8) memcpy(aligned + g * group_bytes, tile, group_bytes);
+        else unpack_tile(encoding, aligned + g * group_bytes, tile, codebook, group_size);
+    }
+    strip->codes = (const uint8_t *)aligned;
     strip->next_codes = group_bytes;
 }
 
 /* All of a product. */
-INLINE void tile_multiply(const Product *p, const int scaled) {
-    _Alignas(64) uint8_t aligned[ALIGNED_BYTES];
+INLINE void tile_multiply(const Encoding encoding, const Product *p, const int scaled) {
+    _Alignas(64) int8_t aligned[ALIGNED_BYTES];
     const Tiles *w = &p->w;
     size_t group_bytes = LANES * w->group_size, steps = (w->group_size + 63) / 64;
     while (w->group_size % (4 * steps)) steps++;  /* groups are multiples of 16 columns */
-    size_t most = p->n_tokens > LANES ? ALIGNED_BYTES / group_bytes : w->n_groups;
-    __asm__ volatile("" ::: "memory");  /* what the tile registers are loaded from has been written */
+    int unpacked = encoding != ENCODING_INT8 || p->n_tokens > LANES;
+    size_t most = unpacked ? ALIGNED_BYTES / group_bytes : w->n_groups;
     for (size_t row = 0; row < w->n_rows; row += LANES) {
         const uint8_t *tiles = w->tiles + row / LANES * w->next_rows;
+        u6x64 codebook = encoding == ENCODING_INT4 ? u6_codebook_of(tiles) : _mm512_setzero_si512();
         for (size_t g = 0; g < w->n_groups; g += most) {
             const uint8_t *codes = tiles + g * w->next_group;
-            Strip strip = {codes, codes + group_bytes, w->next_group, w->next_group, g,
+            Strip strip = {codes, codes + code_bytes(encoding, w->group_size), w->next_group, w->next_group, g,
                            w->n_groups - g < most ? w->n_groups - g : most, w->group_size / steps};
-            if (p->n_tokens > LANES) align_strip(aligned, &strip, group_bytes);
+            if (unpacked) unpack_strip(encoding, aligned, &strip, w->group_size, codebook);
+            __asm__ volatile("" ::: "memory");  /* the codes are where the tile registers look for them */
             multiply_tokens(scaled, p, &strip, row);
         }
     }

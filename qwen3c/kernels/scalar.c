@@ -8,6 +8,7 @@
 typedef struct { float lane[LANES]; } f32x16;
 typedef struct { int32_t lane[LANES]; } i32x16;
 typedef struct { int8_t code[4 * LANES]; } i8x64;  /* (16 rows, 4 columns) */
+typedef i8x64 u6x64;                       /* the same of codes 0..63 */
 typedef struct { int8_t code[4]; } i8x4;    /* 4 activations, for every row */
 
 #define EACH_LANE(expression) for (int i = 0; i < LANES; i++) r.lane[i] = (expression); return r
@@ -116,6 +117,26 @@ static inline i32x16 dot_4(i32x16 dot, i8x64 w, i8x4 x) {
     for (int i = 0; i < LANES; i++)
         for (int j = 0; j < 4; j++) dot.lane[i] += w.code[4 * i + j] * x.code[j];
     return dot;
+}
+
+#define EACH_CODE(expression) for (int i = 0; i < 4 * LANES; i++) r.code[i] = (int8_t)(expression); return r
+static inline i32x16 i32_set(int32_t a) { i32x16 r; EACH_LANE(a); }
+static inline u6x64 u6_load(const uint8_t *p) { u6x64 r; memcpy(r.code, p, sizeof r.code); return r; }
+static inline void u6_store_centred(int8_t *p, u6x64 a) {  /* as codes -32..31 */
+    for (int i = 0; i < 4 * LANES; i++) p[i] = (int8_t)(a.code[i] - 32);
+}
+static inline u6x64 u6_codebook(const int8_t *codebook) { u6x64 r; EACH_CODE((codebook[i % 16] + 32) & 63); }
+static inline u6x64 u6_look_up(u6x64 codebook, u6x64 index) { u6x64 r; EACH_CODE(codebook.code[index.code[i]]); }
+/* the low or the high 4 bits of every byte */
+static inline u6x64 u6_nibbles(u6x64 a, int high) { u6x64 r; EACH_CODE((uint8_t)a.code[i] >> 4 * high & 15); }
+/* bits 2 k and 2 k + 1 of b above the 4 bits of a */
+static inline u6x64 u6_join(u6x64 a, u6x64 b, int k) {
+    u6x64 r; EACH_CODE(a.code[i] | ((uint8_t)b.code[i] >> 2 * k & 3) << 4);
+}
+/* 8 columns of codes 0..63: 4 are added to one dot product, 4 to another, or all 8 to the first */
+static inline void dot_8(i32x16 *one, i32x16 *other, const u6x64 *w, i8x4 x, i8x4 y) {
+    *one = dot_4(*one, w[0], x);
+    *other = dot_4(*other, w[1], y);
 }
 
 /* column j of a (16 rows, 4 columns) block of codes */

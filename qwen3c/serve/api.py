@@ -14,10 +14,10 @@ from starlette.responses import JSONResponse, Response
 
 from .. import __version__
 from .ask import Ask, KeyLimits, Stream
-from .errors import ApiError, server_error
+from .errors import VERSION, ApiError, server_error, speaks_anthropic
 from .fields import Fields, parse_json
 from .models import Models, Served
-from .streams import PING, dump
+from .streams import PING, Events, EventStream, dump, unless_left
 
 if TYPE_CHECKING:
     from .upstream import Upstream
@@ -48,6 +48,15 @@ class Anonymous:
     limits: KeyLimits = UNLIMITED
 
 
+class Reply(Events, Protocol):
+    """What a stream of the engine comes to, in the words of a surface."""
+
+    stream: Stream
+
+    async def whole(self) -> dict[str, Any]:
+        """The body of an answer that is sent at once."""
+
+
 @dataclass
 class Api:
     """models: those that answer. ping: seconds of silence after which a stream gets a comment.
@@ -73,6 +82,23 @@ class Api:
         except ClientDisconnect:
             raise ApiError(400, "the body ended early") from None
         return Fields(parse_json(body))
+
+    async def answer(
+        self, request: Request, served: Served, reply: Reply, streams: bool, headers: dict[str, str]
+    ) -> Response:
+        """The answer that `reply` makes, whole or in events; a client that leaves cancels it."""
+        stream = reply.stream
+
+        async def ended() -> None:
+            stream.cancel()
+            self.ended(request, served, stream)
+
+        if streams:
+            return EventStream(reply, ended, headers=headers, ping=self.ping)
+        try:
+            return json_answer(await unless_left(request.receive, reply.whole()), headers=headers)
+        finally:
+            await ended()
 
     def client(self, request: Request) -> Client:
         """Who asks."""
@@ -131,7 +157,8 @@ def header_text(text: str) -> str:
 async def say_api_error(request: Request, error: Exception) -> Response:
     """The answer to a request that ended in an ApiError, in the words of its surface."""
     assert isinstance(error, ApiError)
-    body = error.anthropic() if speaks_anthropic(request) else error.openai()
+    anthropic = speaks_anthropic(request.url.path, VERSION in request.headers)
+    body = error.anthropic() if anthropic else error.openai()
     return JSONResponse(body, error.status, error.headers())
 
 
@@ -150,8 +177,3 @@ async def say_http_error(request: Request, error: Exception) -> Response:
 async def say_failure(request: Request, error: Exception) -> Response:
     """The answer when the server failed: never a traceback, never a path."""
     return await say_api_error(request, server_error("the server failed"))
-
-
-def speaks_anthropic(request: Request) -> bool:
-    """Whether the surface is Anthropic's."""
-    return request.url.path.startswith("/v1/messages")

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from ..drivers.batch import LastRow
 from ..drivers.reply import Event, FinishReason, ReplyState, Stats
 from ..drivers.sampler import SamplingOptions
+from ..drivers.schema import GrammarError
 from ..drivers.score import PromptScores, TokenScore
 from ..engine import Logits
-from ..kernels.draw import Draw
-from .errors import ApiError, server_error
+from ..kernels.draw import Draw, NoTokenError
+from .errors import ApiError, grammar_error, server_error
 
 if TYPE_CHECKING:
     from ..drivers.grammar import Grammar
@@ -86,7 +87,7 @@ class Update:
     """What came of one sequence. index: which. The last update of a sequence has `last`.
 
     event: a token of a reply. row: with Ask.vectors (dim,), with Ask.rows (vocab_size,).
-    scores: with Ask.echo, before the first event. error: the engine failed.
+    scores: with Ask.echo, before the first event. error: the engine or the grammar failed.
     """
 
     index: int
@@ -101,7 +102,7 @@ class Update:
 class Stream(AsyncIterator[Update]):
     """The updates of an Ask as they come; it ends after the last one of every sequence.
 
-    An engine that fails raises its ApiError here. stats: of each sequence. Belongs
+    An engine that fails, or a grammar, raises its ApiError here. stats: of each sequence. Belongs
     to the event loop that made it.
     """
 
@@ -111,6 +112,7 @@ class Stream(AsyncIterator[Update]):
         self._updates: deque[Update] = deque()
         self._changed = asyncio.Event()
         self._unfinished = n
+        self.failed: set[int] = set()  # which sequences ended in an error
 
     @property
     def stats(self) -> list[Stats]:
@@ -126,6 +128,7 @@ class Stream(AsyncIterator[Update]):
         """Take in what a pass brought; called in the stream's event loop."""
         self._updates.extend(updates)
         self._unfinished -= sum(update.last for update in updates)
+        self.failed.update(update.index for update in updates if update.error is not None)
         self._changed.set()
 
     def cancel(self) -> None:
@@ -247,7 +250,9 @@ class Job:
             if self._fault is not None:
                 raise self._fault
             return self.state.take(logits)
-        except ValueError as error:  # a grammar that allows no token: it is this sequence's fault alone
+        except (GrammarError, NoTokenError) as error:
+            return Failed(grammar_error(str(error)))
+        except ValueError as error:  # it is this sequence's fault alone
             return Failed(server_error(str(error)))
 
     def end(self, reason: FinishReason) -> Event | LastRow | Failed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .errors import VERSION
 from .examples import (
     BLOCKS,
     CHATS,
@@ -59,6 +60,8 @@ ERRORS = {
     503: "the model cannot be loaded, or the server is stopping",
 }
 
+VERSIONED = {VERSION: ("with it the answer is in Anthropic's words", ("2023-06-01",))}
+
 ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ("POST", "/v1/chat/completions"): Endpoint(
         "A reply to a conversation",
@@ -81,6 +84,12 @@ ENDPOINTS: dict[tuple[str, str], Endpoint] = {
         RESPONSES,
         events="ResponseEvent",
         errors=ENGINE,
+    ),
+    ("POST", "/v1/responses/input_tokens"): Endpoint(
+        "How many tokens a request to /v1/responses is",
+        "InputTokens",
+        tuple(body for body in RESPONSES if "stream" not in body),
+        errors=READING,
     ),
     ("POST", "/v1/messages"): Endpoint(
         "A reply, in the words of Anthropic's API",
@@ -128,8 +137,8 @@ ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ("GET", "/tokenizer_info"): Endpoint(
         "The tokenizer, in the words of tokenizer_config.json", "TokenizerInfo", query=("model",)
     ),
-    ("GET", "/v1/models"): Endpoint("The models", "ModelList"),
-    ("GET", "/v1/models/{name}"): Endpoint("One model", "ModelCard"),
+    ("GET", "/v1/models"): Endpoint("The models", "ModelList", headers=VERSIONED),
+    ("GET", "/v1/models/{name}"): Endpoint("One model", "Model", headers=VERSIONED),
     ("GET", "/props"): Endpoint("What is served and how, as llama-server says it", "Props", query=("model",)),
     ("GET", "/health"): Endpoint(
         "Whether the server does its work; 503 if not", "Health", errors=(403, 503), open=True
@@ -154,6 +163,7 @@ ENDPOINTS: dict[tuple[str, str], Endpoint] = {
 # Field, by any end of its dotted path -> what it says. The longest end is taken, one with its endpoint first
 DESCRIPTIONS = {
     "/v1/responses text": "what the reply must look like, in `format`",
+    "/v1/responses/input_tokens text": "what the reply must look like, in `format`",
     "/v1/embeddings input": "a text, texts, token ids, or lists of those",
     "/v1/completions logprobs": "so many of the most likely tokens beside each token",
     "/v1/completions max_tokens": "the longest reply; 16 without it",
@@ -361,7 +371,7 @@ ANSWERS: dict[str, Json] = {
         "stop_sequence:string|null usage:object"
     ),
     "MessageEvent": shape("type:string"),
-    "InputTokens": shape("input_tokens:integer"),
+    "InputTokens": shape("object?:string input_tokens:integer"),
     "Embeddings": shape("object:string data:[Embedding] model:string usage:Usage"),
     "Embedding": shape("object:string index:integer embedding:[number]|string"),
     "Reranked": {
@@ -379,7 +389,17 @@ ANSWERS: dict[str, Json] = {
         "tokenizer_class:string bos_token:any eos_token:any chat_template:string|null "
         "model_max_length:integer vocab_size:integer"
     ),
-    "ModelList": shape("object:string data:[ModelCard]"),
+    "ModelList": {
+        "anyOf": [
+            shape("object:string data:[ModelCard]"),
+            shape("data:[AnthropicModel] first_id:string last_id:string has_more:boolean"),
+        ]
+    },
+    "Model": {"anyOf": [_type("ModelCard"), _type("AnthropicModel")]},
+    "AnthropicModel": shape(
+        "type:string id:string display_name:string created_at:string lifecycle:string "
+        "max_input_tokens:integer|null max_tokens:integer|null capabilities:null"
+    ),
     "ModelCard": shape(
         "id:string object:string created:integer owned_by:string context_length:integer|null "
         "max_model_len:integer|null "

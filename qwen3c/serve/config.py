@@ -151,10 +151,13 @@ def _setting(default: Any, check: Check) -> Any:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """One model. kv: the type of its KV cache, None for the server's own setting."""
+    """One model, and what it has of its own: None for the server's setting."""
 
     path: str = _setting("", text(what="the path of a model.bin"))
     kv: str | None = _setting(None, choice("int8", "f16", "f32"))
+    context: int | None = _setting(None, whole(0, 1 << 24))
+    cache_memory: int | None = _setting(None, size)
+    threads: int | None = _setting(None, whole(1, 4096))
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,7 @@ class UpstreamSettings:
     silence_timeout: float = _setting(30.0, seconds(0.01, 600))
     requests_per_day: int | None = _setting(None, whole(0, 1 << 40))
     tokens_per_day: int | None = _setting(None, whole(0, 1 << 50))
+    state_file: str | None = _setting(None, text(what="the path of a file"))
     insecure: bool = _setting(False, flag)
     env_proxy: bool = _setting(False, flag)
 
@@ -263,6 +267,8 @@ def settings(file: str | None, flags: Mapping[str, Any], names: Mapping[str, str
             values[name] = os.path.abspath(values[name])
     for alias, model in values.get("models", {}).items():
         values["models"][alias] = dataclasses.replace(model, path=os.path.abspath(model.path))
+    if values.get("upstream") is not None:
+        values["upstream"] = _placed(values["upstream"], Path())
     made = Settings(**values)
     _check_together(made)
     return made
@@ -307,7 +313,16 @@ def read(path: str) -> dict[str, Any]:
             alias: dataclasses.replace(model, path=str(folder / model.path))
             for alias, model in values["models"].items()
         }
+    if "upstream" in values:
+        values["upstream"] = _placed(values["upstream"], folder)
     return values
+
+
+def _placed(upstream: UpstreamSettings, folder: Path) -> UpstreamSettings:
+    """The same with the path of its file whole."""
+    if upstream.state_file is None:
+        return upstream
+    return dataclasses.replace(upstream, state_file=os.path.abspath(folder / upstream.state_file))
 
 
 def _known(kind: type[Any], table: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+VERSION = "anthropic-version"  # a header that all clients of Anthropic's API send
 ANTHROPIC_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -69,16 +70,31 @@ class ApiError(Exception):
         return headers
 
 
+def speaks_anthropic(path: str, names_version: bool) -> bool:
+    """Whether an answer is in Anthropic's words. names_version: the request has their header for that."""
+    return path.startswith("/v1/messages") or (names_version and path.startswith("/v1/models"))
+
+
 def server_error(message: str, code: str | None = None) -> ApiError:
     """The engine or the server failed; the same request would fail again."""
     return ApiError(500, message, type="server_error", code=code, should_retry=False)
 
 
-def context_error(n_prompt: int, context: int, param: str) -> ApiError:
-    """The prompt, which the field `param` holds, does not fit into the context."""
+def grammar_error(message: str) -> ApiError:
+    """A reply cannot go on as its schema, grammar or tools have it: another request can, this one cannot."""
     return ApiError(
         400,
-        f"the prompt is {n_prompt} tokens, the context holds {context}",
+        f"{message}; the reply cannot go on: ask with a simpler schema, grammar or tools, or smaller bounds",
+        code="grammar_failed",
+        should_retry=False,
+    )
+
+
+def context_error(n_prompt: int, context: int, param: str, told: str = "") -> ApiError:
+    """The prompt, which the field `param` holds, does not fit into the context. told: in other words."""
+    return ApiError(
+        400,
+        told or f"the prompt is {n_prompt} tokens, the context holds {context}",
         param=param,
         code="context_length_exceeded",
         extra={"n_prompt_tokens": n_prompt, "n_ctx": context},

@@ -50,11 +50,21 @@ def parse_json(body: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not UTF-8 at byte {error.start}", code="invalid_json") from None
     try:
-        return json.loads(text, parse_int=_integer)
+        return json.loads(text, parse_int=_integer, object_pairs_hook=_object)
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object. ApiError 400 if a key is there twice: two readers may believe two different values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = _short_path(next(name for i, name in enumerate(names) if name in names[:i]))
+        raise ApiError(400, f"the key {twice!r} is twice in one object", param=twice, code="duplicate_key")
+    return found
 
 
 def _integer(digits: str) -> int | float:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from .errors import ApiError
+from .errors import VERSION, ApiError, speaks_anthropic
 from .http import SECURITY_HEADERS, new_request_id
 from .keys import ANONYMOUS, Key, Keys
 from .logs import Log, Record
@@ -342,7 +342,8 @@ class _Answer:
     def __init__(self, send: Send, visit: _Visit, headers: Headers) -> None:
         self._send = send
         self._record = visit.record
-        self._anthropic = visit.path.startswith(b"/v1/messages")
+        names_version = _last(visit.headers, VERSION.encode()) is not None
+        self._anthropic = speaks_anthropic(visit.path.decode("latin-1"), names_version)
         self._headers: Headers = [(b"x-request-id", visit.record.request_id.encode()), *headers]
         self._begun = False
 

@@ -661,7 +661,7 @@ def host_routes(host: Host) -> list[BaseRoute]:
 
     async def tools(request: Request) -> Response:
         _check_origin(request)
-        return json_answer(await unless_left(request.receive, host.tools(), lambda: None))
+        return json_answer(await unless_left(request.receive, host.tools()))
 
     async def call(request: Request) -> Response:
         _check_origin(request)
@@ -677,7 +677,7 @@ def host_routes(host: Host) -> list[BaseRoute]:
             raise fields.error("arguments", "is not an object")
         fields.finish()
         work = host.call(name or "", arguments, digest or "")
-        return json_answer(await unless_left(request.receive, work, lambda: None))
+        return json_answer(await unless_left(request.receive, work))
 
     return [
         Route("/page/tools", tools, methods=["GET"]),

@@ -105,14 +105,15 @@ class ToolOfOurs:
 
 
 async def _chat(call: Call) -> dict[str, Any]:
-    arguments, model = call.arguments, call.served.model
-    return await _reply(
-        call, await call.served.work(model.chat_prompt, arguments["messages"], arguments.get("thinking"))
-    )
+    arguments, served = call.arguments, call.served
+    messages, thinking = arguments["messages"], arguments.get("thinking")
+    prompt = await served.work(served.model.chat_prompt, messages, thinking, None, served.context)
+    return await _reply(call, prompt)
 
 
 async def _generate(call: Call) -> dict[str, Any]:
-    return await _reply(call, await call.served.work(call.served.model.text_prompt, call.arguments["prompt"]))
+    served, text = call.served, call.arguments["prompt"]
+    return await _reply(call, await served.work(served.model.text_prompt, text, served.context))
 
 
 async def _reply(call: Call, prompt: list[int]) -> dict[str, Any]:

@@ -108,7 +108,8 @@ class ModelMetrics:
         """A stream has ended; each of its sequences counts."""
         for job in stream.jobs:
             stats, whole = job.stats, job.ended or 0.0
-            self.finished(stats.finish_reason or ("stop" if job.ended else "cancelled"), whole)
+            usual = stats.finish_reason or ("stop" if job.ended else "cancelled")
+            self.finished("error" if job.index in stream.failed else usual, whole)
             if job.first_token is not None:
                 self._first.observe(job.first_token)
                 self._queued.observe(max(job.first_token - stats.prefill_seconds, 0.0))

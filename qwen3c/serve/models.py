@@ -7,6 +7,7 @@ Served    a loaded model with its scheduler; what a surface may ask of it
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import threading
 import time
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from ..drivers.batch import LastRow
 from ..drivers.reply import ContextFullError, ReplySettings, ReplyState, Vocabulary, token_budget, token_ids
+from ..drivers.retrieval import RECIPE
 from ..drivers.sampler import SamplingOptions
 from ..drivers.score import PromptScores, TokenScore
 from ..engine import Logits
@@ -29,7 +31,7 @@ from ..format import ModelFile
 from ..memory import available, gib
 from ..model import Model
 from ..text.chat import TOOL_CALL
-from .ask import Ask, Job, KeyLimits, Stream
+from .ask import Ask, Job, KeyLimits, Stream, Update
 from .errors import ApiError, context_error
 from .pace import Pace
 from .scheduler import Limits, Scheduler
@@ -69,16 +71,27 @@ def card_of(file: ModelFile, context: int) -> Card:
     """The card of a model, from its file alone."""
     template, thinks = file.template, file.metadata["thinking"] != "none"
     calls = "tools" in template and TOOL_CALL in template  # a form that is read here
-    able = {"completion": True, "chat": bool(template), "tools": calls, "thinking": thinks}
-    return Card(context, (*(name for name, has in able.items() if has), "embedding"))
+    able = {"completion": True, "chat": bool(template), "tools": calls, "thinking": thinks, "embedding": True}
+    able["rerank"] = all(json.dumps(token).encode() in file.tokenizer for token in RECIPE)
+    return Card(context, tuple(name for name, has in able.items() if has))
 
 
 class Served:
     """A model that answers. name: its alias. created: when it was loaded, in seconds since 1970."""
 
-    def __init__(self, name: str, model: Model, options: ServeOptions, turn: threading.Lock) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        options: ServeOptions,
+        turn: threading.Lock,
+        worked: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        """turn: see Scheduler. worked: told how many seconds a worker thread was busy."""
         self.name = name
         self.model = model
+        self._worked = worked
+        self._working = 0  # functions that a worker thread runs or will run
         self.created = int(time.time())
         self.used = time.monotonic()
         kv_bytes = options.kv_bytes
@@ -95,7 +108,24 @@ class Served:
 
         One thread does all of it, so that the engine's threads keep their processors.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
+
+        def timed() -> T:
+            begin = time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                self._worked(time.perf_counter() - begin)
+
+        self._working += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._worker, timed)
+        finally:
+            self._working -= 1
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody waits for it."""
+        return bool(self._working or self.scheduler.n_running or self.scheduler.n_waiting)
 
     async def submit(self, ask: Ask, limits: KeyLimits | None = None) -> Stream:
         """The updates of what is asked. ApiError 400 if it cannot be, 429 if the queue is full."""
@@ -162,20 +192,13 @@ class Served:
                 await asyncio.sleep(ROWS_RETRY)
                 continue
             streams.append(stream)
-            rows += await _rows_of(stream)
+            rows += await _each(stream, lambda update: update.row)
         return rows, streams
 
     async def score(self, prompts: Sequence[list[int]], top: int, **ask: Any) -> list[list[TokenScore]]:
         """The score of every token of each prompt; top: how many of the most likely tokens each lists."""
         stream = await self.submit(Ask(prompts, max_tokens=0, echo=top, **ask))
-        scores: dict[int, list[TokenScore]] = {}
-        try:
-            async for update in stream:
-                if update.scores is not None:
-                    scores[update.index] = update.scores
-        finally:
-            stream.cancel()
-        return [scores[i] for i in range(len(prompts))]
+        return await _each(stream, lambda update: update.scores)
 
     def close(self) -> None:
         """End every reply, then release the model."""
@@ -184,15 +207,17 @@ class Served:
         self.model.close()
 
 
-async def _rows_of(stream: Stream) -> list[NDArray[np.float32]]:
-    rows: dict[int, NDArray[np.float32]] = {}
+async def _each(stream: Stream, of: Callable[[Update], T | None]) -> list[T]:
+    """What `of` finds in the updates of each sequence of a stream."""
+    found: dict[int, T] = {}
     try:
         async for update in stream:
-            if update.row is not None:
-                rows[update.index] = update.row
+            one = of(update)
+            if one is not None:
+                found[update.index] = one
     finally:
         stream.cancel()
-    return [rows[i] for i in range(len(stream.jobs))]
+    return [found[i] for i in range(len(stream.jobs))]
 
 
 class Models:
@@ -200,8 +225,9 @@ class Models:
 
     openers: alias -> what opens the model when it is first asked for; the first alias is the default.
     sizes: bytes that each takes. files: where each lies, so that something can be said of it before it is
-    opened. A model that is asked for and does not fit beside the others takes the place of the least
-    recently used one that nobody waits for.
+    opened. own: options of single models. worked: told how many seconds a worker thread was busy. A model
+    that is asked for and does not fit beside the others takes the place of the least recently used one that
+    nobody waits for.
     """
 
     def __init__(
@@ -210,8 +236,11 @@ class Models:
         options: ServeOptions | None = None,
         sizes: Mapping[str, int] | None = None,
         files: Mapping[str, str | os.PathLike[str]] | None = None,
+        own: Mapping[str, ServeOptions] | None = None,
     ) -> None:
         self.options = options or ServeOptions()
+        self.worked: Callable[[float], None] = lambda seconds: None
+        self._own = dict(own or {})
         self._openers = dict(openers)
         self._sizes = dict(sizes or {})
         self._files = dict(files or {})
@@ -257,13 +286,18 @@ class Models:
         except (ValueError, OSError, MemoryError):
             return None
         context: int = file.config.context
-        return card_of(file, min(context, self.options.context or context))
+        return card_of(file, min(context, self._options(alias).context or context))
+
+    def _options(self, alias: str) -> ServeOptions:
+        """How a model is served."""
+        return self._own.get(alias, self.options)
 
     async def get(self, name: str | None = None) -> Served:
         """The model that a request names, loaded if it is not. ApiError 503 if it cannot be."""
         alias = self.resolve(name)
         served = self._served.get(alias)
         if served is not None:
+            served.used = time.monotonic()
             return served
         async with self._loading:
             if alias not in self._served:
@@ -273,8 +307,8 @@ class Models:
                 except (ValueError, OSError, MemoryError) as error:
                     message = f"model {alias!r} cannot be loaded: {_without_paths(error)}"
                     raise ApiError(503, message, type="server_error", code="model_unavailable") from error
-                self._served[alias] = Served(alias, model, self.options, self._turn)
-        return self._served[alias]
+                self._served[alias] = Served(alias, model, self._options(alias), self._turn, self.worked)
+            return self._served[alias]
 
     def _make_room(self, needed: int) -> None:
         """Let idle models go, the least recently used first, until `needed` bytes are available."""
@@ -282,7 +316,7 @@ class Models:
             free = available()
             if free is None or free >= needed:
                 return
-            if not served.scheduler.n_running and not served.scheduler.n_waiting:
+            if not served.is_busy:
                 self.unload(served.name)
         free = available()
         if free is not None and free < needed:
@@ -316,8 +350,7 @@ class Models:
         while longest is not None:
             await asyncio.sleep(min(longest / 4, 10))
             for served in self.loaded:
-                busy = served.scheduler.n_running + served.scheduler.n_waiting
-                if busy:
+                if served.is_busy:
                     served.used = time.monotonic()
                 elif time.monotonic() - served.used > longest:
                     self.unload(served.name)

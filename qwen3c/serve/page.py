@@ -1,8 +1,8 @@
 """The chat page at `/`: one document, its headers, and how it travels.
 
-data/page.html holds the page, data/marked.js the reader of markdown; together they are one document that
-loads nothing. Its policy names the hash of every script and style in it, so the browser runs nothing else,
-and forbids every way of making elements out of text (`trusted-types 'none'`).
+data/page.html, page.css and page.js are the page, data/marked.js its reader of markdown; together they are
+one document that loads nothing. Its policy names the hash of every script and style in it, so the browser
+runs nothing else, and forbids every way of making elements out of text (`trusted-types 'none'`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import base64
 import gzip
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,9 +21,8 @@ from starlette.responses import Response
 
 DATA = Path(__file__).parents[1] / "data"
 PAGE = DATA / "page.html"
-MARKED = (
-    DATA / "marked.js"
-)  # lib/marked.umd.js of npm's marked 18.2.1, as it is; its licence: marked.LICENSE.md
+# marked.js is lib/marked.umd.js of npm's marked 18.2.1, as it is; its licence: marked.LICENSE.md
+PARTS = {"STYLE": DATA / "page.css", "SCRIPT": DATA / "page.js", "MARKED": DATA / "marked.js"}
 MARKED_SHA256 = "bb95d4c15f1289f78486eaacebf3bb18688475ed58a040ef762ed49337090542"
 
 
@@ -42,14 +42,17 @@ class Document:
 @cache
 def document() -> Document:
     """The page of this installation, put together when it is first asked for."""
-    return assemble(PAGE.read_text(encoding="utf-8"), MARKED.read_text(encoding="utf-8"))
+    return assemble(
+        PAGE.read_text(encoding="utf-8"),
+        {name: path.read_text(encoding="utf-8") for name, path in PARTS.items()},
+    )
 
 
-def assemble(page: str, marked: str) -> Document:
-    """The document of a page and its reader of markdown."""
+def assemble(page: str, parts: Mapping[str, str]) -> Document:
+    """The document of a page in which {{NAME}} stands for a part."""
     # the address of a source map: nobody is to fetch it
-    library = re.sub(r"\n//# sourceMappingURL=\S*\s*$", "\n", marked)
-    text = page.replace("{{MARKED}}", library)
+    whole = {name: re.sub(r"\n//# sourceMappingURL=\S*\s*$", "\n", part) for name, part in parts.items()}
+    text = re.sub(r"\{\{([A-Z]+)\}\}", lambda found: whole[found[1]], page)
     body = text.encode()
     headers = {
         "content-type": "text/html; charset=utf-8",

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -20,6 +20,7 @@ from .errors import ApiError, server_error
 
 T = TypeVar("T")
 PING = 10.0  # seconds without an event after which a comment goes out
+COMMENT = ": ping\n\n"
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -33,15 +34,14 @@ async def client_left(receive: Receive) -> None:
         pass
 
 
-async def unless_left(receive: Receive, work: Awaitable[T], cancel: Callable[[], None]) -> T:
-    """What `work` returns. If the client leaves before, `cancel` is called and ClientLeftError raised."""
+async def unless_left(receive: Receive, work: Awaitable[T]) -> T:
+    """What `work` returns. If the client leaves before, `work` is cancelled and ClientLeftError raised."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(client_left(receive))
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        cancel()
         raise ClientLeftError
     finally:
         for task in (working, watching):
@@ -50,60 +50,67 @@ async def unless_left(receive: Receive, work: Awaitable[T], cancel: Callable[[],
                 await task
 
 
-class EventStream(Response):
-    """Server-sent events as they come, a comment each PING seconds of silence, and always an end.
+class Events(Protocol):
+    """What is said piece by piece. ping: the event that says that nothing is to be said yet."""
 
-    events: texts of whole events, such as "data: {...}\\n\\n"; one text may hold several. An ApiError that it
-    raises becomes the event that `say_error` makes of it, after which the stream is closed. cancel: called if
-    the client leaves, and at the end. ended: called at the end.
+    ping: str
+
+    def events(self) -> AsyncGenerator[str, None]:
+        """Texts of whole events, such as "data: {...}\\n\\n"; one text may hold several."""
+
+    def failed(self, error: ApiError) -> str:
+        """The event that says that the stream breaks off."""
+
+
+class EventStream(Response):
+    """Server-sent events as they come, a ping after so many seconds of silence, and always an end.
+
+    An ApiError that the events raise becomes an event, after which the stream is closed. ended: awaited at
+    the end, whatever has happened.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
-        events: AsyncGenerator[str, None],
+        said: Events,
+        ended: Callable[[], Awaitable[None]],
         *,
-        say_error: Callable[[ApiError], str],
-        cancel: Callable[[], None],
         headers: Mapping[str, str] | None = None,
         ping: float = PING,
-        ping_event: str = ": ping\n\n",
-        ended: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(headers={**HEADERS, **(headers or {})}, media_type=self.media_type)
         del self.headers["content-length"]
-        self._events = events
-        self._say_error = say_error
-        self._cancel = cancel
-        self._ping = ping
-        self._ping_event = ping_event
+        self._said = said
         self._ended = ended
+        self._seconds = ping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        events = self._said.events()
         try:
-            await unless_left(receive, self._send_all(send), self._cancel)
+            await send(
+                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            )
+            await unless_left(receive, self._send_all(events, send))
         except (ClientLeftError, OSError):
             return
         finally:
-            self._cancel()
-            await self._events.aclose()
-            self._ended()
+            await events.aclose()
+            await self._ended()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, events: AsyncGenerator[str, None], send: Send) -> None:
         async def write(text: str, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
         try:
-            async for text in pinged(self._events, self._ping, self._ping_event):
+            async for text in pinged(events, self._seconds, self._said.ping):
                 await write(text)
         except ApiError as error:
-            await write(self._say_error(error))
+            await write(self._said.failed(error))
         except (asyncio.CancelledError, OSError):
             raise
         except Exception:
-            await write(self._say_error(server_error("the server failed")))
+            await write(self._said.failed(server_error("the server failed")))
             raise
         finally:
             with contextlib.suppress(OSError):

@@ -13,8 +13,9 @@ from ..drivers.reply import ContextFullError, Event, Reply, Stats, Vocabulary
 from ..drivers.sampler import SamplingOptions
 from ..drivers.score import TokenScore
 from ..text.chat import END_THINK, THINK, TOOL_CALL, last_control_token
+from ..text.tokenizer import TooLongError
 from .ask import Ask, Progress, Stream
-from .errors import ApiError
+from .errors import ApiError, context_error
 from .fields import Fields
 from .models import Served
 
@@ -81,17 +82,21 @@ class Talk:
         return await served.work(self._ask, served, namespace, priority)
 
     async def prompt(self, served: Served) -> list[int]:
-        """The token ids of the conversation."""
+        """The token ids of the conversation, however many."""
         return await served.work(self._prompt, served)
 
-    def _prompt(self, served: Served) -> list[int]:
+    def _prompt(self, served: Served, most: int | None = None) -> list[int]:
+        """most: ApiError 400 as soon as it is known that there are more."""
         tools = self.tools if self.tools else None
         messages = self.messages[:-1] if self.continues else self.messages
+        where = self.paths.get("messages", "messages")
         try:
-            ids = served.model.chat_prompt(messages, self.thinking, tools)
+            ids = served.model.chat_prompt(messages, self.thinking, tools, most)
             return ids + self._unfinished(served, ids) if self.continues else ids
+        except TooLongError as error:
+            raise too_long(error, served, where) from None
         except ValueError as error:
-            raise ApiError(400, str(error), param=self.paths.get("messages", "messages")) from None
+            raise ApiError(400, str(error), param=where) from None
 
     def _unfinished(self, served: Served, before: list[int]) -> list[int]:
         """The tokens of the message that the reply goes on with, as the model would have said them."""
@@ -109,7 +114,7 @@ class Talk:
     def _ask(self, served: Served, namespace: str, priority: int) -> Ask:
         tools = self._tool_set(served)
         grammar = self._grammar(served, tools) if self.format or tools else None
-        ids = self._prompt(served)
+        ids = self._prompt(served, served.context)
         return Ask(
             [ids] * self.n,
             max_tokens=self.max_tokens,
@@ -445,7 +450,15 @@ def prompt_usage(stats: Sequence[Stats]) -> dict[str, Any]:
     }
 
 
+def too_long(error: TooLongError, served: Served, path: str) -> ApiError:
+    """A text that is known not to fit before all of it is read. path: of the field."""
+    told = f"the prompt is at least {error.n} tokens, the context holds {served.context}"
+    return context_error(error.n, served.context, path, told)
+
+
 def recipe_error(path: str, error: ValueError) -> ApiError:
     """A text that cannot become a prompt: it is too long, or the model lacks a token. path: of the field."""
-    code = "context_length_exceeded" if isinstance(error, ContextFullError) else None
-    return ApiError(400, f"{path}: {error}", param=path, code=code)
+    told = f"{path}: {error}"
+    if isinstance(error, ContextFullError):
+        return context_error(error.n_prompt, error.context, path, told)
+    return ApiError(400, told, param=path)

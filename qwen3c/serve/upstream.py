@@ -27,12 +27,13 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from .breaker import Breaker, Opened
+from .budget import Budget
 from .errors import ApiError
 from .failures import OURS, Failure, failure_of, failure_of_status, import_client, is_mistaken
 from .provider import Chunk, Events, Shape, Whole, joined, parsed
@@ -89,7 +90,7 @@ class Settings:
     url: up to and without /chat/completions. model: what it is asked for. offline: no socket is ever opened.
     insecure: plain http to other machines is allowed. proxy_from_env: HTTPS_PROXY and the like,
     SSL_CERT_FILE too, are heeded. requests, tokens: at most so many a day, None for no limit. connect,
-    first_delta, silence: seconds.
+    first_delta, silence: seconds. state: the file that remembers what of these was spent, None for none.
     """
 
     url: str
@@ -103,6 +104,7 @@ class Settings:
     connect: float = 2.0
     first_delta: float = 15.0
     silence: float = 30.0
+    state: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "url", checked_url(self.url, self.insecure))
@@ -167,35 +169,6 @@ class Declined:
     """The provider does not answer this request: it is answered here. reason: for x-qwen3c-fallback."""
 
     reason: str
-
-
-class Budget:
-    """Requests and tokens of a day, which begins at local midnight. None is no limit."""
-
-    def __init__(self, requests: int | None, tokens: int | None, now: Callable[[], datetime]) -> None:
-        self._limits = (requests, tokens)
-        self._now = now
-        self._day = now().date()
-        self._spent = [0, 0]
-
-    def add(self, requests: int, tokens: int) -> None:
-        self._turn()
-        self._spent = [self._spent[0] + requests, self._spent[1] + tokens]
-
-    @property
-    def is_spent(self) -> bool:
-        self._turn()
-        pairs = zip(self._spent, self._limits, strict=True)
-        return any(limit is not None and spent >= limit for spent, limit in pairs)
-
-    def until(self) -> datetime:
-        """The next midnight."""
-        tomorrow = self._now() + timedelta(days=1)
-        return tomorrow.replace(hour=0, minute=0, second=0, microsecond=0)
-
-    def _turn(self) -> None:
-        if self._now().date() != self._day:
-            self._day, self._spent = self._now().date(), [0, 0]
 
 
 class Answer(AsyncIterator[Chunk]):
@@ -337,7 +310,8 @@ class Upstream:
         self.settings = settings
         self.breaker = Breaker(clock, random)
         self._clock, self._now, self._sleep = clock, now, sleep
-        self._budget = Budget(settings.requests, settings.tokens, now)
+        file = None if settings.state is None else Path(settings.state)
+        self._budget = Budget(settings.requests, settings.tokens, now, file)
         self._probing: asyncio.Task[None] | None = None
         # made here: to read the certificates takes long enough to be felt in a request
         self._client = None if settings.offline else self._new_client()
@@ -404,6 +378,7 @@ class Upstream:
                 await self._probing
         if self._client is not None:
             await self._client.aclose()
+        self._budget.close()
 
     # ------------------------------------------------------------------------
     # Asking

@@ -56,6 +56,7 @@ class ChatTemplate:
         messages: Sequence[dict[str, Any]],
         thinking: bool | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
+        most: int | None = None,
     ) -> list[int]:
         """Token ids of the conversation, ending where the assistant speaks (see Model.chat_prompt)."""
         if not self.source:
@@ -69,7 +70,7 @@ class ChatTemplate:
         }
         if thinking is not None:
             variables["enable_thinking"] = thinking
-        return self._tokenizer.encode_escaped(self._renderer.render(self.source, variables))
+        return self._tokenizer.encode_escaped(self._renderer.render(self.source, variables), most)
 
     def check_thinking(self, thinking: bool | None) -> None:
         """Raise ValueError if the model cannot do what the switch asks for."""

@@ -17,11 +17,22 @@ from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 from ..format import ModelFile, ModelFileError
-from . import tokenizer_json
+from . import pieces, tokenizer_json
 from .tokenizer_json import library_errors
 
 ESCAPE = "\ufdd0"
 """Marks escaped text. A Unicode noncharacter: text has no use for it and no normaliser changes it."""
+
+
+SHRINKS = 3  # times at most that NFC makes a text shorter: three letters of Hangul become one
+
+
+class TooLongError(ValueError):
+    """A text has more tokens than it may have. n: it has at least so many."""
+
+    def __init__(self, n: int, most: int) -> None:
+        super().__init__(f"text is at least {n} tokens, {most} are allowed")
+        self.n = n
 
 
 class Tokenizer:
@@ -39,6 +50,7 @@ class Tokenizer:
         self._tokens = self._full.get_added_tokens_decoder()
         self._added = {id: token.content for id, token in self._tokens.items()}
         self._plain = without_added_tokens(self._full)
+        self._can_be_cut = pieces.can_be_cut(self._plain)
         self.byte_level = isinstance(self._full.decoder, tokenizers.decoders.ByteLevel)
         self._bytes: dict[int, bytes] = {}
 
@@ -68,22 +80,56 @@ class Tokenizer:
     # ------------------------------------------------------------------------
     # Text -> tokens
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
+    def encode(self, text: str, special: bool = False, most: int | None = None) -> list[int]:
         """Token ids of `text`; nothing is put before or after them.
 
         special: whether the text of an added token ("<|im_end|>") becomes that token, as in Hugging
-        Face; by default it is text like any other. ValueError if `text` holds a lone surrogate.
+        Face; by default it is text like any other. most: TooLongError as soon as it is known that there
+        are more, if much of the text is still to be read then. ValueError if `text` holds a lone surrogate.
         """
         try:
-            text.encode()
+            size = len(text.encode())
         except UnicodeEncodeError as error:
             raise ValueError(f"text holds a lone surrogate at position {error.start}") from None
-        with library_errors():
-            ids = (self._full if special else self._plain).encode(text, add_special_tokens=False).ids
+        if special and size > pieces.SHORT and self._are_apart and ESCAPE not in text:
+            return self.encode_escaped(text, most)
+        if most is not None and (least := self._least(size, text.isascii())) > most:
+            raise TooLongError(least, most)
+        whole = special or not self._can_be_cut
+        ids: list[int] = []
+        for piece in (text,) if whole else pieces.pieces(text):
+            if most is not None and len(ids) > most:
+                raise TooLongError(len(ids), most)
+            with library_errors():
+                ids += (self._full if special else self._plain).encode(piece, add_special_tokens=False).ids
         if not special and not self._added.keys().isdisjoint(ids):
             # a vocabulary may list a control token among the ordinary ones too
             raise ValueError("text becomes a control token in this vocabulary")
         return ids
+
+    def _least(self, size: int, ascii: bool) -> int:
+        """How many tokens a text of `size` bytes of UTF-8 is at least; 0 where nothing is known."""
+        if size <= pieces.SHORT or not self._longest:
+            return 0
+        return -(-size // (self._longest if ascii else SHRINKS * self._longest))
+
+    @cached_property
+    def _longest(self) -> int:
+        """Bytes of the longest token; 0 where bytes of a text may be in none."""
+        added = self._tokens.values()
+        if not self._can_be_cut or any(token.lstrip or token.rstrip for token in added):
+            return 0
+        tokens = self._full.get_vocab(with_added_tokens=False)  # a character stands for a byte
+        if not all(character in tokens for character in _BYTE_OF):
+            return 0
+        return max(*map(len, tokens), *(len(token.content.encode()) for token in added))
+
+    @cached_property
+    def _are_apart(self) -> bool:
+        """Whether encode_escaped() finds every added token in a text: it looks at the text as it is."""
+        return self._can_be_cut and not any(
+            token.normalized or len(token.content) == 1 for token in self._tokens.values()
+        )
 
     @property
     def opening(self) -> list[int]:
@@ -111,14 +157,24 @@ class Tokenizer:
             text.replace(ESCAPE, 2 * ESCAPE),
         )
 
-    def encode_escaped(self, text: str) -> list[int]:
+    def encode_escaped(self, text: str, most: int | None = None) -> list[int]:
         """Token ids of text put together from escaped parts and control tokens.
 
         An added token's text becomes the token, escaped text becomes plain text. Without escapes this is
-        encode(text, special=True).
+        encode(text, special=True). most: see encode.
         """
         ids: list[int] = []
         end = 0  # everything before it has become tokens
+
+        def add(part: str) -> None:
+            nonlocal ids
+            if most is not None and len(ids) > most and len(text) - end > pieces.SHORT:
+                raise TooLongError(len(ids), most)
+            try:
+                ids += self.encode(_unescape(part), most=None if most is None else max(most - len(ids), 0))
+            except TooLongError as error:
+                raise TooLongError(len(ids) + error.n, most or 0) from None
+
         for match in self._control.finditer(text):
             id, (start, stop) = self._ids[match[0]], match.span()
             token = self._tokens[id]
@@ -127,10 +183,11 @@ class Tokenizer:
             # whitespace that the token swallows (lstrip, rstrip). It is searched from the token outwards: a
             # pattern that begins with whitespace would be tried from every space of a long run
             before = text[end:start].rstrip() if token.lstrip else text[end:start]
-            ids += self.encode(_unescape(before))
+            add(before)
             ids.append(id)
             end = _WHITESPACE.match(text, stop).end() if token.rstrip else stop  # type: ignore[union-attr]
-        return ids + self.encode(_unescape(text[end:]))
+        add(text[end:])
+        return ids
 
     @cached_property
     def _ids(self) -> dict[str, int]:

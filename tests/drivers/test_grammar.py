@@ -268,6 +268,36 @@ def until_too_complex(mask: Mask, seed: int) -> tuple[list[int], str]:
     return tokens, ""
 
 
+def longest_gap(grammar: Grammar, seed: int) -> int:
+    """Blanks in a row that a model says which says a blank wherever it may, and else anything."""
+    r, mask, text = random.Random(seed), grammar.mask([1]), ""
+    blanks = [id for blank in " \n\t\r" for id in TOKENIZER.encode(blank)]
+    while len(text) < 200:
+        allowed = mask.allowed()
+        assert allowed is not None
+        wanted = [id for id in blanks if allowed[id]] or np.flatnonzero(allowed).tolist()
+        token = r.choice(wanted)
+        if token == END:
+            break
+        text += TOKENIZER.decode([token])
+        mask.accept(token)
+    assert text.count(",") + text.count(":") + text.count("]") > 1, text
+    return max(map(len, re.findall(r"\s*", text)))
+
+
+NUMBERS = {"type": "object", "properties": {"n": {"type": "array", "items": {"enum": [0, 1]}, "maxItems": 9}}}
+
+
+def test_a_model_that_loves_blanks_gets_few_of_them() -> None:
+    closed = NUMBERS | {"required": ["n"], "additionalProperties": False}
+    strict, loose = (Grammar.json_schema(HYBRID, closed, strict) for strict in (True, False))
+    assert [longest_gap(strict, seed) for seed in range(5)] == [1] * 5
+    assert 2 <= max(longest_gap(loose, seed) for seed in range(20)) <= 22
+    assert not may_say(strict, '{"n":  [0]}') and may_say(strict, '{"n": [0, 1]}')
+    assert may_say(Grammar.json_object(HYBRID), '{\n    "n": [\n\n        0\n    ]\n}')
+    assert not may_say(Grammar.json_object(HYBRID), '{\n\n\n"n": 0}')
+
+
 def test_a_grammar_that_becomes_too_complex_fails_its_own_replies_alone(tiny: Model) -> None:
     """What one reply has made llguidance work out counts against the limits of no other."""
 
@@ -451,7 +481,7 @@ def test_every_text_that_the_schema_allows_is_allowed_to_its_end() -> None:
         }
         separators, indent = r.choice([(None, None), ((",", ":"), None), (None, 2)])
         text = json.dumps(value, separators=separators, indent=indent, ensure_ascii=False)
-        assert may_say(Grammar.json_schema(HYBRID, schema), text), text
+        assert may_say(Grammar.json_schema(HYBRID, schema, strict=indent is None), text), text
 
 
 # ----------------------------------------------------------------------------

@@ -97,7 +97,7 @@ static int code_at(Encoding encoding, const uint8_t *matrix, size_t r, size_t co
     int nibble = tile[c / 8 * 64 + lane];
     nibble = c % 8 < 4 ? nibble % 16 : nibble / 16;
     if (encoding == ENCODING_INT4)
-        return (int8_t)matrix[r / 16 * tile_row_bytes(encoding, columns, group_size) + (size_t)nibble];
+        return (matrix[r / 16 * tile_row_bytes(encoding, columns, group_size) + (size_t)nibble] + 32) % 64 - 32;
     int crumbs = tile[group_size * 8 + c / 16 * 64 + lane];
     for (size_t k = c % 16 / 4; k; k--) crumbs /= 4;
     return crumbs % 4 * 16 + nibble - 32;

@@ -62,7 +62,6 @@ OPENAI_EXCEPTIONS: Exceptions = {
 ANTHROPIC_EXCEPTIONS: Exceptions = {
     r"test_messages::\w*all_params": "a schema of a strict tool that is none, and MCP servers, are refused",
     r"test_models::\w*retrieve": "asks for a model of Anthropic's, which is not there",
-    r"test_models::\w*list\w*\[(strict|aiohttp)": "models are listed in OpenAI's words",
 }
 THEIRS = "the text, or the count of tokens, of a model of theirs"
 LLAMA_EXCEPTIONS: Exceptions = {

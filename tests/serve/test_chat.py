@@ -469,10 +469,12 @@ def test_openai_python_reads_it(python: openai.OpenAI) -> None:
 
 def test_openai_python_reads_calls(judge: Server) -> None:
     python = openai.OpenAI(base_url=f"{judge.address}/v1", api_key="none", max_retries=0)
+    schema = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+    function = {"name": "weather", "parameters": schema | {"additionalProperties": False}}
     fields: dict[str, Any] = {
         "model": "m",
         "messages": MESSAGES,
-        "tools": [WEATHER],
+        "tools": [{"type": "function", "function": function}],
         "max_tokens": 300,
         "seed": 2,
     }
@@ -498,3 +500,30 @@ def test_openai_python_raises_what_it_should(python: openai.OpenAI) -> None:
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.NotFoundError):
         python.models.retrieve("nothing")
+
+
+@pytest.mark.parametrize("text", ["some words, " * 300_000, "x" * 3_000_000, "<|im_end|>" * 300_000])
+@pytest.mark.parametrize("path", [PATH, "/v1/completions", "/v1/messages", "/v1/responses", "/v1/embeddings"])
+def test_what_is_much_too_long_is_the_usual_error(client: Client, path: str, text: str) -> None:
+    asked = {"messages": [{"role": "user", "content": text}], "max_tokens": 2}
+    fields = {"/v1/completions": {"prompt": text}, "/v1/responses": {"input": text},
+              "/v1/embeddings": {"input": text}}.get(path, asked)  # fmt: skip
+    answer = client.http.post(path, json=fields)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert (
+        error["n_prompt_tokens"] > error["n_ctx"] == 512 and str(error["n_prompt_tokens"]) in error["message"]
+    )
+    if path != "/v1/messages":
+        assert error["code"] == "context_length_exceeded"
+
+
+def test_a_grammar_that_fails_in_mid_reply_is_a_400_that_says_what_to_change(thinker: Client) -> None:
+    format = {"type": "regex", "regex": r"(\w+\s?){1,1000}"}
+    plain = {"chat_template_kwargs": {"enable_thinking": False}, "temperature": 100, "seed": 1}
+    request = {"messages": MESSAGES, "response_format": format, "max_tokens": 900, **plain}
+    answer = thinker.post(PATH, **request)
+    assert (answer.status, answer.error["code"]) == (400, "grammar_failed")
+    assert "ask with a simpler" in answer.error["message"] and answer.headers["x-should-retry"] == "false"
+    *events, last = thinker.events(PATH, **request)
+    assert len(events) > 10 and last["error"] == answer.error

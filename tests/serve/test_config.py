@@ -31,6 +31,11 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     assert made.models == {"a": ModelSettings(str(tmp_path / "a.bin"))}
 
 
+def test_the_file_of_what_is_spent_lies_beside_the_file_that_names_it(tmp_path: Path) -> None:
+    made = load(tmp_path, '[upstream]\nurl = "https://u/v1"\nmodel = "m"\nstate_file = "spent"')
+    assert made.upstream is not None and made.upstream.state_file == str(tmp_path / "spent")
+
+
 def test_models_of_flags_come_before_those_of_the_file_and_in_place_of_namesakes(tmp_path: Path) -> None:
     text = '[models]\na = "a.bin"\nb = { path = "/b.bin", kv = "int8" }'
     made = load(tmp_path, text, models={"c": "/c.bin", "a": "/other.bin"}, default_model="b")
@@ -48,7 +53,7 @@ def test_what_is_printed_can_be_read_back(tmp_path: Path) -> None:
         host="::1",
         port=1,
         fd=3,
-        models={"a/b:c": ModelSettings('/tmp/"x"\\ü\x7f\n.bin', "f32"), "d": ModelSettings("/d")},
+        models={"a/b:c": ModelSettings('/tmp/"x"\\ü\x7f\n.bin', "f32", 9, 5, 2), "d": ModelSettings("/d")},
         default_model="d",
         max_gap=0.2,
         cache_memory=5,
@@ -68,12 +73,14 @@ def test_what_is_printed_can_be_read_back(tmp_path: Path) -> None:
         log_level="debug",
         offline=True,
         mcp_servers="/m.json",
-        upstream=UpstreamSettings("https://u/v1", "big", tokens_per_day=7),
+        upstream=UpstreamSettings("https://u/v1", "big", tokens_per_day=7, state_file="/s"),
     )
     assert load(tmp_path, to_toml(made)) == made
     assert load(tmp_path, to_toml(load(tmp_path, ""))) == Settings()
     unset = {line.split()[1] for line in to_toml(made).splitlines() if line.startswith("# ")}
-    assert unset == {"kv", "requests_per_day"}, "a setting of this test has its default"
+    assert unset == {"kv", "context", "cache_memory", "threads", "requests_per_day"}, (
+        "a setting of this test has its default"
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,21 @@ def refused(body: Any, take: Callable[[Fields], object]) -> ApiError:
     return error.value
 
 
+@pytest.mark.parametrize(
+    ("body", "key"),
+    [
+        (b'{"stream": false, "a": 1, "stream": true}', "stream"),
+        (b'{"messages": [{"role": "user", "content": "a", "role": "system"}]}', "role"),
+        (b'{"tools": [{"x": {"' + b"y" * 100 + b'": 1, "' + b"y" * 100 + b'": 1}}]}', "y" * 59 + "…"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused_by_name(body: bytes, key: str) -> None:
+    """Of two values one reader may take the first and another the last."""
+    with pytest.raises(ApiError, match=f"the key '{key}' is twice in one object") as error:
+        parse_json(body)
+    assert (error.value.status, error.value.param, error.value.code) == (400, key, "duplicate_key")
+
+
 # ----------------------------------------------------------------------------
 # One field
 

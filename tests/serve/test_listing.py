@@ -8,6 +8,7 @@ from typing import Any
 
 import openai
 import pytest
+from anthropic import Anthropic, NotFoundError
 from servers import BOX, Client, Server, eventually, running
 from small_models import TINY_QWEN3
 
@@ -39,6 +40,29 @@ def test_models_are_listed_whether_they_are_loaded_or_not_and_none_is_loaded_for
         assert (unknown.status, unknown.error["param"]) == (404, "model")
     assert [model.id for model in python.models.list()] == ["box"]
     assert python.models.retrieve("box").owned_by == "qwen3c"
+
+
+def test_what_can_rerank_says_so(client: Client, ranker: Client, thinker: Client) -> None:
+    able = set()
+    for one in (client, ranker, thinker):
+        (model,) = one.get("/v1/models").body["data"]
+        status = one.post("/v1/rerank", query="a", documents=["b"]).status
+        assert ("rerank" in model["capabilities"]) == (status == 200)
+        able.add(status)
+    assert able == {200, 400}
+
+
+def test_clients_of_anthropics_api_get_the_models_in_its_words(box: Server) -> None:
+    anthropic = Anthropic(base_url=box.address, api_key="none", max_retries=0)
+    page = anthropic.models.list()
+    assert [model.id for model in page] == ["box"] and page.has_more is False and page.last_id == "box"
+    model = anthropic.models.retrieve("box")
+    assert (model.type, model.display_name, model.max_input_tokens) == ("model", "box", 512)
+    assert model.created_at.timestamp() == box.api.started
+    with pytest.raises(NotFoundError) as caught:
+        anthropic.models.retrieve("none")
+    body: Any = caught.value.body
+    assert body["type"] == "error" and body["error"]["type"] == "not_found_error"
 
 
 def test_props_are_what_clients_know_llama_server_by(client: Client, box: Server) -> None:

@@ -6,12 +6,16 @@ python -m pytest tests/serve/test_metrics.py
 from __future__ import annotations
 
 import asyncio
+import time
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from small_models import TINY_QWEN3
 
 from qwen3c import Model
+from qwen3c.drivers.grammar import Grammar
 from qwen3c.serve.ask import Ask, Stream
+from qwen3c.serve.errors import ApiError
 from qwen3c.serve.logs import Record
 from qwen3c.serve.metrics import PREFIX, REASONS, Metrics
 from qwen3c.serve.models import Models, ServeOptions
@@ -82,3 +86,40 @@ def test_two_apps_count_apart() -> None:
         samples(one)["request_success_total/error"] == 1
         and samples(other)["request_success_total/error"] == 0
     )
+
+
+def test_what_a_worker_thread_computes_is_counted() -> None:
+    async def serve() -> dict[str, float]:
+        models = Models({"tiny": lambda: Model(str(TINY_QWEN3), threads=1)}, ServeOptions(kv_bytes=8 << 20))
+        metrics = Metrics(lambda: models.loaded)
+        models.worked = metrics.worked
+        async with models.open():
+            served = await models.get()
+            assert samples(metrics)["worker_seconds_total"] == samples(metrics)["worker_thread_share"] == 0
+            await served.work(time.sleep, 0.05)
+            with pytest.raises(ZeroDivisionError):
+                await served.work(divmod, 1, 0)
+            return samples(metrics)
+
+    found = asyncio.run(serve())
+    assert found["worker_seconds_total"] >= 0.05 and 0 < found["worker_thread_share"] < 1
+
+
+def test_a_reply_that_ends_in_an_error_counts_as_one() -> None:
+    async def serve() -> dict[str, float]:
+        models = Models({"tiny": lambda: Model(str(TINY_QWEN3), threads=1)}, ServeOptions(kv_bytes=8 << 20))
+        metrics = Metrics(lambda: models.loaded)
+        async with models.open():
+            served = await models.get()
+            grammar = Grammar.regex(served.model.vocabulary, r"(\w+\s?){1,1000}")
+            asked = Ask([[1]], 600, sampling={"temperature": 100, "seed": 1}, grammar=grammar)
+            stream = await served.submit(asked)
+            with pytest.raises(ApiError) as error:
+                async for _ in stream:
+                    pass
+            assert (error.value.status, error.value.code) == (400, "grammar_failed")
+            metrics.of("tiny").ended(stream)
+            return samples(metrics)
+
+    found = asyncio.run(serve())
+    assert found["request_success_total/error"] == 1 and found["request_success_total/stop"] == 0

@@ -30,9 +30,10 @@ def said(stub: Stub, number: int = -1) -> list[tuple[str, str]]:
 
 
 def test_the_reader_of_markdown_is_the_published_one() -> None:
-    assert hashlib.sha256(page.MARKED.read_bytes()).hexdigest() == page.MARKED_SHA256
-    assert "marked v18.2.1" in page.MARKED.read_text()
-    assert "Permission is hereby granted" in page.MARKED.with_name("marked.LICENSE.md").read_text()
+    marked = page.PARTS["MARKED"]
+    assert hashlib.sha256(marked.read_bytes()).hexdigest() == page.MARKED_SHA256
+    assert "marked v18.2.1" in marked.read_text()
+    assert "Permission is hereby granted" in marked.with_name("marked.LICENSE.md").read_text()
 
 
 def test_the_policy_allows_the_scripts_and_the_style_of_the_page_only(stub: Stub) -> None:
@@ -57,12 +58,13 @@ def test_the_policy_allows_the_scripts_and_the_style_of_the_page_only(stub: Stub
 
 
 def test_the_page_names_nothing_to_load_and_no_way_around_its_policy() -> None:
-    own = page.PAGE.read_text(encoding="utf-8")
+    style, script = (page.PARTS[name].read_text(encoding="utf-8") for name in ("STYLE", "SCRIPT"))
+    own = page.PAGE.read_text(encoding="utf-8") + style + script
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|DOMParser", own
     )
     assert not re.search(r"@import|<link|<img|<iframe|\bsrc=|\sstyle=|\son\w+=\"|https?://", own)
-    assert "url(" not in own.split("</style>")[0]
+    assert "url(" not in style and "</" not in style and "</script" not in script
     assert "sourceMappingURL" not in page.document().body.decode()
 
 
@@ -81,7 +83,9 @@ def test_the_page_travels_compressed_and_once(stub: Stub) -> None:
         known.status_code == 304 and known.content == b"" and known.headers["etag"] == plain.headers["etag"]
     )
     assert client.get("/", headers={"if-none-match": '"other"'}).status_code == 200
-    other = page.assemble(page.PAGE.read_text(), page.MARKED.read_text() + "//")
+    parts = {name: path.read_text() for name, path in page.PARTS.items()}
+    assert page.assemble(page.PAGE.read_text(), parts).body == page.document().body
+    other = page.assemble(page.PAGE.read_text(), parts | {"MARKED": parts["MARKED"] + "//"})
     assert other.etag != page.document().etag
 
 

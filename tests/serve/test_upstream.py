@@ -766,6 +766,19 @@ def test_a_spent_budget_lasts_until_midnight() -> None:
             assert len(provider.requests) == 3
 
 
+def test_a_spent_budget_is_known_after_a_restart(tmp_path: Path) -> None:
+    async def spend(upstream: Upstream, clock: Clock) -> None:
+        assert isinstance(await upstream.open(ASK, stream=False), Answer)
+
+    async def again(upstream: Upstream, clock: Clock) -> None:
+        assert await upstream.open(ASK, stream=False) == Declined("budget")
+
+    with Provider(stream("a")) as provider:
+        for work in (spend, again, again):
+            talk(provider.url, work, requests=1, state=str(tmp_path / "spent"))
+        assert len(provider.requests) == 1
+
+
 def test_a_reply_that_is_left_early_costs_about_what_came() -> None:
     async def work(upstream: Upstream, clock: Clock) -> None:
         answer = await upstream.open(ASK, stream=True)

@@ -18,11 +18,12 @@ from starlette.routing import Route
 
 from ...drivers.reply import Event
 from ...text.tokenizer import Tokenizer
-from ..api import FINGERPRINT, Api, json_answer
+from ..api import FINGERPRINT, Api
 from ..ask import Progress, Stream
+from ..errors import ApiError
 from ..fields import Fields
 from ..models import Served
-from ..streams import DONE, EventStream, data, unless_left
+from ..streams import COMMENT, DONE, data
 from ..talk import (
     LARGEST,
     MOST_REPLIES,
@@ -73,22 +74,13 @@ def routes(api: Api) -> list[Route]:
         cloud = await offered(api, request, fields, wanted.streams)
         if isinstance(cloud, Response):
             return cloud
+        served = await api.models.get(served.name)  # the provider may have taken long
         ask = await wanted.talk.ask(served, client.name, priority)
         headers = api.headers(served, ignored, ask, cloud)
         api.told(request, fallback=cloud)
         stream = await served.submit(ask, client.limits)
         chat = Chat(f"chatcmpl-{api.request_id(request)}", served, wanted, stream)
-        if wanted.streams:
-            return EventStream(
-                chat.chunks(), say_error=lambda error: data(error.openai()), cancel=stream.cancel,
-                headers=headers, ping=api.ping, ended=lambda: api.ended(request, served, stream),
-            )  # fmt: skip
-        try:
-            found = await unless_left(request.receive, answers(stream), stream.cancel)
-        finally:
-            stream.cancel()
-            api.ended(request, served, stream)
-        return json_answer(chat.whole(found), headers=headers)
+        return await api.answer(request, served, chat, wanted.streams, headers)
 
     return [Route("/v1/chat/completions", complete, methods=["POST"])]
 
@@ -271,6 +263,20 @@ def tools_of(fields: Fields) -> list[dict[str, Any]]:
     return [tool for tool in found if tool.get("type", "function") == "function"]
 
 
+def function_of(tool: Fields, schema: str) -> dict[str, Any]:
+    """A tool of another API as it is one here. schema: the field with that of its arguments."""
+    name = tool.text("name")
+    if not name:
+        raise tool.error("name", "is missing")
+    function = {
+        "name": name,
+        "description": tool.text("description") or "",
+        "parameters": tool.raw(schema) or {},
+        "strict": tool.flag("strict", False),
+    }
+    return {"type": "function", "function": function}
+
+
 def tool_choice_of(fields: Fields, talk: Talk) -> str:
     """ "auto", "required", "none", or the name of the function that must be called."""
     choice = fields.raw("tool_choice")
@@ -339,20 +345,22 @@ class Chat:
     served: Served
     wanted: Wanted
     stream: Stream
+    ping: str = COMMENT
 
     def __post_init__(self) -> None:
         self._created = int(time.time())
         self._tokenizer = self.served.model.tokenizer
 
-    def whole(self, found: Sequence[Answer]) -> dict[str, Any]:
+    async def whole(self) -> dict[str, Any]:
         """The body of an answer that is sent at once."""
+        found = await answers(self.stream)
         choices = [self._choice(i, answer) for i, answer in enumerate(found)]
         tokens = usage(self.stream, found, self.wanted.talk.n)
         return self._head("chat.completion") | {
             "choices": choices, "usage": tokens, "timings": timings(self.stream)
         }  # fmt: skip
 
-    async def chunks(self) -> AsyncGenerator[str, None]:
+    async def events(self) -> AsyncGenerator[str, None]:
         """The answer in chunks: roles, what comes, why each reply ended, the usage if it is wanted,
         [DONE].
         """
@@ -377,6 +385,10 @@ class Chat:
                 | {"choices": [], "usage": tokens, "timings": timings(self.stream)}
             )
         yield DONE
+
+    def failed(self, error: ApiError) -> str:
+        """The chunk of an answer that breaks off."""
+        return data(error.openai())
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {

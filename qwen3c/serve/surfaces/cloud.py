@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ..api import Api, header_text, json_answer
+from ..errors import ApiError
 from ..fields import Fields
-from ..streams import DONE, EventStream, data, unless_left
+from ..streams import COMMENT, DONE, EventStream, data, unless_left
 
 if TYPE_CHECKING:
     from ..upstream import Answer
@@ -30,20 +32,14 @@ async def offered(api: Api, request: Request, fields: Fields, streams: bool) -> 
     from ..upstream import Declined
 
     route, _ = provider.route(request.headers.get(ROUTE), fields.text("model"))
-    got = await unless_left(request.receive, provider.open(fields.value, route, stream=streams), lambda: None)
+    got = await unless_left(request.receive, provider.open(fields.value, route, stream=streams))
     if isinstance(got, Declined):
         return None if got.reason == "route_local" else got.reason
     api.told(request, backend="cloud", model=got.model)
     headers = {"x-qwen3c-backend": "cloud", "x-qwen3c-model": header_text(got.model)}
     if not streams:
         return json_answer(got.completion(), headers=headers)
-    return EventStream(
-        _chunks(got),
-        say_error=lambda error: data(error.openai()),
-        cancel=lambda: None,
-        headers=headers,
-        ping=api.ping,
-    )
+    return EventStream(_Said(got), got.aclose, headers=headers, ping=api.ping)
 
 
 def model_here(api: Api, request: Request, fields: Fields) -> str | None:
@@ -54,10 +50,17 @@ def model_here(api: Api, request: Request, fields: Fields) -> str | None:
     return api.provider.route(request.headers.get(ROUTE), name)[1]
 
 
-async def _chunks(answer: Answer) -> AsyncGenerator[str, None]:
-    try:
-        async for chunk in answer:
+@dataclass
+class _Said:
+    """A provider's answer as server-sent events."""
+
+    answer: Answer
+    ping: str = COMMENT
+
+    async def events(self) -> AsyncGenerator[str, None]:
+        async for chunk in self.answer:
             yield data(chunk)
         yield DONE
-    finally:
-        await answer.aclose()
+
+    def failed(self, error: ApiError) -> str:
+        return data(error.openai())

@@ -18,13 +18,13 @@ from starlette.routing import Route
 
 from ...drivers.reply import Event
 from ...drivers.sampler import SamplingOptions
-from ...text.tokenizer import Tokenizer
-from ..api import FINGERPRINT, Api, json_answer
+from ...text.tokenizer import Tokenizer, TooLongError
+from ..api import FINGERPRINT, Api
 from ..ask import Ask, Stream, Update
 from ..errors import ApiError
 from ..fields import Fields
 from ..models import Served
-from ..streams import DONE, EventStream, data, unless_left
+from ..streams import COMMENT, DONE, data
 from ..talk import (
     LARGEST,
     MOST_REPLIES,
@@ -41,6 +41,7 @@ from ..talk import (
     stops_of,
     stream_of,
     timings,
+    too_long,
     usage,
 )  # fmt: skip
 
@@ -65,22 +66,12 @@ def routes(api: Api) -> list[Route]:
         client = api.client(request)
         priority = api.priority(request, fields)
         ignored = fields.finish()
-        prompts = await served.work(wanted.tokenized, served.model.tokenizer)
+        prompts = await served.work(wanted.tokenized, served)
         ask = await served.work(wanted.ask, served, prompts, client.name, priority)
         headers = api.headers(served, ignored, ask)
         stream = await served.submit(ask, client.limits)
         completion = Completion(f"cmpl-{api.request_id(request)}", served, wanted, prompts, stream)
-        if wanted.streams:
-            return EventStream(
-                completion.chunks(), say_error=lambda error: data(error.openai()), cancel=stream.cancel,
-                headers=headers, ping=api.ping, ended=lambda: api.ended(request, served, stream),
-            )  # fmt: skip
-        try:
-            found = await unless_left(request.receive, answers(stream), stream.cancel)
-        finally:
-            stream.cancel()
-            api.ended(request, served, stream)
-        return json_answer(await served.work(completion.whole, found), headers=headers)
+        return await api.answer(request, served, completion, wanted.streams, headers)
 
     return [Route("/v1/completions", complete, methods=["POST"])]
 
@@ -128,23 +119,26 @@ class Wanted:
         """Whether the log-probabilities of the prompts' tokens are wanted."""
         return self.echo and self.logprobs is not None
 
-    def tokenized(self, tokenizer: Tokenizer) -> list[Prompt]:
-        """All prompts. ApiError 400 if one of them is empty."""
-        found = []
+    def tokenized(self, served: Served) -> list[Prompt]:
+        """All prompts. ApiError 400 if one of them is empty or does not fit."""
+        found, tokenizer = [], served.model.tokenizer
         for i, prompt in enumerate(self.prompts):
             path = "prompt" if len(self.prompts) == 1 else f"prompt[{i}]"
             if isinstance(prompt, str):
-                found.append(self._of_text(tokenizer, prompt, path))
+                found.append(self._of_text(served, prompt, path))
             else:
                 found.append(Prompt(prompt, tokenizer.decode(prompt) if self.echo else ""))
             if not found[-1].ids:
                 raise ApiError(400, f"{path} is empty: there is nothing to go on from", param=path)
         return found
 
-    def _of_text(self, tokenizer: Tokenizer, text: str, path: str) -> Prompt:
+    def _of_text(self, served: Served, text: str, path: str) -> Prompt:
+        tokenizer = served.model.tokenizer
         opening = tokenizer.opening if self.opens else []
         try:
-            ids = tokenizer.encode(text, special=self.special)
+            ids = tokenizer.encode(text, self.special, served.context)
+        except TooLongError as error:
+            raise too_long(error, served, path) from None
         except ValueError as error:
             raise ApiError(400, f"{path}: {error}", param=path) from None
         if opening and ids[: len(opening)] == opening:  # the client has put it there
@@ -216,14 +210,18 @@ class Completion:
     wanted: Wanted
     prompts: list[Prompt]
     stream: Stream
+    ping: str = COMMENT
 
     def __post_init__(self) -> None:
         self._created = int(time.time())
         self._tokenizer = self.served.model.tokenizer
         self._tokens = [Tokens(self._tokenizer, self.wanted.names_ids) for _ in self.stream.jobs]
 
-    def whole(self, found: Sequence[Answer]) -> dict[str, Any]:
+    async def whole(self) -> dict[str, Any]:
         """The body of an answer that is sent at once."""
+        return await self.served.work(self._whole, await answers(self.stream))
+
+    def _whole(self, found: Sequence[Answer]) -> dict[str, Any]:
         choices = []
         for i, answer in enumerate(found):
             parts = [self._beginning(i, answer)] if self.wanted.echo else []
@@ -235,7 +233,7 @@ class Completion:
         tokens = usage(self.stream, found, self.wanted.n)
         return self._head() | {"choices": choices, "usage": tokens, "timings": timings(self.stream)}
 
-    async def chunks(self) -> AsyncGenerator[str, None]:
+    async def events(self) -> AsyncGenerator[str, None]:
         """The answer in chunks: what is echoed, what comes, why each reply ended, the usage if it is wanted,
         [DONE].
         """
@@ -250,6 +248,10 @@ class Completion:
             tokens = usage(self.stream, found, self.wanted.n)
             yield data(self._head() | {"choices": [], "usage": tokens, "timings": timings(self.stream)})
         yield DONE
+
+    def failed(self, error: ApiError) -> str:
+        """The chunk of an answer that breaks off."""
+        return data(error.openai())
 
     def _chunk(self, update: Update, found: Sequence[Answer]) -> str:
         """The chunk that an update makes; "" for none."""

@@ -43,7 +43,7 @@ def routes(api: Api) -> list[Route]:
         headers = api.headers(served, fields.finish())
         prompts = await served.work(wanted.tokenized, served)
         ask = Ask(prompts, vectors=True, namespace=client.name, priority=priority, origin="input")
-        rows, streams = await unless_left(request.receive, served.rows(ask, client.limits), lambda: None)
+        rows, streams = await unless_left(request.receive, served.rows(ask, client.limits))
         for stream in streams:
             api.ended(request, served, stream)
         data = await served.work(wanted.data, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from typing import Any
 
 from starlette.requests import Request
@@ -11,7 +12,7 @@ from starlette.routing import Route
 from ... import __version__
 from ...drivers.sampler import default_sampling
 from ..api import FINGERPRINT, Api, json_answer
-from ..errors import ApiError
+from ..errors import VERSION, ApiError
 from ..models import Served
 from .tokens import info_body
 
@@ -22,6 +23,10 @@ def routes(api: Api) -> list[Route]:
     """The endpoints."""
 
     async def models(request: Request) -> Response:
+        if VERSION in request.headers:
+            found = [await anthropic_body(api, name) for name in api.models.names]
+            ends = {"first_id": found[0]["id"], "last_id": found[-1]["id"], "has_more": False}
+            return json_answer({"data": found} | ends)
         return json_answer(
             {"object": "list", "data": [await model_body(api, name) for name in api.models.names]}
         )
@@ -30,7 +35,8 @@ def routes(api: Api) -> list[Route]:
         name = request.path_params["name"]
         if name not in api.models.names:
             raise ApiError(404, f"there is no model {name!r}", param="model", code="model_not_found")
-        return json_answer(await model_body(api, name))
+        body = anthropic_body if VERSION in request.headers else model_body
+        return json_answer(await body(api, name))
 
     async def props(request: Request) -> Response:
         served = await api.models.get(request.query_params.get("model"))
@@ -61,6 +67,17 @@ async def model_body(api: Api, name: str) -> dict[str, Any]:
         "context_length": context, "max_model_len": context,
         "capabilities": list(card.capabilities) if card is not None else None,
         "loaded": any(served.name == name for served in api.models.loaded),
+    }  # fmt: skip
+
+
+async def anthropic_body(api: Api, name: str) -> dict[str, Any]:
+    """A model in Anthropic's words, for clients that name a version of that API."""
+    card = await api.models.card(name)
+    context = card.context if card is not None else None
+    created = datetime.fromtimestamp(api.started, timezone.utc).isoformat().replace("+00:00", "Z")
+    return {
+        "type": "model", "id": name, "display_name": name, "created_at": created, "lifecycle": "active",
+        "max_input_tokens": context, "max_tokens": context, "capabilities": None,
     }  # fmt: skip
 
 

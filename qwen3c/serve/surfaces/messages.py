@@ -19,11 +19,12 @@ from starlette.routing import Route
 from ...drivers.reply import Event
 from ..api import Api, json_answer
 from ..ask import Stream
+from ..errors import ApiError
 from ..fields import Fields
 from ..models import Served
-from ..streams import EventStream, event, unless_left
+from ..streams import event
 from ..talk import LARGEST, Answer, Format, Talk, answers, refuse_foreign_sampling, stops_of
-from .chat import MOST_MESSAGES, joined
+from .chat import MOST_MESSAGES, function_of, joined
 
 BILLING = (
     "x-anthropic-billing-header:"  # a system part that changes with every request and kills the prefix cache
@@ -45,28 +46,13 @@ def routes(api: Api) -> list[Route]:
         talk.max_tokens = fields.whole("max_tokens", 1, LARGEST)
         if talk.max_tokens is None:
             raise fields.error("max_tokens", "is missing")
-        streams = fields.flag("stream", False)
+        streams = fields.flag("stream", False) or False
         client = api.client(request)
         ask = await talk.ask(served, client.name, api.priority(request, fields))
         headers = api.headers(served, fields.finish(), ask)
         stream = await served.submit(ask, client.limits)
         message = Message(f"msg_{api.request_id(request)}", served, stream)
-        if streams:
-            return EventStream(
-                message.events(),
-                say_error=lambda error: event("error", error.anthropic()),
-                cancel=stream.cancel,
-                headers=headers,
-                ping=api.ping,
-                ping_event=event("ping", {"type": "ping"}),
-                ended=lambda: api.ended(request, served, stream),
-            )
-        try:
-            (answer,) = await unless_left(request.receive, answers(stream), stream.cancel)
-        finally:
-            stream.cancel()
-            api.ended(request, served, stream)
-        return json_answer(message.whole(answer), headers=headers)
+        return await api.answer(request, served, message, streams, headers)
 
     async def count(request: Request) -> Response:
         fields = await api.fields(request)
@@ -212,19 +198,9 @@ def _tools(fields: Fields) -> list[dict[str, Any]]:
         tool = Fields(item, f"tools[{i}]")
         if tool.text("type", "custom") != "custom":
             continue
-        name = tool.text("name")
-        if not name:
-            raise tool.error("name", "is missing")
-        schema = tool.object("input_schema")
-        if schema is None:
+        if tool.object("input_schema") is None:
             raise tool.error("input_schema", "is missing")
-        function = {
-            "name": name,
-            "description": tool.text("description") or "",
-            "parameters": tool.raw("input_schema"),
-        }
-        function["strict"] = tool.flag("strict", False)
-        tools.append({"type": "function", "function": function})
+        tools.append(function_of(tool, "input_schema"))
     return tools
 
 
@@ -299,11 +275,13 @@ class Message:
     id: str
     served: Served
     stream: Stream
+    ping: str = event("ping", {"type": "ping"})
     _index: int = field(default=-1, init=False)  # of the content block that is open, or was last
     _open: str = field(default="", init=False)  # its type; "" if none is open
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
+    async def whole(self) -> dict[str, Any]:
         """The body of an answer that is sent at once."""
+        (answer,) = await answers(self.stream)
         reply = answer.reply
         content: list[dict[str, Any]] = []
         if reply.thinking:
@@ -343,6 +321,10 @@ class Message:
             + event("message_delta", {"type": "message_delta", "delta": delta, "usage": self._usage(answer)})
             + event("message_stop", {"type": "message_stop"})
         )
+
+    def failed(self, error: ApiError) -> str:
+        """The event of an answer that breaks off."""
+        return event("error", error.anthropic())
 
     def _head(self) -> dict[str, Any]:
         return {"id": self.id, "type": "message", "role": "assistant", "model": self.served.name}

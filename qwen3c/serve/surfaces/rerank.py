@@ -40,7 +40,7 @@ def routes(api: Api) -> list[Route]:
         headers = api.headers(served, fields.finish())
         prompts, answers = await served.work(wanted.prompts, served)
         ask = Ask(prompts, rows=True, namespace=client.name, priority=priority, origin=wanted.name)
-        rows, streams = await unless_left(request.receive, served.rows(ask, client.limits), lambda: None)
+        rows, streams = await unless_left(request.receive, served.rows(ask, client.limits))
         for stream in streams:
             api.ended(request, served, stream)
         results = await served.work(wanted.results, rows, answers)

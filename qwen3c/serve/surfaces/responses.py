@@ -1,4 +1,4 @@
-"""POST /v1/responses: OpenAI's newer API, stateless, which Codex speaks.
+"""POST /v1/responses and /v1/responses/input_tokens: OpenAI's newer API, stateless, which Codex speaks.
 
 The input items become the conversation of chat completions: messages, function_call and
 function_call_output; what was answered before has to be sent again, for nothing is stored. Events and ids
@@ -23,7 +23,7 @@ from ..ask import Stream
 from ..errors import ApiError
 from ..fields import Fields
 from ..models import Served
-from ..streams import EventStream, event, unless_left
+from ..streams import COMMENT, event
 from ..talk import (
     LARGEST,
     MOST_TOP,
@@ -34,7 +34,7 @@ from ..talk import (
     seed_of,
     stops_of,
 )
-from .chat import MOST_MESSAGES, content_of, joined, logprobs_of, thinking_wish
+from .chat import MOST_MESSAGES, content_of, function_of, joined, logprobs_of, thinking_wish
 
 IGNORED = (
     "store",
@@ -68,31 +68,33 @@ PATHS = {"messages": "input"}
 
 
 def routes(api: Api) -> list[Route]:
-    """The endpoint."""
+    """The endpoints."""
 
     async def create(request: Request) -> Response:
         fields = await api.fields(request)
         served = await api.models.get(fields.text("model"))
         talk = read(fields, served)
-        streams = fields.flag("stream", False)
+        streams = fields.flag("stream", False) or False
         client = api.client(request)
         ask = await talk.ask(served, client.name, api.priority(request, fields))
         headers = api.headers(served, fields.finish(), ask)
         stream = await served.submit(ask, client.limits)
         made = Made(api.request_id(request), served, talk, stream, echoed(fields))
-        if streams:
-            return EventStream(
-                made.events(), say_error=made.failed, cancel=stream.cancel, headers=headers, ping=api.ping,
-                ended=lambda: api.ended(request, served, stream),
-            )  # fmt: skip
-        try:
-            response = await unless_left(request.receive, made.whole(), stream.cancel)
-        finally:
-            stream.cancel()
-            api.ended(request, served, stream)
-        return json_answer(response, headers=headers)
+        return await api.answer(request, served, made, streams, headers)
 
-    return [Route("/v1/responses", create, methods=["POST"])]
+    async def count(request: Request) -> Response:
+        fields = await api.fields(request)
+        served = await api.models.get(fields.text("model"))
+        talk = read(fields, served)
+        fields.ignore("stream")
+        headers = api.headers(served, fields.finish())
+        n = len(await talk.prompt(served))
+        return json_answer({"object": "response.input_tokens", "input_tokens": n}, headers=headers)
+
+    return [
+        Route("/v1/responses", create, methods=["POST"]),
+        Route("/v1/responses/input_tokens", count, methods=["POST"]),
+    ]
 
 
 # ----------------------------------------------------------------------------
@@ -256,14 +258,8 @@ def _tools(fields: Fields) -> list[dict[str, Any]]:
         tool = Fields(item, f"tools[{i}]")
         if tool.text("type", "function") != "function":
             continue
-        name = tool.text("name")
-        if not name:
-            raise tool.error("name", "is missing")
-        parameters = tool.object("parameters")
-        function: dict[str, Any] = {"name": name, "description": tool.text("description") or ""}
-        function["parameters"] = tool.raw("parameters") if parameters is not None else {}
-        function["strict"] = tool.flag("strict", False)
-        tools.append({"type": "function", "function": function})
+        tool.object("parameters")
+        tools.append(function_of(tool, "parameters"))
     return tools
 
 
@@ -323,6 +319,7 @@ class Made:
     talk: Talk
     stream: Stream
     echo: dict[str, Any]
+    ping: str = COMMENT
     _created: float = field(default_factory=time.time, init=False)
     _number: int = field(default=-1, init=False)  # of the last event
     _items: list[dict[str, Any]] = field(default_factory=list, init=False)  # those that have begun
@@ -360,7 +357,8 @@ class Made:
     def failed(self, error: ApiError) -> str:
         """The event of an answer that the engine could not finish."""
         response = self._response("failed", self._items, None)
-        response["error"] = {"code": "server_error", "message": error.message}
+        code = "invalid_prompt" if error.status < 500 else "server_error"  # of those that OpenAI has
+        response["error"] = {"code": code, "message": error.message}
         return self._event("response.failed", response=response)
 
     # ---- objects
