@@ -107,8 +107,6 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "python export.py path/to/Qwen3-0.6B model.bin --lora ADAPTER": Typed(leaves="model.bin"),
     "python export.py Qwen3-0.6B-Q8_0.gguf model.bin": Typed(leaves="model.bin"),
     "python export.py final model.bin": Typed(leaves="model.bin"),
-    "export.py --bits 4": NotHere("an option of export.py, typed above"),
-    "export.py --recipe FILE": NotHere("an option of export.py, which tests/convert/test_recipe.py reads"),
     "python export.py": NotHere("a script's name, not a command"),
     "python run.py model.bin": Typed("-n 8", keys=CHAT),
     "python -m qwen3c": Typed("-n 8", keys=CHAT),
