@@ -54,11 +54,11 @@ class Slice:
         return self.row + self.rows == self.tensor.shape[0]
 
 
-def slices(tensor: format.Tensor) -> Iterator[Slice]:
-    """The tensor in slices of whole tiles with at most SLICE_WEIGHTS weights, or of one tile of rows."""
+def slices(tensor: format.Tensor, most: int = SLICE_WEIGHTS) -> Iterator[Slice]:
+    """The tensor in slices of whole tiles with at most `most` weights, or of one tile of rows."""
     step = tensor.shape[0]
     if tensor.quantized:
-        step = max(SLICE_WEIGHTS // tensor.shape[1] // format.TILE_ROWS, 1) * format.TILE_ROWS
+        step = max(most // tensor.shape[1] // format.TILE_ROWS, 1) * format.TILE_ROWS
     for row in range(0, tensor.shape[0], step):
         yield Slice(tensor, row, min(step, tensor.shape[0] - row))
 
@@ -95,11 +95,12 @@ def stream(
     writer: format.ModelWriter,
     threads: int,
     written: Callable[[Slice, Converted], None],
+    ready: Callable[[Slice], Converted | None] = lambda piece: None,
 ) -> None:
     """Workers read and quantise slices; this thread writes them in order and lets the next ones start.
 
-    written: called after each slice, in this thread. SourceError, with its place, for a weight that cannot be
-    stored.
+    written: called after each slice, in this thread. ready: gives a slice that is quantised already.
+    SourceError, with its place, for a weight that cannot be stored.
 
     Threads talk through SimpleQueues, the one kind of queue that a signal cannot leave locked. Ctrl-C raises
     in this thread at any line; inside the locks of an executor or of threading.Thread.start that would hang
@@ -110,7 +111,7 @@ def stream(
     size = 4 * max(piece.rows * piece.columns for piece in work)
     # slices in flight: one for each worker, and two finished ones that wait to be written
     window = max(3, min(threads + 2, MAX_BUFFERS // (2 * size)))
-    sources, targets = ([_buffer(size) for _ in range(window)] for _ in range(2))
+    sources, targets = ([buffer(size) for _ in range(window)] for _ in range(2))
     jobs: SimpleQueue[int | None] = SimpleQueue()
     results: list[SimpleQueue[Converted | BaseException]] = [SimpleQueue() for _ in range(window)]
 
@@ -118,7 +119,10 @@ def stream(
         while (job := jobs.get()) is not None:
             place = job % window
             try:
-                results[place].put(_convert(checkpoint, work[job], sources[place], targets[place]))
+                piece = work[job]
+                results[place].put(
+                    ready(piece) or convert(checkpoint, piece, sources[place], targets[place])
+                )
             except BaseException as error:  # the writing thread raises it
                 results[place].put(error)
 
@@ -131,7 +135,7 @@ def stream(
             if n_workers:
                 converted = results[i % window].get()
             else:
-                converted = _convert(checkpoint, piece, sources[0], targets[0])
+                converted = ready(piece) or convert(checkpoint, piece, sources[0], targets[0])
             if isinstance(converted, BaseException):
                 raise converted
             writer.write(converted.data)
@@ -158,8 +162,17 @@ def _start_threads(n: int, target: Callable[[], None]) -> int:
     return n
 
 
-def _convert(checkpoint: Checkpoint, piece: Slice, source: memoryview, target: memoryview) -> Converted:
-    """Read a slice into `source` and turn it into its stored form, in `target` if it is a matrix."""
+def convert(
+    checkpoint: Checkpoint,
+    piece: Slice,
+    source: memoryview,
+    target: memoryview,
+    importance: NDArray[np.float32] | None = None,
+) -> Converted:
+    """Read a slice into `source` and turn it into its stored form, in `target` if it is a matrix.
+
+    importance: of each column's squared error (columns,), for INT4 and INT6; None for 1.
+    """
     if not piece.tensor.parts:
         return Converted(_float32_bytes(inverse_frequencies(checkpoint.rope)), 0)
     parts = _read(checkpoint, piece, source)
@@ -168,7 +181,15 @@ def _convert(checkpoint: Checkpoint, piece: Slice, source: memoryview, target: m
         return Converted(_float32_bytes(_finite(piece, parts)), size)
     group_size = checkpoint.config.group_size
     target = target[: format.matrix_size(piece.rows, piece.columns, group_size, piece.tensor.encoding)]
-    return Converted(target, size, *_quantize(piece, parts, group_size, target))
+    return Converted(target, size, *_quantize(piece, parts, group_size, target, importance))
+
+
+def weights(checkpoint: Checkpoint, piece: Slice, source: memoryview) -> NDArray[np.float32]:
+    """A slice of a matrix as float32 (rows, columns), read into `source`."""
+    import numpy as np
+
+    parts = [part.to_float32() for part in _read(checkpoint, piece, source)]
+    return np.concatenate(parts).reshape(piece.rows, piece.columns)
 
 
 def _read(checkpoint: Checkpoint, piece: Slice, buffer: memoryview) -> list[_Part]:
@@ -198,7 +219,11 @@ def _finite(piece: Slice, parts: list[_Part]) -> NDArray[np.float32]:
 
 
 def _quantize(
-    piece: Slice, parts: list[_Part], group_size: int, out: memoryview
+    piece: Slice,
+    parts: list[_Part],
+    group_size: int,
+    out: memoryview,
+    importance: NDArray[np.float32] | None,
 ) -> tuple[float, float, float]:
     """Fill `out`; return the largest error, the sum of squared errors and of squared weights."""
     import numpy as np
@@ -220,7 +245,7 @@ def _quantize(
         sources = [(w.view("u1"), "F32") for w in weights]
     elif len(dtypes) > 1:  # q, k and v, or gate and up, may differ in dtype; widening to float32 is exact
         sources = [(part.to_float32().view("u1"), "F32") for part in parts]
-    *errors, bad = engine.quantize_tiles(sources, piece.columns, group_size, out, encoding.value)
+    *errors, bad = engine.quantize_tiles(sources, piece.columns, group_size, out, encoding.value, importance)
     if bad >= 0:
         _refuse(piece, parts, bad)
     if "Q8_0" in dtypes:
@@ -276,7 +301,7 @@ def _float32_bytes(vector: NDArray[np.float32]) -> memoryview:
     return memoryview(vector.astype("<f4").tobytes())
 
 
-def _buffer(size: int) -> memoryview:
+def buffer(size: int) -> memoryview:
     """A buffer of `size` bytes that takes no memory until it is written (an anonymous map)."""
     import numpy as np
 

@@ -29,13 +29,13 @@ SLOW = """
 import functools, sys, time
 from qwen3c.cli import export as command
 from qwen3c.convert import quantise
-seconds, convert = float(sys.argv.pop(1)), quantise._convert
+seconds, convert = float(sys.argv.pop(1)), quantise.convert
 
 def convert_slowly(*arguments):
     time.sleep(seconds)
     return convert(*arguments)
 
-quantise._convert = convert_slowly
+quantise.convert = convert_slowly
 command.Progress = functools.partial(command.Progress, delay=0)
 sys.exit(command.main(sys.argv[1:]))
 """

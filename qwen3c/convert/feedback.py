@@ -1,0 +1,147 @@
+"""Codes of INT4 and INT6 that know of each other: what rounding one column loses, later columns make good.
+
+    inputs     H = X^T X of the rows X that the matrix will be multiplied with
+    scales     as without data, but each column weighted by its mean square in X
+    codes      column after column, those of the largest inputs first; each is rounded after it has taken over
+               what the columns before it lost
+
+This is GPTQ (Frantar et al. 2022) in the form of LDLQ (Chee et al. 2023), which needs no inverse of H: with
+H = A D A^T, A unit upper triangular, the column k of W is rounded at W_k + (W - Q)_<k A_<k,k. Then the loss
+tr((W - Q) H (W - Q)^T) is sum_k D_k |what rounding column k lost|^2. Scales stand still ("static groups"), so
+that the order of the columns is free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..format import TILE_ROWS, Encoding, codes_and_scales
+
+Array = NDArray[np.float32]
+
+DAMPING = 0.01  # of the mean of H's diagonal, added to it: columns that the text hardly used stay put
+TOGETHER = 128  # columns whose feedback from all columns before them is one product
+
+
+class Inputs:
+    """What a matrix is multiplied with: H, the sum of x^T x over `rows` rows x (columns,).
+
+    whole: whether all of H is kept, or its diagonal alone.
+    """
+
+    def __init__(self, columns: int, whole: bool) -> None:
+        self.rows = 0
+        self.squares = np.zeros(columns, np.float32)
+        self.hessian = np.zeros((columns, columns), np.float32) if whole else None
+
+    def add(self, x: Array) -> None:
+        """Count the rows of x (n, columns)."""
+        self.rows += len(x)
+        if self.hessian is None:
+            self.squares += np.einsum("ij,ij->j", x, x)
+        else:
+            self.hessian += x.T @ x
+            self.squares = self.hessian.diagonal()
+
+    @property
+    def importance(self) -> Array:
+        """The mean square of each column, and a little for those that were always 0."""
+        mean = self.squares / max(self.rows, 1)
+        return mean + np.float32(DAMPING) * mean.mean()
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H = A D A^T over the columns in `order`; upper: A (columns, columns)."""
+
+    order: NDArray[np.intp]
+    upper: Array
+
+
+def factor(inputs: Inputs) -> Factor:
+    """H, damped until it has a factor, taken apart."""
+    assert inputs.hessian is not None
+    order = np.argsort(-inputs.squares, kind="stable")
+    # the Cholesky factor of H with its columns turned round is A sqrt(D) turned round
+    turned = inputs.hessian[np.ix_(order[::-1], order[::-1])]
+    mean = float(inputs.squares.mean()) or 1.0
+    damping = DAMPING
+    while True:
+        turned[np.diag_indices_from(turned)] = inputs.squares[order[::-1]] + np.float32(damping * mean)
+        try:
+            lower = np.linalg.cholesky(turned)
+            break
+        except np.linalg.LinAlgError:  # rounding has made it indefinite
+            damping *= 10
+    upper = np.ascontiguousarray(lower[::-1, ::-1])
+    upper /= upper.diagonal()
+    return Factor(order, upper)
+
+
+def round_with_feedback(
+    weights: Array, tile_rows: NDArray[Any], encoding: Encoding, factor: Factor
+) -> tuple[float, float]:
+    """Put the codes of weights (rows, columns) into `tile_rows`, whose scales stay as they are.
+
+    tile_rows: ceil(rows / 16) of format.tile_row_type. Returns the largest |w - stored| and the sum of
+    (w - stored)^2.
+    """
+    _, scales = codes_and_scales(tile_rows)  # (padded rows, groups)
+    padded = np.zeros((len(scales), weights.shape[1]), np.float32)
+    padded[: len(weights)] = weights
+    with np.errstate(divide="ignore"):
+        inverses = np.where(scales == 0, np.float32(0), 1 / scales)
+    size = weights.shape[1] // scales.shape[1]
+    by_group = np.ascontiguousarray(scales.T), np.ascontiguousarray(inverses.T)
+    values, table = _codes(tile_rows, encoding)
+    wanted = padded.T[factor.order]  # a column is a row here, so that it lies together
+    lost, upper = np.empty_like(wanted), factor.upper
+    stored = np.empty(wanted.shape, np.uint8)
+    for first in range(0, len(wanted), TOGETHER):
+        last = min(first + TOGETHER, len(wanted))
+        targets = wanted[first:last] + upper[:first, first:last].T @ lost[:first]
+        for k in range(first, last):
+            target = targets[k - first] + upper[first:k, k] @ lost[first:k]
+            group = factor.order[k] // size
+            place = _places(target * by_group[1][group], encoding)
+            index = table[place]
+            stored[factor.order[k]] = index
+            lost[k] = wanted[k] - values[index] * by_group[0][group]
+    put_codes(tile_rows, encoding, stored.T)
+    return float(np.abs(lost).max()), float(np.einsum("ij,ij->", lost, lost))
+
+
+def _places(x: Array, encoding: Encoding) -> NDArray[np.intp]:
+    """Where in a table of 128 the code nearest to each x is (docs/FORMAT.md has the rule)."""
+    twice = x * 2 - np.float32(0.5) if encoding is Encoding.INT4 else x
+    limit = 63 if encoding is Encoding.INT4 else 31
+    return (np.rint(np.clip(twice, -limit, limit)) + 64).astype(np.intp)
+
+
+def _codes(tile_rows: NDArray[Any], encoding: Encoding) -> tuple[Array, NDArray[np.uint8]]:
+    """The value of each code as it is stored, and the stored code nearest to each place of _places."""
+    if encoding is Encoding.INT6:
+        return np.arange(-32, 32).astype(np.float32), np.arange(-32, 96).clip(0, 63).astype(np.uint8)
+    codebook = tile_rows["codebook"][0].astype(np.float32)
+    middles = (np.arange(128) - 64) / 2 + 0.25
+    return codebook, np.abs(middles[:, None] - codebook).argmin(axis=1).astype(np.uint8)
+
+
+def put_codes(tile_rows: NDArray[Any], encoding: Encoding, stored: NDArray[np.uint8]) -> None:
+    """Put codes (rows, columns) into their places: of INT4 places in the codebook, of INT6 code + 32.
+
+    What format.codes_and_scales reads.
+    """
+    tiles = tile_rows["tiles"]
+    blocks = stored.reshape(len(tile_rows), TILE_ROWS, tiles.shape[1], -1, 4).transpose(0, 2, 3, 1, 4)
+    low = blocks & 15
+    tiles["nibbles"] = low[:, :, 0::2] | low[:, :, 1::2] << 4
+    if encoding is Encoding.INT6:
+        high = blocks >> 4
+        tiles["crumbs"] = (
+            high[:, :, 0::4] | high[:, :, 1::4] << 2 | high[:, :, 2::4] << 4 | high[:, :, 3::4] << 6
+        )
