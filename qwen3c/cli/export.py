@@ -20,6 +20,7 @@ from ..system.terminal import Progress, unheard
 from .command import Parser, answer, concerning, program_name
 
 if TYPE_CHECKING:
+    from ..convert.calibration_text import CalibrationOptions
     from ..convert.recipe import Recipe
 
 SCRIPT = "export.py"
@@ -75,6 +76,7 @@ def _lines(args: argparse.Namespace, progress: Progress | None) -> list[str]:
         force=args.force,
         threads=args.threads,
         lora=args.lora,
+        calibrate=_calibration(args, progress),
         progress=functools.partial(_draw, progress) if progress else None,
         **options,
     )
@@ -89,6 +91,32 @@ def _recipe(args: argparse.Namespace) -> Recipe | None:
         with concerning(args.recipe):
             return recipe.read(args.recipe)
     return None if args.bits in (None, "8") else recipe.of_bits(args.bits)
+
+
+def _calibration(args: argparse.Namespace, progress: Progress | None) -> CalibrationOptions | None:
+    """What --calibrate or --importance says."""
+    from ..convert.calibration_text import CalibrationOptions
+
+    if args.calibrate is None and args.importance is None:
+        return None
+    text, feedback = (args.calibrate, True) if args.importance is None else (args.importance, False)
+    if progress is None:
+        return CalibrationOptions(text, feedback)
+    calibrating: Progress | None = None
+
+    def say(line: str) -> None:
+        progress.clear()
+        with unheard():
+            print(line, file=sys.stderr, flush=True)
+
+    def draw(done: float, total: float) -> None:
+        nonlocal calibrating
+        calibrating = calibrating or Progress(lambda *_: "calibrated", start=done)
+        calibrating(done, total)
+        if done >= total:
+            calibrating.clear()
+
+    return CalibrationOptions(text, feedback, say, draw)
 
 
 def _draw(progress: Progress, done: int, total: int) -> None:
@@ -147,6 +175,13 @@ def _parser() -> Parser:
             "nothing")  # fmt: skip
     add("--bits", help="about how many bits a weight takes: 4, 4.5, 5, 6, 8 (default: 8)")
     add("--recipe", metavar="FILE", help="TOML file: which matrix is int4, int6 or int8 (docs/FORMAT.md)")
+    by_data = parser.add_mutually_exclusive_group()
+    for name, what in (
+        ("--calibrate", "choose the codes of int4 and int6 for the inputs that this text, or chat JSONL, makes "
+            "(default: a built-in mix); takes minutes to hours and goes on where it was interrupted"),
+        ("--importance", "the same in less time: only weigh columns by their inputs"),
+    ):  # fmt: skip
+        by_data.add_argument(name, metavar="TEXT", nargs="?", const="", help=what)
     sizes = ", ".join(map(str, format.GROUP_SIZES))
     add("--group-size", type=int,
         help=f"weights per scale: {sizes} (default: 64; 32 for Q8_0 and for fewer bits than 8)")  # fmt: skip

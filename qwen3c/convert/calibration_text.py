@@ -7,7 +7,8 @@ A line of JSONL is {"messages": [...]}, rendered by the model's chat template as
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,26 @@ BUILT_IN = Path(__file__).parents[1] / "data" / "calibration.jsonl"  # written f
 WINDOW = 512  # tokens that see each other
 MAX_TOKENS = 1 << 16  # what comes later in a text is not read
 MAX_TEXT = 64 << 20  # bytes of a file
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What an export is told of a calibration (calibrate.py).
+
+    text: a file; "" for the mix that comes with the program. feedback: whether codes make good what others
+    lose; without it columns are weighted alone. say: told in a line what it will take, before it starts.
+    progress: told (work done, work in all), some of which an earlier run may have done.
+    """
+
+    text: str | os.PathLike[str] = ""
+    feedback: bool = True
+    say: Callable[[str], None] = lambda line: None
+    progress: Callable[[float, float], None] = lambda done, total: None
+
+    @property
+    def option(self) -> str:
+        """The option that asks for it."""
+        return "--calibrate" if self.feedback else "--importance"
 
 
 class CalibrationText:

@@ -95,7 +95,7 @@ def stream(
     writer: format.ModelWriter,
     threads: int,
     written: Callable[[Slice, Converted], None],
-    ready: Callable[[Slice], Converted | None] = lambda piece: None,
+    ready: Callable[[Slice], Converted | None] | None = None,
 ) -> None:
     """Workers read and quantise slices; this thread writes them in order and lets the next ones start.
 
@@ -115,14 +115,14 @@ def stream(
     jobs: SimpleQueue[int | None] = SimpleQueue()
     results: list[SimpleQueue[Converted | BaseException]] = [SimpleQueue() for _ in range(window)]
 
+    def one(piece: Slice, source: memoryview, target: memoryview) -> Converted:
+        return (ready and ready(piece)) or convert(checkpoint, piece, source, target)
+
     def convert_slices() -> None:
         while (job := jobs.get()) is not None:
             place = job % window
             try:
-                piece = work[job]
-                results[place].put(
-                    ready(piece) or convert(checkpoint, piece, sources[place], targets[place])
-                )
+                results[place].put(one(work[job], sources[place], targets[place]))
             except BaseException as error:  # the writing thread raises it
                 results[place].put(error)
 
@@ -135,7 +135,7 @@ def stream(
             if n_workers:
                 converted = results[i % window].get()
             else:
-                converted = ready(piece) or convert(checkpoint, piece, sources[0], targets[0])
+                converted = one(piece, sources[0], targets[0])
             if isinstance(converted, BaseException):
                 raise converted
             writer.write(converted.data)
@@ -190,6 +190,16 @@ def weights(checkpoint: Checkpoint, piece: Slice, source: memoryview) -> NDArray
 
     parts = [part.to_float32() for part in _read(checkpoint, piece, source)]
     return np.concatenate(parts).reshape(piece.rows, piece.columns)
+
+
+def source_size(checkpoint: Checkpoint, piece: Slice) -> int:
+    """Bytes of a slice in the source."""
+    last = piece.row + piece.rows
+    sizes = (
+        (max(min(part.row + part.rows, last) - max(part.row, piece.row), 0), checkpoint.tensors[part.name].size, part)
+        for part in piece.tensor.parts
+    )
+    return sum(rows * (size // part.rows) for rows, size, part in sizes)
 
 
 def _read(checkpoint: Checkpoint, piece: Slice, buffer: memoryview) -> list[_Part]:

@@ -1,0 +1,122 @@
+"""What a calibration has done, in a folder beside its target, so that one that was ended goes on.
+
+    plan.json        what the calibration depends on
+    block-000.npz    the stored tensors of a block by name, and "errors": of each tensor (worst, squares, weights)
+    x-000.npy        the residual stream behind that block; of the last finished one alone
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import format
+from ..system.files import replacing, write_whole
+from .quantise import Converted, Slice
+from .source import SourceError
+
+Array = NDArray[np.float32]
+Stored = dict[str, tuple[NDArray[np.uint8], tuple[float, float, float]]]  # bytes and errors by tensor
+
+
+class CalibrationState:
+    """The blocks that are done. plan: what the result depends on, as JSON.
+
+    SourceError if the folder belongs to a calibration of another plan, or is damaged. OSError.
+    """
+
+    def __init__(self, target: Path, plan: dict[str, Any]) -> None:
+        self.path = folder(target)
+        self._plan = json.dumps(plan, indent=1, sort_keys=True)
+        self._blocks = functools.lru_cache(2)(self._read)
+        self._block_of: dict[str, int] = {}
+        if self.path.exists():
+            self._check()
+        self.done = len(finished(target))
+        for block in range(self.done):
+            self._block_of |= dict.fromkeys(self._blocks(block), block)
+
+    def _check(self) -> None:
+        plan = self.path / "plan.json"
+        if not plan.is_file() and any(self.path.iterdir()):
+            raise SourceError(f"{self.path}: is in the way of the state of the calibration; remove it")
+        if plan.is_file() and plan.read_text(encoding="utf-8") != self._plan:
+            other = "is of a calibration of another source, text or options"
+            raise SourceError(f"{self.path}: {other}; remove it to start over")
+
+    def create(self) -> None:
+        """The folder exists and says what it is of."""
+        self.path.mkdir(exist_ok=True)
+        write_whole(self.path / "plan.json", self._plan)
+
+    def save(self, stored: Stored, x: Array) -> None:
+        """Another block is done, its tensors as they are stored; x behind it."""
+        with replacing(self._x(self.done)) as path, open(path, "wb") as file:
+            np.save(file, x)
+        arrays: dict[str, Any] = {name: data for name, (data, _) in stored.items()}
+        arrays["errors"] = np.array([errors for _, errors in stored.values()], np.float64).reshape(-1, 3)
+        with replacing(self._block(self.done)) as path, open(path, "wb") as file:
+            np.savez(file, **arrays)
+        self._block_of |= dict.fromkeys(stored, self.done)
+        self.done += 1
+        self._x(self.done - 2).unlink(missing_ok=True)
+
+    def x(self) -> Array:
+        """The residual stream behind the last block that is done."""
+        path = self._x(self.done - 1)
+        try:
+            return np.load(path, allow_pickle=False)  # type: ignore[no-any-return]
+        except (OSError, ValueError, EOFError):
+            raise self._damaged(path) from None
+
+    def slice(self, piece: Slice) -> Converted | None:
+        """A slice of a tensor as it is stored; None if no block has it. Threads may call it."""
+        tensor = piece.tensor
+        if tensor.name not in self._block_of:
+            return None
+        data, errors = self._blocks(self._block_of[tensor.name])[tensor.name]
+        size = len(data) // (format.align(tensor.shape[0], format.TILE_ROWS) // format.TILE_ROWS)
+        first, last = (format.align(row, format.TILE_ROWS) // format.TILE_ROWS for row in (piece.row, piece.row + piece.rows))
+        return Converted(memoryview(data[first * size : last * size]), 0, *(errors if piece.row == 0 else ()))
+
+    def remove(self) -> None:
+        """The calibration is at its end: nothing of it is kept."""
+        shutil.rmtree(self.path)
+
+    def _read(self, block: int) -> Stored:
+        try:
+            with np.load(self._block(block), allow_pickle=False) as file:
+                errors = file["errors"]
+                names = [name for name in file.files if name != "errors"]
+                return {name: (file[name], tuple(row)) for name, row in zip(names, errors, strict=True)}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            raise self._damaged(self._block(block)) from None
+
+    def _damaged(self, path: Path) -> SourceError:
+        return SourceError(f"{path}: is damaged; remove {self.path} to start over")
+
+    def _block(self, block: int) -> Path:
+        return self.path / f"block-{block:03}.npz"
+
+    def _x(self, block: int) -> Path:
+        return self.path / f"x-{block:03}.npy"
+
+
+def folder(target: Path) -> Path:
+    """Where the state of the calibration of `target` is."""
+    return target.with_name(f"{target.name}.calibration")
+
+
+def finished(target: Path) -> list[Path]:
+    """The files of the blocks that are done."""
+    found: list[Path] = []
+    while (path := folder(target) / f"block-{len(found):03}.npz").exists():
+        found.append(path)
+    return found
