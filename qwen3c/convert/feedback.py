@@ -24,7 +24,6 @@ from ..format import TILE_ROWS, Encoding, codes_and_scales
 Array = NDArray[np.float32]
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: columns that the text hardly used stay put
-TOGETHER = 128  # columns whose feedback from all columns before them is one product
 
 
 class Inputs:
@@ -87,6 +86,8 @@ def round_with_feedback(
 ) -> tuple[float, float]:
     """Put the codes of weights (rows, columns) into `tile_rows`, whose scales stay as they are.
 
+    Columns are halved again and again, so that nearly all feedback is products of large matrices.
+
     tile_rows: ceil(rows / 16) of format.tile_row_type. Returns the largest |w - stored| and the sum of
     (w - stored)^2.
     """
@@ -99,18 +100,23 @@ def round_with_feedback(
     by_group = np.ascontiguousarray(scales.T), np.ascontiguousarray(inverses.T)
     values, table = _codes(tile_rows, encoding)
     wanted = padded.T[factor.order]  # a column is a row here, so that it lies together
-    lost, upper = np.empty_like(wanted), factor.upper
+    targets, lost = wanted.copy(), np.empty_like(wanted)
     stored = np.empty(wanted.shape, np.uint8)
-    for first in range(0, len(wanted), TOGETHER):
-        last = min(first + TOGETHER, len(wanted))
-        targets = wanted[first:last] + upper[:first, first:last].T @ lost[:first]
-        for k in range(first, last):
-            target = targets[k - first] + upper[first:k, k] @ lost[first:k]
-            group = factor.order[k] // size
-            place = _places(target * by_group[1][group], encoding)
-            index = table[place]
-            stored[factor.order[k]] = index
-            lost[k] = wanted[k] - values[index] * by_group[0][group]
+
+    def round_columns(first: int, last: int) -> None:
+        """Columns first..last - 1, whose targets have taken over what those before `first` lost."""
+        if last - first == 1:
+            column = factor.order[first]
+            index = table[_places(targets[first] * by_group[1][column // size], encoding)]
+            stored[column] = index
+            lost[first] = wanted[first] - values[index] * by_group[0][column // size]
+            return
+        middle = (first + last) // 2
+        round_columns(first, middle)
+        targets[middle:last] += factor.upper[first:middle, middle:last].T @ lost[first:middle]
+        round_columns(middle, last)
+
+    round_columns(0, len(wanted))
     put_codes(tile_rows, encoding, stored.T)
     return float(np.abs(lost).max()), float(np.einsum("ij,ij->", lost, lost))
 
