@@ -44,7 +44,9 @@ Array = NDArray[np.float32]
 # An expert that fewer of the text's rows were routed to than a share of its columns is quantised without data:
 # what so few rows leave free would be spoiled for all others
 FEWEST_ROWS = 1 / 8
-SLICE_WEIGHTS = 1 << 23  # weights that are rounded together: columns long enough that NumPy's calls cost little
+SLICE_WEIGHTS = (
+    1 << 23
+)  # weights that are rounded together: columns long enough that NumPy's calls cost little
 ROUNDING = 500  # multiply-adds that take as long as rounding one weight
 BY_DATA = (Encoding.INT4, Encoding.INT6)  # INT8 loses too little to be worth it
 
@@ -63,7 +65,9 @@ class Plan:
 
     def blocks(self) -> list[list[Tensor]]:
         """The matrices of each block that it quantises; last the output matrix, unless that is the embedding."""
-        layers = [[t for t in self.tensors if t.layer == i and t.quantized] for i in range(self.config.n_layers)]
+        layers = [
+            [t for t in self.tensors if t.layer == i and t.quantized] for i in range(self.config.n_layers)
+        ]
         head = [t for t in self.tensors if t.role is Role.LM_HEAD and not self.config.tied_embedding]
         return [*layers, head]
 
@@ -101,7 +105,8 @@ class Plan:
         inputs = 4 * max(widths) ** 2 * 4 if self.feedback else 0
         held = 4 * self.rows * (4 * c.dim + max(widths))
         largest = max(
-            sum(4 * math.prod(t.shape) for t in block if ".experts." not in t.name) for block in self.blocks()[:-1]
+            sum(4 * math.prod(t.shape) for t in block if ".experts." not in t.name)
+            for block in self.blocks()[:-1]
         )
         return inputs + held + largest + 5 * 4 * SLICE_WEIGHTS
 
@@ -127,7 +132,9 @@ class Calibration:
         self._checkpoint, self._config, self._options = checkpoint, checkpoint.config, options
         tensors = format.tensors(checkpoint.config, checkpoint.encodings)
         if not any(tensor.encoding in BY_DATA for tensor in tensors):
-            raise SourceError(f"{options.option}: all matrices become INT8; --bits or --recipe says otherwise")
+            raise SourceError(
+                f"{options.option}: all matrices become INT8; --bits or --recipe says otherwise"
+            )
         self._text = CalibrationText(checkpoint, options.text)
         self._ids = self._text.windows
         self.plan = Plan(checkpoint.config, tensors, self._ids.size, options.feedback)
@@ -280,7 +287,9 @@ class Calibration:
         row_type = format.tile_row_type(tensor.shape[1], c.group_size, tensor.encoding)
         worst, squares, of_weights, floats = 0.0, 0.0, 0.0, []
         for piece in slices(tensor, SLICE_WEIGHTS):
-            tile_rows = target.view(row_type)[piece.row // format.TILE_ROWS :][: -(-piece.rows // format.TILE_ROWS)]
+            tile_rows = target.view(row_type)[piece.row // format.TILE_ROWS :][
+                : -(-piece.rows // format.TILE_ROWS)
+            ]
             source = buffer(4 * piece.rows * piece.columns)
             converted = convert(self._checkpoint, piece, source, tile_rows.view(np.uint8).data, importance)
             errors = converted.worst, converted.squared_error
@@ -297,7 +306,9 @@ class Calibration:
 
     def _vector(self, tensor: Tensor) -> Array:
         """A tensor that stays float32."""
-        data = convert(self._checkpoint, next(slices(tensor)), buffer(4 * math.prod(tensor.shape)), buffer(0)).data
+        data = convert(
+            self._checkpoint, next(slices(tensor)), buffer(4 * math.prod(tensor.shape)), buffer(0)
+        ).data
         return np.frombuffer(data, "<f4").reshape(tensor.shape)
 
     def _embedded(self) -> Array:

@@ -1,8 +1,8 @@
 """What a calibration has done, in a folder beside its target, so that one that was ended goes on.
 
-    plan.json        what the calibration depends on
-    block-000.npz    the stored tensors of a block by name, and "errors": of each tensor (worst, squares, weights)
-    x-000.npy        the residual stream behind that block; of the last finished one alone
+plan.json        what the calibration depends on
+block-000.npz    the stored tensors of a block by name, and "errors": of each tensor (worst, squares, weights)
+x-000.npy        the residual stream behind that block; of the last finished one alone
 """
 
 from __future__ import annotations
@@ -83,7 +83,10 @@ class CalibrationState:
             return None
         data, errors = self._blocks(self._block_of[tensor.name])[tensor.name]
         size = len(data) // (format.align(tensor.shape[0], format.TILE_ROWS) // format.TILE_ROWS)
-        first, last = (format.align(row, format.TILE_ROWS) // format.TILE_ROWS for row in (piece.row, piece.row + piece.rows))
+        first, last = (
+            format.align(row, format.TILE_ROWS) // format.TILE_ROWS
+            for row in (piece.row, piece.row + piece.rows)
+        )
         return Converted(memoryview(data[first * size : last * size]), 0, *(errors if piece.row == 0 else ()))
 
     def remove(self) -> None:

@@ -196,7 +196,11 @@ def source_size(checkpoint: Checkpoint, piece: Slice) -> int:
     """Bytes of a slice in the source."""
     last = piece.row + piece.rows
     sizes = (
-        (max(min(part.row + part.rows, last) - max(part.row, piece.row), 0), checkpoint.tensors[part.name].size, part)
+        (
+            max(min(part.row + part.rows, last) - max(part.row, piece.row), 0),
+            checkpoint.tensors[part.name].size,
+            part,
+        )
         for part in piece.tensor.parts
     )
     return sum(rows * (size // part.rows) for rows, size, part in sizes)
