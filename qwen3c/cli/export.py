@@ -4,6 +4,7 @@ python export.py path/to/Qwen3-0.6B model.bin
 python export.py path/to/Qwen3-0.6B model.bin --lora path/to/adapter
 python export.py Qwen3-0.6B-Q8_0.gguf model.bin
 python export.py path/to/Qwen3-0.6B model.bin --bits 4
+python export.py path/to/Qwen3-0.6B model.bin --bits 4 --calibrate text.txt
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import format
+from ..system.machine import default_threads
 from ..system.terminal import Progress, unheard
 from .command import Parser, answer, concerning, program_name
 
@@ -32,7 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ended(args: argparse.Namespace, word: str) -> str:
-    return f"error: {_subject(args)}: {word}, nothing was written"
+    from ..convert.calibration_state import finished, folder
+
+    target = Path(os.path.realpath(args.target or ""))
+    if (args.calibrate is None and args.importance is None) or not finished(target):
+        return f"error: {_subject(args)}: {word}, nothing was written"
+    done, kept = len(finished(target)), folder(target)
+    return f"{args.target}: {word} after block {done}; the same command goes on from there ({kept.name})"
 
 
 def _subject(args: argparse.Namespace) -> str:
@@ -43,7 +52,10 @@ def _subject(args: argparse.Namespace) -> str:
 
 def _work(args: argparse.Namespace) -> int:
     # the export has its own threads, and OpenBLAS would end the process if a limit keeps it from starting any
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # a calibration multiplies matrices, one after the other
+    calibrates = args.calibrate is not None or args.importance is not None
+    blas = args.threads or default_threads() if calibrates else 1
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(blas))
     progress = None if args.quiet else Progress(describe_bytes)
     try:
         with concerning(_subject(args)):
@@ -175,13 +187,12 @@ def _parser() -> Parser:
             "nothing")  # fmt: skip
     add("--bits", help="about how many bits a weight takes: 4, 4.5, 5, 6, 8 (default: 8)")
     add("--recipe", metavar="FILE", help="TOML file: which matrix is int4, int6 or int8 (docs/FORMAT.md)")
-    by_data = parser.add_mutually_exclusive_group()
-    for name, what in (
-        ("--calibrate", "choose the codes of int4 and int6 for the inputs that this text, or chat JSONL, makes "
-            "(default: a built-in mix); takes minutes to hours and goes on where it was interrupted"),
-        ("--importance", "the same in less time: only weigh columns by their inputs"),
-    ):  # fmt: skip
-        by_data.add_argument(name, metavar="TEXT", nargs="?", const="", help=what)
+    by_data = parser.add_mutually_exclusive_group().add_argument
+    by_data("--calibrate", metavar="TEXT", nargs="?", const="",
+        help="choose the codes of int4 and int6 for the inputs that a text or chat JSONL gives them (default: "
+            "a built-in mix); takes minutes to hours, and goes on where it was interrupted")  # fmt: skip
+    by_data("--importance", metavar="TEXT", nargs="?", const="",
+        help="the quicker way: only weigh the columns by these inputs")  # fmt: skip
     sizes = ", ".join(map(str, format.GROUP_SIZES))
     add("--group-size", type=int,
         help=f"weights per scale: {sizes} (default: 64; 32 for Q8_0 and for fewer bits than 8)")  # fmt: skip

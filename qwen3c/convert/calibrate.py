@@ -8,9 +8,9 @@
 
 The arithmetic of a block is reference.py's, in float32. The engine starts at tokens and knows stored matrices
 alone; a calibration goes on from the residual stream between two blocks, and needs inputs in the middle of a
-block whose other matrices are not quantised yet. So each block is computed once, with what is in memory; tests
-hold the inputs to those that the engine has in its float mode. With the text fixed, the bytes also depend on
-the BLAS that NumPy has.
+block whose other matrices are not quantised yet. So each block is computed once, with what is in memory;
+tests hold the inputs to those that the engine has in its float mode. The bytes of the result depend on the
+text, and in their last bits on the BLAS that NumPy has and its threads.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .source import SourceError
 
 Array = NDArray[np.float32]
 
-# An expert that fewer of the text's rows were routed to than a share of its columns is quantised without data:
+# Rows of a text were routed to than a share of its columns is quantised without data:
 # what so few rows leave free would be spoiled for all others
 FEWEST_ROWS = 1 / 8
 SLICE_WEIGHTS = (
@@ -64,10 +64,9 @@ class Plan:
     feedback: bool
 
     def blocks(self) -> list[list[Tensor]]:
-        """The matrices of each block that it quantises; last the output matrix, unless that is the embedding."""
-        layers = [
-            [t for t in self.tensors if t.layer == i and t.quantized] for i in range(self.config.n_layers)
-        ]
+        """The matrices of each layer; last the output matrix, unless that is the embedding."""
+        matrices = [t for t in self.tensors if t.quantized]
+        layers = [[t for t in matrices if t.layer == layer] for layer in range(self.config.n_layers)]
         head = [t for t in self.tensors if t.role is Role.LM_HEAD and not self.config.tied_embedding]
         return [*layers, head]
 
@@ -104,10 +103,8 @@ class Plan:
         widths = {t.shape[1] for block in self.blocks() for t in block}
         inputs = 4 * max(widths) ** 2 * 4 if self.feedback else 0
         held = 4 * self.rows * (4 * c.dim + max(widths))
-        largest = max(
-            sum(4 * math.prod(t.shape) for t in block if ".experts." not in t.name)
-            for block in self.blocks()[:-1]
-        )
+        shared = [[t for t in block if ".experts." not in t.name] for block in self.blocks()[:-1]]
+        largest = max(sum(4 * math.prod(t.shape) for t in block) for block in shared)
         return inputs + held + largest + 5 * 4 * SLICE_WEIGHTS
 
     def seconds(self, blocks: Sequence[Sequence[Tensor]]) -> float:
@@ -132,9 +129,7 @@ class Calibration:
         self._checkpoint, self._config, self._options = checkpoint, checkpoint.config, options
         tensors = format.tensors(checkpoint.config, checkpoint.encodings)
         if not any(tensor.encoding in BY_DATA for tensor in tensors):
-            raise SourceError(
-                f"{options.option}: all matrices become INT8; --bits or --recipe says otherwise"
-            )
+            raise SourceError(f"{options.option}: all matrices become INT8; give --bits 4, or a --recipe")
         self._text = CalibrationText(checkpoint, options.text)
         self._ids = self._text.windows
         self.plan = Plan(checkpoint.config, tensors, self._ids.size, options.feedback)
@@ -177,7 +172,7 @@ class Calibration:
         self._options.progress(self._done, self._total)
 
     def run(self) -> None:
-        """Do the blocks that are not done. SourceError, with its place, for a weight that cannot be stored."""
+        """Do the blocks that are not done. SourceError for a weight that cannot be stored."""
         blocks = self.plan.blocks()
         if self.state.done < len(blocks):
             self._options.say(self._described())
@@ -262,19 +257,20 @@ class Calibration:
         """Quantise matrices that all have the inputs x (..., columns): into `stored`, and float32 into w."""
         x = x.reshape(-1, x.shape[-1])
         by_data = [t for t in tensors if t.encoding in BY_DATA and len(x) >= FEWEST_ROWS * t.shape[1]]
-        importance, taken = None, None
+        importance: Array | None = None
+        taken: Factor | None = None
         if by_data:
             inputs = Inputs(x.shape[1], self.plan.feedback)
             for rows in np.array_split(x, max(len(x) // 512, 1)):
                 inputs.add(rows)
-            importance = inputs.importance
-            taken = factor(inputs) if self.plan.feedback else None
+            if self.plan.feedback:
+                taken = factor(inputs)
+            else:
+                importance = inputs.importance
             self._tick(self.plan.of_inputs(by_data[0]))
         for tensor in tensors:
-            with_data = tensor in by_data
-            data, errors, floats = self._quantized(
-                tensor, importance if with_data else None, taken if with_data else None, kept
-            )
+            with_data = (importance, taken) if tensor in by_data else (None, None)
+            data, errors, floats = self._quantized(tensor, *with_data, kept)
             stored[tensor.name] = data, errors
             w.update({part.name: rows for part, rows in _parts(tensor, floats)})
 
@@ -284,31 +280,29 @@ class Calibration:
         """A matrix as it is stored, its errors, and, if `kept`, as float32 again (else no rows)."""
         c = self._config
         target = np.empty(tensor.size, np.uint8)
-        row_type = format.tile_row_type(tensor.shape[1], c.group_size, tensor.encoding)
+        tile_rows = target.view(format.tile_row_type(tensor.shape[1], c.group_size, tensor.encoding))
         worst, squares, of_weights, floats = 0.0, 0.0, 0.0, []
         for piece in slices(tensor, SLICE_WEIGHTS):
-            tile_rows = target.view(row_type)[piece.row // format.TILE_ROWS :][
-                : -(-piece.rows // format.TILE_ROWS)
-            ]
+            first = piece.row // format.TILE_ROWS
+            part = tile_rows[first : first + -(-piece.rows // format.TILE_ROWS)]
             source = buffer(4 * piece.rows * piece.columns)
-            converted = convert(self._checkpoint, piece, source, tile_rows.view(np.uint8).data, importance)
+            converted = convert(self._checkpoint, piece, source, part.view(np.uint8).data, importance)
             errors = converted.worst, converted.squared_error
             if taken is not None:
-                errors = round_with_feedback(
-                    weights(self._checkpoint, piece, source), tile_rows, tensor.encoding, taken
-                )
+                given = weights(self._checkpoint, piece, source)
+                errors = round_with_feedback(given, part, tensor.encoding, taken)
             worst, squares = max(worst, errors[0]), squares + errors[1]
             of_weights += converted.squared_weight
             if kept:
-                floats.append(reference.dequantize_tile_rows(tile_rows)[: piece.rows])
+                floats.append(reference.dequantize_tile_rows(part)[: piece.rows])
             self._tick(self.plan.of_tensor(tensor) * piece.rows / tensor.shape[0])
-        return target, (worst, squares, of_weights), np.concatenate(floats or [np.empty((0, 0), np.float32)])
+        none = [np.empty((0, 0), np.float32)]
+        return target, (worst, squares, of_weights), np.concatenate(floats or none)
 
     def _vector(self, tensor: Tensor) -> Array:
         """A tensor that stays float32."""
-        data = convert(
-            self._checkpoint, next(slices(tensor)), buffer(4 * math.prod(tensor.shape)), buffer(0)
-        ).data
+        piece = next(slices(tensor))
+        data = convert(self._checkpoint, piece, buffer(4 * math.prod(tensor.shape)), buffer(0)).data
         return np.frombuffer(data, "<f4").reshape(tensor.shape)
 
     def _embedded(self) -> Array:

@@ -72,7 +72,7 @@ class CalibrationState:
         """The residual stream behind the last block that is done."""
         path = self._x(self.done - 1)
         try:
-            return np.load(path, allow_pickle=False)  # type: ignore[no-any-return]
+            return np.asarray(np.load(path, allow_pickle=False), np.float32)
         except (OSError, ValueError, EOFError):
             raise self._damaged(path) from None
 
@@ -82,12 +82,10 @@ class CalibrationState:
         if tensor.name not in self._block_of:
             return None
         data, errors = self._blocks(self._block_of[tensor.name])[tensor.name]
-        size = len(data) // (format.align(tensor.shape[0], format.TILE_ROWS) // format.TILE_ROWS)
-        first, last = (
-            format.align(row, format.TILE_ROWS) // format.TILE_ROWS
-            for row in (piece.row, piece.row + piece.rows)
-        )
-        return Converted(memoryview(data[first * size : last * size]), 0, *(errors if piece.row == 0 else ()))
+        n = format.TILE_ROWS
+        size = len(data) // (format.align(tensor.shape[0], n) // n)
+        part = data[piece.row // n * size : format.align(piece.row + piece.rows, n) // n * size]
+        return Converted(part.data, 0, *(errors if piece.row == 0 else ()))
 
     def remove(self) -> None:
         """The calibration is at its end: nothing of it is kept."""

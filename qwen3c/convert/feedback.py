@@ -1,7 +1,7 @@
 """Codes of INT4 and INT6 that know of each other: what rounding one column loses, later columns make good.
 
     inputs     H = X^T X of the rows X that the matrix will be multiplied with
-    scales     as without data, but each column weighted by its mean square in X
+    scales     as without data (weighted by the mean squares of X they lose a little more)
     codes      column after column, those of the largest inputs first; each is rounded after it has taken over
                what the columns before it lost
 
@@ -48,7 +48,7 @@ class Inputs:
 
     @property
     def importance(self) -> Array:
-        """The mean square of each column, and a little for those that were always 0."""
+        """The mean square of each column, and a little more, for those that were always 0."""
         mean = self.squares / max(self.rows, 1)
         return mean + np.float32(DAMPING) * mean.mean()
 

@@ -115,14 +115,14 @@ def stream(
     jobs: SimpleQueue[int | None] = SimpleQueue()
     results: list[SimpleQueue[Converted | BaseException]] = [SimpleQueue() for _ in range(window)]
 
-    def one(piece: Slice, source: memoryview, target: memoryview) -> Converted:
+    def converted_slice(piece: Slice, source: memoryview, target: memoryview) -> Converted:
         return (ready and ready(piece)) or convert(checkpoint, piece, source, target)
 
     def convert_slices() -> None:
         while (job := jobs.get()) is not None:
             place = job % window
             try:
-                results[place].put(one(work[job], sources[place], targets[place]))
+                results[place].put(converted_slice(work[job], sources[place], targets[place]))
             except BaseException as error:  # the writing thread raises it
                 results[place].put(error)
 
@@ -135,7 +135,7 @@ def stream(
             if n_workers:
                 converted = results[i % window].get()
             else:
-                converted = one(piece, sources[0], targets[0])
+                converted = converted_slice(piece, sources[0], targets[0])
             if isinstance(converted, BaseException):
                 raise converted
             writer.write(converted.data)
@@ -194,16 +194,11 @@ def weights(checkpoint: Checkpoint, piece: Slice, source: memoryview) -> NDArray
 
 def source_size(checkpoint: Checkpoint, piece: Slice) -> int:
     """Bytes of a slice in the source."""
-    last = piece.row + piece.rows
-    sizes = (
-        (
-            max(min(part.row + part.rows, last) - max(part.row, piece.row), 0),
-            checkpoint.tensors[part.name].size,
-            part,
-        )
-        for part in piece.tensor.parts
-    )
-    return sum(rows * (size // part.rows) for rows, size, part in sizes)
+    size = 0
+    for part in piece.tensor.parts:
+        rows = min(part.row + part.rows, piece.row + piece.rows) - max(part.row, piece.row)
+        size += max(rows, 0) * (checkpoint.tensors[part.name].size // part.rows)
+    return size
 
 
 def _read(checkpoint: Checkpoint, piece: Slice, buffer: memoryview) -> list[_Part]:
