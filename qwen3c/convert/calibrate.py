@@ -41,9 +41,6 @@ from .source import SourceError
 
 Array = NDArray[np.float32]
 
-# Rows of a text were routed to than a share of its columns is quantised without data:
-# what so few rows leave free would be spoiled for all others
-FEWEST_ROWS = 1 / 8
 SLICE_WEIGHTS = (
     1 << 23
 )  # weights that are rounded together: columns long enough that NumPy's calls cost little
@@ -163,8 +160,8 @@ class Calibration:
         took = f"{seconds / 60:.0f} min" if seconds >= 100 else f"{max(seconds, 1):.0f} s"
         since = f", from block {done + 1} on" if done else ""
         return (
-            f"calibrating {self._config.n_layers} blocks on {plan.rows:,} tokens of {self._text.name}{since}: "
-            f"about {took}, {gib(plan.memory())} of memory, {gib(plan.state_bytes())} on disk until the end"
+            f"calibrating {self._config.n_layers} blocks on {plan.rows:,} tokens of {self._text.name}{since}"
+            f": about {took}, {gib(plan.memory())} of memory, {gib(plan.state_bytes())} on disk until the end"
         )
 
     def _tick(self, work: float) -> None:
@@ -256,7 +253,7 @@ class Calibration:
     ) -> None:
         """Quantise matrices that all have the inputs x (..., columns): into `stored`, and float32 into w."""
         x = x.reshape(-1, x.shape[-1])
-        by_data = [t for t in tensors if t.encoding in BY_DATA and len(x) >= FEWEST_ROWS * t.shape[1]]
+        by_data = [t for t in tensors if t.encoding in BY_DATA and len(x)]  # no row came to some experts
         importance: Array | None = None
         taken: Factor | None = None
         if by_data:

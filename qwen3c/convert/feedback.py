@@ -23,7 +23,11 @@ from ..format import TILE_ROWS, Encoding, codes_and_scales
 
 Array = NDArray[np.float32]
 
-DAMPING = 0.01  # of the mean of H's diagonal, added to it: columns that the text hardly used stay put
+# Of the mean of the diagonal of H, added to it: columns that the text hardly used stay put. The fewer rows
+# there are
+# beside columns, the more, for few rows say little of how columns go together: an expert that saw next to
+# nothing is quantised as without data. Half was the best of what was tried (docs/FIDELITY.md)
+DAMPING, FEW_ROWS = 0.01, 0.5
 
 
 class Inputs:
@@ -44,13 +48,18 @@ class Inputs:
             self.squares += np.einsum("ij,ij->j", x, x)
         else:
             self.hessian += x.T @ x
-            self.squares = self.hessian.diagonal()
+            self.squares = self.hessian.diagonal().copy()
+
+    @property
+    def damping(self) -> np.float32:
+        """What is added to the diagonal of H."""
+        mean = float(self.squares.mean()) or 1.0
+        return np.float32((DAMPING + FEW_ROWS * len(self.squares) / self.rows) * mean)
 
     @property
     def importance(self) -> Array:
-        """The mean square of each column, and a little more, for those that were always 0."""
-        mean = self.squares / max(self.rows, 1)
-        return mean + np.float32(DAMPING) * mean.mean()
+        """The mean square of each column, damped as H is."""
+        return np.asarray((self.squares + self.damping) / self.rows, np.float32)
 
 
 @dataclass(frozen=True)
@@ -62,19 +71,18 @@ class Factor:
 
 
 def factor(inputs: Inputs) -> Factor:
-    """H, damped until it has a factor, taken apart."""
+    """H, damped, taken apart; more of it is damped where rounding has made it indefinite."""
     assert inputs.hessian is not None
     order = np.argsort(-inputs.squares, kind="stable")
     # the Cholesky factor of H with its columns turned round is A sqrt(D) turned round
     turned = inputs.hessian[np.ix_(order[::-1], order[::-1])]
-    mean = float(inputs.squares.mean()) or 1.0
-    damping = DAMPING
+    damping = inputs.damping
     while True:
-        turned[np.diag_indices_from(turned)] = inputs.squares[order[::-1]] + np.float32(damping * mean)
+        turned[np.diag_indices_from(turned)] = inputs.squares[order[::-1]] + damping
         try:
             lower = np.linalg.cholesky(turned)
             break
-        except np.linalg.LinAlgError:  # rounding has made it indefinite
+        except np.linalg.LinAlgError:
             damping *= 10
     upper = np.ascontiguousarray(lower[::-1, ::-1])
     upper /= upper.diagonal()
