@@ -108,7 +108,7 @@ class Reference:
 def ours(source: Path, work: Path, recipes: list[recipe.Recipe], text: str | None) -> Iterator[Candidate]:
     """Exports by each recipe, read back; with a text also weighed by it, and calibrated on it."""
     for made in recipes:
-        ways = {"": None}
+        ways: dict[str, CalibrationOptions | None] = {"": None}
         if text is not None and _has_few_bits(made):
             ways |= {
                 " --importance": CalibrationOptions(text, feedback=False),

@@ -190,7 +190,7 @@ def _parser() -> Parser:
     by_data = parser.add_mutually_exclusive_group().add_argument
     by_data("--calibrate", metavar="TEXT", nargs="?", const="",
         help="choose the codes of int4 and int6 for the inputs that a text or chat JSONL gives them "
-            "(default: a built-in mix); takes minutes to hours, goes on where it was interrupted")  # fmt: skip
+            "(default: a built-in mix); takes minutes to hours, goes on where interrupted")  # fmt: skip
     by_data("--importance", metavar="TEXT", nargs="?", const="",
         help="the quicker way: only weigh the columns by these inputs")  # fmt: skip
     sizes = ", ".join(map(str, format.GROUP_SIZES))

@@ -186,6 +186,7 @@ class Calibration:
                 h = reference.rmsnorm(x, self._vector(norm), self._config.rms_eps)
                 self._settle(blocks[-1], h, stored, {}, kept=False)
             self.state.save(stored, x[:0])
+        self._options.progress(self._total, self._total)
 
     def _block(self, layer: int, x: Array) -> Stored:
         """Quantise the matrices of a layer; x (windows, tokens, dim) becomes what is behind it."""

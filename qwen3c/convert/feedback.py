@@ -23,9 +23,8 @@ from ..format import TILE_ROWS, Encoding, codes_and_scales
 
 Array = NDArray[np.float32]
 
-# Of the mean of the diagonal of H, added to it: columns that the text hardly used stay put. The fewer rows
-# there are
-# beside columns, the more, for few rows say little of how columns go together: an expert that saw next to
+# Of the mean of the diagonal of H, added to it: columns that the text hardly used stay put. The fewer rows H
+# has beside columns, the more, for few rows say little of how columns go together: an expert that saw next to
 # nothing is quantised as without data. Half was the best of what was tried (docs/FIDELITY.md)
 DAMPING, FEW_ROWS = 0.01, 0.5
 

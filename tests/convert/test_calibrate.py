@@ -1,4 +1,4 @@
-"""Calibration: inputs are the engine's, feedback is GPTQ, an interrupted run goes on, a bad text is one line."""
+"""Calibration: inputs are the engine's, feedback is GPTQ, interrupted runs go on, bad texts are one line."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def stored(tile_rows: NDArray[Any], rows: int) -> Array:
 def test_codes_come_back_as_they_were_put(encoding: Encoding) -> None:
     weights = np.random.default_rng(0).standard_normal((48, N_COLUMNS), np.float32)
     tile_rows = quantized(weights, encoding)
-    codes, scales = format.codes_and_scales(tile_rows)
+    codes, _ = format.codes_and_scales(tile_rows)
     codebook = tile_rows["codebook"][0].tolist() if encoding is Encoding.INT4 else [*range(-32, 32)]
     places = np.vectorize(codebook.index)(codes).astype(np.uint8)
     before = tile_rows.tobytes()
