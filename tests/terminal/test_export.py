@@ -401,7 +401,7 @@ def test_an_interrupted_calibration_goes_on_with_the_same_command(
     done = 0
     for _ in range(2):
         with Terminal(command, columns=200) as terminal:
-            first = target.with_name(f"model.bin.calibration/block-{done + 1:03}.npz")
+            first = target.with_name("model.bin.calibration") / f"block-{done + 1:03}.npz"
             terminal.wait_until(first.exists, "another block")
             terminal.press("ctrl-c")
             assert terminal.finish() == 130
