@@ -159,6 +159,7 @@ def modules():
             extension("kernels.draw", []),
             extension("engine.forward", []),
             extension("engine.engine", []),
+            extension("drivers.lookup", []),
         ],
         build_dir="build",  # the C that Cython writes lies apart from the sources
     )

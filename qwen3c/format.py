@@ -34,17 +34,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 from .system import mistakes
-from .system.files import sync_directory
+from .system.files import LOCKS, lock, sync_directory
 
 MAGIC = mistakes.MODEL_BIN
 VERSION = 1  # of files whose matrices are all INT8
@@ -913,7 +908,7 @@ class ModelWriter:
             if kind is None:
                 self._finish()
                 # Windows cannot rename an open file; elsewhere it stays open, and locked, until it is renamed
-                if fcntl is None:
+                if not LOCKS:
                     self._file.close()
                 os.replace(self._temporary, self.path)
                 sync_directory(self.path.parent)
@@ -929,7 +924,7 @@ class ModelWriter:
         """
         while True:
             self._file = open(self._temporary, "xb")
-            _lock(self._file, wait=True)
+            lock(self._file, wait=True)
             if os.fstat(self._file.fileno()).st_nlink:
                 return
             self._file.close()  # before it was locked, another writer took it for a leftover and removed it
@@ -943,7 +938,7 @@ class ModelWriter:
         for leftover in self.path.parent.iterdir():
             if pattern.fullmatch(leftover.name):
                 with contextlib.suppress(OSError), open(leftover, "rb") as file:
-                    _lock(file, wait=False)
+                    lock(file, wait=False)
                     leftover.unlink()
 
     def _layout(self) -> dict[str, Any]:
@@ -999,9 +994,3 @@ def sections_crc(header: bytes, sections: bytes | bytearray | memoryview) -> int
     crc = zlib.crc32(sections, zlib.crc32(header[_FIELDS_OFFSET:_SECTIONS_CRC_OFFSET]))
     # trailing zeros are stripped, so a model without mlp_only_layers hashes nothing here
     return zlib.crc32(header[_LAYERS_OFFSET : _LAYERS_OFFSET + _LAYERS_SIZE].rstrip(b"\0"), crc)
-
-
-def _lock(file: BinaryIO, wait: bool) -> None:
-    """Lock an open file until it is closed. OSError if another process holds the lock and wait is false."""
-    if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .drivers import retrieval
-from .drivers.batch import RUNNING, CachedSession, drive
+from .drivers.batch import RUNNING, CachedSession, alike_together, drive
+from .drivers.draft import Drafting
 from .drivers.generate import AnswerOptions, Generation, ReplyOptions
 from .drivers.grammar import Grammar
 from .drivers.reply import (
@@ -34,6 +35,7 @@ from .engine import KV, Activations, Engine, Logits, Session
 from .format import ModelFileError
 from .kernels.table import all_finite
 from .memory import check_space_for_model, gib
+from .system import names
 from .text.chat import END_THINK, ChatTemplate, last_control_token, may_think
 from .text.template import Renderer
 from .text.tokenizer import BackgroundTokenizer, Tokenizer
@@ -44,6 +46,9 @@ if sys.version_info >= (3, 11):
 elif TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+
+if TYPE_CHECKING:
+    from .hub.download import Progress
 
 CONSTRAINTS = ("schema", "regex", "choice", "grammar")  # options of which a call may have one
 
@@ -99,6 +104,33 @@ class Model(Engine):
             raise TypeError(f"{cls.__name__}() {reason}") from None
         return super().__new__(cls, *args, **kwargs)
 
+    @classmethod
+    def from_hub(
+        cls,
+        name: str,
+        threads: int | None = None,
+        kv: KV = "f16",
+        activations: Activations = "int8",
+        huge_pages: bool = False,
+        *,
+        bits: str = "8",
+        progress: Progress | None = None,
+    ) -> Self:
+        """The model of a name on the Hugging Face Hub, such as "Qwen/Qwen3-0.6B", fetched and converted once.
+
+        name: OWNER/NAME, with @REVISION, and :FILE.gguf for a GGUF file; a file of that name here wins. bits:
+        about how many a weight takes, as --bits of export.py has them. progress: told (what is done, bytes
+        done, bytes in all, 0 if unknown). The rest as for Model. ValueError, one line, for what cannot be had
+        or converted; ImportError if the extra `hub` is needed and not installed.
+        """
+        given = None if os.path.exists(name) else names.parse(name)
+        if given is None:
+            return cls(name, threads, kv, activations, huge_pages)
+        from .hub import obtain
+
+        path = obtain.model(given, str(bits), progress or obtain.ignore)
+        return cls(path, threads, kv, activations, huge_pages)
+
     def __repr__(self) -> str:
         size = (
             f"{gib(self.file.file_size)}, context {self.config.context}, {self.threads} threads, kv {self.kv}"
@@ -123,7 +155,14 @@ class Model(Engine):
         other use of it or its sessions is a ValueError. The memory of a session is freed with the session.
         """
         super().close()
-        for name in ("_tokenizer", "_renderer", "chat_template", "undefined_tokens", "vocabulary"):
+        for name in (
+            "_tokenizer",
+            "_renderer",
+            "chat_template",
+            "undefined_tokens",
+            "vocabulary",
+            "drafting",
+        ):
             vars(self).pop(name, None)
 
     @property
@@ -155,6 +194,18 @@ class Model(Engine):
         thinking = self.metadata["thinking"]
         return Vocabulary(self.config.n_tokens, ends, self.undefined_tokens, self.tokenizer, thinking)
 
+    @cached_property
+    def drafting(self) -> Drafting:
+        """What guesses at the next tokens of replies (drivers/draft.py): their own text, see draft_with."""
+        return Drafting(self)
+
+    def draft_with(self, small: Engine) -> None:
+        """From now on a smaller model guesses, too, at the next tokens of replies: that changes no token.
+
+        ValueError, one line, if its tokenizer is another one.
+        """
+        self.drafting = Drafting(self, small)
+
     # ------------------------------------------------------------------------
     # Text -> text
 
@@ -170,8 +221,8 @@ class Model(Engine):
         """The whole reply to a conversation; str() of it is the answer.
 
         messages, thinking, tools: see chat_prompt. max_tokens, and options (session, stop, mask, cancel,
-        progress, the fields of AnswerOptions and of Sampling): see generate, which has the reply token by
-        token. Conversation remembers what was said.
+        progress, draft, the fields of AnswerOptions and of Sampling): see generate, which has the reply token
+        by token. Conversation remembers what was said.
         """
         _check_keywords(Model.chat, options, ReplyOptions.__optional_keys__)
         prompt = self.chat_prompt(messages, thinking, tools)
@@ -184,7 +235,7 @@ class Model(Engine):
         """How the model goes on from a bare text: no template, no roles.
 
         max_tokens: None for what the context holds; such text need not come to an end. options: session,
-        stop, mask, cancel, progress, the fields of AnswerOptions and of Sampling, see generate.
+        stop, mask, cancel, progress, draft, the fields of AnswerOptions and of Sampling, see generate.
         """
         _check_keywords(Model.complete, options, ReplyOptions.__optional_keys__)
         if not isinstance(text, str):
@@ -240,6 +291,7 @@ class Model(Engine):
         mask: Mask | None = None,
         cancel: Callable[[], bool] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        draft: bool = True,
         **options: Unpack[AnswerOptions],
     ) -> Generation:
         """The reply to `prompt` (token ids), as an iterator of events, also `async for`; see Generation.
@@ -248,10 +300,11 @@ class Model(Engine):
         with the beginning of the prompt are not computed again. stop: texts that end the reply and are not
         part of it. logprobs: None, or how many of the most likely tokens to give with each event. mask: says
         before each token which may come; see reply.Mask. cancel: asked before every token and every piece of
-        the prompt; true ends the reply. progress: told (tokens done, tokens in all) of the prompt. options:
-        see Sampling and AnswerOptions. An answer that is held to a schema, regex, choice or grammar meets it
-        if finish_reason is "stop" and no text of `stop` came; one that ended by "length" is the beginning of
-        such an answer. ValueError, before anything is computed, if an argument is out of range, an id of the
+        the prompt; true ends the reply. progress: told (tokens done, tokens in all) of the prompt. draft:
+        whether passes may check guesses at several tokens, which changes no token. options: see Sampling and
+        AnswerOptions. An answer that is held to a schema, regex, choice or grammar meets it if finish_reason
+        is "stop" and no text of `stop` came; one that ended by "length" is the beginning of such an answer.
+        ValueError, before anything is computed, if an argument is out of range, an id of the
         prompt is no token, the prompt is longer than the context or a grammar cannot be enforced.
         """
         _check_keywords(Model.generate, options, AnswerOptions.__optional_keys__)
@@ -261,7 +314,10 @@ class Model(Engine):
         grammar = self._grammar(options, mask)
         mask = mask if grammar is None else grammar.mask(ids)
         state = self._state(ids, budget, options, ReplySettings(stop, logprobs, mask))
-        return Generation(own, ids, state, owns_session=session is None, cancel=cancel, progress=progress)
+        return Generation(
+            own, ids, state, owns_session=session is None, cancel=cancel, progress=progress,
+            drafting=self.drafting if draft else None,
+        )  # fmt: skip
 
     def generate_many(
         self,
@@ -272,12 +328,14 @@ class Model(Engine):
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
         seeds: Sequence[int] | None = None,
+        draft: bool = True,
         **options: Unpack[AnswerOptions],
     ) -> Iterator[tuple[int, Event]]:
         """The replies to many prompts in shared passes: (index of the prompt, event) pairs as they come.
 
-        At most `running` replies are on their way at once. What prompts have in common at their beginning is
-        computed once. A reply is the same, to the bit, as generate's for its prompt alone.
+        At most `running` replies are on their way at once, those to prompts that begin alike beside and after
+        each other: what they have in common is computed once. A reply is the same, to the bit, as generate's
+        for its prompt alone.
         seeds: one for each prompt, in place of `seed` for all. The other arguments are those of generate.
         ValueError, before anything is computed, if an argument is out of range or a prompt does not fit.
         """
@@ -305,7 +363,10 @@ class Model(Engine):
 
         for i in range(min(1, len(checked))):
             state(i)  # raises for an argument out of range now, not at the first event
-        return drive(self, ((checked[i][0], state(i)) for i in range(len(checked))), running)
+        order = alike_together([ids for ids, _ in checked])
+        replies = ((checked[i][0], state(i)) for i in order)
+        driven = drive(self, replies, running, drafting=self.drafting if draft else None)
+        return ((order[place], event) for place, event in driven)
 
     def _grammar(self, options: AnswerOptions, mask: Mask | None = None) -> Grammar | None:
         """The grammar that a call asks for, if any. ValueError if it asks for more than one constraint."""
@@ -339,12 +400,15 @@ class Model(Engine):
     # Tokens -> logits, texts -> vectors and scores
 
     def forward(
-        self, batch: Sequence[tuple[Session, ArrayLike]], logits: Logits = "last"
+        self, batch: Sequence[tuple[Session, ArrayLike]], logits: Logits | Sequence[int] = "last"
     ) -> list[NDArray[np.float32]]:
         """One ragged batch over any sessions of this model; a list of what Session.forward returns, in order.
 
+        logits: a list says how many rows are wanted of each session, the last ones: (n, vocab_size).
         ValueError also if the logits of a token, or the hidden state, are NaN or infinite; every other method
-        computes through this one. model.trace shows where such a number comes from.
+        computes through this one. With a list only the first row of each session is checked, for a draft
+        may hold any token; a bad row after it is all NaN, which nobody can draw from. model.trace shows
+        where such a number comes from.
         """
         outputs = super().forward(batch, logits)
         hidden = logits == "hidden"
@@ -352,9 +416,18 @@ class Model(Engine):
         n = self.config.dim if hidden else self.config.n_tokens
         rows = [row for output in outputs for row in output.reshape(-1, output.shape[-1])]
         if not all_finite(rows, n, self.threads):
-            for row in rows:
-                self._check_finite(row[:n], hidden)
+            for output in outputs:
+                self._check_rows(output.reshape(-1, output.shape[-1]), n, hidden, not isinstance(logits, str))
         return outputs
+
+    def _check_rows(self, rows: NDArray[np.float32], n: int, hidden: bool, drafted: bool) -> None:
+        for i, row in enumerate(rows):
+            try:
+                self._check_finite(row[:n], hidden)
+            except ValueError:
+                if not (i and drafted):
+                    raise
+                row[:] = np.nan
 
     def _check_finite(self, row: NDArray[np.float32], hidden: bool) -> None:
         finite = np.isfinite(row)

@@ -9,6 +9,7 @@ For a given shape it is the model of small_models.write_small_model, as llama.cp
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,11 @@ from small_models import (
     tokenizer_json,
 )
 
-KINDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "Q6_K": 14, "BF16": 30}
+from qwen3c.convert import gguf_blocks as blocks
+
+KINDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11,
+         "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "IQ3_S": 21, "IQ4_XS": 23, "BF16": 30,
+         "MXFP4": 39}  # fmt: skip
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 Q8_0_BLOCK = np.dtype([("scale", "<f2"), ("codes", "i1", 32)])
 
@@ -189,6 +194,32 @@ def encode(weights: NDArray[np.float32], dtype: str) -> tuple[str, tuple[int, ..
     scales = np.maximum(blocks["scale"].astype(np.float32), np.float32(1e-30))
     blocks["codes"] = np.clip(np.rint(groups / scales[:, None]), -127, 127)
     return dtype, weights.shape, blocks.tobytes()
+
+
+def random_blocks(kind: str, shape: tuple[int, ...], seed: int = 0) -> tuple[str, tuple[int, ...], bytes]:
+    """A tensor of this shape as blocks of random codes, with scales as a model's weights have them."""
+    layout, r = blocks.KINDS[kind], np.random.default_rng(seed)
+    n = math.prod(shape) // layout.weights
+    found = np.frombuffer(r.bytes(n * layout.size), [*layout.fields]).copy()
+    for field, smallest in (("scale", 1e-5), ("minimum", 1e-5)):
+        if field in (found.dtype.names or ()):
+            found[field] = r.uniform(smallest, 1e-3, n) * r.choice([-1, 1], n)
+    if kind == "MXFP4":
+        found["exponent"] = r.integers(104, 143, n)  # of these every scale is an fp16
+    if kind == "Q8_0":
+        found["codes"] = np.maximum(found["codes"], -127)
+    return kind, shape, found.tobytes()
+
+
+def of_blocks(kinds: Mapping[str, str] | str, **shape: Any) -> tuple[Keys, Tensors]:
+    """small_gguf with matrices as random blocks. kinds: of every matrix; or of those that are named so."""
+    keys, tensors = small_gguf("F16", **shape)
+    for seed, (name, (_, dims, _)) in enumerate([*tensors.items()]):
+        if len(dims) > 1 and "ffn_gate_inp" not in name:
+            kind = kinds if isinstance(kinds, str) else next((k for n, k in kinds.items() if n in name), None)
+            if kind in blocks.KINDS:
+                tensors[name] = random_blocks(kind, dims, seed)
+    return keys, tensors
 
 
 def write_gguf(

@@ -49,7 +49,8 @@ def answer(
             sys.stdout.flush()
         except KeyboardInterrupt as interrupt:
             end = interrupt if isinstance(interrupt, Ended) else Ended()
-            _say_last(f"{program_name(script)}: {ended(args, end.word)}" if ended else "")
+            line = end.line or (ended(args, end.word) if ended else "")
+            _say_last(line and f"{program_name(script)}: {line}")
             status = end.status
         except (ValueError, OSError, MemoryError, ImportError, RuntimeError) as error:
             status = _failed(script, error, cure)

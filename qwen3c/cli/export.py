@@ -3,6 +3,7 @@
 python export.py path/to/Qwen3-0.6B model.bin
 python export.py path/to/Qwen3-0.6B model.bin --lora path/to/adapter
 python export.py Qwen3-0.6B-Q8_0.gguf model.bin
+python export.py Qwen/Qwen3-0.6B model.bin
 python export.py path/to/Qwen3-0.6B model.bin --bits 4
 python export.py path/to/Qwen3-0.6B model.bin --bits 4 --calibrate text.txt
 """
@@ -21,6 +22,7 @@ from .. import format
 from ..system.machine import default_threads
 from ..system.terminal import Progress, unheard
 from .command import Parser, answer, concerning, program_name
+from .named import export_source
 
 if TYPE_CHECKING:
     from ..convert.calibration_text import CalibrationOptions
@@ -80,10 +82,12 @@ def _lines(args: argparse.Namespace, progress: Progress | None) -> list[str]:
 
     options = {key: getattr(args, key) for key in CheckpointOptions.__optional_keys__}
     options["recipe"] = _recipe(args)
+    source, own_name = export_source(args.source, quiet=args.quiet)
+    options["name"] = args.name or own_name
     if args.estimate:
-        return [*estimate(args.source, args.target, force=args.force, **options).lines()]
+        return [*estimate(source, args.target, force=args.force, **options).lines()]
     report = export(
-        args.source,
+        source,
         args.target,
         force=args.force,
         threads=args.threads,
@@ -96,13 +100,13 @@ def _lines(args: argparse.Namespace, progress: Progress | None) -> list[str]:
 
 
 def _recipe(args: argparse.Namespace) -> Recipe | None:
-    """What --bits or --recipe says; None: all is INT8."""
+    """What --bits or --recipe says; None: what the source asks for."""
     from ..convert import recipe
 
     if args.recipe is not None:
         with concerning(args.recipe):
             return recipe.read(args.recipe)
-    return None if args.bits in (None, "8") else recipe.of_bits(args.bits)
+    return None if args.bits is None else recipe.of_bits(args.bits)
 
 
 def _calibration(args: argparse.Namespace, progress: Progress | None) -> CalibrationOptions | None:
@@ -173,7 +177,8 @@ def _parser() -> Parser:
     add(
         "source",
         metavar="SRC",
-        help="directory with config.json, tokenizer.json, *.safetensors; or a GGUF file",
+        help="directory with config.json, tokenizer.json, *.safetensors; or a GGUF file; or the name of a "
+        "model on the Hugging Face Hub, such as Qwen/Qwen3-0.6B",
     )
     add(
         "target",
@@ -185,7 +190,9 @@ def _parser() -> Parser:
     add("--estimate", action="store_true",
         help="only say how large the file and the memory it takes would be; reads no weight, writes "
             "nothing")  # fmt: skip
-    add("--bits", help="about how many bits a weight takes: 4, 4.5, 5, 6, 8 (default: 8)")
+    add("--bits",
+        help="about how many bits a weight takes: 4, 4.5, 5, 6, 8 (default: 8; of a quantised GGUF file no "
+            "fewer than it has)")  # fmt: skip
     add("--recipe", metavar="FILE", help="TOML file: which matrix is int4, int6 or int8 (docs/FORMAT.md)")
     by_data = parser.add_mutually_exclusive_group().add_argument
     by_data("--calibrate", metavar="TEXT", nargs="?", const="",
@@ -195,7 +202,8 @@ def _parser() -> Parser:
         help="the quicker way: only weigh the columns by these inputs")  # fmt: skip
     sizes = ", ".join(map(str, format.GROUP_SIZES))
     add("--group-size", type=int,
-        help=f"weights per scale: {sizes} (default: 64; 32 for Q8_0 and for fewer bits than 8)")  # fmt: skip
+        help=f"weights per scale: {sizes} (default: 64; 32 for quantised GGUF files and for fewer bits than "
+            "8)")  # fmt: skip
     add("--lora", metavar="DIR", help="merge this PEFT adapter into the weights")
     add("--threads", type=int, help="threads (default: the physical cores this process may use)")
     add("--name", help="what the model calls itself (default: from config.json)")

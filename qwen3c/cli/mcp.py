@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import queue
-import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -22,7 +21,7 @@ from ..serve.mcp import Local, Provider, new_proxy, new_server, require_mcp
 from ..serve.models import Models, ServeOptions
 from ..system import terminal
 from .opening import context_of, open_model, say_what_was_chosen
-from .signals import ENDING, Ended
+from .signals import Ended, endings
 
 if TYPE_CHECKING:
     from mcp.shared.message import SessionMessage
@@ -56,7 +55,10 @@ async def _serve(args: argparse.Namespace, model: Model | None) -> int:
         if model is None:
             provider = await stack.enter_async_context(new_proxy(args.url, os.environ.get(KEY)))
         else:
-            alias, options = str(model.metadata["name"]), ServeOptions(context=context_of(args, model))
+            alias, options = (
+                str(model.metadata["name"]),
+                ServeOptions(context=context_of(args, model), draft=args.drafts),
+            )
             provider = Local(await stack.enter_async_context(Models({alias: lambda: model}, options).open()))
         terminal.note(f"MCP over stdin and stdout{f', of {args.url}' if args.url else ''}")
         return await serve(provider)
@@ -66,7 +68,7 @@ async def serve(provider: Provider) -> int:
     """Serve these tools until stdin ends, or a signal comes: its number, else 0."""
     server = new_server(provider)
     ended = asyncio.get_running_loop().create_future()
-    with wire() as (received, sent), _signals(ended):
+    with wire() as (received, sent), endings(ended):
         async with _streams(received, sent, ended) as (reading, writing):
             options = server.create_initialization_options()
             serving = asyncio.ensure_future(server.run(reading, writing, options))
@@ -79,29 +81,6 @@ async def serve(provider: Provider) -> int:
                 {serving}
             )  # what it says of being cancelled in the middle is nobody's business
     return ended.result()
-
-
-@contextmanager
-def _signals(ended: asyncio.Future[int]) -> Iterator[None]:
-    """Within, the first signal that asks the program to end is the result of
-    `ended`, and does nothing else.
-    """
-    loop = asyncio.get_running_loop()
-
-    def hear(number: int) -> None:
-        if not ended.done():
-            ended.set_result(number)
-
-    numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
-    previous = {n: handler for n in numbers if (handler := signal.getsignal(n)) is not signal.SIG_IGN}
-    for number in previous:
-        loop.add_signal_handler(number, hear, number)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            loop.remove_signal_handler(number)
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -49,7 +49,8 @@ def hold_chat(args: argparse.Namespace) -> int:
         if sys.stdin.isatty():
             terminal.note("/help lists the commands, Ctrl-D leaves")
         try:
-            repl = Repl(conversation, lambda: new_writer(args, model), cloud, tools, logprobs=args.logprobs)
+            repl = Repl(conversation, lambda: new_writer(args, model), cloud, tools, logprobs=args.logprobs,
+                draft=args.drafts)  # fmt: skip
             return repl.run()
         finally:
             if cloud:
@@ -86,6 +87,7 @@ def write_reply(args: argparse.Namespace) -> int:
             stop=args.stop,
             logprobs=args.logprobs,
             grammar=grammar,
+            draft=args.drafts,
             **sampling(args),
             **callbacks,
         )
@@ -236,11 +238,25 @@ def measure_speed(args: argparse.Namespace) -> int:
     return 0
 
 
+def answer_requests(args: argparse.Namespace) -> int:
+    """A file of requests, a file of answers."""
+    from .batch import answer_batch
+
+    return answer_batch(args)
+
+
 def serve_models(args: argparse.Namespace) -> int:
     """Models behind HTTP."""
     from .serve import serve
 
     return serve(args)
+
+
+def look_after_models(args: argparse.Namespace) -> int:
+    """The models of the Hub that are kept here: listed, or what is not needed deleted."""
+    from .models import list_models, prune_models
+
+    return prune_models(args.model, args.yes) if args.prune else list_models(args.model, args.json)
 
 
 def serve_tools(args: argparse.Namespace) -> int:
@@ -257,6 +273,8 @@ MODES: dict[str, Callable[[argparse.Namespace], int]] = {
     "info": describe_file,
     "perplexity": measure_perplexity,
     "bench": measure_speed,
+    "batch": answer_requests,
     "serve": serve_models,
     "mcp": serve_tools,
+    "models": look_after_models,
 }

@@ -32,6 +32,9 @@ def open_model(args: argparse.Namespace, chats: bool = False) -> Model:
     threads = args.threads or default_threads()
     with terminal.waiting(f"loading {args.model}" + " into huge pages" * args.huge_pages):
         model = Model(args.model, threads, args.kv, args.activations, args.huge_pages, renderer=renderer)
+    if args.draft:
+        with terminal.waiting(f"loading {args.draft}"):
+            model.draft_with(Model(args.draft, threads, args.kv, args.activations, args.huge_pages))
     if model.threads > n_cpus():
         terminal.note(f"note: {model.threads} threads, but this process may use {n_cpus()} processors")
     return model

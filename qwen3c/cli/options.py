@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from ..system.files import MODEL_IN_THE_BOX
+from ..system.mistakes import hub_name
 from .command import Parser, at_least, program_name
 
 SCRIPT = "run.py"
@@ -27,8 +28,8 @@ SAMPLING = {
     "seed": "the same seed gives the same text on every machine",
 }
 TALKING = ("chat", "generate", "trace")
-COMPUTING = (*TALKING, "perplexity", "bench", "serve", "mcp")
-MODES = (*TALKING, "info", "perplexity", "bench", "serve", "mcp")
+COMPUTING = (*TALKING, "perplexity", "bench", "batch", "serve", "mcp")
+MODES = (*TALKING, "info", "perplexity", "bench", "batch", "serve", "mcp", "models")
 SERVING = (
     "host", "port", "fd", "config", "print_config", "api_keys", "max_gap", "cache_memory", "queue", "running",
     "cors_origin", "allowed_host", "drain", "log_json", "metrics", "model_alias", "idle_unload",
@@ -43,12 +44,16 @@ USED_BY: dict[str, tuple[str, ...]] = {
         ("system", "system_file", "reasoning", "think", "no_think", "max_tokens", "stop"), TALKING
     ),
     **dict.fromkeys((*SAMPLING, "logit_bias"), TALKING),
-    "context": (*TALKING, "perplexity", "serve", "mcp"),
+    "context": (*TALKING, "perplexity", "batch", "serve", "mcp"),
     **dict.fromkeys(("threads", "kv", "huge_pages", "isa"), COMPUTING),
-    "activations": (*TALKING, "perplexity", "bench", "mcp"),
+    "activations": (*TALKING, "perplexity", "bench", "batch", "mcp"),
+    **dict.fromkeys(("output", "concurrency", "max_memory"), ("batch",)),
+    **dict.fromkeys(("draft", "drafts"), ("chat", "generate", "batch", "serve", "mcp")),
     **dict.fromkeys(SERVING, ("serve",)),
     **dict.fromkeys(("hide_thinking", "logprobs"), ("chat", "generate")),
-    "json": (*TALKING, "info", "perplexity"),
+    "json": (*TALKING, "info", "perplexity", "models"),
+    "bits": (*TALKING, "info", "perplexity", "bench", "batch", "serve", "mcp"),
+    **dict.fromkeys(("prune", "yes"), ("models",)),
     **dict.fromkeys(("level", "html"), ("trace",)),
     "verify": ("info",),
     "overflow": ("chat",),
@@ -116,15 +121,21 @@ def _model_path(parser: Parser, args: argparse.Namespace) -> str:
             args.file = paths.pop()
         if args.file is None:
             parser.error(f"-m perplexity needs a text: {parser.prog} [MODEL] -m perplexity FILE")
+    if args.mode == "batch":
+        if not paths or args.output is None:
+            parser.error(
+                f"-m batch needs both: {parser.prog} [MODEL] -m batch REQUESTS.jsonl -o ANSWERS.jsonl"
+            )
+        args.requests = paths.pop()
     for path in paths:
         if path in MODES and not os.path.exists(path):
             parser.error(f"{path}: No such file or directory; did you mean -m {path}?")
     if len(paths) > 1:
         parser.error(f"one model at a time, not {len(paths)}: {' '.join(paths)}")
-    if args.mode == "serve":
-        return paths[0] if paths else ""  # its configuration may name models
+    if args.mode in ("serve", "models"):
+        return paths[0] if paths else ""  # a configuration may name models; all in the cache are meant
     model: str = paths[0] if paths else model_by_default()
-    if not paths and not os.path.exists(model):
+    if not paths and not os.path.exists(model) and not hub_name(model):
         parser.error(f"which model? There is none at {model}")
     return model
 
@@ -156,6 +167,8 @@ def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--raw completes text, which has no system prompt (-y, --system-file)")
     if args.raw and (args.think or args.no_think or args.reasoning is not None):
         parser.error("--raw completes text, which has no switch for thinking (-r, --think, --no-think)")
+    if args.yes and not args.prune:
+        parser.error("--yes is the answer to --prune")
     if args.url is not None and args.paths:
         parser.error("--url serves the model of a running server; another one cannot be named")
 
@@ -193,7 +206,9 @@ def new_parser() -> Parser:
         "paths",
         nargs="*",
         metavar="MODEL",
-        help="file made by export.py (default: QWEN3C_MODEL, else the model in the box)",
+        help="file made by export.py, or the name of a model on the Hugging Face Hub, such as "
+        "Qwen/Qwen3-0.6B, which is fetched and converted once (default: QWEN3C_MODEL, else the model in the "
+        "box)",
     )
     add(
         "-m",
@@ -202,8 +217,10 @@ def new_parser() -> Parser:
         help="chat; generate: one reply or completion; trace: look inside "
         "while a text flows through; info: what is in the file and the memory it takes; perplexity FILE: how "
         "well the model predicts a text; bench: how fast it runs here, beside what the machine can do; "
+        "batch FILE -o FILE: answer a file of requests in the format of OpenAI's Batch API; "
         "serve: a chat page and OpenAI's API over HTTP; "
-        "mcp: the model as tools of an MCP host, over stdin and stdout",
+        "mcp: the model as tools of an MCP host, over stdin and stdout; "
+        "models: the models of the Hub that are kept here, and what each needs",
     )
     add("--version", action="version", version=_version())
     _add_text(parser.add_argument_group("text"))
@@ -211,8 +228,10 @@ def new_parser() -> Parser:
     _add_machine(parser.add_argument_group("machine"))
     _add_output(parser.add_argument_group("output"))
     _add_cloud(parser.add_argument_group("cloud first, the model if it does not answer"))
+    _add_batch(parser.add_argument_group("batch"))
     _add_serving(parser.add_argument_group("serve"))
     _add_mcp(parser.add_argument_group("MCP"))
+    _add_models(parser.add_argument_group("models by name"))
     return parser
 
 
@@ -280,6 +299,18 @@ def _add_machine(group: Any) -> None:
     add("--huge-pages", action="store_true", help="copy the weights into memory of large pages: more "
         "bandwidth for "
         "a slower start and memory of their own")  # fmt: skip
+    drafts = group.add_mutually_exclusive_group().add_argument
+    drafts(
+        "--draft",
+        metavar="FILE",
+        help="a smaller model.bin with the same tokenizer guesses at the next tokens: the same text, sooner",
+    )
+    drafts(
+        "--no-draft",
+        dest="drafts",
+        action="store_false",
+        help="a token a pass, without guesses at the next ones by what the text has said before",
+    )
     add("--isa", metavar="NAME", help="instruction set (default: QWEN3C_ISA, else the widest here)")
 
 
@@ -313,6 +344,15 @@ def _add_cloud(group: Any) -> None:
     add("--upstream-insecure", action="store_true", help="http:// to another machine, for all to read")
     add("--upstream-env-proxy", action="store_true", help="heed HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE")
     add("--offline", action="store_true", help="never ask the provider: no connection is opened")
+
+
+def _add_batch(group: Any) -> None:
+    add = group.add_argument
+    add("-o", "--output", metavar="FILE", help="where the answers go; - is stdout. A run that was cut short "
+        "leaves FILE.part, with which the same command goes on")  # fmt: skip
+    add("--concurrency", type=at_least(1), metavar="N", help="sequences at once (default: 64)")
+    add("--max-memory", metavar="SIZE", help='for keys and values of all sequences, such as "2 GiB" '
+        "(default: a quarter of what is available)")  # fmt: skip
 
 
 def _alias(text: str) -> tuple[str, str]:
@@ -405,6 +445,18 @@ def _add_mcp(group: Any) -> None:
         help="mcp: serve the tools of the server that runs there, which loads nothing here; "
         "QWEN3C_API_KEY is its key",
     )
+
+
+def _add_models(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--bits",
+        metavar="N",
+        help="how a model that is given by name is converted: 4, 4.5, 5, 6, 8 (default: 8)",
+    )
+    add("--prune", action="store_true", help="models: delete what no start needs, such as downloads of "
+        "models that are converted; with MODEL all of that model")  # fmt: skip
+    add("--yes", action="store_true", help="models: delete without asking")
 
 
 def _version() -> str:

@@ -161,6 +161,7 @@ def speed_line(generation: Generation, width: int = sys.maxsize, speaker: str = 
         "prompt": f" | {_prompt_part(stats)}",
         "cached": f" ({stats.cached_tokens} cached)" if stats.cached_tokens else "",
         "reply": f" | reply {stats.generated_tokens} tok{_rate(stats.decode_rate)}",
+        "drafts": f" ({stats.tokens_per_pass:.1f} tokens a pass)" if stats.accepted_tokens else "",
         "context": f" | context {len(session.tokens)}/{session.context}",
         "seed": f" | seed {stats.seed}",
         "end": _end_part(generation),
@@ -171,7 +172,7 @@ def speed_line(generation: Generation, width: int = sys.maxsize, speaker: str = 
         )
     chosen = {"speaker", "end", "reply" if parts["reply"] else "prompt"}
     line = ""
-    for name in ("", "prompt", "context", "cached", "seed"):
+    for name in ("", "prompt", "drafts", "context", "cached", "seed"):
         longer = "".join(text for key, text in parts.items() if key in chosen | {name}).removeprefix(" | ")
         if line and len(longer) > width:
             break

@@ -1,4 +1,4 @@
-"""model.bin -> chat | generate | trace | info | perplexity | bench.
+"""model.bin -> chat | generate | trace | info | perplexity | bench | batch.
 
     python run.py model.bin -m chat
     python run.py model.bin -i "Why is the sky blue?"
@@ -28,6 +28,11 @@ def _work(args: argparse.Namespace) -> int:
         from ..memory import check_space_for_program
 
         check_space_for_program()
+    if args.mode != "models" and args.url is None:
+        from .named import model_file
+
+        args.model = model_file(args.model, args.bits)
+        args.draft = args.draft and model_file(args.draft)
     from .modes import MODES
 
     return MODES[args.mode](args)

@@ -9,11 +9,12 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..system import terminal
 from .command import concerning
+from .named import model_file
 from .options import model_by_default
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ SETTINGS = {
     "model_alias": "models",
     "offline": "offline",
     "mcp": "mcp_servers",
+    "draft": "draft",
+    "drafts": "drafts",
 }
 
 UPSTREAM = {
@@ -64,7 +67,7 @@ UPSTREAM = {
 
 def serve(args: argparse.Namespace) -> int:
     """Models behind HTTP until a signal ends it; with --print-config only the configuration, on stdout."""
-    _check_libraries()
+    check_libraries("-m serve", LIBRARIES)
     from ..serve import config
     from ..serve.ask import KeyLimits
     from ..serve.keys import Keys
@@ -77,24 +80,25 @@ def serve(args: argparse.Namespace) -> int:
         return 0
     with concerning(settings.api_keys_file or "API keys"):
         keys = Keys(settings.api_keys_file, KeyLimits(settings.key_running, settings.key_queue))
+    settings = _with_files(settings, args.bits)
     sockets = open_sockets(settings)
     app, api = _application(settings, needs_key=keys.path is not None)
     service = Service(
         app, settings, sockets, keys,
-        says=lambda: _described(api.models),
+        says=lambda: described(api.models),
         is_healthy=lambda: all(served.scheduler.is_alive(STUCK) for served in api.models.loaded),
         stopping=lambda: setattr(api, "draining", True),
     )  # fmt: skip
     return service.run()
 
 
-def _check_libraries() -> None:
-    """ImportError, in one line, if a library of the extra `serve` is missing."""
-    needed = (*LIBRARIES, *(["tomli"] if sys.version_info < (3, 11) else []))
+def check_libraries(mode: str, libraries: Sequence[str]) -> None:
+    """ImportError, in one line, if a library of the extra `serve` that a mode needs is missing."""
+    needed = (*libraries, *(["tomli"] if sys.version_info < (3, 11) else []))
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"-m serve needs {' and '.join(missing)}: "
+            f"{mode} needs {' and '.join(missing)}: "
             "`pip install '.[serve]'` in the folder of qwen3c installs it"
         )
 
@@ -122,11 +126,24 @@ def _settings(args: argparse.Namespace) -> Settings:
     made = config.settings(args.config, flags, names)
     if made.models:
         return made
-    path = model_by_default()
+    path = model_file(model_by_default(), args.bits)
     alias = _alias(path)
     return config.settings(
         args.config, {**flags, "models": {alias: path}, "default_model": made.default_model or alias}, names
     )
+
+
+def _with_files(settings: Settings, bits: str | None) -> Settings:
+    """The same with the file of each model that is given by its name on the Hub."""
+
+    def file(path: str) -> str:
+        return path if os.path.isabs(path) else model_file(path, bits)
+
+    models = {
+        alias: dataclasses.replace(model, path=file(model.path), draft=model.draft and file(model.draft))
+        for alias, model in settings.models.items()
+    }
+    return dataclasses.replace(settings, models=models, draft=settings.draft and file(settings.draft))
 
 
 def _alias(path: str) -> str:
@@ -140,6 +157,7 @@ def _alias(path: str) -> str:
 def _application(settings: Settings, needs_key: bool) -> tuple[Any, Api]:
     """The ASGI app over the models of the settings, the default one first, and what its endpoints share."""
     from .. import engine
+    from ..drivers.draft import check_vocabulary
     from ..format import ModelFile
     from ..serve.api import Api
     from ..serve.app import create_app
@@ -152,12 +170,18 @@ def _application(settings: Settings, needs_key: bool) -> tuple[Any, Api]:
     sizes: dict[str, int] = {}
     files: dict[str, str] = {}
     for alias in sorted(settings.models, key=lambda alias: alias != settings.default_model):
-        model = settings.models[alias]
-        files[alias], sizes[alias] = model.path, ModelFile(model.path).file_size
+        model, file = settings.models[alias], ModelFile(settings.models[alias].path)
+        if settings.draft is not None and not openers:
+            model = dataclasses.replace(model, draft=model.draft or settings.draft)
+        files[alias], sizes[alias] = model.path, file.file_size
+        if model.draft is not None:
+            small = ModelFile(model.draft)
+            check_vocabulary(file, small)
+            sizes[alias] += small.file_size
         openers[alias] = functools.partial(_open, settings, model)
     options = ServeOptions(
         settings.running, settings.queue, settings.cache_memory, settings.max_gap, settings.context or None,
-        settings.idle_unload,
+        settings.idle_unload, settings.drafts,
     )  # fmt: skip
     own = {alias: _options(options, model) for alias, model in settings.models.items()}
     api = Api(Models(openers, options, sizes, files, own), settings.ping, needs_key=needs_key)
@@ -216,15 +240,19 @@ def _options(options: ServeOptions, model: ModelSettings) -> ServeOptions:
 
 
 def _open(settings: Settings, model: ModelSettings) -> Model:
+    """A model, and the smaller one that guesses at its next tokens, if there is one."""
     from ..model import Model
     from ..system.machine import default_threads
 
     threads, kv = model.threads or settings.threads or default_threads(), model.kv or settings.kv
     with terminal.waiting(f"loading {model.path}" + " into huge pages" * settings.huge_pages):
-        return Model(model.path, threads, kv, "int8", settings.huge_pages)  # type: ignore[arg-type]
+        made = Model(model.path, threads, kv, "int8", settings.huge_pages)  # type: ignore[arg-type]
+        if model.draft is not None:
+            made.draft_with(Model(model.draft, threads, kv, "int8", settings.huge_pages))  # type: ignore[arg-type]
+    return made
 
 
-def _described(models: Models) -> list[str]:
+def described(models: Models) -> list[str]:
     """What was chosen for the model that is loaded at the start."""
     from .. import engine
     from ..memory import gib

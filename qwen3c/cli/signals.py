@@ -10,8 +10,12 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from ..system.terminal import write_at_once
+
+if TYPE_CHECKING:
+    import asyncio
 
 # what asks a program to end -> what a person reads about it
 ENDING = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "its terminal was closed"}
@@ -22,9 +26,11 @@ class Ended(KeyboardInterrupt):
     removed.
     """
 
-    def __init__(self, number: int = signal.SIGINT) -> None:
+    def __init__(self, number: int = signal.SIGINT, line: str = "") -> None:
+        """line: what a person reads last, where that is more than the command would say."""
         super().__init__()
         self.number = number
+        self.line = line
         self.word = ENDING[signal.Signals(number).name]
         self.status = 128 + number  # the shell's convention
 
@@ -66,6 +72,30 @@ def ending() -> Iterator[None]:
 
     with answering(end, *ENDING):
         yield
+
+
+@contextmanager
+def endings(ended: asyncio.Future[int]) -> Iterator[None]:
+    """Within, the first signal that asks the program to end is the result of `ended`, and does nothing else.
+
+    The event loop of `ended` is the one that runs.
+    """
+    loop = ended.get_loop()
+
+    def hear(number: int) -> None:
+        if not ended.done():
+            ended.set_result(number)
+
+    numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
+    previous = {n: handler for n in numbers if (handler := signal.getsignal(n)) is not signal.SIG_IGN}
+    for number in previous:
+        loop.add_signal_handler(number, hear, number)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 from .. import format, reference
 from ..format import Encoding, Role, Tensor
 from ..memory import gib
-from .calibration_state import CalibrationState, Stored
+from . import taking_over
+from .calibration_state import CalibrationState, Errors, Stored
 from .calibration_text import CalibrationOptions, CalibrationText
 from .feedback import Factor, Inputs, factor, round_with_feedback
 from .huggingface import Checkpoint
@@ -125,8 +126,9 @@ class Calibration:
     def __init__(self, checkpoint: Checkpoint, target: Path, options: CalibrationOptions) -> None:
         self._checkpoint, self._config, self._options = checkpoint, checkpoint.config, options
         tensors = format.tensors(checkpoint.config, checkpoint.encodings)
-        if not any(tensor.encoding in BY_DATA for tensor in tensors):
-            raise SourceError(f"{options.option}: all matrices become INT8; give --bits 4, or a --recipe")
+        if not any(map(self._by_data, tensors)):
+            fault = "all matrices become INT8, or have few bits already; give --bits 4, or a --recipe"
+            raise SourceError(f"{options.option}: {fault}")
         self._text = CalibrationText(checkpoint, options.text)
         self._ids = self._text.windows
         self.plan = Plan(checkpoint.config, tensors, self._ids.size, options.feedback)
@@ -151,7 +153,9 @@ class Calibration:
     def ready(self, piece: Slice) -> Converted | None:
         """A slice that is calibrated, as it is stored."""
         found = self.state.slice(piece)
-        return found and found._replace(source_size=source_size(self._checkpoint, piece))
+        dtypes = dict.fromkeys(self._checkpoint.tensors[part.name].dtype for part in piece.tensor.parts)
+        size = source_size(self._checkpoint, piece)
+        return found and found._replace(source_size=size, dtypes=" and ".join(dtypes))
 
     def _described(self) -> str:
         """What it will take, in a line."""
@@ -254,7 +258,7 @@ class Calibration:
     ) -> None:
         """Quantise matrices that all have the inputs x (..., columns): into `stored`, and float32 into w."""
         x = x.reshape(-1, x.shape[-1])
-        by_data = [t for t in tensors if t.encoding in BY_DATA and len(x)]  # no row came to some experts
+        by_data = [t for t in tensors if self._by_data(t) and len(x)]  # no row came to some experts
         importance: Array | None = None
         taken: Factor | None = None
         if by_data:
@@ -272,14 +276,22 @@ class Calibration:
             stored[tensor.name] = data, errors
             w.update({part.name: rows for part, rows in _parts(tensor, floats)})
 
+    def _by_data(self, tensor: Tensor) -> bool:
+        """Whether a matrix is calibrated: it has few bits, and its codes are not in the source already."""
+        stored = (self._checkpoint.tensors[part.name] for part in tensor.parts)
+        group_size = self._config.group_size
+        return tensor.encoding in BY_DATA and not any(
+            taking_over.can_hold(part.dtype, group_size, tensor.encoding) for part in stored
+        )
+
     def _quantized(
         self, tensor: Tensor, importance: Array | None, taken: Factor | None, kept: bool
-    ) -> tuple[NDArray[np.uint8], tuple[float, float, float], Array]:
+    ) -> tuple[NDArray[np.uint8], Errors, Array]:
         """A matrix as it is stored, its errors, and, if `kept`, as float32 again (else no rows)."""
         c = self._config
         target = np.empty(tensor.size, np.uint8)
         tile_rows = target.view(format.tile_row_type(tensor.shape[1], c.group_size, tensor.encoding))
-        worst, squares, of_weights, floats = 0.0, 0.0, 0.0, []
+        worst, squares, of_weights, as_it_was, floats = 0.0, 0.0, 0.0, 0, []
         for piece in slices(tensor, SLICE_WEIGHTS):
             first = piece.row // format.TILE_ROWS
             part = tile_rows[first : first + -(-piece.rows // format.TILE_ROWS)]
@@ -291,11 +303,12 @@ class Calibration:
                 errors = round_with_feedback(given, part, tensor.encoding, taken)
             worst, squares = max(worst, errors[0]), squares + errors[1]
             of_weights += converted.squared_weight
+            as_it_was += converted.taken_over
             if kept:
                 floats.append(reference.dequantize_tile_rows(part)[: piece.rows])
             self._tick(self.plan.of_tensor(tensor) * piece.rows / tensor.shape[0])
         none = [np.empty((0, 0), np.float32)]
-        return target, (worst, squares, of_weights), np.concatenate(floats or none)
+        return target, (worst, squares, of_weights, as_it_was), np.concatenate(floats or none)
 
     def _vector(self, tensor: Tensor) -> Array:
         """A tensor that stays float32."""

@@ -1,8 +1,10 @@
 """What a calibration has done, in a folder beside its target, so that one that was ended goes on.
 
-plan.json        what the calibration depends on
-block-000.npz    the stored tensors of a block by name, and "errors": of each tensor (worst, squares, weights)
-x-000.npy        the residual stream behind that block; of the last finished one alone
+    plan.json        what the calibration depends on
+    block-000.npz    the stored tensors of a block by name, and "errors" of each, as Converted has them
+    x-000.npy        the residual stream behind that block; of the last finished one alone
+
+A file appears whole or not at all, and x before its block: what was killed in between is done again.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from .quantise import Converted, Slice
 from .source import SourceError
 
 Array = NDArray[np.float32]
-Stored = dict[str, tuple[NDArray[np.uint8], tuple[float, float, float]]]  # bytes and errors by tensor
+Errors = tuple[float, float, float, int]  # the last four fields of Converted
+Stored = dict[str, tuple[NDArray[np.uint8], Errors]]  # by tensor
 
 
 class CalibrationState:
@@ -61,7 +64,7 @@ class CalibrationState:
         with replacing(self._x(self.done)) as path, open(path, "wb") as file:
             np.save(file, x)
         arrays: dict[str, Any] = {name: data for name, (data, _) in stored.items()}
-        arrays["errors"] = np.array([errors for _, errors in stored.values()], np.float64).reshape(-1, 3)
+        arrays["errors"] = np.array([errors for _, errors in stored.values()], np.float64).reshape(-1, 4)
         with replacing(self._block(self.done)) as path, open(path, "wb") as file:
             np.savez(file, **arrays)
         self._block_of |= dict.fromkeys(stored, self.done)
@@ -85,7 +88,7 @@ class CalibrationState:
         n = format.TILE_ROWS
         size = len(data) // (format.align(tensor.shape[0], n) // n)
         part = data[piece.row // n * size : format.align(piece.row + piece.rows, n) // n * size]
-        return Converted(part.data, 0, *(errors if piece.row == 0 else ()))
+        return Converted(part.data, 0, "", *(errors if piece.row == 0 else ()))
 
     def remove(self) -> None:
         """The calibration is at its end: nothing of it is kept."""
@@ -94,9 +97,9 @@ class CalibrationState:
     def _read(self, block: int) -> Stored:
         try:
             with np.load(self._block(block), allow_pickle=False) as file:
-                errors = file["errors"]
                 names = [name for name in file.files if name != "errors"]
-                return {name: (file[name], tuple(row)) for name, row in zip(names, errors, strict=True)}
+                rows = zip(names, file["errors"].tolist(), strict=True)
+                return {name: (file[name], (a, b, c, int(d))) for name, (a, b, c, d) in rows}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             raise self._damaged(self._block(block)) from None
 

@@ -26,6 +26,14 @@ from .source import Keys, SourceError, StoredTensor, cut, open_regular, parse_js
 MAX_TEXT = 16 << 20  # bytes accepted of any text file other than tokenizer.json
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+REQUIRED = ("config.json", "tokenizer.json")
+OPTIONAL = (  # read where they are there, and with REQUIRED and the safetensors all that is
+    "generation_config.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "README.md",
+)
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -131,7 +139,7 @@ class Directory:
     def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor of every safetensors file."""
         stored: dict[str, StoredTensor] = {}
-        for file_name, names in _shards(self).items():
+        for file_name, names in shards(self).items():
             found = open_safetensors(self, file_name)
             path = self.path(file_name)
             for name in sorted(found.keys() & stored.keys()):
@@ -191,7 +199,7 @@ def _with_opening(data: bytes, bos: str, id: int) -> bytes:
 # Safetensors
 
 
-def _shards(files: Directory) -> dict[str, set[str] | None]:
+def shards(files: Directory) -> dict[str, set[str] | None]:
     """Safetensors file -> the tensors the index places there; None if there is one file and no index."""
     if files.exists(SINGLE_NAME):
         return {SINGLE_NAME: None}
@@ -202,15 +210,15 @@ def _shards(files: Directory) -> dict[str, set[str] | None]:
     weight_map = index.require("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{index.path}: weight_map is not an object that names tensors")
-    shards: dict[str, set[str] | None] = {}
+    found: dict[str, set[str] | None] = {}
     for name, file_name in sorted(weight_map.items()):
         # a file name alone: an index must not lead to other folders
         if not isinstance(file_name, str) or not re.fullmatch(r"[^/\\:\0]+\.safetensors", file_name):
             raise SourceError(
                 f"{index.path}: {cut(name)}: {shown(file_name)} is not the name of a safetensors file"
             )
-        shards[file_name] = (shards.get(file_name) or set()) | {name}
-    return shards
+        found[file_name] = (found.get(file_name) or set()) | {name}
+    return found
 
 
 def open_safetensors(files: Directory, file_name: str) -> dict[str, StoredTensor]:

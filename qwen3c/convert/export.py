@@ -30,6 +30,7 @@ from ..system.terminal import escaped
 from .calibration_text import CalibrationOptions
 from .directory import Directory
 from .gguf import GGUF
+from .gguf_blocks import KINDS
 from .huggingface import Checkpoint, CheckpointOptions
 from .lora import merge
 from .quantise import Converted, Slice, stream
@@ -54,10 +55,12 @@ class KindError:
     worst: float = 0.0  # largest |weight - stored|
     squared_error: float = 0.0
     squared_weight: float = 0.0
+    weights: int = 0
+    taken_over: int = 0  # of them, without error; not in the sums above
 
     @property
     def relative(self) -> float:
-        """rms of the error / rms of the weights."""
+        """rms of the error / rms of the weights, without those that are taken over."""
         return math.sqrt(self.squared_error / self.squared_weight) if self.squared_weight else 0.0
 
 
@@ -73,6 +76,8 @@ class Report:
     seconds: float = 0.0
     anonymous_bytes: int = 0  # most seen after any slice; 0 where the system does not tell
     errors: dict[str, KindError] = field(default_factory=dict)
+    # of all matrices of one dtype of the source that are stored in one encoding
+    losses: dict[tuple[str, format.Encoding], KindError] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def add(self, piece: Slice, converted: Converted) -> None:
@@ -84,17 +89,35 @@ class Report:
         kind = re.sub(r"^model\.layers\.\d+\.|(?<=experts\.)\d+\.", "", piece.tensor.name).removesuffix(
             ".weight"
         )
-        error = self.errors.setdefault(kind, KindError())
-        error.tensors += piece.row == 0
-        error.worst = max(error.worst, converted.worst)
-        error.squared_error += converted.squared_error
-        error.squared_weight += converted.squared_weight
+        loss = self.losses.setdefault((converted.dtypes, piece.tensor.encoding), KindError())
+        loss.tensors += sum(piece.row <= part.row < piece.row + piece.rows for part in piece.tensor.parts)
+        loss.weights += piece.rows * piece.columns
+        loss.taken_over += converted.taken_over
+        of_kind = self.errors.setdefault(kind, KindError())
+        of_kind.tensors += piece.row == 0
+        for error in (of_kind, loss):
+            error.worst = max(error.worst, converted.worst)
+            error.squared_error += converted.squared_error
+            error.squared_weight += converted.squared_weight
+
+    def loss_lines(self) -> Iterator[str]:
+        """Of a source with blocks of codes: what became of each dtype, and how far that is from it."""
+        if not any(name in KINDS for dtypes, _ in self.losses for name in dtypes.split()):
+            return
+        for (dtypes, encoding), loss in self.losses.items():
+            lost = f"{loss.relative:.2%} lost"
+            if loss.taken_over:
+                share = loss.taken_over / loss.weights
+                lost = "as they are" if share == 1 else f"{share:.2%} as they are, of the others {lost}"
+            what = f"{dtypes} -> {encoding.value.upper()}"
+            yield f"{what:<28}{loss.tensors:>6}  {lost}"
 
     def lines(self) -> Iterator[str]:
         """A table of errors, what was written and what it took, and the warnings."""
         yield f"{'tensors':<28}{'count':>6}{'worst error':>14}{'mean error':>13}"
         for kind, error in self.errors.items():
             yield f"{kind:<28}{error.tensors:>6}{error.worst:>14.3g}{error.relative:>12.3%} "
+        yield from self.loss_lines()
         rate = self.source_size / self.seconds / 1e6
         peak = f"peak memory {peak_bytes() / 1e6:.0f} MB"
         if self.anonymous_bytes:

@@ -18,6 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from .gguf_blocks import KINDS
 from .gguf_header import Header, Info
 from .gguf_vocabulary import GGUFVocabulary
 from .rope import inverse_frequencies, read_rope
@@ -111,9 +112,9 @@ class GGUF:
         for info in self._infos.values():
             if info.kind not in BLOCKS:
                 fault = f"{shown(info.name)} is {info.kind}, supported: {', '.join(BLOCKS)}"
-                raise SourceError(f"{self.location}: {fault}; take an F16, BF16 or Q8_0 file of the model")
+                raise SourceError(f"{self.location}: {fault}; take a Q4_K_M, Q8_0 or BF16 file of the model")
         header.check_layout(self._infos)
-        self.group_size = 32 if any(info.kind == "Q8_0" for info in self._infos.values()) else 64
+        self.group_size = 32 if any(info.kind in KINDS for info in self._infos.values()) else 64
         self._vocabulary = GGUFVocabulary(self._keys)
 
     def __enter__(self) -> GGUF:

@@ -18,9 +18,10 @@ from typing import Any, TypedDict
 
 from .. import format
 from ..text import tokenizer_json
-from .recipe import GROUP_SIZE, Recipe
+from .recipe import GROUP_SIZE, Recipe, of_source
 from .rope import Rope, read_rope, stretched
 from .source import (
+    BLOCKS,
     TAKE_UNQUANTIZED,
     Keys,
     Source,
@@ -92,19 +93,19 @@ class CheckpointOptions(TypedDict, total=False):
     None counts as not given.
     """
 
-    # weights that share a scale (default: the recipe's; without one 64, of a GGUF file with Q8_0 weights 32)
+    # weights that share a scale (default: the recipe's; without one 64, of a GGUF file of blocks 32)
     group_size: int | None
     name: str | None  # what the model calls itself (default: from config.json)
     yarn: float | None  # stretch the context of a model of default rope by this factor
     yarn_attn_factor: float | None  # on cos and sin (default: what transformers computes from config.json)
-    recipe: Recipe | None  # the encoding of each matrix (default: INT8)
+    recipe: Recipe | None  # the encoding of each matrix (default: INT8, of GGUF's blocks as recipe.of_source)
 
 
 class Checkpoint:
     """A checked model: its numbers, its texts, its tensors.
 
     config     format.Config, group size included
-    encodings  of its matrices, as the recipe says; {}: all are INT8
+    encodings  of its matrices, as the recipe or the source says; {}: all are INT8
     rope       what inverse_frequencies needs
     metadata   what the metadata section of model.bin holds (docs/FORMAT.md)
     tokenizer  the bytes of tokenizer.json
@@ -129,13 +130,14 @@ class Checkpoint:
             sizes = ", ".join(map(str, format.GROUP_SIZES))
             raise SourceError(f"--group-size is {shown(group_size)}, not one of {sizes}")
         keys = source.config()
-        architecture = _supported_architecture(keys)
+        architecture = supported_architecture(keys)
         self.tokenizer, n_tokens = _read_tokenizer(source, keys.integer("vocab_size"))
         self.rope = read_rope(keys, _head_dim(keys, ARCHITECTURES[architecture]))
         if yarn is not None or yarn_attn_factor is not None:
             self.rope = stretched(keys, self.rope, yarn, yarn_attn_factor)
         if group_size is None:
-            group_size = source.group_size if recipe is None else recipe.group_size or GROUP_SIZE
+            own = source.group_size if recipe is None or recipe.is_int8 else GROUP_SIZE
+            group_size = own if recipe is None else recipe.group_size or own
         self.config = _read_config(keys, ARCHITECTURES[architecture], self.rope, n_tokens, group_size)
         if yarn is not None:
             self.config = _longer(keys, self.config, self.rope)
@@ -148,8 +150,11 @@ class Checkpoint:
         self.tensors = _open_tensors(source, stored, self.config)
         self.metadata = self._metadata(keys, name) | {"source": self._provenance(architecture, keys.values)}
         self.encodings: format.Encodings = {}
+        if recipe is None:
+            recipe = of_source({name: tensor.dtype for name, tensor in self.tensors.items()}, self.config)
         if recipe is not None:
             self.encodings = recipe.encodings(self.config)
+        if recipe is not None and not recipe.is_int8:
             self.metadata["recipe"] = recipe.table
 
     @property
@@ -191,7 +196,7 @@ class Checkpoint:
 # config.json
 
 
-def _supported_architecture(keys: Keys) -> str:
+def supported_architecture(keys: Keys) -> str:
     """The architecture's name. SourceError if it, or a key that changes the pass, is not supported."""
     for key in ("quantization_config", "compression_config"):
         quantization = keys.values.get(key)
@@ -374,6 +379,9 @@ def _open_tensors(
         check_dtype(tensor)
         if tensor.dtype == "Q8_0" and config.group_size != 32:
             fault = f"is Q8_0: group_size is {config.group_size}, but its codes and scales fit 32 only"
+            raise SourceError(f"{tensor.path}: {cut(tensor.name)} {fault}")
+        if len(tensor.shape) == 1 and BLOCKS[tensor.dtype][0] > 1:
+            fault = f"is a vector of {tensor.dtype}, expected BF16, F16 or F32"
             raise SourceError(f"{tensor.path}: {cut(tensor.name)} {fault}")
     stored = _split_experts(stored, config)
     expected = {part.name: (part.rows, *t.shape[1:]) for t in format.tensors(config) for part in t.parts}

@@ -4,12 +4,14 @@
     quantise   to groups in tiles of 16 rows, as each matrix is encoded; each thread its own slice, in C
     write      in the order of the file
 
-The codes and scales of Q8_0 weights are taken over as they are where they stay INT8.
+The codes and scales of GGUF's blocks are taken over as they are where the encoding holds them
+(taking_over.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from _thread import start_new_thread
 from collections.abc import Callable, Iterator
@@ -18,8 +20,9 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from .. import format
+from . import taking_over
 from .rope import inverse_frequencies
-from .source import Q8_0_BLOCK, SourceError, StoredTensor, to_float32
+from .source import SourceError, StoredTensor, to_float32
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,12 +58,19 @@ class Slice:
 
 
 def slices(tensor: format.Tensor, most: int = SLICE_WEIGHTS) -> Iterator[Slice]:
-    """The tensor in slices of whole tiles with at most `most` weights, or of one tile of rows."""
-    step = tensor.shape[0]
-    if tensor.quantized:
-        step = max(most // tensor.shape[1] // format.TILE_ROWS, 1) * format.TILE_ROWS
-    for row in range(0, tensor.shape[0], step):
-        yield Slice(tensor, row, min(step, tensor.shape[0] - row))
+    """The tensor in slices of whole tiles with at most `most` weights, or of one tile of rows.
+
+    Where the next part begins with a tile row, so does a slice: it then has one dtype.
+    """
+    rows = tensor.shape[0]
+    if not tensor.quantized:
+        yield Slice(tensor, 0, rows)
+        return
+    step = max(most // tensor.shape[1] // format.TILE_ROWS, 1) * format.TILE_ROWS
+    starts = [part.row for part in tensor.parts if part.row % format.TILE_ROWS == 0]
+    for start, end in itertools.pairwise([*starts, rows]):
+        for row in range(start, end, step):
+            yield Slice(tensor, row, min(step, end - row))
 
 
 class _Part(NamedTuple):
@@ -85,9 +95,11 @@ class Converted(NamedTuple):
 
     data: memoryview
     source_size: int
+    dtypes: str = ""  # of the source; several in a slice are joined
     worst: float = 0.0
     squared_error: float = 0.0
     squared_weight: float = 0.0
+    taken_over: int = 0  # weights that are stored as they are; not in the sums
 
 
 def stream(
@@ -181,7 +193,8 @@ def convert(
         return Converted(_float32_bytes(_finite(piece, parts)), size)
     group_size = checkpoint.config.group_size
     target = target[: format.matrix_size(piece.rows, piece.columns, group_size, piece.tensor.encoding)]
-    return Converted(target, size, *_quantize(piece, parts, group_size, target, importance))
+    dtypes = " and ".join(dict.fromkeys(part.stored.dtype for part in parts))
+    return Converted(target, size, dtypes, *_quantize(piece, parts, group_size, target, importance))
 
 
 def weights(checkpoint: Checkpoint, piece: Slice, source: memoryview) -> NDArray[np.float32]:
@@ -233,61 +246,73 @@ def _quantize(
     group_size: int,
     out: memoryview,
     importance: NDArray[np.float32] | None,
-) -> tuple[float, float, float]:
-    """Fill `out`; return the largest error, the sum of squared errors and of squared weights."""
+) -> tuple[float, float, float, int]:
+    """Fill `out`; return the largest error, the sums of squared errors and of squared weights, and how many
+    weights are taken over: they are not in the sums.
+    """
     import numpy as np
 
     from .. import engine
 
-    sources: list[tuple[Any, str]] = [(part.data, part.stored.dtype) for part in parts]
-    dtypes = {dtype for _, dtype in sources}
     encoding = piece.tensor.encoding
-    if "Q8_0" in dtypes and encoding is not format.Encoding.INT8:
-        sources = [(part.to_float32().view("u1"), "F32") for part in parts]
-        dtypes = {"F32"}
-    if dtypes == {"Q8_0"}:
-        np.frombuffer(out, np.uint8)[:] = 0  # the rows that pad the last tile
-        _take_over(piece, parts, out)
-        return 0.0, 0.0, 0.0
-    if "Q8_0" in dtypes:  # the Q8_0 parts are zeros here; _take_over puts their codes in
-        weights = [np.zeros(p.n, np.float32) if p.stored.dtype == "Q8_0" else p.to_float32() for p in parts]
-        sources = [(w.view("u1"), "F32") for w in weights]
-    elif len(dtypes) > 1:  # q, k and v, or gate and up, may differ in dtype; widening to float32 is exact
-        sources = [(part.to_float32().view("u1"), "F32") for part in parts]
-    *errors, bad = engine.quantize_tiles(sources, piece.columns, group_size, out, encoding.value, importance)
-    if bad >= 0:
-        _refuse(piece, parts, bad)
-    if "Q8_0" in dtypes:
-        _take_over(piece, parts, out)
-    return errors[0], errors[1], errors[2]
+    held = _hold(piece, parts, group_size)
+    errors = (0.0, 0.0, 0.0)
+    tile_rows = np.frombuffer(out, format.tile_row_type(piece.columns, group_size, encoding))
+    if all(part_held is not None and part_held.rows.all() for part_held in held):
+        taking_over.clear(tile_rows)
+    else:
+        sources = _sources(piece, parts, held)
+        *rounded, bad = engine.quantize_tiles(
+            sources, piece.columns, group_size, out, encoding.value, importance
+        )
+        if bad >= 0:
+            _refuse(piece, parts, bad)
+        errors = (rounded[0], rounded[1], rounded[2])
+    row = taken_over = 0
+    for part, part_held in zip(parts, held, strict=True):
+        if part_held is not None:
+            taking_over.put(tile_rows, encoding, row, part_held)
+            lost = part_held.lost[part_held.rows]
+            taken_over += int(np.count_nonzero(lost[:, 2] == 0)) * piece.columns
+            error, weight = (float(total) for total in lost[:, 1:].sum(axis=0, dtype=np.float64))
+            errors = (max(errors[0], float(lost[:, 0].max(initial=0))), errors[1] + error, errors[2] + weight)
+        row += part.n // piece.columns
+    return errors[0], errors[1], errors[2], taken_over
 
 
-def _take_over(piece: Slice, parts: list[_Part], out: memoryview) -> None:
-    """Put the codes and scales of Q8_0 parts where docs/FORMAT.md wants them, in tiles of group size 32.
+def _sources(piece: Slice, parts: list[_Part], held: list[taking_over.Held | None]) -> list[tuple[Any, str]]:
+    """The weights as quantize_tiles wants them, all of one dtype; rows that are held are zeros."""
+    dtypes = {part.stored.dtype for part in parts}
+    if len(dtypes) == 1 and dtypes <= {"BF16", "F16", "F32"}:
+        return [(part.data, part.stored.dtype) for part in parts]
+    result = []
+    for part, part_held in zip(parts, held, strict=True):
+        # q, k and v, or gate and up, may differ in dtype; widening to float32 is exact
+        weights = part.to_float32()
+        if part_held is not None:
+            weights.reshape(-1, piece.columns)[part_held.rows] = 0
+        result.append((weights.view("u1"), "F32"))
+    return result
 
-    A negative scale and its codes change sign. The code -128 and scales that are not finite are refused:
-    model.bin must not hold them.
-    """
+
+def _hold(piece: Slice, parts: list[_Part], group_size: int) -> list[taking_over.Held | None]:
+    """What of each part is taken over as it is; None: nothing. SourceError for the code -128 of Q8_0."""
     import numpy as np
 
-    tiles = np.frombuffer(out, format.tile_row_type(piece.columns, 32))["tiles"]
-    row, index = 0, 0
+    encoding = piece.tensor.encoding
+    held: list[taking_over.Held | None] = []
+    index = 0
     for part in parts:
-        n = part.n // piece.columns
-        if part.stored.dtype == "Q8_0":
-            blocks = np.frombuffer(part.data, Q8_0_BLOCK).reshape(n, -1)
-            scales, codes = blocks["scale"].view("<u2"), blocks["codes"]
-            bad = (scales & 0x7C00) == 0x7C00
-            if bad.any():
-                _refuse(piece, parts, index + 32 * int(np.argmax(bad)))
-            if codes.min() == -128:
-                _refuse(piece, parts, index + int(np.argmin(codes)))
-            if (scales >> 15).any():
-                codes = np.where(scales[:, :, None] >> 15, -codes, codes)
-            which, lane = np.divmod(np.arange(row, row + n), format.TILE_ROWS)
-            tiles["codes"][which, :, :, lane] = codes.reshape(n, -1, 8, 4)
-            tiles["scales"].view("<u2")[which, :, lane] = scales & 0x7FFF
-        row, index = row + n, index + part.n
+        found = None
+        if taking_over.can_hold(part.stored.dtype, group_size, encoding):
+            found = taking_over.hold(part.data, part.stored.dtype, piece.columns, encoding)
+            if found.codes.min() == -128:
+                _refuse(piece, parts, index + int(np.argmin(found.codes)))
+        held.append(found)
+        index += part.n
+    if encoding is format.Encoding.INT4:
+        return taking_over.of_one_codebook(held, [part.n // piece.columns for part in parts])
+    return held
 
 
 def _refuse(piece: Slice, parts: list[_Part], index: int) -> NoReturn:

@@ -19,6 +19,7 @@ between: those that llama.cpp's K mixes give more bits.
 
 from __future__ import annotations
 
+import collections
 import fnmatch
 import re
 import sys
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import format
+from .gguf_blocks import KINDS
 from .source import SourceError, shown
 
 GROUP_SIZE = 32  # of a recipe that names none
@@ -99,6 +101,11 @@ class Recipe:
     table: dict[str, Any]
     location: str  # for error messages
 
+    @property
+    def is_int8(self) -> bool:
+        """Whether every matrix is INT8, as without a recipe."""
+        return {self.encoding, *(rule.encoding for rule in self.rules)} == {format.Encoding.INT8}
+
     def encodings(self, config: format.Config) -> format.Encodings:
         """The encoding of every matrix. SourceError if a rule is about none, or the engine lacks the mix."""
         names = format.matrices(config)
@@ -114,6 +121,44 @@ class Recipe:
         except ValueError as error:
             raise SourceError(f"{self.location}: {error}") from None
         return result
+
+
+def of_source(dtypes: Mapping[str, str], config: format.Config) -> Recipe | None:
+    """What the matrices of a source get that are no recipe's: a GGUF file's blocks as gguf_blocks.KINDS says.
+
+    dtypes: of every matrix by its Hugging Face name. None if all are INT8. A gate and its up get what holds
+    both.
+    """
+    encodings = {name: _of_dtype(dtypes[name]) for name in format.matrices(config)}
+    for gate in [name for name in encodings if name.endswith(".gate_proj.weight")]:
+        up = gate.replace(".gate_proj.", ".up_proj.")
+        encodings[gate] = encodings[up] = max(encodings[gate], encodings[up], key=lambda e: e.bits)
+    counts = collections.Counter(encodings.values())
+    commonest = max(format.ENCODINGS, key=lambda encoding: counts[encoding])
+    if counts.keys() == {format.Encoding.INT8}:
+        return None
+    table = {"encoding": commonest.value, "group_size": GROUP_SIZE, "matrices": _rules(encodings, commonest)}
+    return parse(table, "the recipe of the file")
+
+
+def _of_dtype(dtype: str) -> format.Encoding:
+    return KINDS[dtype].encoding if dtype in KINDS else format.Encoding.INT8
+
+
+def _rules(encodings: format.Encodings, commonest: format.Encoding) -> list[dict[str, Any]]:
+    """Rules for the matrices of another encoding than the commonest; one for each kind of matrix, its layers
+    listed.
+    """
+    layers: dict[tuple[str, format.Encoding], dict[int, None]] = {}
+    for name, encoding in encodings.items():
+        layer = _LAYER.match(name)
+        if encoding is not commonest:
+            kind = re.sub(r"\.experts\.\d+\.", ".experts.*.", f"*.{name[layer.end() :]}" if layer else name)
+            layers.setdefault((kind, encoding), {}).update({int(layer[1]): None} if layer else {})
+    return [
+        {"names": [kind], **({"layers": [*which]} if which else {}), "encoding": encoding.value}
+        for (kind, encoding), which in layers.items()
+    ]
 
 
 def of_bits(bits: str) -> Recipe:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..system import mistakes
 from ..system.files import reason
 from ..system.terminal import escaped
+from . import gguf_blocks as blocks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
 MAX_DEPTH = 100  # of lists and objects in JSON
 MAX_INTEGER = 1 << 127  # a larger number is no sensible count
 
-# dtype -> weights and bytes of its smallest unit; Q8_0 (GGUF alone) is an fp16 scale and 32 codes
-BLOCKS = {"BF16": (1, 2), "F16": (1, 2), "F32": (1, 4), "Q8_0": (32, 34)}
-Q8_0_BLOCK = [("scale", "<f2"), ("codes", "i1", 32)]
+# dtype -> weights and bytes of its smallest unit; GGUF alone has blocks of more than one
+BLOCKS = {"BF16": (1, 2), "F16": (1, 2), "F32": (1, 4)}
+BLOCKS |= {name: (kind.weights, kind.size) for name, kind in blocks.KINDS.items()}
 TAKE_UNQUANTIZED = "already quantised; take the model's original BF16, F16 or F32 repository instead"
 _QUANTIZED_DTYPE = re.compile(r"[IU]\d+$|F[468](_|$)|BOOL$")
 
@@ -263,10 +264,8 @@ def to_float32(data: memoryview, dtype: str) -> NDArray[np.float32]:
 
     if dtype == "BF16":  # the upper half of a float32
         return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-    if dtype == "Q8_0":
-        blocks = np.frombuffer(data, Q8_0_BLOCK)
-        with np.errstate(invalid="ignore"):  # quantising refuses a scale that is NaN
-            return (blocks["scale"].astype(np.float32)[:, None] * blocks["codes"]).ravel()
+    if dtype in blocks.KINDS:
+        return blocks.dequantize(data, dtype)
     return np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float32)
 
 

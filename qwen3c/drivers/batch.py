@@ -1,7 +1,7 @@
 """Sequences that share forward passes: the one loop that asks a model for logits, token by token.
 
     CachedSession    a session that knows its tokens
-    Batch            sequences in ragged passes: pieces of prompts and single tokens, mixed freely
+    Batch            sequences in ragged passes: pieces of prompts, single tokens and drafts, mixed freely
     drive            many sequences, `running` of them at once; common beginnings are computed once
     last_rows        the row of logits, or the hidden state, at the end of each of many prompts
 
@@ -17,13 +17,14 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.draw import Draw, draw
+from .draft import Drafter, Drafting
 from .reply import FinishReason, Stats
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ WORTH_WAITING = 32  # tokens in common with a prompt that is being read: fewer a
 class CachedSession:
     """A session that knows its tokens, so that a prompt costs only what differs from what went before.
 
-    tokens: those whose keys and values the session holds. context: how many it can hold. Only the newest
+    tokens: those whose keys and values the session holds; behind them it may hold those of a draft or of an
+    interrupted pass, which are forgotten before it goes on. context: how many it can hold. Only the newest
     reply may go on in a session: asking an older one for more is a ValueError.
     """
 
@@ -76,10 +78,7 @@ class CachedSession:
         return self.n_replies
 
     def reuse(self, prompt: Sequence[int]) -> int:
-        """Keep the longest common prefix with `prompt`, but for its last token; return its length.
-
-        Positions of the session beyond `tokens`, left by an interrupted pass, are forgotten too.
-        """
+        """Keep the longest common prefix with `prompt`, but for its last token; return its length."""
         n = min(common_prefix(self.tokens, prompt), len(prompt) - 1)  # the last token's logits are wanted
         self.rewind(n)
         return n
@@ -92,6 +91,7 @@ class CachedSession:
         """A second session with the same tokens; it takes no memory until one of the two goes on."""
         other = CachedSession(self.model, session=self.session.fork())
         other.tokens = self.tokens.copy()
+        other.rewind(len(other.tokens))
         return other
 
     def rewind(self, position: int) -> None:
@@ -101,16 +101,27 @@ class CachedSession:
 
 
 def forward(
-    model: Engine, rows: Sequence[tuple[CachedSession, list[int]]], kind: Logits = "last"
+    model: Engine,
+    rows: Sequence[tuple[CachedSession, list[int]]],
+    kind: Logits = "last",
+    drafted: Sequence[int] = (),
 ) -> Sequence[NDArray[np.float32]]:
     """One pass that appends tokens to each session; returns each session's row, by `kind` (see
     Session.forward).
+
+    drafted: of each session, how many of its ids, the last ones, are a draft; with any, the logits of those
+    and of the one before them are returned, (1 + drafted, vocab_size).
     """
-    outputs = model.forward([(cached.session, ids) for cached, ids in rows], kind)
-    for cached, ids in rows:
-        # an interrupt before this line leaves the session longer than `tokens`: see reuse()
-        cached.tokens += ids
-    return outputs
+    drafted = drafted if any(drafted) else ()
+    outputs = model.forward(
+        [(cached.session, ids) for cached, ids in rows], [1 + n for n in drafted] if drafted else kind
+    )
+    for i, (cached, ids) in enumerate(rows):
+        # an interrupt before this line leaves the session longer than `tokens`
+        cached.tokens += ids[: len(ids) - drafted[i]] if drafted else ids
+    if not drafted:
+        return outputs
+    return [output if n else output[0] for output, n in zip(outputs, drafted, strict=True)]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -147,6 +158,9 @@ class State(Protocol[OutcomeT_co]):
     def max_tokens(self) -> int:
         """How many rows it will take at most."""
 
+    def forced(self) -> Sequence[int]:
+        """The tokens that will most likely come whatever the logits are; none where that cannot be known."""
+
     def prepare(self) -> None:
         """A pass begins that will end in take(): what can be computed beside it may start now."""
 
@@ -170,7 +184,8 @@ class Member(Generic[OutcomeT]):
     index: the caller's own number for it. kind: what of each row is wanted (see Session.forward).
     reads: whether it is still in its prompt. cancelled: asked before each pass. progress: told
     (tokens read, tokens in all) of the prompt. rows: with kind "all", told the rows of each piece of
-    the prompt, (tokens, vocab_size).
+    the prompt, (tokens, vocab_size). drafter: what guesses at its tokens; None for nothing. draft: the
+    guesses that the last pass checks and that nothing was compared with yet; checks: the row after each.
     """
 
     index: int
@@ -183,6 +198,9 @@ class Member(Generic[OutcomeT]):
     cancelled: Callable[[], bool] = lambda: False
     progress: Callable[[int, int], None] = lambda done, total: None
     rows: Callable[[NDArray[np.float32]], None] = lambda rows: None
+    drafter: Drafter | None = None
+    draft: list[int] = field(init=False, default_factory=list)
+    checks: list[NDArray[np.float32]] = field(init=False, default_factory=list)
     claim: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -192,6 +210,29 @@ class Member(Generic[OutcomeT]):
         """ValueError if a newer reply goes on in the session."""
         if self.session.n_replies != self.claim:
             raise ValueError("another reply goes on in the session of this one, which cannot go on itself")
+
+    @property
+    def room(self) -> int:
+        """How many tokens may come after its newest one."""
+        tokens = self.state.max_tokens - self.stats.generated_tokens
+        return min(tokens, self.session.context - len(self.session.tokens)) - 1
+
+    def go_on(self, token: int) -> None:
+        """`token` has come: the draft has it next, or what is left of the draft was wrong."""
+        if self.drafter is not None:
+            self.drafter.add(token)
+        if self.draft and self.draft[0] == token:
+            self.stats.accepted_tokens += 1
+            return
+        self.forget_draft()
+        self.waiting = [token]
+
+    def forget_draft(self) -> None:
+        """Nothing more is compared with the draft."""
+        if self.draft:
+            self.draft, self.checks = [], []
+            if self.session.n_replies == self.claim:
+                self.session.rewind(len(self.session.tokens))
 
 
 class Pace(Protocol):
@@ -228,30 +269,37 @@ class Pieces:
 class Batch(Generic[OutcomeT]):
     """The sequences that are on their way, and the passes that take them further.
 
-    A pass takes one token of every sequence that decodes, and as many tokens of prompts as the pace allows. A
-    Batch is driven by step(); or by plan() and run(), for a caller who has to make room for a pass first.
+    A pass takes one token of every sequence that decodes, with a draft of what may follow, and as many tokens
+    of prompts as the pace allows. A Batch is driven by step(); or by plan(), run() and follow(), for a caller
+    who has to make room for a pass first. drafting: what makes the drafts; None for none.
     """
 
-    def __init__(self, model: Engine, pace: Pace | None = None) -> None:
+    def __init__(self, model: Engine, pace: Pace | None = None, drafting: Drafting | None = None) -> None:
         self._model = model
         self._pace = Pieces() if pace is None else pace
+        self._drafting = drafting
         self.running: list[Member[OutcomeT]] = []
 
     def step(self) -> list[tuple[Member[OutcomeT], OutcomeT]]:
-        """One pass: what came of the sequences that have read all they had. Those
-        that ended leave the batch.
+        """One token of each sequence that has one: of the draft that the last pass checked, else by a pass.
+
+        Sequences that ended leave the batch.
         """
-        return self.drop_cancelled() + self.run(self.plan())
+        return self.drop_cancelled() + (self.follow() or self.run(self.plan()))
 
     def drop_cancelled(self) -> list[tuple[Member[OutcomeT], OutcomeT]]:
         """End the sequences whose caller has asked for it."""
         cancelled = [one for one in self.running if one.cancelled()]
         for one in cancelled:
             self.running.remove(one)
+            one.forget_draft()
         return [(one, one.state.end("cancelled")) for one in cancelled]
 
-    def plan(self) -> list[tuple[Member[OutcomeT], list[int]]]:
-        """The tokens of the next pass, by sequence."""
+    def plan(self, drafts: bool = True) -> list[tuple[Member[OutcomeT], list[int]]]:
+        """The tokens of the next pass, by sequence; those beyond what it waits for are a draft.
+
+        drafts: whether there may be any.
+        """
         readers = [one for one in self.running if one.reads]
         n_decoding = len(self.running) - len(readers)
         left = [one.session.positions(len(one.waiting)) for one in readers]
@@ -262,7 +310,31 @@ class Batch(Generic[OutcomeT]):
             ids = one.waiting[: min(n, LARGEST_ALL) if one.kind == "all" else n]
             if ids:
                 rows.append((one, ids))
+        if drafts and self._drafting and any(one.drafter and one.drafter.guesses() for one, _ in rows):
+            return self._with_drafts(rows, self._drafting)
         return rows
+
+    def _with_drafts(
+        self, rows: list[tuple[Member[OutcomeT], list[int]]], drafting: Drafting
+    ) -> list[tuple[Member[OutcomeT], list[int]]]:
+        """`rows`, with drafts as far as they are worth it, in place of as many tokens of prompts."""
+        n_prompt = sum(len(ids) for one, ids in rows if one.reads)
+        n_decoding = sum(not one.reads for one, _ in rows)
+        asked = [one for one, _ in rows if one.drafter is not None and not one.reads and one.kind == "last"]
+        made = drafting.drafts(
+            [(one.drafter, one.room) for one in asked if one.drafter], n_decoding, n_prompt
+        )
+        size = self._model.config.vocab_size
+        draft = {
+            id(one): [*takewhile(lambda id: 0 <= id < size, guesses[: max(one.room, 0)])]
+            for one, guesses in zip(asked, made, strict=True)
+        }
+        n_drafted, planned = sum(map(len, draft.values())), []
+        for one, ids in rows:
+            cut = min(n_drafted, len(ids) - 1) if one.reads else 0
+            n_drafted -= cut
+            planned.append((one, ids[: len(ids) - cut] + draft.get(id(one), [])))
+        return planned
 
     def run(
         self, rows: Sequence[tuple[Member[OutcomeT], list[int]]]
@@ -273,14 +345,17 @@ class Batch(Generic[OutcomeT]):
         ready: list[tuple[Member[OutcomeT], NDArray[np.float32]]] = []
         for one, ids in rows:
             one.check_claim()
-            if len(ids) == len(one.waiting):
+            if len(ids) >= len(one.waiting):
                 one.state.prepare()
         read = [one.session.positions(len(ids)) for one, ids in rows if one.reads]
         begin = time.perf_counter()
         outputs = self._forward(rows)
         seconds = time.perf_counter() - begin
         self._pace.learn(seconds, read, sum(not one.reads for one, _ in rows))
+        if self._drafting and not read:
+            self._drafting.costs.learn(sum(len(ids) for _, ids in rows), seconds)
         for (one, ids), output in zip(rows, outputs, strict=True):
+            one.draft = ids[len(one.waiting) :]
             one.waiting = one.waiting[len(ids) :]
             if one.reads:
                 one.stats.prefill_seconds += seconds
@@ -288,11 +363,28 @@ class Batch(Generic[OutcomeT]):
                 one.progress(len(one.session.tokens), len(one.session.tokens) + len(one.waiting))
             else:
                 one.stats.decode_seconds += seconds
+                one.stats.decode_passes += 1
+                one.stats.drafted_tokens += len(one.draft)
             if one.kind == "all":
                 one.rows(output)
                 output = output[-1]
+            if one.draft:
+                output, *one.checks = output
             if not one.waiting:
                 ready.append((one, output))
+        return self._take_all(ready)
+
+    def follow(self) -> list[tuple[Member[OutcomeT], OutcomeT]]:
+        """What comes of the sequences whose newest token is the next of their drafts; [] if there are none.
+
+        No pass is needed for it: the last one has checked the drafts.
+        """
+        ready = []
+        for one in self.running:
+            if one.draft:
+                one.check_claim()
+                one.session.tokens.append(one.draft.pop(0))
+                ready.append((one, one.checks.pop(0)))
         return self._take_all(ready)
 
     def _forward(self, rows: Sequence[tuple[Member[OutcomeT], list[int]]]) -> list[NDArray[np.float32]]:
@@ -301,7 +393,8 @@ class Batch(Generic[OutcomeT]):
         for kind in KINDS:
             chosen = [(one, ids) for one, ids in rows if one.kind == kind]
             if chosen:
-                results = forward(self._model, [(one.session, ids) for one, ids in chosen], kind)
+                drafted = [0 if one.reads else len(ids) - len(one.waiting) for one, ids in chosen]
+                results = forward(self._model, [(one.session, ids) for one, ids in chosen], kind, drafted)
                 outputs |= {id(one): output for (one, _), output in zip(chosen, results, strict=True)}
         return [outputs[id(one)] for one, _ in rows]
 
@@ -322,9 +415,10 @@ class Batch(Generic[OutcomeT]):
             one.reads = False
             one.stats.generated_tokens += outcome.token is not None
             if outcome.finish_reason is None and outcome.token is not None:
-                one.waiting = [outcome.token]
+                one.go_on(outcome.token)
             else:
                 self.running.remove(one)
+                one.forget_draft()
             one.stats.decode_seconds += seconds + time.perf_counter() - begin
             outcomes.append((one, outcome))
         return outcomes
@@ -339,13 +433,14 @@ def drive(
     sequences: Iterable[tuple[list[int], State[OutcomeT]]],
     running: int,
     kind: Logits = "last",
+    drafting: Drafting | None = None,
 ) -> Iterator[tuple[int, OutcomeT]]:
     """The outcomes of many sequences as they come, each with the number of its sequence.
 
     sequences: (prompt, state) pairs, started in order as soon as fewer than `running` are on their way. A
-    common beginning of two prompts is computed once, and its session forked.
+    common beginning of two prompts is computed once, and its session forked. drafting: see Batch.
     """
-    batch: Batch[OutcomeT] = Batch(model)
+    batch: Batch[OutcomeT] = Batch(model, drafting=drafting)
     ended: deque[CachedSession] = deque(maxlen=KEPT)
     waiting = enumerate(sequences)
     following = next(waiting, None)
@@ -361,7 +456,8 @@ def drive(
                 break
             rest = prompt[len(session.tokens) :]
             stats = Stats(prompt_tokens=len(prompt), cached_tokens=len(session.tokens))
-            batch.running.append(Member(index, state, session, rest, stats, kind))
+            drafter = drafting.drafter(prompt, state.forced) if drafting else None
+            batch.running.append(Member(index, state, session, rest, stats, kind, drafter=drafter))
             following = next(waiting, None)
         for one, outcome in batch.step():
             if outcome.finish_reason is not None:
@@ -397,6 +493,17 @@ def session_for(
     return session
 
 
+def alike_together(prompts: Sequence[list[int]]) -> list[int]:
+    """The order, as indices, in which prompts with a long common beginning follow each other: drive() keeps
+    few sessions of those that ended. Prompts that share little stay as they are.
+    """
+    beginnings = [tuple(prompt[:WORTH_WAITING]) for prompt in prompts]
+    first: dict[tuple[int, ...], int] = {}
+    for i, beginning in enumerate(beginnings):
+        first.setdefault(beginning, i)
+    return sorted(range(len(prompts)), key=lambda i: (first[beginnings[i]], prompts[i]))
+
+
 class LastRow:
     """A State that keeps the row after its prompt and ends there; it is its own Outcome."""
 
@@ -404,6 +511,10 @@ class LastRow:
     finish_reason: FinishReason | None = "stop"
     max_tokens = 1
     values: NDArray[np.float32]
+
+    def forced(self) -> Sequence[int]:
+        """No tokens follow."""
+        return ()
 
     def prepare(self) -> None:
         """There is nothing to compute beside a pass."""

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from ..text.tools import ToolSet
 from .batch import Batch, CachedSession, Member
+from .draft import Drafting
 from .grammar import Grammar
 from .reply import Event, Mask, Reply, ReplyState, Stats
 from .sampler import SamplingOptions
@@ -41,6 +42,7 @@ class ReplyOptions(AnswerOptions, total=False):
     mask: Mask | None
     cancel: Callable[[], bool] | None
     progress: Callable[[int, int], None] | None
+    draft: bool
 
 
 class Generation(Iterator[Event], AsyncIterator[Event]):
@@ -65,14 +67,18 @@ class Generation(Iterator[Event], AsyncIterator[Event]):
         owns_session: bool = False,
         cancel: Callable[[], bool] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
-        """owns_session: the session was made for this reply; close() releases its memory."""
+        """owns_session: the session was made for this reply; close() releases its memory. drafting: see
+        Batch.
+        """
         self.session = session
         self._prompt = prompt
         self._state = state
         self._owns_session = owns_session
         self._asked_to_stop = cancel or (lambda: False)
         self._progress = progress or (lambda done, total: None)
+        self._drafting = drafting
         self.stats = Stats(seed=state.seed, prompt_tokens=len(prompt))
         self.reply = Reply(stats=self.stats)
         self._closed = False
@@ -159,7 +165,9 @@ class Generation(Iterator[Event], AsyncIterator[Event]):
             0, self._state, self.session, self._prompt[cached:], self.stats,
             cancelled=self._cancelled, progress=self._progress,
         )  # fmt: skip
-        batch: Batch[Event] = Batch(self.session.model)
+        if self._drafting is not None:
+            member.drafter = self._drafting.drafter(self._prompt, self._state.forced)
+        batch: Batch[Event] = Batch(self.session.model, drafting=self._drafting)
         batch.running.append(member)
         while batch.running:
             for _, event in batch.step():

@@ -258,7 +258,9 @@ class _Matched:
     """The place of one text in a grammar. Its masks are computed in another thread, if asked for in time."""
 
     def __init__(self, vocabulary: Vocabulary, compiled: _Compiled) -> None:
+        assert vocabulary.tokenizer is not None
         self._n_tokens = vocabulary.n_tokens
+        self._encode = vocabulary.tokenizer.encode
         self._compiled = compiled
         self._matcher = compiled.matcher()
         self._tokens: list[int] = []
@@ -277,6 +279,17 @@ class _Matched:
                 RuntimeError
             ):  # no thread to be had, or the interpreter is ending: then when it is asked for
                 pass
+
+    def forced(self) -> list[int]:
+        """The text that alone can follow, in tokens as a model would cut it.
+
+        The last of several is left out: what comes after the text may belong to it.
+        """
+        if self._coming is not None or self._matcher.is_stopped():
+            return []
+        text = self._matcher.compute_ff_bytes().decode(errors="ignore")
+        tokens = self._encode(text) if text else []
+        return tokens[: max(len(tokens) - 1, 1)]
 
     def allowed(self) -> NDArray[np.bool_]:
         """(n_tokens,), the caller's own."""
@@ -323,6 +336,10 @@ class _AnswerMask:
         if self._state != "thought":
             self._matched.prepare()
 
+    def forced(self) -> Sequence[int]:
+        """See Mask."""
+        return self._matched.forced() if self._state == "answer" and not self._newlines else ()
+
     def allowed(self) -> NDArray[np.bool_]:
         """See Mask."""
         if self._state == "thought":
@@ -367,6 +384,10 @@ class _CallMask:
     def prepare(self) -> None:
         if self._call is not None:
             self._call.prepare()
+
+    def forced(self) -> Sequence[int]:
+        """See Mask."""
+        return () if self._call is None else self._call.forced()
 
     def allowed(self) -> NDArray[np.bool_] | None:
         """See Mask."""

@@ -10,7 +10,7 @@ and the token's position. So a reply is the same alone, in a batch, and with its
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -53,6 +53,9 @@ class Stats:
     prefill_seconds: float = 0.0
     generated_tokens: int = 0
     decode_seconds: float = 0.0  # from the first token to the last
+    decode_passes: int = 0  # that gave the tokens after the first
+    drafted_tokens: int = 0  # guesses that these passes checked
+    accepted_tokens: int = 0  # those that were right
     finish_reason: FinishReason | None = None
 
     @property
@@ -64,6 +67,11 @@ class Stats:
     def decode_rate(self) -> float:
         """Tokens per second after the first token, which belongs to prefill; 0 if there is no second one."""
         return max(self.generated_tokens - 1, 0) / max(self.decode_seconds, 1e-9)
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens after the first that a pass gave; 0 if there was no pass. Without drafts it is 1."""
+        return max(self.generated_tokens - 1, 0) / self.decode_passes if self.decode_passes else 0.0
 
 
 @dataclass(repr=False)
@@ -110,7 +118,11 @@ class Reply:
 
 
 class Mask(Protocol):
-    """Restricts the next token, as a grammar does."""
+    """Restricts the next token, as a grammar does.
+
+    It may have a method forced() besides: the tokens that will most likely come next because there is little
+    else that may. They are tried as a draft.
+    """
 
     def allowed(self) -> NDArray[np.bool_] | None:
         """(n_tokens,), true where a token may come next; None where every token may."""
@@ -198,7 +210,10 @@ class ReplyState:
         self._end_tokens = vocabulary.end_tokens
         self._logprobs = logprobs
         self._begun = False  # whether the next token has been drawn
+        self._only: int | None = None  # the next token, where it is the only one that may come
         self._mask = settings.mask
+        self._forced: Callable[[], Sequence[int]] = getattr(settings.mask, "forced", tuple)
+        self._undefined = vocabulary.undefined
         self._end_thought = None if budget is None else _end_of_thought(vocabulary, budget)
         self._thought_left = budget or 0  # tokens, where there is a budget
         self.max_tokens = max_tokens
@@ -220,6 +235,10 @@ class ReplyState:
         """Log-probability (nats) of the last token under the distribution it was drawn from; see Sampler."""
         return self._sampler.logprob
 
+    def forced(self) -> Sequence[int]:
+        """The tokens that will most likely come next because the mask allows little else."""
+        return self._forced()
+
     def prepare(self) -> None:
         """take() is coming: begin to compute its mask, if there is one, beside the
         logits. It may be left out.
@@ -227,13 +246,16 @@ class ReplyState:
         if self._mask:
             self._mask.prepare()
 
-    def begin(self, logits: NDArray[np.float32]) -> Draw:
+    def begin(self, logits: NDArray[np.float32]) -> Draw | None:
         """take() is coming, with these logits: what it will draw, for draw() to find beside that of others.
 
-        It may be left out; take() then draws by itself.
+        None if it draws nothing, because only one token may come. It may be left out; take() then draws by
+        itself.
         """
-        draw = self._sampler.begin(logits, self._allowed(), self._logprobs)
-        self._begun = True
+        allowed = self._allowed()
+        only = self._only_of(allowed)
+        draw = None if only is not None else self._sampler.begin(logits, allowed, self._logprobs)
+        self._begun, self._only = True, only
         return draw
 
     def take(self, logits: NDArray[np.float32]) -> Event:
@@ -241,7 +263,7 @@ class ReplyState:
 
         ValueError if the logits are not finite, or if the mask allows no token.
         """
-        token = self._sampler.end() if self._begun else self._sampler.sample(logits, self._allowed())
+        token = self._next(logits)
         logprob, top_logprobs = None, None
         if self._logprobs is not None:
             logprob, top_logprobs = (
@@ -264,6 +286,26 @@ class ReplyState:
         return Event(
             token, piece.text, piece.thinking, self.finish_reason, piece.tool_calls, logprob, top_logprobs
         )
+
+    def _next(self, logits: NDArray[np.float32]) -> int:
+        """The next token: the only one that may come, the one that draw() has found, else drawn now."""
+        if not self._begun:
+            allowed = self._allowed()
+            self._only = self._only_of(allowed)
+            if self._only is None:
+                return self._sampler.sample(logits, allowed)
+        if self._only is None:
+            return self._sampler.end()
+        token, self._only = self._only, None
+        self._sampler.take(token)
+        return token
+
+    def _only_of(self, allowed: NDArray[np.bool_] | None) -> int | None:
+        """The only allowed token, if there is no more than one and its log-probability is not asked for."""
+        if allowed is None or self._logprobs is not None or np.count_nonzero(allowed) != 1:
+            return None
+        token = int(np.argmax(allowed))
+        return None if token in self._undefined else token
 
     def _allowed(self) -> NDArray[np.bool_] | None:
         """Which tokens may come next; None: every one."""

@@ -153,6 +153,11 @@ class Sampler:
         self.accept(token)
         return token
 
+    def take(self, token: int) -> None:
+        """`token` comes next because no other may."""
+        self.logprob = 0.0
+        self.accept(token)
+
     def accept(self, token: int) -> None:
         """`token` is the next one of the reply, whoever chose it."""
         self._position += 1

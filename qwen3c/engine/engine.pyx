@@ -368,16 +368,19 @@ cdef class Engine:
 
         batch: pairs of a session and the token ids to append to it, each session once. Prompts and single
         tokens may be mixed: the results of a session do not depend on the others by a single bit.
+        logits: besides those words, a list of how many rows are wanted of each session, 1 to len(ids): the
+        logits of so many of its last ids, (n, vocab_size).
         """
         self._check_open()
-        if logits not in ("last", "all", "hidden"):
-            raise ValueError(f"logits is {logits!r}, not 'last', 'all' or 'hidden'")
         batch = [(session, _token_ids(ids, self.m.vocab_size)) for session, ids in batch]
         if not batch:
             raise ValueError("the batch is empty")
+        counts = _wanted_rows(logits, batch)
+        kind = logits if isinstance(logits, str) else "all"
         with self.lock:
             self._check_batch(batch)
-            return self._forward_batch(batch, logits == "all", logits == "hidden")
+            outputs = self._forward_batch(batch, counts, kind == "hidden")
+        return outputs if kind == "all" else [output[0] for output in outputs]
 
     cdef _check_batch(self, list batch):
         self._check_open()
@@ -392,8 +395,11 @@ cdef class Engine:
                 raise ValueError(f"{len(ids)} more ids from position {session.position} pass the context of "
                                  f"{session.context}")
 
-    cdef _forward_batch(self, list batch, bint every, bint hidden):
-        """Cut the rows of the batch into passes of at most MAX_ROWS; collect the logits or hidden states."""
+    cdef _forward_batch(self, list batch, list counts, bint hidden):
+        """Cut the rows of the batch into passes of at most MAX_ROWS; collect the logits or hidden states.
+
+        counts: of how many of its last rows each session wants them. A list of their (count, width).
+        """
         cdef Py_ssize_t n_total = sum([len(ids) for _, ids in batch])
         cdef Py_ssize_t start, n, i, begin, first, last, out_row = 0
         cdef Session session
@@ -402,7 +408,8 @@ cdef class Engine:
         self._reserve(min(n_total, MAX_ROWS))
         tokens = np.concatenate([ids for _, ids in batch])
         ends = np.cumsum([len(ids) for _, ids in batch])
-        wanted = np.arange(n_total) if every else ends - 1  # rows whose logits are returned, ascending
+        # rows whose logits are returned, ascending
+        wanted = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts)])
         out = np.empty((len(wanted), self.m.dim if hidden else self.m.vocab_size), dtype=np.float32)
         for start in range(0, n_total, MAX_ROWS):
             n = min(MAX_ROWS, n_total - start)
@@ -419,9 +426,7 @@ cdef class Engine:
             out_row += len(rows)
         for session, ids in batch:
             session._position += len(ids)
-        if not every:
-            return list(out)
-        return [out[end - len(ids) : end] for end, (_, ids) in zip(ends, batch)]
+        return np.split(out, np.cumsum(counts)[:-1])
 
     cdef _forward_rows(self, const int32_t[::1] tokens, list segments, rows, bint hidden, float[:, ::1] out):
         """One pass: hand plain arrays to `forward` and let go of the GIL."""
@@ -602,7 +607,7 @@ cdef class Engine:
             self._check_batch(batch)
             try:
                 arrays = self._begin_trace(names, len(ids))
-                logits = self._forward_batch(batch, every, False)[0]
+                logits = self._forward_batch(batch, [len(ids) if every else 1], False)[0]
             finally:
                 self.m.trace.on = False
                 memset(self.m.trace.arrays, 0, self.m.n_layers * N_ARRAYS * sizeof(float *))
@@ -727,6 +732,23 @@ def _integer(str name, value):
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} is {value!r}, not an integer") from None
+
+
+def _wanted_rows(logits, list batch):
+    """How many rows of each session of a batch Engine.forward returns. ValueError for a bad `logits`."""
+    if isinstance(logits, str):
+        if logits not in ("last", "all", "hidden"):
+            raise ValueError(f"logits is {logits!r}, not 'last', 'all' or 'hidden'")
+        return [len(ids) if logits == "all" else 1 for _, ids in batch]
+    if not isinstance(logits, (list, tuple)):
+        raise ValueError(f"logits is {logits!r}, not 'last', 'all', 'hidden' or a list of numbers of rows")
+    counts = [_integer("logits", count) for count in logits]
+    if len(counts) != len(batch):
+        raise ValueError(f"logits are {len(counts)} numbers of rows, for {len(batch)} sessions")
+    for count, (_, ids) in zip(counts, batch):
+        if not 1 <= count <= len(ids):
+            raise ValueError(f"logits = {count} rows of a session that is given {len(ids)} ids")
+    return counts
 
 
 def _token_ids(ids, Py_ssize_t vocab_size):

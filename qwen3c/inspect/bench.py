@@ -198,7 +198,7 @@ class Player:
     def _loop(self, n: int, prompt: list[int]) -> float:
         # end tokens are never sampled, or the loop could end early
         never = dict.fromkeys(self.model.metadata["eos_token_ids"], -1e4)
-        reply = self.model.generate(prompt, n + 1, logit_bias=never, **CHAT)
+        reply = self.model.generate(prompt, n + 1, draft=False, logit_bias=never, **CHAT)
         for _ in reply:
             pass
         return reply.stats.decode_seconds
@@ -207,7 +207,7 @@ class Player:
 def greedy(model: Model, ids: Sequence[int], n: int) -> list[int]:
     """The n most likely tokens after `ids`, each after those before it; none of them ends the text."""
     never = dict.fromkeys(model.metadata["eos_token_ids"], -1e4)
-    reply = model.generate(ids, n, temperature=0, logit_bias=never)
+    reply = model.generate(ids, n, draft=False, temperature=0, logit_bias=never)
     return [event.token for event in reply if event.token is not None]
 
 

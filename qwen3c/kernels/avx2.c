@@ -28,8 +28,8 @@ static inline i32x16 dot_4(i32x16 dot, i8x64 w, i8x4 x) {
     return BOTH(i32x16, dot_half(dot.low, w.low, w.low_abs, x), dot_half(dot.high, w.high, w.high_abs, x));
 }
 
-/* A code 0..63 is unsigned as it is: 4 * 63 * 127 = 32,004 fits in 16 bits, so two products of pairs are added
-   before they are widened. */
+/* A code 0..63 is unsigned as it is: 4 * 63 * 127 = 32,004 fits in 16 bits, so two products of pairs are
+   added before they are widened. */
 static inline __m256i dot_8_half(__m256i dot, __m256i v, __m256i w, __m256i x, __m256i y) {
     __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(v, x), _mm256_maddubs_epi16(w, y));
     return _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

@@ -15,7 +15,9 @@ INLINE void u6_columns(const Encoding encoding, u6x64 codes[2], const uint8_t *n
 }
 
 /* The codebook of a tile row of ENCODING_INT4 whose first tile is given. */
-INLINE u6x64 u6_codebook_of(const uint8_t *tiles) { return u6_codebook((const int8_t *)tiles - CODEBOOK_BYTES); }
+INLINE u6x64 u6_codebook_of(const uint8_t *tiles) {
+    return u6_codebook((const int8_t *)tiles - CODEBOOK_BYTES);
+}
 
 /* The high bits of columns 16 c to 16 c + 15 of a tile of ENCODING_INT6. */
 INLINE u6x64 u6_crumbs(const uint8_t *tile, size_t c, size_t group_size) {

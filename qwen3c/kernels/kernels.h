@@ -88,7 +88,8 @@ typedef struct {
      KV_F32, KV_F16:  keys    (KV_BLOCK / LANES, head_dim, LANES)   position LANES s + i, dimension d
                                                                     at [s][d][i]
                       values  (KV_BLOCK, PADDED(head_dim))
-     KV_I8:           keys    a matrix of ENCODING_INT8, (KV_BLOCK, PADDED(head_dim)), one group: rows are positions
+     KV_I8:           keys    a matrix of ENCODING_INT8, (KV_BLOCK, PADDED(head_dim)), one group: rows are
+                              positions
                       values  int8 codes   (PADDED(head_dim) / LANES, KV_BLOCK / 4, LANES, 4)
                                              position 4 c + j, dimension LANES d + i at [d][c][i][j]
                               fp16 scales  (KV_BLOCK)   value = scale[position] * code */

@@ -98,8 +98,8 @@ static inline u6x64 u6_nibbles(u6x64 a, int high) {
 static inline u6x64 u6_join(u6x64 a, u6x64 b, int k) {
     int8x16_t left = vdupq_n_s8((int8_t)(4 - 2 * k));  /* to the right where it is negative */
     u6x64 r;
-    EACH_QUARTER(vorrq_s8(a.val[i], vandq_s8(vreinterpretq_s8_u8(vshlq_u8(vreinterpretq_u8_s8(b.val[i]), left)),
-                                             vdupq_n_s8(48))));
+    EACH_QUARTER(vorrq_s8(a.val[i], vandq_s8(vdupq_n_s8(48), vreinterpretq_s8_u8(
+        vshlq_u8(vreinterpretq_u8_s8(b.val[i]), left)))));
 }
 static inline void dot_8(i32x16 *one, i32x16 *other, const u6x64 *w, i8x4 x, i8x4 y) {
     *one = dot_4(*one, w[0], x);

@@ -1,4 +1,4 @@
-/* Products of int8 activations with matrices of codes: of weights, and of keys and values in an int8 cache. */
+/* Products of int8 activations with matrices of codes: weights, and keys and values in an int8 cache. */
 
 /* A matrix of codes in tiles of LANES rows x group_size columns. */
 typedef struct {
@@ -23,6 +23,9 @@ typedef struct {
     size_t bytes;  /* for each group */
 } Ahead;
 
+/* Where in y a block begins. */
+typedef struct { size_t row, token; } Place;
+
 /* With at most FEW_TOKENS tokens a product is bound by memory, which is fastest read in order: it then takes
    one tile row at a time. */
 #define FEW_TOKENS (2 * MATMUL_TOKENS)
@@ -32,16 +35,16 @@ typedef struct {
 #define ACCUMULATORS (MATMUL_TILES * MATMUL_TOKENS > 4 ? MATMUL_TILES * MATMUL_TOKENS : 4)
 #define PARTS(R, T) (4 * (R) * (T) <= ACCUMULATORS ? 4 : 2 * (R) * (T) <= ACCUMULATORS ? 2 : 1)
 
-/* R tile rows from `row` on times T tokens from `token` on. scaled: fp16 scales of the rows lie behind the
+/* R tile rows times T tokens, from `place` on. scaled: fp16 scales of the rows lie behind the
    codes of each tile; otherwise all are 1. few: there are few tokens, so the loop waits for memory. Each
    group prefetches ahead.bytes: all at its start; when few, one line for each line of codes it reads, because
    a CPU drops prefetches that pile up. */
 INLINE void matmul_int8_block(const Encoding encoding, const size_t R, const size_t T, const int few,
-                              const int scaled, const Product *p, size_t row, size_t token, Ahead ahead) {
+                              const int scaled, const Product *p, Place place, Ahead ahead) {
     const size_t J = PARTS(R, T);  /* integer sums may be split */
     const Tiles *w = &p->w;
     size_t columns = p->columns, x_groups = columns / w->group_size;
-    size_t stride = p->stride, n_rows = w->n_rows - row;
+    size_t row = place.row, token = place.token, stride = p->stride, n_rows = w->n_rows - row;
     const uint8_t *tiles = w->tiles + row / LANES * w->next_rows;
     const int8_t *codes = p->x->codes + token * columns;
     float *y = p->y + token * stride + row;
@@ -51,7 +54,8 @@ INLINE void matmul_int8_block(const Encoding encoding, const size_t R, const siz
         if (encoding == ENCODING_INT4) codebooks[r] = u6_codebook_of(tiles + r * w->next_rows);
         UNROLL for (size_t t = 0; t < T; t++) {
             sum[r][t] = f32_set(0);
-            __builtin_prefetch(y + t * stride + r * LANES, 1);  /* rows of y are far apart, none is in cache */
+            /* rows of y are far apart, none is in cache */
+            __builtin_prefetch(y + t * stride + r * LANES, 1);
         }
     }
     for (size_t g = 0; g < w->n_groups;
@@ -63,7 +67,8 @@ INLINE void matmul_int8_block(const Encoding encoding, const size_t R, const siz
             int32_t sums = p->x->sums[(token + t) * x_groups + g];
             UNROLL for (size_t r = 0; r < R; r++)
                 UNROLL for (size_t j = 0; j < J; j++)
-                    dot[j][r][t] = encoding == ENCODING_INT8 ? dot_start(j ? 0 : sums) : i32_set(j ? 0 : -sums / 4);
+                    dot[j][r][t] = encoding == ENCODING_INT8 ? dot_start(j ? 0 : sums)
+                                                             : i32_set(j ? 0 : -sums / 4);
         }
         for (size_t c = 0; c < w->group_size; c += 16) {
             u6x64 crumbs[MATMUL_TILES];
@@ -78,7 +83,8 @@ INLINE void matmul_int8_block(const Encoding encoding, const size_t R, const siz
                     UNROLL for (size_t i = 0; i < 2; i++) {
                         i8x64 part[MATMUL_TILES];
                         UNROLL for (size_t r = 0; r < R; r++)
-                            part[r] = codes_load((const int8_t *)tiles + r * w->next_rows + (at + 4 * i) * LANES);
+                            part[r] = codes_load((const int8_t *)tiles + r * w->next_rows +
+                                                 (at + 4 * i) * LANES);
                         UNROLL for (size_t t = 0; t < T; t++) {
                             i8x4 a = activations_load(codes + t * columns + at + 4 * i);
                             UNROLL for (size_t r = 0; r < R; r++) {
@@ -90,8 +96,8 @@ INLINE void matmul_int8_block(const Encoding encoding, const size_t R, const siz
                 else {
                     u6x64 part[MATMUL_TILES][2];
                     UNROLL for (size_t r = 0; r < R; r++)
-                        u6_columns(encoding, part[r], tiles + r * w->next_rows + at * (LANES / 2), codebooks[r],
-                                   crumbs[r], (int)odd);
+                        u6_columns(encoding, part[r], tiles + r * w->next_rows + at * (LANES / 2),
+                                   codebooks[r], crumbs[r], (int)odd);
                     UNROLL for (size_t t = 0; t < T; t++) {
                         const int8_t *x = codes + t * columns + at;
                         i8x4 a = activations_load(x), b = activations_load(x + 4);
@@ -125,17 +131,17 @@ INLINE void matmul_int8_rows(const Encoding encoding, const size_t R, const int 
         n = (p->n_tokens - token) / blocks--;
         switch (n) {
 #if MATMUL_TOKENS > 4
-            case 6: matmul_int8_block(encoding, R, 6, few, scaled, p, row, token, ahead); break;
-            case 5: matmul_int8_block(encoding, R, 5, few, scaled, p, row, token, ahead); break;
+            case 6: matmul_int8_block(encoding, R, 6, few, scaled, p, (Place){row, token}, ahead); break;
+            case 5: matmul_int8_block(encoding, R, 5, few, scaled, p, (Place){row, token}, ahead); break;
 #endif
 #if MATMUL_TOKENS > 3
-            case 4: matmul_int8_block(encoding, R, 4, few, scaled, p, row, token, ahead); break;
+            case 4: matmul_int8_block(encoding, R, 4, few, scaled, p, (Place){row, token}, ahead); break;
 #endif
 #if MATMUL_TOKENS > 1
-            case 3: matmul_int8_block(encoding, R, 3, few, scaled, p, row, token, ahead); break;
-            case 2: matmul_int8_block(encoding, R, 2, few, scaled, p, row, token, ahead); break;
+            case 3: matmul_int8_block(encoding, R, 3, few, scaled, p, (Place){row, token}, ahead); break;
+            case 2: matmul_int8_block(encoding, R, 2, few, scaled, p, (Place){row, token}, ahead); break;
 #endif
-            case 1: matmul_int8_block(encoding, R, 1, few, scaled, p, row, token, ahead); break;
+            case 1: matmul_int8_block(encoding, R, 1, few, scaled, p, (Place){row, token}, ahead); break;
         }
     }
 }
@@ -147,7 +153,7 @@ INLINE void matmul_int8_rows(const Encoding encoding, const size_t R, const int 
 INLINE void matmul_int8_tiles(const Encoding encoding, const Product *p, const int scaled) {
     size_t row = 0;
 #if TILE_MULTIPLIER
-    if (p->n_tokens >= TILE_MULTIPLIER_TOKENS) { tile_multiply(encoding, p, scaled); return; }
+    if (p->n_tokens >= TILE_MULTIPLIER_TOKENS(encoding)) { tile_multiply(encoding, p, scaled); return; }
 #endif
     if (p->n_tokens > FEW_TOKENS)
         for (; row + LANES * (MATMUL_TILES - 1) < p->w.n_rows; row += LANES * MATMUL_TILES)
@@ -155,22 +161,23 @@ INLINE void matmul_int8_tiles(const Encoding encoding, const Product *p, const i
     for (; row < p->w.n_rows; row += LANES) matmul_int8_rows(encoding, 1, 1, scaled, p, row);
 }
 
-INLINE void matmul_int8_of(const Encoding encoding, float *y, size_t stride, const Int8Rows *x, size_t n_tokens,
-                           const uint8_t *matrix, size_t n_rows, size_t columns, size_t group_size) {
-    size_t next_rows = tile_row_bytes(encoding, columns, group_size);
-    const uint8_t *tiles = matrix + codebook_bytes(encoding);
-    Product p = {.y = y, .stride = stride, .x = x, .columns = columns, .n_tokens = n_tokens,
-                 .w = {.tiles = tiles, .next_rows = next_rows, .next_group = tile_bytes(encoding, group_size),
-                       .n_rows = n_rows, .n_groups = columns / group_size, .group_size = group_size,
-                       .ahead = tiles + (n_tokens > FEW_TOKENS ? MATMUL_TILES : 1) * next_rows,
-                       .ahead_bytes = next_rows}};
-    matmul_int8_tiles(encoding, &p, 1);
+/* All of a product with a matrix of weights; p.w says where it is, its rows and its groups. */
+INLINE void matmul_int8_of(const Encoding encoding, Product *p) {
+    Tiles *w = &p->w;
+    w->n_groups = p->columns / w->group_size;
+    w->next_rows = w->ahead_bytes = tile_row_bytes(encoding, p->columns, w->group_size);
+    w->next_group = tile_bytes(encoding, w->group_size);
+    w->tiles += codebook_bytes(encoding);
+    w->ahead = w->tiles + (p->n_tokens > FEW_TOKENS ? MATMUL_TILES : 1) * w->next_rows;
+    matmul_int8_tiles(encoding, p, 1);
 }
 
 #define MATMUL_INT8(name, encoding) \
     static void name(float *y, size_t stride, const Int8Rows *x, size_t n_tokens, const uint8_t *tiles, \
                      size_t n_rows, size_t columns, size_t group_size) { \
-        matmul_int8_of(encoding, y, stride, x, n_tokens, tiles, n_rows, columns, group_size); \
+        Product p = {.y = y, .stride = stride, .x = x, .columns = columns, .n_tokens = n_tokens, \
+                     .w = {.tiles = tiles, .n_rows = n_rows, .group_size = group_size}}; \
+        matmul_int8_of(encoding, &p); \
     }
 MATMUL_INT8(matmul_int8, ENCODING_INT8)
 MATMUL_INT8(matmul_int4, ENCODING_INT4)

@@ -2,15 +2,16 @@
    weights, K <= 64, as (K / 4, LANES, 4), which is how a matrix is stored. Dot products of a group are exact
    in int32 whoever adds them up, so the bits are those of every other instruction set. */
 
-/* With fewer rows the dot instructions of AVX-512 are as fast. */
-#define TILE_MULTIPLIER_TOKENS 3
+/* With fewer rows the dot instructions of AVX-512 are as fast; the tile registers load codes from memory, so
+   packed ones are unpacked into it first. */
+#define TILE_MULTIPLIER_TOKENS(encoding) ((encoding) == ENCODING_INT8 ? 3 : 8)
 
 /* Tile registers, by number: it is put into the text of instructions. */
 #define DOTS 0
 #define ACTIVATIONS 1
 #define WEIGHTS 2
 
-/* Bytes of codes that are aligned at a time for many tokens; with the activations they fit in the L1 cache. */
+/* Bytes of codes that are unpacked at a time; with the activations they fit in the L1 cache. */
 #define ALIGNED_BYTES 32768
 
 /* Consecutive groups of a tile row, ready to be multiplied. */
@@ -46,25 +47,24 @@ INLINE void tile_dots(int32_t *dots, const int8_t *x, size_t columns, const uint
 }
 
 /* sum[t] += the dot products of one group, scaled; the activations' scales are x_groups floats apart. */
-INLINE void add_dots(const size_t T, const int scaled, f32x16 *sum, const int32_t *dots, const uint8_t *scales,
+INLINE void add_dots(const size_t T, f32x16 *sum, const int32_t *dots, const uint8_t *scales,
                      const float *x_scales, size_t x_groups) {
-    f32x16 scale = scaled ? f32_load_f16((const uint16_t *)scales) : f32_set(1);
+    f32x16 scale = f32_load_f16((const uint16_t *)scales);
     const float *four = x_scales;  /* scales of four tokens by one address: T addresses would not fit */
     UNROLL for (size_t t = 0; t < T; t++) {
         if (t && t % 4 == 0) {
             four += 4 * x_groups;
             __asm__("" : "+r"(four));
         }
-        f32x16 factor = f32_set(four[t % 4 * x_groups]);
-        if (scaled) factor = f32_mul(scale, factor);
+        f32x16 factor = f32_mul(scale, f32_set(four[t % 4 * x_groups]));
         sum[t] = f32_fma(f32_from_i32(_mm512_load_si512(dots + t * LANES)), factor, sum[t]);
     }
 }
 
 /* The rows of y from `row` on (+)= a strip times T tokens from `token` on. While the tile multiplier works on
    a group, the lanes add up the one before. */
-INLINE void multiply_strip(const size_t T, const int scaled, const Product *p, const Strip *strip, size_t row,
-                           size_t token, Ahead ahead) {
+INLINE void multiply_strip(const size_t T, const Product *p, const Strip *strip, size_t row, size_t token,
+                           Ahead ahead) {
     size_t group_size = p->w.group_size, columns = p->columns, x_groups = columns / group_size;
     size_t left = p->w.n_rows - row;
     const uint8_t *codes = strip->codes, *scales = strip->scales;
@@ -83,19 +83,21 @@ INLINE void multiply_strip(const size_t T, const int scaled, const Product *p, c
         codes += strip->next_codes;
         tile_dots(dots[g % 2], x, columns, codes, group_size, strip->depth);
         for (size_t at = 0; at < ahead.bytes; at += 64) __builtin_prefetch(ahead.at + at);
-        add_dots(T, scaled, sum, dots[(g + 1) % 2], scales, x_scales, x_groups);
+        add_dots(T, sum, dots[(g + 1) % 2], scales, x_scales, x_groups);
     }
-    add_dots(T, scaled, sum, dots[(strip->n + 1) % 2], scales, x_scales, x_groups);
+    add_dots(T, sum, dots[(strip->n + 1) % 2], scales, x_scales, x_groups);
     UNROLL for (size_t t = 0; t < T; t++) store_left(y + t * p->stride, sum[t], left);
 }
 
-#define STRIP_OF(T) case T: multiply_strip(T, scaled, p, strip, row, token, ahead); break;
+#define STRIP_OF(T) case T: multiply_strip(T, p, strip, row, token, ahead); break;
 
-/* A strip times all tokens, in blocks of at most LANES of about equal size. */
-INLINE void multiply_tokens(const int scaled, const Product *p, const Strip *strip, size_t row) {
+/* A strip times all tokens, in blocks of at most LANES of about equal size. Compiled once for all encodings:
+   a strip's codes are int8. */
+static __attribute__((noinline)) void multiply_tokens(const Product *p, const Strip *strip, size_t row) {
     size_t blocks = (p->n_tokens + LANES - 1) / LANES, configured = 0;
     size_t bytes = p->w.ahead_bytes * strip->n / p->w.n_groups, parts = blocks * strip->n;
-    Ahead ahead = {p->w.ahead + row / LANES * p->w.ahead_bytes + p->w.ahead_bytes * strip->first / p->w.n_groups,
+    const uint8_t *ahead_of_row = p->w.ahead + row / LANES * p->w.ahead_bytes;
+    Ahead ahead = {ahead_of_row + p->w.ahead_bytes * strip->first / p->w.n_groups,
                    (bytes + parts - 1) / parts};
     for (size_t token = 0, n; token < p->n_tokens; token += n, ahead.at += strip->n * ahead.bytes) {
         n = (p->n_tokens - token) / blocks--;
@@ -108,9 +110,10 @@ INLINE void multiply_tokens(const int scaled, const Product *p, const Strip *str
     }
 }
 
-/* A strip's codes as int8 at the beginning of cache lines. Half of the tiles of a matrix begin in the middle of
-   one, which costs the tile registers a second read of each. */
-INLINE void unpack_strip(const Encoding encoding, int8_t *aligned, Strip *strip, size_t group_size, u6x64 codebook) {
+/* A strip's codes as int8 at the beginning of cache lines. Half of the tiles of a matrix begin in the middle
+   of one, which costs the tile registers a second read of each. */
+INLINE void unpack_strip(const Encoding encoding, int8_t *aligned, Strip *strip, size_t group_size,
+                         u6x64 codebook) {
     size_t group_bytes = LANES * group_size;
     for (size_t g = 0; g < strip->n; g++) {
         const uint8_t *tile = strip->codes + g * strip->next_codes;
@@ -120,6 +123,12 @@ INLINE void unpack_strip(const Encoding encoding, int8_t *aligned, Strip *strip,
     strip->codes = (const uint8_t *)aligned;
     strip->next_codes = group_bytes;
 }
+
+/* fp16 1.0: the scales of a matrix without scales */
+static const uint16_t ones[LANES] = {
+    0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00,
+    0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00,
+};
 
 /* All of a product. */
 INLINE void tile_multiply(const Encoding encoding, const Product *p, const int scaled) {
@@ -134,11 +143,14 @@ INLINE void tile_multiply(const Encoding encoding, const Product *p, const int s
         u6x64 codebook = encoding == ENCODING_INT4 ? u6_codebook_of(tiles) : _mm512_setzero_si512();
         for (size_t g = 0; g < w->n_groups; g += most) {
             const uint8_t *codes = tiles + g * w->next_group;
-            Strip strip = {codes, codes + code_bytes(encoding, w->group_size), w->next_group, w->next_group, g,
-                           w->n_groups - g < most ? w->n_groups - g : most, w->group_size / steps};
+            const uint8_t *behind = codes + code_bytes(encoding, w->group_size);
+            Strip strip = {.codes = codes, .scales = scaled ? behind : (const uint8_t *)ones,
+                           .next_codes = w->next_group, .next_scales = scaled ? w->next_group : 0, .first = g,
+                           .n = w->n_groups - g < most ? w->n_groups - g : most,
+                           .depth = w->group_size / steps};
             if (unpacked) unpack_strip(encoding, aligned, &strip, w->group_size, codebook);
             __asm__ volatile("" ::: "memory");  /* the codes are where the tile registers look for them */
-            multiply_tokens(scaled, p, &strip, row);
+            multiply_tokens(p, &strip, row);
         }
     }
     _tile_release();

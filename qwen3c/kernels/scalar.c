@@ -126,7 +126,9 @@ static inline void u6_store_centred(int8_t *p, u6x64 a) {  /* as codes -32..31 *
     for (int i = 0; i < 4 * LANES; i++) p[i] = (int8_t)(a.code[i] - 32);
 }
 static inline u6x64 u6_codebook(const int8_t *codebook) { u6x64 r; EACH_CODE((codebook[i % 16] + 32) & 63); }
-static inline u6x64 u6_look_up(u6x64 codebook, u6x64 index) { u6x64 r; EACH_CODE(codebook.code[index.code[i]]); }
+static inline u6x64 u6_look_up(u6x64 codebook, u6x64 index) {
+    u6x64 r; EACH_CODE(codebook.code[index.code[i]]);
+}
 /* the low or the high 4 bits of every byte */
 static inline u6x64 u6_nibbles(u6x64 a, int high) { u6x64 r; EACH_CODE((uint8_t)a.code[i] >> 4 * high & 15); }
 /* bits 2 k and 2 k + 1 of b above the 4 bits of a */

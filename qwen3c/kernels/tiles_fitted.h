@@ -161,7 +161,8 @@ INLINE void pack_tile(const Encoding encoding, uint8_t *tile, uint8_t (*stored)[
         }
 }
 
-/* The columns of a group from the rows of a source; a row with a weight that cannot be stored becomes zeros. */
+/* The columns of a group from the rows of a source; a row with a weight that cannot be stored becomes
+   zeros. */
 static void load_columns(Columns *group, const void *const rows[LANES], SourceType type, size_t columns,
                          size_t first, float limit, QuantizationError *error) {
     float w[MAX_GROUP];

@@ -102,12 +102,15 @@ class Update:
 class Stream(AsyncIterator[Update]):
     """The updates of an Ask as they come; it ends after the last one of every sequence.
 
-    An engine that fails, or a grammar, raises its ApiError here. stats: of each sequence. Belongs
-    to the event loop that made it.
+    An engine that fails, or a grammar, raises its ApiError here. stats: of each sequence. whole: the
+    updates of a sequence may come together, at its end, and none of its progress. Belongs to the event loop
+    that made it.
     """
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, whole: bool = False) -> None:
         self.loop = asyncio.get_running_loop()
+        self.whole = whole
+        self.held: list[Update] = []  # not yet handed over; the engine thread's
         self.jobs: list[Job] = []
         self._updates: deque[Update] = deque()
         self._changed = asyncio.Event()
@@ -230,6 +233,9 @@ class Job:
         """End it after the pass under way. From any thread."""
         self.cancelled = True
         self.wake()
+
+    def forced(self) -> Sequence[int]:
+        return self.state.forced()
 
     def prepare(self) -> None:
         self.state.prepare()

@@ -327,7 +327,7 @@ ANSWERS: dict[str, Json] = {
     "Timings": shape(
         "cache_n:integer prompt_n:integer prompt_ms:number prompt_per_second:number "
         "predicted_n:integer predicted_ms:number "
-        "predicted_per_second:number"
+        "predicted_per_second:number draft_n:integer draft_n_accepted:integer"
     ),
     "Progress": shape(
         "total:integer cache:integer processed:integer time_ms:number stage:string position:integer"

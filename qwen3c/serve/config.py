@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import ipaddress
 import json
 import os
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..system.mistakes import hub_name
 from .logs import LEVELS
 
 if sys.version_info >= (3, 11):
@@ -151,13 +153,16 @@ def _setting(default: Any, check: Check) -> Any:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """One model, and what it has of its own: None for the server's setting."""
+    """One model, and what it has of its own: None for the server's setting. draft: the path of a smaller
+    model that guesses at its next tokens.
+    """
 
-    path: str = _setting("", text(what="the path of a model.bin"))
+    path: str = _setting("", text(what="the path of a model.bin, or a name on the Hub"))
     kv: str | None = _setting(None, choice("int8", "f16", "f32"))
     context: int | None = _setting(None, whole(0, 1 << 24))
     cache_memory: int | None = _setting(None, size)
     threads: int | None = _setting(None, whole(1, 4096))
+    draft: str | None = _setting(None, text(what="the path of a model.bin"))
 
 
 @dataclass(frozen=True)
@@ -205,6 +210,8 @@ class Settings:
     threads: int | None = _setting(None, whole(1, 4096))
     isa: str | None = _setting(None, text(what="an instruction set"))
     huge_pages: bool = _setting(False, flag)
+    drafts: bool = _setting(True, flag)
+    draft: str | None = _setting(None, text(what="the path of a model.bin"))  # for the default model
     # who may ask, and how
     api_keys_file: str | None = _setting(None, text(what="the path of a file"))
     allowed_hosts: tuple[str, ...] = _setting(
@@ -232,7 +239,7 @@ class Settings:
         return not is_loopback(self.host)
 
 
-PATHS = ("api_keys_file", "mcp_servers")  # relative to the file that names them
+PATHS = ("api_keys_file", "mcp_servers", "draft")  # relative to the file that names them
 HOW_TO_GIVE_KEYS = "--api-keys FILE (a line: NAME KEY)"
 CREDENTIAL = "api-keys"  # the file of keys that systemd hands over
 
@@ -264,14 +271,31 @@ def settings(file: str | None, flags: Mapping[str, Any], names: Mapping[str, str
         values["api_keys_file"] = str(credential)
     for name in PATHS:
         if name in values:
-            values[name] = os.path.abspath(values[name])
+            values[name] = _whole(name, Path(), values[name])
     for alias, model in values.get("models", {}).items():
-        values["models"][alias] = dataclasses.replace(model, path=os.path.abspath(model.path))
+        values["models"][alias] = _moved(model, functools.partial(_model_in, Path()))
     if values.get("upstream") is not None:
         values["upstream"] = _placed(values["upstream"], Path())
     made = Settings(**values)
     _check_together(made)
     return made
+
+
+def _moved(model: ModelSettings, where: Callable[[str], str]) -> ModelSettings:
+    """A model whose paths went through `where`."""
+    draft = None if model.draft is None else where(model.draft)
+    return dataclasses.replace(model, path=where(model.path), draft=draft)
+
+
+def _whole(name: str, folder: Path, path: str) -> str:
+    """The whole path that a setting of PATHS has; a draft is a model."""
+    return _model_in(folder, path) if name == "draft" else os.path.abspath(folder / path)
+
+
+def _model_in(folder: Path, path: str) -> str:
+    """The whole path of a model; the name of one on the Hub stays as it is, unless a file has it."""
+    whole = os.path.abspath(folder / path)
+    return path if not os.path.exists(whole) and hub_name(path) else whole
 
 
 def _without(models: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,12 +331,10 @@ def read(path: str) -> dict[str, Any]:
     folder = Path(path).parent
     for name in PATHS:
         if name in values:
-            values[name] = str(folder / values[name])
+            values[name] = _whole(name, folder, values[name])
     if "models" in values:
-        values["models"] = {
-            alias: dataclasses.replace(model, path=str(folder / model.path))
-            for alias, model in values["models"].items()
-        }
+        move = functools.partial(_model_in, folder)
+        values["models"] = {alias: _moved(model, move) for alias, model in values["models"].items()}
     if "upstream" in values:
         values["upstream"] = _placed(values["upstream"], folder)
     return values

@@ -146,6 +146,10 @@ class _Engines(Collector):
             "prefix_cache_queries", "Tokens of prompts that were looked for in the prefix cache"
         )
         hits = counter("prefix_cache_hits", "Tokens of prompts that were found in it")
+        drafted = counter(
+            "spec_decode_num_draft_tokens", "Guesses at tokens that passes checked, of sequences that ended"
+        )
+        accepted = counter("spec_decode_num_accepted_tokens", "Those that were right")
         preemptions = counter("num_preemptions", "Sequences put back into the queue because memory ran out")
         evictions = counter("prefix_cache_evictions", "Sessions that the prefix cache let go")
         passes = SummaryMetricFamily(
@@ -160,6 +164,8 @@ class _Engines(Collector):
             generation.add_metric(name, counted.generated_tokens)
             queries.add_metric(name, counted.prompt_tokens + counted.cached_tokens)
             hits.add_metric(name, counted.cached_tokens)
+            drafted.add_metric(name, counted.drafted_tokens)
+            accepted.add_metric(name, counted.accepted_tokens)
             preemptions.add_metric(name, counted.preemptions)
             evictions.add_metric(name, counted.evictions)
             passes.add_metric(name, counted.passes, counted.pass_seconds)
@@ -171,6 +177,8 @@ class _Engines(Collector):
             generation,
             queries,
             hits,
+            drafted,
+            accepted,
             preemptions,
             evictions,
             passes,

@@ -46,7 +46,9 @@ SHARE_OF_MEMORY = 4  # without --cache-memory the KV cache gets this part of wha
 class ServeOptions:
     """How models are served. kv_bytes: None for a part of what is available. context: None for what fits.
 
-    idle_unload: seconds without a request after which a model is released; None for never.
+    idle_unload: seconds without a request after which a model is released; None for never. draft: see
+    Scheduler. offline: nobody waits for the next token, and the event loop may be kept waiting: what is done
+    between passes is less.
     """
 
     running: int = 64
@@ -55,6 +57,8 @@ class ServeOptions:
     max_gap: float | None = None
     context: int | None = None
     idle_unload: float | None = None
+    draft: bool = True
+    offline: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,10 @@ class Served:
         if kv_bytes is None:
             kv_bytes = (available() or 4 << 30) // SHARE_OF_MEMORY
         limits = Limits(options.running, options.queue, max(kv_bytes, 2 * model.kv_block_bytes))
-        self.scheduler = Scheduler(model, limits, Pace(options.max_gap), turn)
+        self.scheduler = Scheduler(model, limits, Pace(options.max_gap), turn, options.draft)
         self.context = min(self.scheduler.context, options.context or model.config.context)
         self.card = card_of(model.file, self.context)
+        self._offline = options.offline
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="text")
 
     async def work(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -108,6 +113,8 @@ class Served:
 
         One thread does all of it, so that the engine's threads keep their processors.
         """
+        if self._offline:
+            return function(*arguments)
 
         def timed() -> T:
             begin = time.perf_counter()
@@ -129,7 +136,7 @@ class Served:
 
     async def submit(self, ask: Ask, limits: KeyLimits | None = None) -> Stream:
         """The updates of what is asked. ApiError 400 if it cannot be, 429 if the queue is full."""
-        stream = Stream(len(ask.prompts))
+        stream = Stream(len(ask.prompts), whole=self._offline)
         try:
             stream.jobs = await self.work(self._jobs, ask, stream, limits or KeyLimits())
         except ContextFullError:

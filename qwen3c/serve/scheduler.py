@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..drivers.batch import Batch, CachedSession, LastRow, Member, session_for
+from ..drivers.reply import ReplyState
 from ..model import Model
-from .ask import Failed, Job, KeyLimits, Progress, Stream, Update
+from .ask import Failed, Job, KeyLimits, Progress, Stage, Stream, Update
 from .errors import ApiError, server_error
 from .pace import Pace
 from .prefix import PrefixTree
@@ -55,6 +56,8 @@ class Counters:
     prompt_tokens: int = 0  # read, those from the cache aside
     cached_tokens: int = 0  # of prompts, found in the cache
     generated_tokens: int = 0
+    drafted_tokens: int = 0  # guesses that passes checked, of sequences that have ended
+    accepted_tokens: int = 0  # those that were right
     preemptions: int = 0
     evictions: int = 0
 
@@ -62,18 +65,25 @@ class Counters:
 class Scheduler:
     """The queue and the engine thread of one model.
 
-    turn: held during a pass; models that share a processor share it. close() ends the thread.
+    turn: held during a pass; models that share a processor share it. draft: whether passes may check guesses
+    at several tokens of a sequence. close() ends the thread.
     """
 
     def __init__(
-        self, model: Model, limits: Limits, pace: Pace | None = None, turn: threading.Lock | None = None
+        self,
+        model: Model,
+        limits: Limits,
+        pace: Pace | None = None,
+        turn: threading.Lock | None = None,
+        draft: bool = True,
     ) -> None:
         self.model = model
         self.limits = limits
         self.counters = Counters()
         self.tree = PrefixTree()
         self._turn = turn or threading.Lock()
-        self._batch: Batch[Any] = Batch(model, pace or Pace())
+        self._drafting = model.drafting if draft else None
+        self._batch: Batch[Any] = Batch(model, pace or Pace(), self._drafting)
         self._jobs: dict[int, Job] = {}  # running, by number
         self._queue: list[Job] = []  # waiting, in the order of their turns; the engine thread's
         self._inbox: deque[Job] = deque()
@@ -259,13 +269,15 @@ class Scheduler:
             self.counters.cached_tokens += held
         member: Member[Any] = Member(
             job.number, job, session, job.tokens[held:], job.stats, job.kind,
-            cancelled=lambda: job.cancelled, progress=lambda done, total: self._tell_reading(job, done),
+            cancelled=lambda: job.cancelled, progress=lambda done, total: self._tell(job, "reading", done),
         )  # fmt: skip
         if job.scores is not None:
             member.rows = job.scores.add
+        if self._drafting is not None and isinstance(job.state, ReplyState):
+            member.drafter = self._drafting.drafter(job.tokens, job.forced, job.namespace)
         self._jobs[job.number] = job
         insort(self._batch.running, member, key=lambda one: self._jobs[one.index])
-        self._tell_reading(job, held)
+        self._tell(job, "reading", held)
 
     def _leave_queue(self, job: Job) -> None:
         with self._changed:
@@ -276,15 +288,18 @@ class Scheduler:
     def _affordable(self) -> list[tuple[Member[Any], list[int]]]:
         """The rows of the next pass, with room for their keys and values made before any is allocated.
 
-        Sessions that only the cache holds go first, the least recently used before the others; then the
-        youngest sequence goes back to the queue.
+        Drafts go first, then sessions that only the cache holds, the least recently used before the others;
+        then the youngest sequence goes back to the queue.
         """
+        drafts = True
         while True:
-            rows = self._batch.plan()
+            rows = self._batch.plan(drafts)
             needed = sum(one.session.session.growth(len(ids)) for one, ids in rows)
             if self.model.kv_bytes + needed <= self.limits.kv_bytes:
                 return rows
-            if self.tree.evict():
+            if drafts:
+                drafts = False
+            elif self.tree.evict():
                 self.counters.evictions += 1
             elif len(self._jobs) > 1:
                 self._preempt(max(self._jobs.values()))
@@ -313,6 +328,8 @@ class Scheduler:
         try:
             with self._turn:
                 outcomes = self._batch.run(rows)
+                while more := self._batch.follow():
+                    outcomes += more
         except (ValueError, MemoryError) as error:
             for one, _ in rows:
                 self._fail(self._jobs[one.index], error)
@@ -350,6 +367,9 @@ class Scheduler:
         self._ended(job)
         if job.kind == "last":
             self.tree.insert(job.namespace, member.session)
+        if member.drafter is not None and self._drafting is not None:
+            new = job.tokens[job.stats.cached_tokens :]  # the others are of a text that is there already
+            self._drafting.shelf(job.namespace).put(new)
         self._post(job, self._final(job, outcome))
 
     def _leave_batch(self, job: Job) -> Member[Any]:
@@ -361,6 +381,8 @@ class Scheduler:
     def _ended(self, job: Job) -> None:
         self._full = False
         job.ended = time.monotonic() - job.arrived
+        self.counters.drafted_tokens += job.stats.drafted_tokens
+        self.counters.accepted_tokens += job.stats.accepted_tokens
         self._job_seconds += 0.1 * (job.ended - self._job_seconds)
 
     # ---- to the streams
@@ -383,14 +405,15 @@ class Scheduler:
         for position, job in enumerate(self._queue, 1):
             if job.position != position:
                 job.position = position
-                self._post(job, Update(job.index, progress=self._progress(job, "queued", 0)))
+                self._tell(job, "queued", 0)
 
-    def _tell_reading(self, job: Job, done: int) -> None:
-        self._post(job, Update(job.index, progress=self._progress(job, "reading", done)))
-
-    def _progress(self, job: Job, stage: Any, done: int) -> Progress:
+    def _tell(self, job: Job, stage: Stage, done: int) -> None:
+        """Say where a sequence is before its first token, if anybody looks."""
+        if job.stream.whole:
+            return
         ms = 1000 * (time.monotonic() - job.arrived)
-        return Progress(stage, job.position, len(job.prompt), job.stats.cached_tokens, done, ms)
+        progress = Progress(stage, job.position, len(job.prompt), job.stats.cached_tokens, done, ms)
+        self._post(job, Update(job.index, progress=progress))
 
     def _post(self, job: Job, update: Update) -> None:
         self._posts.append((job.stream, update))
@@ -399,7 +422,10 @@ class Scheduler:
         """All that came since the last time, with one wake-up of each event loop."""
         loops: dict[asyncio.AbstractEventLoop, dict[Stream, list[Update]]] = {}
         for stream, update in self._posts:
-            loops.setdefault(stream.loop, {}).setdefault(stream, []).append(update)
+            stream.held.append(update)
+            if update.last or not stream.whole:
+                loops.setdefault(stream.loop, {}).setdefault(stream, []).extend(stream.held)
+                stream.held.clear()
         self._posts.clear()
         for loop, streams in loops.items():
             try:

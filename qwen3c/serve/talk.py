@@ -428,6 +428,8 @@ def timings(stream: Stream) -> dict[str, Any]:
         "predicted_n": stats.generated_tokens,
         "predicted_ms": round(1000 * stats.decode_seconds, 3),
         "predicted_per_second": round(stats.decode_rate, 3),
+        "draft_n": stats.drafted_tokens,
+        "draft_n_accepted": stats.accepted_tokens,
     }
 
 

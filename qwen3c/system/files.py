@@ -7,7 +7,14 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCKS = fcntl is not None  # whether lock() does anything here
 MODEL_IN_THE_BOX = Path(__file__).parents[1] / "data" / "model.bin"
 
 
@@ -48,6 +55,12 @@ def sync_directory(directory: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def lock(file: BinaryIO, wait: bool) -> None:
+    """Lock an open file until it is closed. OSError if another process holds the lock and wait is false."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def reason(error: OSError) -> str:

@@ -8,9 +8,10 @@ nothing to say.
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from pathlib import Path
+
+from . import names
 
 MODEL_BIN = b"QWEN3C\x1a\n"  # what every model.bin begins with
 GGUF = b"GGUF"
@@ -19,8 +20,6 @@ START = 64  # how many bytes of a file tell its kind
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _PYTORCH = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")  # zip archives, and the bare pickles before
-_HUB = re.compile(r"(?:(?:https?://)?(?:huggingface\.co|hf\.co)/)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/?")
-_FILES = (".bin", ".gguf", ".safetensors", ".json")  # endings of names that are no model's
 _PICKLED = "is never opened: only safetensors are read"
 _SAVE_AGAIN = "transformers saves a model as safetensors: save_pretrained()"
 
@@ -37,7 +36,7 @@ _ADVICE = {
         f"is a PyTorch file, which {_PICKLED}; {_SAVE_AGAIN}",
     ),
     "web page": (
-        "a web page; the download brought no model; `hf download` does",
+        "a web page; the download brought no model; `python run.py OWNER/NAME` fetches one",
         "is a web page: download the file that the page is about",
     ),
     "safetensors": (
@@ -106,33 +105,35 @@ def is_model_file(path: Path) -> bool:
 # Nothing there
 
 
+def hub_name(given: str) -> names.Name | None:
+    """The name on the Hugging Face Hub that `given` is; None if it is none, or not spelled as one."""
+    try:
+        return names.parse(given)
+    except ValueError:
+        return None
+
+
 def download(given: str) -> str:
-    """The command that downloads a model, if `given` looks like a name on the Hugging Face Hub."""
-    hub = _HUB.fullmatch(given)
-    if hub is None or hub[1].endswith(_FILES) or os.path.exists(os.path.dirname(given.rstrip("/"))):
-        return ""
-    return f"hf download {hub[1]} --local-dir {_folder(hub[1])}"
-
-
-def _folder(hub_name: str) -> str:
-    return hub_name.rstrip("/").rpartition("/")[2]
+    """The command that downloads a model's own files, if `given` is a name on the Hugging Face Hub."""
+    name = hub_name(given)
+    return f"hf download {name.repository} --local-dir {name.own}" if name else ""
 
 
 def missing_model_bin(path: str) -> str:
     """What to do where a model.bin was expected at `path` and nothing is there; goes behind the complaint."""
-    command = download(path)
-    if not command:
+    name = hub_name(path)
+    if name is None:
         return "; `python export.py DIR model.bin` makes one of a Hugging Face model or a GGUF file"
-    return (
-        f"; `{command}` fetches it from the Hugging Face Hub, "
-        f"then `python export.py {_folder(path)} model.bin` converts it"
-    )
+    command = f"`python run.py {shlex.quote(str(name))}`"
+    return f"; {command} fetches it from the Hugging Face Hub, in Python Model.from_hub({str(name)!r})"
 
 
 def missing_source(given: str) -> str:
     """What to do where the user wrote `given` for a directory and nothing is there."""
-    command = download(given)
-    return f"`{command}` fetches it from the Hugging Face Hub" if command else ""
+    name = hub_name(given)
+    if name is None:
+        return ""
+    return f"`python export.py {shlex.quote(str(name))} model.bin` fetches it from the Hugging Face Hub"
 
 
 # ----------------------------------------------------------------------------

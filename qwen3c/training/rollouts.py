@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import engine
 from ..drivers.batch import drive
+from ..drivers.draft import Drafting
 from ..drivers.reply import ReplySettings, ReplyState, Vocabulary, token_budget, token_ids
 from ..drivers.sampler import Sampling
 
@@ -38,8 +39,12 @@ def rollout(
     end_tokens: Collection[int],
     temperature: float,
     seed: Sequence[int],
+    draft: bool = True,
 ) -> list[list[Completion]]:
-    """n_completions of each prompt. temperature: 0 is greedy. ValueError if one could exceed the context."""
+    """n_completions of each prompt. temperature: 0 is greedy. draft: see Model.generate.
+
+    ValueError if one could exceed the context.
+    """
     ids = [token_ids(prompt, model.config.vocab_size) for prompt in prompts]
     context = model.config.context
     for prompt in ids:
@@ -59,7 +64,7 @@ def rollout(
             yield prompt, state
 
     states: dict[int, ReplyState] = {}
-    for i, event in drive(model, replies(), RUNNING):
+    for i, event in drive(model, replies(), RUNNING, drafting=Drafting(model) if draft else None):
         if event.token is not None:
             completion = completions[i]
             completion.tokens.append(event.token)

@@ -12,12 +12,12 @@ import sys
 import pytest
 from commands import TINY, in_process
 
-from qwen3c.cli import modes as run_modes, options as run_options
+from qwen3c.cli import modes as run_modes, named, options as run_options
 from qwen3c.cli.options import USED_BY, new_parser
 
 pytestmark = pytest.mark.usefixtures("default_model")
 
-ALL = {"chat", "generate", "trace", "info", "perplexity", "bench", "serve", "mcp"}
+ALL = {"chat", "generate", "trace", "info", "perplexity", "bench", "batch", "serve", "mcp", "models"}
 MAKES_TEXT = {"chat", "generate", "trace"}
 SAMPLING = (
     "-t 1", "-p 1", "-s 1", "--top-k 1", "--min-p 0.1", "--presence-penalty 1", "--frequency-penalty 1",
@@ -29,9 +29,9 @@ OPTIONS = [  # and the modes that use them
     (("--echo", "--schema x"), {"generate"}),
     (("-y x", "--system-file x", "-r 1", "--think", "--no-think"), MAKES_TEXT),
     (("-n 1", "--stop x", *SAMPLING), MAKES_TEXT),
-    (("-c 0",), MAKES_TEXT | {"perplexity", "serve", "mcp"}),
-    (("-j 1", "--kv f16", "--huge-pages", "--isa scalar"), ALL - {"info"}),
-    (("--activations int8",), ALL - {"info", "serve"}),
+    (("-c 0",), MAKES_TEXT | {"perplexity", "batch", "serve", "mcp"}),
+    (("-j 1", "--kv f16", "--huge-pages", "--isa scalar"), ALL - {"info", "models"}),
+    (("--activations int8",), ALL - {"info", "serve", "models"}),
     (
         (
             "--host x",
@@ -56,10 +56,13 @@ OPTIONS = [  # and the modes that use them
         {"serve"},
     ),
     (("--hide-thinking", "--json --logprobs 1"), {"chat", "generate"}),
-    (("--json",), ALL - {"bench", "serve", "mcp"}),
+    (("--json",), ALL - {"bench", "batch", "serve", "mcp"}),
     (("--level compact", "--html x"), {"trace"}),
     (("--verify",), {"info"}),
+    (("-o y", "--concurrency 1", "--max-memory x"), {"batch"}),
     (("--mcp x",), {"chat", "serve"}),
+    (("--bits 4",), ALL - {"models"}),
+    (("--prune",), {"models"}),
 ]
 
 
@@ -68,8 +71,10 @@ def test_a_mode_refuses_in_one_line_every_option_that_it_does_not_use(
     mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run_modes, "MODES", dict.fromkeys(run_options.MODES, lambda args: 0))
+    monkeypatch.setattr(named, "model_file", lambda given, bits: given)  # --bits is for no file
     for option, modes in [(option, modes) for options, modes in OPTIONS for option in options]:
         text = ["text"] * (mode == "perplexity" and "--file" not in option)
+        text += ["requests", "-o", "x"] * (mode == "batch")
         done = in_process(capsys, TINY, *text, "-m", mode, *option.split())
         if mode in modes:
             assert (done.status, done.err) == (0, ""), option

@@ -145,6 +145,13 @@ def test_a_reply_of_one_token_has_no_rate() -> None:
     assert "| reply 1 tok | context" in speed_line(reply_of(**one))
 
 
+def test_the_speed_line_tells_of_tokens_that_came_several_a_pass() -> None:
+    drafted = FINISHED | {"decode_passes": 10, "drafted_tokens": 40, "accepted_tokens": 30}
+    passes = f"({(FINISHED['generated_tokens'] - 1) / 10:.1f} tokens a pass) | context"
+    assert passes in speed_line(reply_of(**drafted))
+    assert "a pass" not in speed_line(reply_of(**FINISHED | {"decode_passes": 10, "drafted_tokens": 9}))
+
+
 @pytest.mark.parametrize(("a", "b"), [(1e-3, 2e-7), (1e-3, 0.0), (0.0, 1e-6)])
 def test_the_cost_of_depth_is_found(a: float, b: float) -> None:
     pieces = [(256.0, depth, a + b * depth) for depth in (128.0, 384.0, 640.0, 896.0)]

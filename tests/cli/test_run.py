@@ -44,10 +44,35 @@ def test_stdout_carries_the_text_of_the_model_alone(model: Model) -> None:
         chosen,
     )
     assert re.fullmatch(
-        r"prompt 8 tok [\d.]+ tok/s \| reply 30 tok [\d.]+ tok/s \| context 37/2048 \| seed 7 "
-        r"\| cut at max tokens \(-n\)",
+        r"prompt 8 tok [\d.]+ tok/s \| reply 30 tok [\d.]+ tok/s( \([\d.]+ tokens a pass\))? "
+        r"\| context 37/2048 \| seed 7 \| cut at max tokens \(-n\)",
         speed,
     )
+
+
+def test_drafts_change_the_speed_line_alone(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [TINY, *COMPLETE, "-i", "red, green, blue, " * 9, "-n", "60", "-t", "0"]
+    plain = in_process(capsys, *asked, "--no-draft")
+    assert plain.status == 0 and "tokens a pass" not in plain.err
+    for options in ([], ["--draft", TINY]):
+        done = in_process(capsys, *asked, *options)
+        assert done.out == plain.out and re.search(r" \([\d.]+ tokens a pass\) \| ", done.err)
+    both = in_process(capsys, *asked, "--draft", TINY, "--no-draft")
+    assert both.status == 2 and "not allowed with argument" in both.err
+
+
+def test_a_draft_model_of_another_vocabulary_is_one_line(
+    small: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for path, complaint in (
+        (small, f"{small}: it cannot draft for {TINY}, which has another tokenizer"),
+        (str(tmp_path / "none.bin"), "none.bin: No such file or directory"),
+    ):
+        for mode in ("generate", "serve"):
+            text = ["-i", "x"] if mode == "generate" else []
+            done = in_process(capsys, TINY, "-m", mode, "--draft", path, *text)
+            assert done.status == 2 and done.out == ""
+            assert complaint in done.err and done.err.count("\n") == 1, done.err
 
 
 def test_the_model_is_the_one_named_else_that_of_the_environment_else_the_one_in_the_box(
@@ -272,16 +297,13 @@ def test_what_is_not_a_model_bin_says_what_it_is_and_what_to_do(
         "pointer.bin": "pointer.bin: not a model.bin but a git-lfs pointer; "
         "`git lfs pull` in its folder fetches the file itself",
         "page.bin": "page.bin: not a model.bin but a web page; the download brought no model; "
-        "`hf download` does",
+        "`python run.py OWNER/NAME` fetches one",
         "pytorch_model.bin": "pytorch_model.bin: not a model.bin but a PyTorch or zip file; "
         "export.py converts a folder with *.safetensors, or a GGUF file",
         "hf/model.safetensors": "hf/model.safetensors: not a model.bin but a safetensors file; "
         "`python export.py hf model.bin` converts its folder",
         "alone.safetensors": "alone.safetensors: not a model.bin but a safetensors file; "
         "`python export.py . model.bin` converts its folder",
-        "Qwen/Qwen3-0.6B": f"Qwen/Qwen3-0.6B: {missing}; "
-        "`hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B` "
-        "fetches it from the Hugging Face Hub, then `python export.py Qwen3-0.6B model.bin` converts it",
         "no/model.bin": f"no/model.bin: {missing}; {makes_one}",
         "hf/Qwen3-0.6B": f"hf/Qwen3-0.6B: {missing}; {makes_one}",  # the folder hf exists
         "model.bin": f"model.bin: {missing}; {makes_one}",

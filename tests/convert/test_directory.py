@@ -48,9 +48,9 @@ LFS = (
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"),
-        ("Qwen/Qwen3-0.6B/", "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"),
-        ("https://huggingface.co/Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"),
+        ("Qwen/Qwen3-0.6B", "`python export.py Qwen/Qwen3-0.6B model.bin` fetches it"),
+        ("Qwen/Qwen3-0.6B/", "`python export.py Qwen/Qwen3-0.6B model.bin` fetches it"),
+        ("https://huggingface.co/Qwen/Qwen3-0.6B", "`python export.py Qwen/Qwen3-0.6B model.bin` fetches it"),
         ("here/Qwen3-0.6B", "expected one with config.json and *.safetensors"),  # here is a folder
         ("nowhere", "expected one with config.json and *.safetensors"),
         ("a/b/c", "expected one with config.json and *.safetensors"),

@@ -700,7 +700,7 @@ from qwen3c import engine
 def quantize_for_ever():
     out = bytearray(16 * 64 + 32)
     while True:
-        engine.quantize_tiles([(bytes(2 * 16 * 64), "BF16")], 64, 64, 1, out)
+        engine.quantize_tiles([(bytes(2 * 16 * 64), "BF16")], 64, 64, out)
 
 for _ in range(4):
     start_new_thread(quantize_for_ever, ())

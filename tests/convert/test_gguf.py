@@ -28,6 +28,7 @@ from small_gguf import (
     encode,
     gguf_name,
     pair_rows,
+    random_blocks,
     small_gguf,
     vocabulary_keys,
     write_gguf,
@@ -435,9 +436,15 @@ FAULTS: dict[str, tuple[Callable[[Keys, Tensors], object], str]] = {
     "architecture": (changed(general__architecture="gemma3"), "architecture 'gemma3' is not supported"),
     "adapter": (changed(general__type="adapter"), "general.type is 'adapter', expected 'model'"),
     "part of a split": (changed(split__count=3), "is one of 3 parts; join them"),
-    "Q4_0": (retyped("blk.0.attn_q.weight", "Q4_0"),
-             "'blk.0.attn_q.weight' is Q4_0, supported: BF16, F16, F32, Q8_0"),
-    "Q6_K": (retyped("token_embd.weight", "Q6_K"), "'token_embd.weight' is Q6_K, supported"),
+    "IQ3_S": (retyped("blk.0.attn_q.weight", "IQ3_S"),
+              "'blk.0.attn_q.weight' is IQ3_S, supported: BF16, F16, F32, Q4_0, Q4_1, Q5_0"),
+    "short rows": (retyped("token_embd.weight", "Q6_K"),
+                   "'token_embd.weight' is Q6_K, but its rows have 64 weights"),
+    "cut blocks": (retyped("blk.0.attn_q.weight", "Q4_0"), "is at byte"),
+    "a vector of blocks": (
+        lambda keys, tensors: tensors.update({"output_norm.weight": random_blocks("Q4_0", (64,))}),
+        "output_norm.weight is a vector of Q4_0, expected BF16, F16 or F32",
+    ),
     "no layers": (removed("qwen3.block_count"), "required key 'qwen3.block_count' is missing"),
     "no rope base": (removed("qwen3.rope.freq_base"), "required key 'qwen3.rope.freq_base' is missing"),
     "no heads": (changed(qwen3__attention__head_count=0), "n_heads = 0 is outside"),
@@ -551,8 +558,8 @@ EXPERT_FAULTS: dict[str, tuple[Callable[[Keys, Tensors], object], str]] = {
         ),
         "experts.0.up_proj.weight [64, 128] is missing",
     ),
-    "Q4_0": (retyped("blk.0.ffn_down_exps.weight", "Q4_0"),
-             "'blk.0.ffn_down_exps.weight' is Q4_0, supported"),
+    "IQ3_S": (retyped("blk.0.ffn_down_exps.weight", "IQ3_S"),
+              "'blk.0.ffn_down_exps.weight' is IQ3_S, supported"),
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ class Watched(Model):
     passes: list[list[int]]
 
     def forward(
-        self, batch: Sequence[tuple[Session, Any]], logits: Logits = "last"
+        self, batch: Sequence[tuple[Session, Any]], logits: Logits | Sequence[int] = "last"
     ) -> list[NDArray[np.float32]]:
         self.passes.append([len(ids) for _, ids in batch])
         return super().forward(batch, logits)
@@ -94,6 +94,18 @@ def test_a_common_beginning_is_computed_once(watched: Watched) -> None:
     assert (
         read <= 300 + 10 * 5 + 10 * 3
     )  # the common beginning once, then each prompt's own end and its reply
+
+
+def test_a_common_beginning_is_computed_once_wherever_its_prompts_stand(watched: Watched) -> None:
+    """Forty of them, each for five prompts that lie far apart."""
+    beginnings = [prompts(1, 0, 60, seed)[0] for seed in range(40)]
+    asked = [beginning + end for end in prompts(5, 0, 4, 99) for beginning in beginnings]
+    said: dict[int, list[int | None]] = {}
+    for i, event in watched.generate_many(asked, 2, seeds=range(200), running=8):
+        said.setdefault(i, []).append(event.token)
+    assert sum(map(sum, watched.passes)) <= 40 * 60 + 200 * (4 + 2)
+    for i in (0, 77, 199):
+        assert [event.token for event in watched.generate(asked[i], 2, seed=i)] == said[i]
 
 
 def test_no_more_replies_run_at_once_than_allowed(watched: Watched) -> None:

@@ -73,12 +73,14 @@ def test_what_is_printed_can_be_read_back(tmp_path: Path) -> None:
         log_level="debug",
         offline=True,
         mcp_servers="/m.json",
+        drafts=False,
+        draft="/small.bin",
         upstream=UpstreamSettings("https://u/v1", "big", tokens_per_day=7, state_file="/s"),
     )
     assert load(tmp_path, to_toml(made)) == made
     assert load(tmp_path, to_toml(load(tmp_path, ""))) == Settings()
     unset = {line.split()[1] for line in to_toml(made).splitlines() if line.startswith("# ")}
-    assert unset == {"kv", "context", "cache_memory", "threads", "requests_per_day"}, (
+    assert unset == {"kv", "context", "cache_memory", "threads", "draft", "requests_per_day"}, (
         "a setting of this test has its default"
     )
 

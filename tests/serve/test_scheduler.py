@@ -19,6 +19,7 @@ from small_models import export_small_model
 
 from qwen3c import Model
 from qwen3c.drivers.batch import CachedSession
+from qwen3c.drivers.draft import Drafting
 from qwen3c.drivers.reply import Event
 from qwen3c.serve.ask import Ask, KeyLimits, Stream
 from qwen3c.serve.errors import ApiError
@@ -104,10 +105,10 @@ async def collected(stream: Stream) -> Any:
     return [[repr(event) for event in one] for one in events], sorted(others, key=repr)
 
 
-async def alone(path: Path, wanted: list[Ask]) -> list[Any]:
+async def alone(path: Path, wanted: list[Ask], **options: Any) -> list[Any]:
     """Each request as the only one that a server ever saw: its cache is emptied after each."""
     found = []
-    async with serving(path) as served:
+    async with serving(path, **options) as served:
         for ask in wanted:
             found.append(await outcome(served, ask))
             served.scheduler.tree.clear()
@@ -155,6 +156,46 @@ def test_the_same_bytes_alone_and_in_company(path: Path, options: dict[str, Any]
     assert counters.cached_tokens > 0
     assert (counters.preemptions > 0) == ("kv_bytes" in options)
     assert expected[0] != expected[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_bytes": 1 << 20, "running": 8}], ids=["room", "little memory"])
+def test_the_same_bytes_with_every_guess_checked(
+    path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts of other texts, too, and of sequences that are cancelled and preempted."""
+    wanted = asks(40, 3)
+    expected = asyncio.run(alone(path, wanted, draft=False))
+    monkeypatch.setattr(
+        Drafting, "lengths", lambda self, found, *_: [len(draft.chances) if draft else 0 for draft in found]
+    )
+    together, served = asyncio.run(mixed(path, wanted, 4, queue=1000, **options))
+    for i, (one, other) in enumerate(zip(expected, together, strict=True)):
+        assert one == other, f"request {i}"
+    counters = served.scheduler.counters
+    assert 50 < counters.accepted_tokens < counters.drafted_tokens
+    assert (counters.preemptions > 0) == ("kv_bytes" in options)
+
+
+def test_a_text_of_another_key_is_no_guess(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The speed of an answer tells nobody what others were answered."""
+    monkeypatch.setattr(
+        Drafting, "lengths", lambda self, found, *_: [len(draft.chances) if draft else 0 for draft in found]
+    )
+
+    async def run() -> None:
+        async with serving(path) as served:
+            guesses = []
+            for namespace in ("a", "b", "b", "a"):
+                served.scheduler.tree.clear()
+                ask = endless(served, [5, 6, 7, 8], max_tokens=40, namespace=namespace)
+                ask.sampling["seed"] = 1
+                stream = await served.submit(ask)
+                await collected(stream)
+                guesses.append((stream.stats[0].drafted_tokens, stream.stats[0].accepted_tokens))
+            assert guesses[0] == guesses[1]  # what "a" was answered is nothing to "b"
+            assert guesses[2] == guesses[3] and guesses[2][1] > guesses[0][1]
+
+    asyncio.run(run())
 
 
 def test_a_wrong_cache_would_be_noticed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,17 @@ MODES = {
     "info --verify": ["-m", "info", "--verify"],
     "perplexity": ["-m", "perplexity", "text.txt"],
     "bench": ["-m", "bench"],
+    "batch": ["-m", "batch", "requests.jsonl", "-o", "-"],
 }
+
+
+def furnish(folder: Path) -> None:
+    """Put there what the modes read."""
+    (folder / "text.txt").write_text(TEXT)
+    body = {"messages": [{"role": "user", "content": "def"}], "max_tokens": 30}
+    request = {"method": "POST", "url": "/v1/chat/completions", "body": body}
+    lines = [json.dumps({"custom_id": f"{i}", **request}) + "\n" for i in range(24)]
+    (folder / "requests.jsonl").write_text("".join(lines))
 
 
 def one_thread(mode: str) -> list[str]:
@@ -30,7 +41,7 @@ def one_thread(mode: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Desk:
-    """Where commands are typed: a folder with text.txt in it, and a model."""
+    """Where commands are typed: a folder with what furnish() puts there, and a model."""
 
     folder: Path
     model: Path = TINY_QWEN3

@@ -5,6 +5,7 @@
 drawn    status lines appear at once
 undrawn  never, however long the command takes; what stays on the screen must be the same
 quick    nothing is slow; bench makes up what it measures, as it does with the others
+quiet    nothing is slow, and status lines never appear, whatever else keeps the machine busy
 at-once  nothing is slow or made up; status lines appear at once
 
 When the slow part begins, a file `working` appears where the command runs.
@@ -32,6 +33,8 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     if pace == "at-once":
         show_status_lines_at_once()
+    elif pace == "quiet":
+        hurry_status_lines(math.nan)
     else:
         shorten_bench(0.0 if pace == "quick" else 25 * PAUSE)
     if pace in ("drawn", "undrawn"):

@@ -15,11 +15,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_server import Hub
 from safetensors.numpy import save_file
 from screen import ROOT, SHELL, Terminal
 from small_gguf import small_gguf, write_gguf
@@ -88,7 +90,17 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "pip install .": SETS_UP,
     "pip install '.[bench]'": SETS_UP,
     "pip install torch==2.13.0 && pip install -e '.[train]'": SETS_UP,
-    "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B": NotHere("downloads 1.5 GB"),
+    "pip install '.[hub]'": SETS_UP,
+    "python run.py Qwen/Qwen3-0.6B": Typed("-n 8", keys=CHAT),
+    "python run.py Qwen/Qwen3-0.6B-GGUF:Qwen3-0.6B-Q8_0.gguf": Typed("-n 8", keys=CHAT),
+    'python run.py Qwen/Qwen3-0.6B --bits 4 -i "Hello"': Typed("-n 8", shows="int4"),
+    "python run.py -m models": Typed(shows="nomodels"),
+    "python run.py -m models --prune --yes": Typed(shows="everything in it is needed"),
+    "hf auth login": NotHere("asks for a token of the Hub"),
+    "python run.py Qwen/Qwen3-0.6B -m models --prune --yes": NotHere(
+        "needs a model in the cache; tests/hub has"
+    ),
+    "python export.py Qwen/Qwen3-0.6B model.bin": Typed(leaves="model.bin"),
     "python export.py Qwen3-0.6B model.bin": Typed(leaves="model.bin"),
     "python export.py path/to/Qwen3-0.6B model.bin --estimate": Typed(shows="fits here"),
     "python export.py path/to/Qwen3-0.6B model.bin --bits 4": Typed(leaves="model.bin"),
@@ -110,6 +122,7 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "python run.py model.bin -m info --verify": Typed(shows="checksums"),
     "python run.py model.bin -m perplexity text.txt": Typed(shows="perplexity"),
     "python run.py model.bin -m bench": Typed(shows="tg64"),
+    "python run.py model.bin -m batch requests.jsonl -o answers.jsonl": Typed(leaves="answers.jsonl"),
     "python run.py model.bin -m serve": Typed("--print-config", shows="port = 8080"),
     f"python run.py model.bin -m serve --upstream {PROVIDER} --upstream-model their-model": Typed(
         "--print-config", shows=PROVIDER
@@ -150,6 +163,8 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "python benchmarks/gguf_model.py build/llama llama.gguf": Typed(leaves="llama.gguf"),
     "python benchmarks/agreement.py llama.gguf --text heldout.txt --windows 8": PEERS,
     "python benchmarks/rollouts.py build/sft": LONG,
+    "python benchmarks/speculation.py": Typed("--pairs 1 --tokens 200", shows="tokens a pass"),
+    "python benchmarks/speculation.py model.bin --small small.bin": NotHere("needs a second trained model"),
     'python recipe/corpus.py build/box --parameters "3 million"': LONG,
     "python recipe/evaluate.py --base build/base --sft build/sft --grpo build/grpo --data build/box": LONG,
 }
@@ -213,6 +228,9 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (shelf / "texts" / f"{i}.txt").write_text(text)
     talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello to you"}]
     (shelf / "chat.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 20)
+    body = {"prompt": "def f", "max_tokens": 4}
+    request = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (shelf / "requests.jsonl").write_text(json.dumps(request) + "\n")
     (shelf / "tasks.jsonl").write_text('{"prompt": "1 + 1 =", "answer": "2"}\n' * 10)
     (shelf / "rewards.py").write_text(
         "def exact(prompt, completion, task):\n    return float(len(completion) % 2)\n"
@@ -237,6 +255,16 @@ def write_small_adapter(directory: Path) -> None:
     (directory / "adapter_config.json").write_text(json.dumps(config))
 
 
+@pytest.fixture(scope="module")
+def hub(shelf: Path) -> Iterator[Hub]:
+    """The Hugging Face Hub, with the models of the documents."""
+    with Hub() as hub:
+        hub.add("Qwen/Qwen3-0.6B", shelf / "Qwen3-0.6B")
+        gguf = "Qwen3-0.6B-Q8_0.gguf"
+        hub.add("Qwen/Qwen3-0.6B-GGUF", {gguf: (shelf / gguf).read_bytes()})
+        yield hub
+
+
 @pytest.fixture
 def desk(shelf: Path, tmp_path: Path) -> Path:
     shutil.copytree(shelf, tmp_path / "desk", symlinks=True)
@@ -244,7 +272,7 @@ def desk(shelf: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", [command for command, how in COMMANDS.items() if isinstance(how, Typed)])
-def test_a_command_of_the_documents_works_as_it_stands(command: str, desk: Path) -> None:
+def test_a_command_of_the_documents_works_as_it_stands(command: str, desk: Path, hub: Hub) -> None:
     if missing := missing_import(command):
         pytest.skip(f"needs {missing}")
     how = COMMANDS[command]
@@ -259,6 +287,7 @@ def test_a_command_of_the_documents_works_as_it_stands(command: str, desk: Path)
         "XDG_STATE_HOME": str(desk / "state"),
         "PS1": "$ ",
         "OMP_NUM_THREADS": "1",  # two on a busy machine wait for each other
+        **hub.environment(desk),
     }
     with Terminal(SHELL, cwd=desk, env=env) as shell:
         shell.wait_for("$")

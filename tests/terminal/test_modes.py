@@ -1,4 +1,4 @@
-"""generate, trace, info, perplexity and bench as a person types them: on any terminal, in any pipe,
+"""generate, trace, info, perplexity, bench and batch as a person types them: on any terminal, in any pipe,
 interrupted, suspended, resized, closed.
 
 python -m pytest tests/terminal/test_modes.py
@@ -18,16 +18,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from modes import MODES, PROMPT, TEXT, Desk, one_thread
+from modes import MODES, PROMPT, Desk, furnish, one_thread
 from screen import ROOT, SHELL, Terminal, run_typed
 
 from qwen3c import Model
 
 SGR = re.compile(rb"\x1b\[[\d;]*m")  # colours and the like
-SLOW = ["generate", "perplexity", "info --verify", "bench", "trace --html"]  # take long with a large model
+SLOW = [
+    "generate",
+    "perplexity",
+    "info --verify",
+    "bench",
+    "trace --html",
+    "batch",
+]  # take long with a large model
 # modes that take long show what they do; flags that make them long enough for several drawings
 DRAWN_LONG = {"generate": ["--file", "text.txt"], "trace --html": ["-n", "40"]}
-PACE = {"bench": "quick"}  # where what it measures for seconds is not what is tested: its figures are made up
+# where what it measures for seconds is not what is tested, its figures are made up; where it may take as long
+# as a status line waits, there is none
+PACE = {"bench": "quick", "batch": "quiet"}
 SPEED = re.compile(r"(?:promptN|replyN).*$")  # in words(): the last line of a reply
 
 Usual = Callable[[str], tuple[str, bytes]]
@@ -37,7 +46,7 @@ every_slow_mode = pytest.mark.parametrize("mode", SLOW)
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Desk:
-    (tmp_path / "text.txt").write_text(TEXT)
+    furnish(tmp_path)
     return Desk(tmp_path)
 
 
@@ -60,7 +69,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Usual:
     @functools.cache
     def typed(mode: str) -> tuple[str, bytes]:
         desk = Desk(tmp_path_factory.mktemp("usual"))
-        (desk.folder / "text.txt").write_text(TEXT)
+        furnish(desk.folder)
         return type_mode(desk, mode)
 
     return typed
@@ -260,7 +269,12 @@ def test_a_closed_terminal_ends_it(desk: Desk, mode: str) -> None:
         with pytest.raises(ProcessLookupError):
             os.killpg(terminal.pid, 0)
     assert "Traceback" not in (desk.folder / "err").read_text()
-    assert sorted(path.name for path in desk.folder.iterdir()) == ["err", "text.txt", "working"]
+    assert sorted(path.name for path in desk.folder.iterdir()) == [
+        "err",
+        "requests.jsonl",
+        "text.txt",
+        "working",
+    ]
 
 
 @pytest.mark.parametrize("script", ["run.py", "export.py", "train.py"])
@@ -277,7 +291,8 @@ def test_ctrl_c_while_modules_load_is_no_traceback(desk: Desk, script: str) -> N
 
 def long_enough(mode: str) -> list[str]:
     """Flags with which a mode takes until somebody stops it."""
-    return {"generate": ["-n", "1500"], "trace --html": ["-n", "200"]}.get(mode, [])
+    flags = {"generate": ["-n", "1500"], "trace --html": ["-n", "200"], "batch": ["--concurrency", "1"]}
+    return flags.get(mode, [])
 
 
 def start(shell: Terminal, desk: Desk, mode: str) -> None:

@@ -164,12 +164,16 @@ def test_mistakes_are_one_line_on_a_terminal_too(tmp_path: Path) -> None:
     for arguments, said in [
         (["info"], "info: No such file or directory; did you mean -m info?"),
         ([source], "`python export.py Qwen3-0.6B model.bin` converts it"),
-        (["Qwen/Qwen3-0.6B"], "`hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B` fetches it"),
+        (
+            ["Qwen/Qwen3-0.6B"],
+            "Qwen/Qwen3-0.6B: is not in the cache, and HF_HUB_OFFLINE is set: unset it once",
+        ),
         (["-m", "info", "-i", "hi"], "-i/--prompt belongs to -m generate or trace, not to -m info"),
         (["--think", "--no-think"], "argument --no-think: not allowed with argument --think"),
     ]:
         named = [Path(argument).name if argument == source else argument for argument in arguments]  # type: ignore[attr-defined]
-        status, text, _ = run_typed([*RUN, *named], columns=300, cwd=tmp_path)
+        env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "QWEN3C_CACHE": str(tmp_path / "cache")}
+        status, text, _ = run_typed([*RUN, *named], columns=300, cwd=tmp_path, env=env)
         assert status == 2 and text.startswith("run.py: error: ") and said in text and "\n" not in text, text
 
 

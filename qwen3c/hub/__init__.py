@@ -1,0 +1,1 @@
+"""Models by name: from the Hugging Face Hub to a model.bin in the cache."""
