@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from small_gguf import of_blocks, small_gguf, write_gguf
 from small_models import MIXED_RECIPE, write_small_model
 
 from qwen3c import engine, format
@@ -390,3 +391,15 @@ def test_a_model_of_int8_is_not_calibrated(tmp_path: Path, capsys: pytest.Captur
             "--calibrate: all matrices become INT8, or have few bits already; give --bits 4"
             in capsys.readouterr().err
         )
+
+
+def test_codes_that_the_source_has_already_are_not_chosen_again(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_gguf(tmp_path / "model.gguf", *of_blocks("Q4_0"))
+    assert main([str(tmp_path / "model.gguf"), str(tmp_path / "model.bin"), "--calibrate", str(text)]) == 2
+    assert "--calibrate: all matrices become INT8, or have few bits already" in capsys.readouterr().err
+    write_gguf(tmp_path / "model.gguf", *small_gguf(dtype="Q8_0"))
+    export(tmp_path / "model.gguf", tmp_path / "plain.bin", recipe=INT4)
+    export(tmp_path / "model.gguf", tmp_path / "model.bin", recipe=INT4, calibrate=CalibrationOptions(text))
+    assert (tmp_path / "plain.bin").read_bytes() != (tmp_path / "model.bin").read_bytes()
