@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -196,6 +195,8 @@ def remove(kept: Kept, paths: list[Path]) -> None:
         path.unlink(missing_ok=True)
     if any(path.is_file() and path.name != COMPLETE for path in kept.folder.rglob("*")):
         return
+    import shutil  # 5 ms that a start with a model in the cache does not take
+
     shutil.rmtree(kept.folder, ignore_errors=True)
     for revision in kept.revisions:
         Place(Name(kept.repository, revision)).forget()

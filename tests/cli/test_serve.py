@@ -17,7 +17,7 @@ from qwen3c.serve.config import Settings
 
 def test_no_option_that_serve_takes_is_dropped() -> None:
     taken = {option for option, modes in USED_BY.items() if "serve" in modes}
-    assert taken == {*SETTINGS, *UPSTREAM, "config", "print_config"}
+    assert taken == {*SETTINGS, *UPSTREAM, "config", "print_config", "bits"}
     assert set(SETTINGS.values()) <= {item.name for item in dataclasses.fields(Settings)}
 
 

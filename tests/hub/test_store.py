@@ -5,8 +5,10 @@ python -m pytest tests/hub/test_store.py
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from hub_server import Hub
 
 from qwen3c import Model
 from qwen3c.cli import run
+from qwen3c.cli.serve import _with_files
 from qwen3c.hub import obtain, store
+from qwen3c.serve import config
 from qwen3c.system.names import Name, parse
 
 MODEL, GGUF = Name("owner/Small"), Name("owner/Small-GGUF", "main", "Small-Q8_0.gguf")
@@ -62,6 +66,40 @@ def test_a_file_of_that_name_wins(
     assert Model.from_hub("hf.co/owner/Small", 1).config.n_layers == 4
 
 
+def test_a_server_takes_names_in_flags_and_in_its_configuration(
+    hub: Hub, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "serve.toml"
+    file.write_text(
+        f'draft = "owner/Small"\n[models]\na = "{GGUF}"\nb = {{ path = "b.bin", draft = "x/y" }}\n'
+    )
+    made = config.settings(str(file), {"models": {"c": "owner/Small"}}, {"models": "--model-alias"})
+    paths = {alias: (model.path, model.draft) for alias, model in made.models.items()}
+    assert made.draft == "owner/Small"
+    assert paths == {
+        "a": (str(GGUF), None), "b": (str(tmp_path / "b.bin"), "x/y"), "c": ("owner/Small", None)
+    }  # fmt: skip
+    assert not hub.asked
+    models = {alias: model for alias, model in made.models.items() if alias != "b"}
+    ready = _with_files(dataclasses.replace(made, models=models), None)
+    assert ready.models["a"].path == str(store.find(GGUF)) and ready.draft == str(store.find(MODEL))
+    assert ready.models["c"].path == ready.draft
+
+
+def test_from_python_progress_is_told_and_a_pickle_opens_the_file_again(hub: Hub, cache: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    with Model.from_hub("owner/Small", 1, progress=lambda *step: told.append(step)) as model:
+        assert model.metadata["name"] == "Small" and model.threads == 1
+        with pickle.loads(pickle.dumps(model)) as again:
+            assert again.path == model.path
+    doing = list(dict.fromkeys(step[0].split()[0] for step in told))
+    assert doing == ["asking", "fetching", "checking", "converting"]
+    for what in ("fetching owner/Small", "converting owner/Small to 8 bits"):
+        steps = [step[1:] for step in told if step[0] == what]
+        assert steps == sorted(steps) and steps[0][0] == 0 and steps[-1][0] == steps[-1][1] > 0
+
+
 def test_what_is_kept_is_listed_with_what_it_needs(
     hub: Hub, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,8 +121,8 @@ def test_what_is_kept_is_listed_with_what_it_needs(
     for model in kept["models"]:
         assert model["file_bytes"] == os.stat(model["path"]).st_size < model["resident_bytes"]
         assert model["context"] == model["default_context"] == 256 and model["revisions"] == ["main"]
-        name = parse(model["name"])
-        assert name is not None and store.find(name, model["bits"]) == Path(model["path"])
+        typed = parse(model["name"])
+        assert typed and store.find(typed, model["bits"]) == Path(model["path"])
     assert len(json.loads(command(capsys, "-m", "models", "owner/Small-GGUF", "--json")[1])["models"]) == 1
 
 
