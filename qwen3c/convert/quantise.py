@@ -57,16 +57,17 @@ class Slice:
         return self.row + self.rows == self.tensor.shape[0]
 
 
-def slices(tensor: format.Tensor, most: int = SLICE_WEIGHTS) -> Iterator[Slice]:
+def slices(tensor: format.Tensor, most: int = 0) -> Iterator[Slice]:
     """The tensor in slices of whole tiles with at most `most` weights, or of one tile of rows.
 
-    Where the next part begins with a tile row, so does a slice: it then has one dtype.
+    Where the next part begins with a tile row, so does a slice: it then has one dtype. most: 0 for
+    SLICE_WEIGHTS.
     """
     rows = tensor.shape[0]
     if not tensor.quantized:
         yield Slice(tensor, 0, rows)
         return
-    step = max(most // tensor.shape[1] // format.TILE_ROWS, 1) * format.TILE_ROWS
+    step = max((most or SLICE_WEIGHTS) // tensor.shape[1] // format.TILE_ROWS, 1) * format.TILE_ROWS
     starts = [part.row for part in tensor.parts if part.row % format.TILE_ROWS == 0]
     for start, end in itertools.pairwise([*starts, rows]):
         for row in range(start, end, step):
