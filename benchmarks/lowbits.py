@@ -3,6 +3,7 @@
     python benchmarks/lowbits.py path/to/model --text heldout.txt
     python benchmarks/lowbits.py path/to/model --text heldout.txt --ggml path/to/libggml-base.so
     python benchmarks/lowbits.py path/to/model --text heldout.txt --recipe mine.toml --only-recipes
+    python benchmarks/lowbits.py path/to/model --text heldout.txt --only-recipes --calibrate text.txt
 
 The reference is transformers in float32 with the original weights. Every candidate is a full set of matrices
 in its place, with float activations, so that nothing but the weights is compared: ours are exported and read
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import re
 import sys
 import tempfile
@@ -31,6 +33,7 @@ from numpy.typing import NDArray
 
 from qwen3c import format
 from qwen3c.convert import recipe
+from qwen3c.convert.calibration_text import CalibrationOptions
 from qwen3c.convert.export import export
 from qwen3c.reference import load_weights
 
@@ -83,30 +86,48 @@ class Reference:
         """The original weights of every matrix that has an encoding."""
         return {k: w for k, w in self.original.items() if w.ndim == 2 and not k.endswith(format.ROUTER)}
 
-    def divergence(self, weights: Weights) -> float:
-        """Mean KL divergence, in nats per token, with these matrices in place of the original ones."""
+    def compared(self, weights: Weights) -> tuple[float, float]:
+        """With these matrices in place of the original ones: mean KL divergence, in nats per token, and
+        perplexity beside that of the original ones.
+        """
         with self.torch.no_grad():
             for name, parameter in self.parameters.items():
                 stored = np.array(weights.get(name, self.original[name]))
                 parameter.copy_(self.torch.from_numpy(stored))
-        total = 0.0
+        total, nats = 0.0, 0.0
         for ids, expected in zip(self.ids, self.expected, strict=True):
             found = self._log_probabilities(ids)
             for start in range(0, len(ids), ROWS):
                 p, q = (x[start : start + ROWS].double() for x in (expected, found))
                 total += float((p.exp() * (p - q)).sum())
-        return total / self.ids.numel()
+            more = (expected - found)[:-1].gather(1, ids[1:, None])
+            nats += float(more.double().sum())
+        return total / self.ids.numel(), math.exp(nats / (self.ids.numel() - len(self.ids)))
 
 
-def ours(source: Path, work: Path, recipes: list[recipe.Recipe]) -> Iterator[Candidate]:
-    """Exports by each recipe, read back."""
+def ours(source: Path, work: Path, recipes: list[recipe.Recipe], text: str | None) -> Iterator[Candidate]:
+    """Exports by each recipe, read back; with a text also weighed by it, and calibrated on it."""
     for made in recipes:
-        path = work / "model.bin"
-        export(source, path, recipe=made)
-        file = format.ModelFile(path)
-        matrices = [tensor for tensor in file.tensors if tensor.quantized]
-        weights = sum(tensor.shape[0] * tensor.shape[1] for tensor in matrices)
-        yield made.location, 8 * sum(t.size for t in matrices) / weights, load_weights(file)
+        ways: dict[str, CalibrationOptions | None] = {"": None}
+        if text is not None and _has_few_bits(made):
+            ways |= {
+                " --importance": CalibrationOptions(text, feedback=False),
+                " --calibrate": CalibrationOptions(text),
+            }
+        for way, calibrate in ways.items():
+            path = work / "model.bin"
+            export(source, path, recipe=made, calibrate=calibrate)
+            file = format.ModelFile(path)
+            matrices = [tensor for tensor in file.tensors if tensor.quantized]
+            weights = sum(tensor.shape[0] * tensor.shape[1] for tensor in matrices)
+            bits = 8 * sum(tensor.size for tensor in matrices) / weights
+            yield made.location + way, bits, load_weights(file)
+
+
+def _has_few_bits(made: recipe.Recipe) -> bool:
+    return any(
+        e is not format.Encoding.INT8 for e in (made.encoding, *(rule.encoding for rule in made.rules))
+    )
 
 
 def llama_cpp(library: Path, originals: Weights, n_layers: int) -> Iterator[Candidate]:
@@ -161,14 +182,15 @@ def main() -> int:
     reference = Reference(args.source, args.text, args.window, args.windows)
     n_layers = json.loads((args.source / "config.json").read_text())["num_hidden_layers"]
     print(f"{reference.ids.numel()} tokens of {args.text.name} in windows of {args.window}\n")
-    print("| | bits a weight | KL divergence, nats |\n|---|---|---|", flush=True)
+    print("| | bits a weight | KL divergence, nats | perplexity |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as work:
-        candidates = [ours(args.source, Path(work), recipes)]
+        candidates = [ours(args.source, Path(work), recipes, args.calibrate)]
         if args.ggml:
             candidates.append(llama_cpp(args.ggml, reference.matrices(), n_layers))
         for some in candidates:
             for name, bits, weights in some:
-                print(f"| {name} | {bits:.3f} | {reference.divergence(weights):.5f} |", flush=True)
+                lost, perplexity = reference.compared(weights)
+                print(f"| {name} | {bits:.3f} | {lost:.5f} | {perplexity - 1:+.2%} |", flush=True)
     return 0
 
 
@@ -182,6 +204,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", metavar="N", type=int, help="how many (default: all of the text)")
     parser.add_argument("--recipe", metavar="FILE", nargs="+", default=[], help="recipes of one's own too")
     parser.add_argument("--only-recipes", action="store_true", help="leave out uniform encodings")
+    parser.add_argument("--calibrate", metavar="TEXT", nargs="?", const="", help="calibrate on this too")
     parser.add_argument("--ggml", metavar="SO", type=Path, help="libggml-base of llama.cpp, to compare with")
     return parser.parse_args()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,10 +39,15 @@ def load_weights(file: ModelFile) -> dict[str, Array]:
 
 def dequantize(file: ModelFile, tensor: Tensor) -> Array:
     """A stored matrix as float32 (rows, columns): weight = scale of its group * code."""
-    # a tile: 16 rows x one group, its codes in blocks of 4 columns, then one scale per row
-    codes, scales = codes_and_scales(file.tile_rows(tensor))  # (rows, columns), (rows, groups)
-    weights = np.repeat(scales, file.config.group_size, axis=1) * codes
+    weights = dequantize_tile_rows(file.tile_rows(tensor))
     return weights[: tensor.shape[0]]  # the last tiles may be padded with zero rows
+
+
+def dequantize_tile_rows(tile_rows: NDArray[Any]) -> Array:
+    """16 rows of weights for each tile row."""
+    # a tile: 16 rows x one group, its codes in blocks of 4 columns, then one scale per row
+    codes, scales = codes_and_scales(tile_rows)  # (rows, columns), (rows, groups)
+    return np.repeat(scales, codes.shape[1] // scales.shape[1], axis=1) * codes
 
 
 # ----------------------------------------------------------------------------
@@ -72,7 +78,12 @@ def softmax(x: Array) -> Array:
 
 
 def attention(x: Array, c: Config, w: dict[str, Array], prefix: str) -> Array:
-    """Causal attention of x (n, dim); n_heads / n_kv_heads query heads share each KV head."""
+    """Causal attention of x (n, dim)."""
+    return heads(x, c, w, prefix) @ w[prefix + "o_proj.weight"].T
+
+
+def heads(x: Array, c: Config, w: dict[str, Array], prefix: str) -> Array:
+    """What every head found, (n, q_dim); n_heads / n_kv_heads query heads share each KV head."""
     n = len(x)
     q, k, v = (x @ w[f"{prefix}{name}_proj.weight"].T for name in "qkv")
     if c.qkv_bias:  # Qwen2
@@ -94,30 +105,41 @@ def attention(x: Array, c: Config, w: dict[str, Array], prefix: str) -> Array:
         keys, values = k[:, head // group], v[:, head // group]  # (n, head_dim)
         scores = q[:, head] @ keys.T / np.sqrt(np.float32(c.head_dim))  # (n, n)
         out[:, head] = softmax(scores + future) @ values
-    return out.reshape(n, c.q_dim) @ w[prefix + "o_proj.weight"].T
+    return out.reshape(n, c.q_dim)
 
 
 def feed_forward(x: Array, w: dict[str, Array], prefix: str) -> Array:
     """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)). x (n, dim)."""
+    return gated(x, w, prefix) @ w[prefix + "down_proj.weight"].T
+
+
+def gated(x: Array, w: dict[str, Array], prefix: str) -> Array:
+    """silu(gate(x)) * up(x), (n, hidden_dim)."""
     gate = x @ w[prefix + "gate_proj.weight"].T  # (n, hidden_dim)
     up = x @ w[prefix + "up_proj.weight"].T
     silu = gate / (1 + np.exp(-gate))
-    return (silu * up) @ w[prefix + "down_proj.weight"].T
+    return silu * up
 
 
 def mixture(x: Array, c: Config, w: dict[str, Array], prefix: str) -> Array:
     """Mixture of experts: each token of x (n, dim) goes through the experts its router scores highest."""
-    probabilities = softmax(x @ w[prefix + "gate.weight"].T)  # (n, n_experts)
-    chosen = np.argsort(-probabilities, axis=-1, kind="stable")[:, : c.n_experts_per_token]
-    shares = np.take_along_axis(probabilities, chosen, axis=-1)
-    if c.norm_topk_prob:
-        shares = shares / shares.sum(axis=-1, keepdims=True)
+    chosen, shares = route(x, c, w, prefix)
     y = np.zeros_like(x)
     for expert in range(c.n_experts):
         tokens, rank = np.nonzero(chosen == expert)
         out = feed_forward(x[tokens], w, f"{prefix}experts.{expert}.")
         y[tokens] += shares[tokens, rank, None] * out
     return y
+
+
+def route(x: Array, c: Config, w: dict[str, Array], prefix: str) -> tuple[NDArray[np.intp], Array]:
+    """The experts that each token goes through and their shares, both (n, n_experts_per_token)."""
+    probabilities = softmax(x @ w[prefix + "gate.weight"].T)  # (n, n_experts)
+    chosen = np.argsort(-probabilities, axis=-1, kind="stable")[:, : c.n_experts_per_token]
+    shares = np.take_along_axis(probabilities, chosen, axis=-1)
+    if c.norm_topk_prob:
+        shares = shares / shares.sum(axis=-1, keepdims=True)
+    return chosen, shares
 
 
 # ----------------------------------------------------------------------------

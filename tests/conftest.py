@@ -1,4 +1,8 @@
+import os
 import signal
+
+# on a busy machine two threads of a BLAS wait for each other; before anything imports NumPy
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # a shell that starts the tests in the background has SIGINT ignored, nohup SIGHUP, and so would the programs
 # they start: what is ignored is inherited, a handler is not

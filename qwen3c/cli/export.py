@@ -5,6 +5,7 @@ python export.py path/to/Qwen3-0.6B model.bin --lora path/to/adapter
 python export.py Qwen3-0.6B-Q8_0.gguf model.bin
 python export.py Qwen/Qwen3-0.6B model.bin
 python export.py path/to/Qwen3-0.6B model.bin --bits 4
+python export.py path/to/Qwen3-0.6B model.bin --bits 4 --calibrate text.txt
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import format
+from ..system.machine import default_threads
 from ..system.terminal import Progress, unheard
 from .command import Parser, answer, concerning, program_name
 from .named import export_source
 
 if TYPE_CHECKING:
+    from ..convert.calibration_text import CalibrationOptions
     from ..convert.recipe import Recipe
 
 SCRIPT = "export.py"
@@ -33,7 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ended(args: argparse.Namespace, word: str) -> str:
-    return f"error: {_subject(args)}: {word}, nothing was written"
+    from ..convert.calibration_state import finished, folder
+
+    target = Path(os.path.realpath(args.target or ""))
+    if (args.calibrate is None and args.importance is None) or not finished(target):
+        return f"error: {_subject(args)}: {word}, nothing was written"
+    done, kept = len(finished(target)), folder(target)
+    return f"{args.target}: {word} after block {done}; the same command goes on from there ({kept.name})"
 
 
 def _subject(args: argparse.Namespace) -> str:
@@ -44,7 +54,10 @@ def _subject(args: argparse.Namespace) -> str:
 
 def _work(args: argparse.Namespace) -> int:
     # the export has its own threads, and OpenBLAS would end the process if a limit keeps it from starting any
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # a calibration multiplies matrices, one after the other
+    calibrates = args.calibrate is not None or args.importance is not None
+    blas = args.threads or default_threads() if calibrates else 1
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(blas))
     progress = None if args.quiet else Progress(describe_bytes)
     try:
         with concerning(_subject(args)):
@@ -79,6 +92,7 @@ def _lines(args: argparse.Namespace, progress: Progress | None) -> list[str]:
         force=args.force,
         threads=args.threads,
         lora=args.lora,
+        calibrate=_calibration(args, progress),
         progress=functools.partial(_draw, progress) if progress else None,
         **options,
     )
@@ -93,6 +107,32 @@ def _recipe(args: argparse.Namespace) -> Recipe | None:
         with concerning(args.recipe):
             return recipe.read(args.recipe)
     return None if args.bits is None else recipe.of_bits(args.bits)
+
+
+def _calibration(args: argparse.Namespace, progress: Progress | None) -> CalibrationOptions | None:
+    """What --calibrate or --importance says."""
+    from ..convert.calibration_text import CalibrationOptions
+
+    if args.calibrate is None and args.importance is None:
+        return None
+    text, feedback = (args.calibrate, True) if args.importance is None else (args.importance, False)
+    if progress is None:
+        return CalibrationOptions(text, feedback)
+    calibrating: Progress | None = None
+
+    def say(line: str) -> None:
+        progress.clear()
+        with unheard():
+            print(line, file=sys.stderr, flush=True)
+
+    def draw(done: float, total: float) -> None:
+        nonlocal calibrating
+        calibrating = calibrating or Progress(lambda *_: "calibrated", start=done)
+        calibrating(done, total)
+        if done >= total:
+            calibrating.clear()
+
+    return CalibrationOptions(text, feedback, say, draw)
 
 
 def _draw(progress: Progress, done: int, total: int) -> None:
@@ -154,6 +194,12 @@ def _parser() -> Parser:
         help="about how many bits a weight takes: 4, 4.5, 5, 6, 8 (default: 8; of a quantised GGUF file no "
             "fewer than it has)")  # fmt: skip
     add("--recipe", metavar="FILE", help="TOML file: which matrix is int4, int6 or int8 (docs/FORMAT.md)")
+    by_data = parser.add_mutually_exclusive_group().add_argument
+    by_data("--calibrate", metavar="TEXT", nargs="?", const="",
+        help="choose the codes of int4 and int6 for the inputs that a text or chat JSONL gives them "
+            "(default: a built-in mix); takes minutes to hours, goes on where interrupted")  # fmt: skip
+    by_data("--importance", metavar="TEXT", nargs="?", const="",
+        help="the quicker way: only weigh the columns by these inputs")  # fmt: skip
     sizes = ", ".join(map(str, format.GROUP_SIZES))
     add("--group-size", type=int,
         help=f"weights per scale: {sizes} (default: 64; 32 for quantised GGUF files and for fewer bits than "

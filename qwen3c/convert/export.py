@@ -1,6 +1,7 @@
 """Hugging Face directory or GGUF file -> model.bin.
 
     check      everything but the weights themselves, before any file is created
+    calibrate  if asked for: the matrices by what a text says of their inputs (calibrate.py)
     stream     the weights, quantised on their way (quantise.py), into a file beside the target
     rename     when it is whole
 
@@ -26,6 +27,7 @@ from ..memory import gib
 from ..system import mistakes
 from ..system.machine import default_threads
 from ..system.terminal import escaped
+from .calibration_text import CalibrationOptions
 from .directory import Directory
 from .gguf import GGUF
 from .gguf_blocks import KINDS
@@ -38,6 +40,9 @@ if sys.version_info >= (3, 11):
     from typing import Unpack
 elif TYPE_CHECKING:
     from typing_extensions import Unpack
+
+if TYPE_CHECKING:
+    from .calibrate import Calibration
 
 ProgressCallback = Callable[[int, int], None]  # bytes of the source done, and in all
 
@@ -130,6 +135,7 @@ def export(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
     lora: str | os.PathLike[str] | None = None,
+    calibrate: CalibrationOptions | None = None,
     **options: Unpack[CheckpointOptions],
 ) -> Report:
     """Convert the Hugging Face directory or GGUF file `source` into the file `target`.
@@ -138,6 +144,8 @@ def export(
     threads: for the quantisation (default: machine.default_threads()); the result does not depend on it.
     progress: told (bytes of the source done, bytes in all) after each slice of a tensor.
     lora: directory of a PEFT adapter, merged into the weights on their way.
+    calibrate: quantise by what a text says of the inputs of matrices. What is done is kept beside the
+    target until the end, so that the same call goes on after an interruption.
     options: see CheckpointOptions.
     Raises SourceError or OSError; the target is then what it was before.
     """
@@ -150,10 +158,13 @@ def export(
             merge(checkpoint, adapter)
             path = _check_target(target, adapter, force)
         path = _check_target(target, files, force)
+        calibration = _calibration(calibrate, checkpoint, path)
         writer = _writer(path, checkpoint)
-        _check_space(path, writer.file_size)
+        _check_space(path, writer.file_size + (calibration.plan.state_bytes() if calibration else 0))
         report = Report(path, checkpoint.metadata["name"], writer.file_size, checkpoint.size)
         report.warnings += _warnings(checkpoint)
+        if calibration:
+            calibration.run()
 
         def written(piece: Slice, converted: Converted) -> None:
             report.add(piece, converted)
@@ -161,7 +172,10 @@ def export(
                 progress(report.source_done, report.source_size)
 
         with writer:
-            stream(checkpoint, writer, threads or default_threads(), written)
+            ready = calibration.ready if calibration else None
+            stream(checkpoint, writer, threads or default_threads(), written, ready)
+        if calibration:
+            calibration.state.remove()
         report.seconds = time.monotonic() - start
         return report
 
@@ -216,6 +230,16 @@ def estimate(
 
 def _open(source: str | os.PathLike[str]) -> Source:
     return GGUF(source) if os.path.isfile(source) else Directory(source)
+
+
+def _calibration(
+    options: CalibrationOptions | None, checkpoint: Checkpoint, path: Path
+) -> Calibration | None:
+    if options is None:
+        return None
+    from .calibrate import Calibration
+
+    return Calibration(checkpoint, path, options)
 
 
 def _warnings(checkpoint: Checkpoint) -> Iterator[str]:

@@ -57,16 +57,17 @@ class Slice:
         return self.row + self.rows == self.tensor.shape[0]
 
 
-def slices(tensor: format.Tensor) -> Iterator[Slice]:
-    """The tensor in slices of whole tiles with at most SLICE_WEIGHTS weights, or of one tile of rows.
+def slices(tensor: format.Tensor, most: int = 0) -> Iterator[Slice]:
+    """The tensor in slices of whole tiles with at most `most` weights, or of one tile of rows.
 
-    Where the next part begins with a tile row, so does a slice: it then has one dtype.
+    Where the next part begins with a tile row, so does a slice: it then has one dtype. most: 0 for
+    SLICE_WEIGHTS.
     """
     rows = tensor.shape[0]
     if not tensor.quantized:
         yield Slice(tensor, 0, rows)
         return
-    step = max(SLICE_WEIGHTS // tensor.shape[1] // format.TILE_ROWS, 1) * format.TILE_ROWS
+    step = max((most or SLICE_WEIGHTS) // tensor.shape[1] // format.TILE_ROWS, 1) * format.TILE_ROWS
     starts = [part.row for part in tensor.parts if part.row % format.TILE_ROWS == 0]
     for start, end in itertools.pairwise([*starts, rows]):
         for row in range(start, end, step):
@@ -107,11 +108,12 @@ def stream(
     writer: format.ModelWriter,
     threads: int,
     written: Callable[[Slice, Converted], None],
+    ready: Callable[[Slice], Converted | None] | None = None,
 ) -> None:
     """Workers read and quantise slices; this thread writes them in order and lets the next ones start.
 
-    written: called after each slice, in this thread. SourceError, with its place, for a weight that cannot be
-    stored.
+    written: called after each slice, in this thread. ready: gives a slice that is quantised already.
+    SourceError, with its place, for a weight that cannot be stored.
 
     Threads talk through SimpleQueues, the one kind of queue that a signal cannot leave locked. Ctrl-C raises
     in this thread at any line; inside the locks of an executor or of threading.Thread.start that would hang
@@ -122,15 +124,18 @@ def stream(
     size = 4 * max(piece.rows * piece.columns for piece in work)
     # slices in flight: one for each worker, and two finished ones that wait to be written
     window = max(3, min(threads + 2, MAX_BUFFERS // (2 * size)))
-    sources, targets = ([_buffer(size) for _ in range(window)] for _ in range(2))
+    sources, targets = ([buffer(size) for _ in range(window)] for _ in range(2))
     jobs: SimpleQueue[int | None] = SimpleQueue()
     results: list[SimpleQueue[Converted | BaseException]] = [SimpleQueue() for _ in range(window)]
+
+    def converted_slice(piece: Slice, source: memoryview, target: memoryview) -> Converted:
+        return (ready and ready(piece)) or convert(checkpoint, piece, source, target)
 
     def convert_slices() -> None:
         while (job := jobs.get()) is not None:
             place = job % window
             try:
-                results[place].put(_convert(checkpoint, work[job], sources[place], targets[place]))
+                results[place].put(converted_slice(work[job], sources[place], targets[place]))
             except BaseException as error:  # the writing thread raises it
                 results[place].put(error)
 
@@ -143,7 +148,7 @@ def stream(
             if n_workers:
                 converted = results[i % window].get()
             else:
-                converted = _convert(checkpoint, piece, sources[0], targets[0])
+                converted = converted_slice(piece, sources[0], targets[0])
             if isinstance(converted, BaseException):
                 raise converted
             writer.write(converted.data)
@@ -170,8 +175,17 @@ def _start_threads(n: int, target: Callable[[], None]) -> int:
     return n
 
 
-def _convert(checkpoint: Checkpoint, piece: Slice, source: memoryview, target: memoryview) -> Converted:
-    """Read a slice into `source` and turn it into its stored form, in `target` if it is a matrix."""
+def convert(
+    checkpoint: Checkpoint,
+    piece: Slice,
+    source: memoryview,
+    target: memoryview,
+    importance: NDArray[np.float32] | None = None,
+) -> Converted:
+    """Read a slice into `source` and turn it into its stored form, in `target` if it is a matrix.
+
+    importance: of each column's squared error (columns,), for INT4 and INT6; None for 1.
+    """
     if not piece.tensor.parts:
         return Converted(_float32_bytes(inverse_frequencies(checkpoint.rope)), 0)
     parts = _read(checkpoint, piece, source)
@@ -181,7 +195,24 @@ def _convert(checkpoint: Checkpoint, piece: Slice, source: memoryview, target: m
     group_size = checkpoint.config.group_size
     target = target[: format.matrix_size(piece.rows, piece.columns, group_size, piece.tensor.encoding)]
     dtypes = " and ".join(dict.fromkeys(part.stored.dtype for part in parts))
-    return Converted(target, size, dtypes, *_quantize(piece, parts, group_size, target))
+    return Converted(target, size, dtypes, *_quantize(piece, parts, group_size, target, importance))
+
+
+def weights(checkpoint: Checkpoint, piece: Slice, source: memoryview) -> NDArray[np.float32]:
+    """A slice of a matrix as float32 (rows, columns), read into `source`."""
+    import numpy as np
+
+    parts = [part.to_float32() for part in _read(checkpoint, piece, source)]
+    return np.concatenate(parts).reshape(piece.rows, piece.columns)
+
+
+def source_size(checkpoint: Checkpoint, piece: Slice) -> int:
+    """Bytes of a slice in the source."""
+    size = 0
+    for part in piece.tensor.parts:
+        rows = min(part.row + part.rows, piece.row + piece.rows) - max(part.row, piece.row)
+        size += max(rows, 0) * (checkpoint.tensors[part.name].size // part.rows)
+    return size
 
 
 def _read(checkpoint: Checkpoint, piece: Slice, buffer: memoryview) -> list[_Part]:
@@ -211,7 +242,11 @@ def _finite(piece: Slice, parts: list[_Part]) -> NDArray[np.float32]:
 
 
 def _quantize(
-    piece: Slice, parts: list[_Part], group_size: int, out: memoryview
+    piece: Slice,
+    parts: list[_Part],
+    group_size: int,
+    out: memoryview,
+    importance: NDArray[np.float32] | None,
 ) -> tuple[float, float, float, int]:
     """Fill `out`; return the largest error, the sums of squared errors and of squared weights, and how many
     weights are taken over: they are not in the sums.
@@ -228,7 +263,9 @@ def _quantize(
         taking_over.clear(tile_rows)
     else:
         sources = _sources(piece, parts, held)
-        *rounded, bad = engine.quantize_tiles(sources, piece.columns, group_size, out, encoding.value)
+        *rounded, bad = engine.quantize_tiles(
+            sources, piece.columns, group_size, out, encoding.value, importance
+        )
         if bad >= 0:
             _refuse(piece, parts, bad)
         errors = (rounded[0], rounded[1], rounded[2])
@@ -299,7 +336,7 @@ def _float32_bytes(vector: NDArray[np.float32]) -> memoryview:
     return memoryview(vector.astype("<f4").tobytes())
 
 
-def _buffer(size: int) -> memoryview:
+def buffer(size: int) -> memoryview:
     """A buffer of `size` bytes that takes no memory until it is written (an anonymous map)."""
     import numpy as np
 

@@ -10,7 +10,6 @@ other.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
+from ..system import jsonl
 from ..text.chat import ROLES, normalized
 from . import TrainingError
 from .checkpoint import fingerprint
@@ -45,32 +45,11 @@ class Sample:
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line that is not empty. TrainingError names a bad line."""
     try:
-        lines = path.read_bytes().splitlines()
+        yield from jsonl.objects(path)
     except OSError as error:
         raise TrainingError(f"{path}: {error.strerror}") from None
-    empty = True
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            if b"\\u" in line:
-                json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            fault = f"holds half of a surrogate pair, {error.object[error.start]!r}: that is no character"
-            raise TrainingError(f"{path}: line {number}: {fault}") from None
-        except UnicodeDecodeError as error:
-            raise TrainingError(f"{path}: line {number}: byte {error.start} is not UTF-8") from None
-        except (ValueError, RecursionError) as error:
-            raise TrainingError(f"{path}: line {number}: is not JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise TrainingError(
-                f"{path}: line {number}: is a JSON {type(value).__name__}, expected an object"
-            )
-        empty = False
-        yield number, value
-    if empty:
-        raise TrainingError(f"{path}: is empty")
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
 
 
 def check_messages(value: Any, where: str) -> list[Message]:

@@ -611,13 +611,13 @@ SLOW_EXPORT = """
 import sys, time
 from qwen3c.cli.export import main
 from qwen3c.convert import quantise
-convert = quantise._convert
+convert = quantise.convert
 
 def convert_slowly(*arguments):
     time.sleep(0.1)
     return convert(*arguments)
 
-quantise._convert = convert_slowly
+quantise.convert = convert_slowly
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -104,6 +104,10 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "python export.py Qwen3-0.6B model.bin": Typed(leaves="model.bin"),
     "python export.py path/to/Qwen3-0.6B model.bin --estimate": Typed(shows="fits here"),
     "python export.py path/to/Qwen3-0.6B model.bin --bits 4": Typed(leaves="model.bin"),
+    "python export.py path/to/Qwen3-0.6B model.bin --bits 4 --calibrate text.txt": Typed(leaves="model.bin"),
+    "python benchmarks/lowbits.py path/to/model --text heldout.txt --windows 24 --only-recipes --calibrate text.txt": Typed(
+        "--window 64 --windows 1", shows="--calibrate"
+    ),
     "python export.py path/to/Qwen3-0.6B model.bin --lora ADAPTER": Typed(leaves="model.bin"),
     "python export.py Qwen3-0.6B-Q8_0.gguf model.bin": Typed(leaves="model.bin"),
     "python export.py final model.bin": Typed(leaves="model.bin"),

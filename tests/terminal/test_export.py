@@ -29,13 +29,13 @@ SLOW = """
 import functools, sys, time
 from qwen3c.cli import export as command
 from qwen3c.convert import quantise
-seconds, convert = float(sys.argv.pop(1)), quantise._convert
+seconds, convert = float(sys.argv.pop(1)), quantise.convert
 
 def convert_slowly(*arguments):
     time.sleep(seconds)
     return convert(*arguments)
 
-quantise._convert = convert_slowly
+quantise.convert = convert_slowly
 command.Progress = functools.partial(command.Progress, delay=0)
 sys.exit(command.main(sys.argv[1:]))
 """
@@ -49,6 +49,23 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
     return tmp_path / "model.bin"
+
+
+# export.py with its bar drawn at once, and a pause before each step of a calibration
+SLOW_CALIBRATION = """
+import functools, sys, time
+from qwen3c.cli import export as command
+from qwen3c.convert import calibrate
+tick = calibrate.Calibration._tick
+
+def tick_slowly(*arguments):
+    time.sleep(0.05)
+    tick(*arguments)
+
+calibrate.Calibration._tick = tick_slowly
+command.Progress = functools.partial(command.Progress, delay=0)
+sys.exit(command.main(sys.argv[1:]))
+"""
 
 
 def slow(source: Path, target: Path, seconds: float = 0.1) -> list[str]:
@@ -338,3 +355,74 @@ def test_every_architecture_and_size_is_exported_with_its_bar_drawn(tmp_path: Pa
     expected = [f"done {source.name}" for source in sources for _ in range(2)]
     assert [line for line in text.splitlines() if line.startswith(("done", "failed"))] == expected
     assert raw.count(b"]   0%") >= raw.count(b"] 100%") == len(expected), "not every bar was drawn to its end"
+
+
+# ----------------------------------------------------------------------------
+# Calibrated
+
+
+def calibrating(source: Path, target: Path, text: Path) -> list[str]:
+    return [
+        *(sys.executable, "-c", SLOW_CALIBRATION, str(source), str(target)),
+        *("--bits", "4", "--calibrate", str(text)),
+    ]
+
+
+@pytest.fixture
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("to be or not to be, that is the question\n" * 20)
+    return path
+
+
+def test_a_calibration_says_what_it_will_take_and_ends_in_its_report(
+    source: Path, target: Path, text: Path
+) -> None:
+    with Terminal(calibrating(source, target, text), columns=160) as terminal:
+        terminal.wait_for("of memory")
+        terminal.wait_until(
+            lambda: "% " in terminal.current_line and "left" in terminal.current_line, "a bar"
+        )
+        status = terminal.finish()
+        said = [line for line in terminal.lines if "calibrating" in line]
+        assert len(said) == 1 and re.match(
+            r"calibrating 1 blocks on [\d,]+ tokens of .*: about \d+ s, [\d.]+ [GM]iB of memory, ", said[0]
+        )
+        assert status == 0 and target.exists(), terminal.text
+        assert "mlp.down_proj" in terminal.text and "#" not in terminal.text
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def test_an_interrupted_calibration_goes_on_with_the_same_command(
+    tmp_path_factory: pytest.TempPathFactory, target: Path, text: Path
+) -> None:
+    source = write_small_model(tmp_path_factory.mktemp("deep"), n_layers=6)
+    command = calibrating(source, target, text)
+    done = 0
+    for _ in range(2):
+        with Terminal(command, columns=200) as terminal:
+            first = target.with_name("model.bin.calibration") / f"block-{done + 1:03}.npz"
+            terminal.wait_until(first.exists, "another block")
+            terminal.press("ctrl-c")
+            assert terminal.finish() == 130
+            told = re.search(
+                r"model.bin: interrupted after block (\d+); the same command goes on from there "
+                r"\(model.bin.calibration\)$",
+                terminal.lines[-1],
+            )
+            assert told and int(told[1]) > done, terminal.text
+            done = int(told[1])
+        assert not target.exists()
+    status, screen, _ = run_typed(command, columns=200)
+    assert status == 0 and f"from block {done + 1} on" in screen
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def test_a_text_with_a_bad_line_is_one_line(source: Path, target: Path, tmp_path_factory: Any) -> None:
+    path = tmp_path_factory.mktemp("text") / "chat.jsonl"
+    path.write_text('{"text": "well"}\n{"messages": [}\n')
+    command = [*EXPORT, source, target, "--bits", "4", "--calibrate", path]
+    status, screen, _ = run_typed(command, columns=200)
+    assert status == 2 and screen.strip().count("\n") == 0
+    assert f"{path}: line 2: is not JSON" in screen
+    assert_nothing_written(target)
