@@ -94,7 +94,7 @@ COMMANDS: dict[str, Typed | NotHere] = {
     "python run.py Qwen/Qwen3-0.6B": Typed("-n 8", keys=CHAT),
     "python run.py Qwen/Qwen3-0.6B-GGUF:Qwen3-0.6B-Q8_0.gguf": Typed("-n 8", keys=CHAT),
     'python run.py Qwen/Qwen3-0.6B --bits 4 -i "Hello"': Typed("-n 8", shows="int4"),
-    "python run.py -m models": Typed(shows="nomodels"),
+    "python run.py -m models": Typed(shows="status=0"),
     "python run.py -m models --prune --yes": Typed(shows="everything in it is needed"),
     "hf auth login": NotHere("asks for a token of the Hub"),
     "python run.py Qwen/Qwen3-0.6B -m models --prune --yes": NotHere(
