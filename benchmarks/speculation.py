@@ -24,6 +24,7 @@ import argparse
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -128,6 +129,11 @@ def compare(name: str, pairs: int, run: Callable[[bool], Stats]) -> None:
     )
 
 
+def _once(model: Model, prompt: list[int], text: list[int], drafting: Drafting, on: bool) -> Stats:
+    """One measurement, with drafts or without."""
+    return measured(model, prompt, text, drafting if on else None)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Replies with and without drafts, in turns.")
     parser.add_argument("model", nargs="?", default=str(MODEL_IN_THE_BOX), help="default: the one in the box")
@@ -144,11 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options: Any = {name: name for name in (args.only or [*wanted, "small"])}
     for name, (prompt, text) in wanted.items():
         if name in options:
-            drafting = Drafting(model)
-            compare(
-                name, args.pairs,
-                lambda on, d=drafting, p=prompt, t=text: measured(model, p, t, d if on else None),
-            )  # fmt: skip
+            compare(name, args.pairs, partial(_once, model, prompt, text, Drafting(model)))
     if args.small and "small" in options:
         small = Model(args.small, args.threads)
         prompt, text = wanted["prose"]
